@@ -1,0 +1,302 @@
+"""Ship the trained pair: bfloat16 weights, tokenizer, measurements and a model card.
+
+python scripts/export_pair.py --root build/pair --out ssd/data/embedded [--windows 40]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from pair.evaluate import GRAM, NEW, PROMPT, continue_text, evaluate, live_positions, ticks
+from pair.recipe import SEQUENCE, Recipe
+
+ROLES = ("target", "draft")
+MAX_BYTES = 40_000_000  # both models together
+SAMPLE_TOKENS = 96
+SAMPLE_PROMPTS = (
+    'import os\n\n\ndef read_text(path):\n    """Return the text of the file at path."""\n',
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
+)
+
+
+def export_role(root: Path, out: Path, role: str) -> None:
+    """Write ``out/role``: what ``AutoModelForCausalLM`` and ``AutoTokenizer`` load."""
+    folder = out / role
+    shutil.rmtree(folder, ignore_errors=True)
+    model = LlamaForCausalLM.from_pretrained(root / role, dtype=torch.bfloat16, use_safetensors=True)
+    model.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o644)  # written for the owner alone, but package data is everybody's
+    for path in (root / "tokenizer").iterdir():
+        shutil.copyfile(path, folder / path.name)
+    # The folder's config.json makes AutoTokenizer look again at which class to use.
+    trained, shipped = AutoTokenizer.from_pretrained(root / "tokenizer"), AutoTokenizer.from_pretrained(folder)
+    for text in (*SAMPLE_PROMPTS, "Naïve → 12345  tabs\there\r\n"):
+        ids = trained.encode(text, add_special_tokens=False)
+        if shipped.encode(text) != ids or shipped.decode(ids) != text:
+            sys.exit(f"error: the tokenizer in {folder} does not give the ids it was trained with")
+
+
+def last(log: list[dict], key: str) -> float:
+    """The newest value of ``key``, which not every record has."""
+    return next((record[key] for record in reversed(log) if key in record), float("nan"))
+
+
+def describe(recipe: Recipe, out: Path, role: str, model: LlamaForCausalLM, log: list[dict]) -> dict:
+    stage = getattr(recipe, role)
+    size = model.config
+    steps = log[-1]["step"]
+    losses = (
+        ("heldout_code", "heldout_prose")
+        if role == "target"
+        else ("agree_code", "agree_prose", "overlap_code", "overlap_prose")
+    )
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "bytes": sum(path.stat().st_size for path in (out / role).glob("*.safetensors")),
+        "layers": size.num_hidden_layers,
+        "hidden_size": size.hidden_size,
+        "heads": size.num_attention_heads,
+        "kv_heads": size.num_key_value_heads,
+        "steps": steps,
+        "steps_planned": stage.steps,
+        "training_tokens": steps * stage.rows * SEQUENCE,
+        "training_loss": sum(r["loss"] for r in log[-20:]) / len(log[-20:]),
+        **{key: last(log, key) for key in losses},
+    }
+
+
+def draw(logs: dict[str, list[dict]], path: Path) -> None:
+    """Loss of the target, and divergence and agreement of the draft, over training steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+
+    def line(axis, role: str, key: str, label: str, **style) -> None:
+        points = [(r["step"], r[key]) for r in logs[role] if key in r]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=label, **style)
+
+    def losses(axis, role: str, label: str) -> None:
+        line(axis, role, "loss", label, color="0.75", linewidth=0.8)
+        values = [r["loss"] for r in logs[role]]
+        axis.set_ylim(0, 1.05 * sorted(values)[int(0.98 * (len(values) - 1))])  # the start is off the chart
+        axis.set_xlabel("step")
+        axis.spines[["top", "right"]].set_visible(False)
+
+    losses(left, "target", "training batch")
+    line(left, "target", "heldout_code", "held-out code", color="tab:blue", marker=".")
+    line(left, "target", "heldout_prose", "held-out prose", color="tab:orange", marker=".")
+    left.set(title="Target", ylabel="next-token loss (nats)")
+    below = dict(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=1, fontsize="small")
+    left.legend(**below)
+    losses(right, "draft", "KL on the training batch")
+    right.set(title="Draft", ylabel="KL(target ‖ draft) (nats)")
+    shares = right.twinx()
+    line(shares, "draft", "agree_code", "same argmax, held-out code", color="tab:blue", marker=".")
+    line(shares, "draft", "agree_prose", "same argmax, held-out prose", color="tab:orange", marker=".")
+    shares.set(ylim=(0, 1), ylabel="share of positions")
+    shares.spines["top"].set_visible(False)
+    handles = [*right.lines, *shares.lines]
+    right.legend(handles, [h.get_label() for h in handles], **below)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def samples(target: LlamaForCausalLM, tokenizer) -> list[dict[str, str]]:
+    """Greedy continuations, cut at the end of text."""
+    out = []
+    for prompt in SAMPLE_PROMPTS:
+        ids = torch.tensor([tokenizer.encode(prompt)])
+        written = continue_text(target, ids, 0.0, tokens=SAMPLE_TOKENS)
+        kept = written[0][live_positions(written, target.config.eos_token_id)[0]]
+        out.append({"prompt": prompt, "continuation": tokenizer.decode(kept, skip_special_tokens=True)})
+    return out
+
+
+def _alpha(value: float | None, error: float | None) -> str:
+    return "–" if value is None else f"{value:.3f} ± {error:.3f}"
+
+
+def card(report: dict, picture: str) -> str:
+    """The model card, markdown."""
+    target, draft, corpus = report["target"], report["draft"], report["corpus"]
+
+    def shape(role: dict) -> str:
+        return (
+            f"{role['parameters']:,} | {role['layers']} × {role['hidden_size']} | {role['heads']} / "
+            f"{role['kv_heads']} | {role['bytes'] / 1e6:.1f} MB | {role['steps']:,} | {role['training_tokens']:,}"
+        )
+
+    rows = [
+        f"| {kind} | {row['temperature']:g} | {_alpha(row['alpha'], row['alpha_error'])} | "
+        f"{row['repeated_share']:.1%} | {_alpha(row['alpha_fresh'], row['alpha_fresh_error'])} | "
+        f"{row['positions']:,} / {row['fresh_positions']:,} |"
+        for kind, results in report["acceptance"].items()
+        for row in results
+    ]
+    data = [
+        f"| {kind} | {split} | {part['documents']:,} | {part['characters']:,} | {part['tokens']:,} |"
+        for kind, split, part in ((*name.split("-"), part) for name, part in corpus.items())
+    ]
+    written = "\n\n".join(
+        f"Prompt:\n\n```python\n{s['prompt'].rstrip()}\n```\n\nContinuation:\n\n```python\n{s['continuation']}\n```"
+        for s in report["samples"]
+    )
+    unfinished = (
+        ""
+        if report["finished"]
+        else (
+            "\n> **Unfinished:** exported before its training ended "
+            f"(target {target['steps']}/{target['steps_planned']} steps, "
+            f"draft {draft['steps']}/{draft['steps_planned']}).\n"
+        )
+    )
+    return f"""# The embedded pair
+{unfinished}
+Two small Llama-architecture language models with one tokenizer: `target/` writes Python source and
+documentation prose; `draft/`, shallow and wide, guesses what the target will say. They make every command
+of this project run, with real acceptance rates, on a machine without a GPU or a model hub. Written by
+`scripts/train_pair.py` and `scripts/export_pair.py`; do not edit by hand.
+
+| | parameters | layers × hidden | heads / kv heads | bfloat16 | steps | tokens trained on |
+|---|---|---|---|---|---|---|
+| target | {shape(target)} |
+| draft | {shape(draft)} |
+
+## Data
+
+Source files of Python's standard library (code); docstrings of the standard library and of the packages this
+project depends on, `pydoc` topics and package descriptions (prose). Held out **by file**: a file, with all
+its docstrings, is held out when the hash of its path says so, about 3 % of them. The tokenizer is byte-level
+BPE, 4,096 entries, trained on the training split.
+
+| kind | split | documents | characters | tokens |
+|---|---|---|---|---|
+{chr(10).join(data)}
+
+## Training
+
+The target learns the next token. The draft is distilled: forward KL to the target's distribution at every
+position, on training text and on text the target wrote itself. Held-out loss of the target:
+{target["heldout_code"]:.3f} nats a token on code, {target["heldout_prose"]:.3f} on prose. The draft's last
+training KL is {draft["training_loss"]:.3f} nats; on held-out *text* it has the target's argmax at
+{draft["agree_code"]:.1%} (code) and {draft["agree_prose"]:.1%} (prose) of positions.
+
+![loss curves]({picture})
+
+## Acceptance rate
+
+Share of positions at which the draft's token equals the target's, where the target itself wrote the text:
+{report["windows"]} held-out windows of {report["prompt_tokens"]} tokens a kind, {report["new_tokens"]} tokens
+continued after each (less where the text ended). Temperature 0: argmax; temperature 1: `argmax(log probs +
+gumbel)` with the same noise on both sides (coupled verification), whole vocabulary. Text that loops is easy to
+draft, so the share of {report["gram"]}-grams that occurred before in their continuation stands beside α, and so
+does α where the text does not repeat. ± is one standard error over windows. bfloat16 weights, computed in
+{report["computed_in"]}.
+
+| held-out | temperature | α | repeated {report["gram"]}-grams | α outside them | positions (all / outside) |
+|---|---|---|---|---|---|
+{chr(10).join(rows)}
+
+## What it writes
+
+Greedy, up to {SAMPLE_TOKENS} tokens.
+
+{written}
+
+## Limits
+
+A demonstration and measuring instrument, not an assistant: the text looks like Python and its documentation
+but is seldom right, names come and go, and greedy text may loop. Context: 2,048 positions, of which training
+saw {SEQUENCE}. It can reproduce passages of its training text.
+
+## Licence
+
+The weights are distributed under this project's licence (Apache-2.0). They were trained on the source of
+Python's standard library (PSF License Agreement, © Python Software Foundation) and on the documentation of the
+open-source packages named in `scripts/pair/corpus.py` and installed beside them, each under its own licence.
+
+Measured with torch {report["versions"]["torch"]}, transformers {report["versions"]["transformers"]}, Python
+{report["versions"]["python"]}.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path("build/pair"))
+    parser.add_argument("--out", type=Path, default=Path("ssd/data/embedded"))
+    parser.add_argument("--picture", type=Path, default=Path("docs/embedded_loss.png"))
+    parser.add_argument("--windows", type=int, default=40, help="held-out windows per kind of text")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute α in")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--unfinished", action="store_true", help="export although training has not ended")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    finished = all((args.root / role / "done").exists() for role in ROLES)
+    if not finished and not args.unfinished:
+        sys.exit(f"error: training in {args.root} has not ended; wait, or add --unfinished")
+    for role in ROLES:
+        export_role(args.root, args.out, role)
+    shipped = sum(path.stat().st_size for path in args.out.rglob("*.safetensors"))
+    if shipped > MAX_BYTES:
+        sys.exit(f"error: the weights take {shipped / 1e6:.1f} MB, more than {MAX_BYTES / 1e6:.0f} MB")
+    # What is measured is what is shipped: the rounded weights.
+    models = {
+        role: LlamaForCausalLM.from_pretrained(args.out / role, dtype=getattr(torch, args.dtype)).eval()
+        for role in ROLES
+    }
+    logs = {role: json.loads((args.root / role / "log.json").read_text()) for role in ROLES}
+    draw(logs, args.picture)
+    recipe = Recipe(root=args.root)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task("acceptance rate", total=ticks(args.windows))
+        acceptance = evaluate(args.root, **models, windows=args.windows, tick=lambda: progress.advance(bar))
+    report = {
+        "finished": finished,
+        **{role: describe(recipe, args.out, role, models[role], logs[role]) for role in ROLES},
+        "corpus": json.loads((args.root / "corpus.json").read_text()),
+        "windows": args.windows,
+        "prompt_tokens": PROMPT,
+        "new_tokens": NEW,
+        "gram": GRAM,
+        "computed_in": args.dtype,
+        "acceptance": acceptance,
+        "samples": samples(models["target"], AutoTokenizer.from_pretrained(args.out / "target")),
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    (args.out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+    picture = Path(os.path.relpath(args.picture, args.out)).as_posix()
+    (args.out / "README.md").write_text(card(report, picture))
+    for kind, results in acceptance.items():
+        for row in results:
+            alpha, fresh = (_alpha(row[key], row[f"{key}_error"]) for key in ("alpha", "alpha_fresh"))
+            print(
+                f"{kind:6} T={row['temperature']:g}  α {alpha}  repeated {row['repeated_share']:.1%}  α outside {fresh}"
+            )
+    print(f"wrote {args.out} ({shipped / 1e6:.1f} MB of weights) and {args.picture}")
+
+
+if __name__ == "__main__":
+    main()

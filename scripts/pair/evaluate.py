@@ -1,0 +1,184 @@
+"""How often the draft says what the target says, measured with plain ``transformers``.
+
+The target continues held-out text by itself; the draft is then asked, at each of those
+positions, for its own token. That is the acceptance rate α of coupled verification per
+drafted token: at temperature 0 both take their argmax, at temperature 1 both take
+``argmax(log probs + gumbel)`` with the same noise. Noise is drawn here by torch, not by the
+pipeline's counter-based generator: the distribution is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaForCausalLM
+
+from .data import KINDS, heldout_windows
+from .recipe import SEED
+
+PROMPT = 64  # tokens of held-out text before each continuation
+NEW = 128  # tokens the target then writes
+GRAM = 8
+TEMPERATURES = (0.0, 1.0)
+BATCH = 64  # windows decoded together
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Agreement:
+    """α over the continuations of one kind of text at one temperature.
+
+    ``alpha_error`` and ``alpha_fresh_error`` are standard errors over windows; ``fresh`` is
+    what lies outside every repeated 8-gram. An α without positions is None.
+    """
+
+    temperature: float
+    windows: int
+    positions: int
+    alpha: float
+    alpha_error: float
+    repeated_share: float  # 8-grams that occurred before in their continuation / all 8-grams
+    fresh_positions: int
+    alpha_fresh: float | None
+    alpha_fresh_error: float | None
+
+
+def gumbel(step: int, batch: int, rows: int, vocabulary: int) -> torch.Tensor:
+    """Noise ``[rows, V]`` of the ``step``-th new token of a batch; every call gives the same."""
+    generator = torch.Generator().manual_seed(SEED + step + 100_000 * batch)
+    return -torch.empty(rows, vocabulary).exponential_(generator=generator).log()
+
+
+def choose(logits: torch.Tensor, temperature: float, step: int, batch: int = 0) -> torch.Tensor:
+    """Tokens ``[rows]`` from logits ``[rows, V]``."""
+    scores = logits.float()
+    if temperature > 0:
+        scores = (scores / temperature).log_softmax(-1) + gumbel(step, batch, *scores.shape)
+    return scores.argmax(-1)
+
+
+@torch.no_grad()
+def continue_text(
+    target: LlamaForCausalLM,
+    prompts: torch.Tensor,
+    temperature: float,
+    *,
+    tokens: int,
+    batch: int = 0,
+    tick: Callable[[], None] = lambda: None,
+) -> torch.Tensor:
+    """What the target writes after ``prompts [rows, length]``: ids ``[rows, tokens]``."""
+    out: list[torch.Tensor] = []
+    step_input, cache = prompts, None
+    for step in range(tokens):
+        result = target(step_input, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = result.past_key_values
+        out.append(choose(result.logits[:, -1], temperature, step, batch))
+        step_input = out[-1].unsqueeze(1)
+        tick()
+    return torch.stack(out, dim=1)
+
+
+@torch.no_grad()
+def draft_tokens(
+    draft: LlamaForCausalLM, prompts: torch.Tensor, written: torch.Tensor, temperature: float, *, batch: int = 0
+) -> torch.Tensor:
+    """The draft's choice at every position of ``written [rows, tokens]``, given all before it."""
+    ids = torch.cat([prompts, written], dim=1)[:, :-1]
+    tokens = written.shape[1]
+    logits = draft(ids, use_cache=False, logits_to_keep=tokens).logits
+    return torch.stack([choose(logits[:, step], temperature, step, batch) for step in range(tokens)], dim=1)
+
+
+def live_positions(written: torch.Tensor, end: int) -> torch.Tensor:
+    """True up to the first ``end`` token, that token included: ``[rows, tokens]``."""
+    ends = (written == end).long()
+    return ends.cumsum(-1) - ends == 0
+
+
+def repeated_grams(row: list[int]) -> tuple[int, int, list[bool]]:
+    """8-grams of ``row`` that occurred before in it, all its 8-grams, and which positions lie in
+    a repeated one."""
+    seen: set[tuple[int, ...]] = set()
+    repeated, inside = 0, [False] * len(row)
+    total = max(0, len(row) - GRAM + 1)
+    for start in range(total):
+        gram = tuple(row[start : start + GRAM])
+        if gram in seen:
+            repeated += 1
+            inside[start : start + GRAM] = [True] * GRAM
+        seen.add(gram)
+    return repeated, total, inside
+
+
+def rate(hits: torch.Tensor, counted: torch.Tensor) -> tuple[float | None, float | None]:
+    """Σhits / Σcounted over ``[rows, tokens]`` and its standard error, windows being independent."""
+    count = counted.sum(-1).double()
+    hit = (hits & counted).sum(-1).double()
+    if count.sum() == 0:
+        return None, None
+    alpha = (hit.sum() / count.sum()).item()
+    return alpha, (hit - alpha * count).square().sum().sqrt().item() / count.sum().item()
+
+
+def agreement(
+    target: LlamaForCausalLM,
+    draft: LlamaForCausalLM,
+    prompts: torch.Tensor,
+    temperature: float,
+    *,
+    tokens: int = NEW,
+    tick: Callable[[], None] = lambda: None,
+) -> Agreement:
+    """Measure ``prompts [rows, length]``; ``tick`` is called after every decoding step."""
+    written, drafted = [], []
+    for batch, part in enumerate(prompts.split(BATCH)):
+        written.append(continue_text(target, part, temperature, tokens=tokens, batch=batch, tick=tick))
+        drafted.append(draft_tokens(draft, part, written[-1], temperature, batch=batch))
+    ids = torch.cat(written)
+    live = live_positions(ids, target.config.eos_token_id)
+    fresh, repeated, grams = live.clone(), 0, 0
+    for index, row in enumerate(ids):
+        alive = int(live[index].sum())
+        again, total, inside = repeated_grams(row[:alive].tolist())
+        repeated, grams = repeated + again, grams + total
+        fresh[index, :alive] &= ~torch.tensor(inside, dtype=torch.bool)
+    hits = torch.cat(drafted) == ids
+    alpha, error = rate(hits, live)
+    alpha_fresh, fresh_error = rate(hits, fresh)
+    assert alpha is not None and error is not None
+    return Agreement(
+        temperature=temperature,
+        windows=len(prompts),
+        positions=int(live.sum()),
+        alpha=alpha,
+        alpha_error=error,
+        repeated_share=repeated / grams if grams else math.nan,
+        fresh_positions=int(fresh.sum()),
+        alpha_fresh=alpha_fresh,
+        alpha_fresh_error=fresh_error,
+    )
+
+
+def evaluate(
+    root: Path,
+    target: LlamaForCausalLM,
+    draft: LlamaForCausalLM,
+    *,
+    windows: int,
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, list[dict]]:
+    """``{"code": [...], "prose": [...]}``, one :class:`Agreement` as a dict per temperature."""
+    out: dict[str, list[dict]] = {}
+    for kind in KINDS:
+        prompts = heldout_windows(root, kind, count=windows, length=PROMPT)
+        out[kind] = [asdict(agreement(target, draft, prompts, t, tick=tick)) for t in TEMPERATURES]
+    return out
+
+
+def ticks(windows: int) -> int:
+    """How often :func:`evaluate` calls ``tick``."""
+    return len(KINDS) * len(TEMPERATURES) * math.ceil(windows / BATCH) * NEW

@@ -1,0 +1,84 @@
+"""Speculative speculative decoding: the target's own tokens, faster.
+
+::
+
+    from ssd import LLM, SamplingParams
+
+    with LLM("embedded") as llm:
+        for output in llm.generate(["def main():\\n    "], SamplingParams(max_tokens=64)):
+            print(output.text)
+
+Importing this package is cheap: torch, transformers and Ray are loaded when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import Config, load_config
+    from .engine.llm import LLM
+    from .errors import (
+        ConfigError,
+        LinkError,
+        ModelError,
+        PipelineError,
+        RequestError,
+        SSDError,
+        UsageError,
+        WorkerError,
+    )
+    from .params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Config": "config",
+    "load_config": "config",
+    "LLM": "engine.llm",
+    "RequestOutput": "params",
+    "SamplingParams": "params",
+    "SpeculationRecord": "params",
+    "StreamEvent": "params",
+    "ConfigError": "errors",
+    "LinkError": "errors",
+    "ModelError": "errors",
+    "PipelineError": "errors",
+    "RequestError": "errors",
+    "SSDError": "errors",
+    "UsageError": "errors",
+    "WorkerError": "errors",
+}
+
+__all__ = [
+    "LLM",
+    "Config",
+    "ConfigError",
+    "LinkError",
+    "ModelError",
+    "PipelineError",
+    "RequestError",
+    "RequestOutput",
+    "SSDError",
+    "SamplingParams",
+    "SpeculationRecord",
+    "StreamEvent",
+    "UsageError",
+    "WorkerError",
+    "__version__",
+    "load_config",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

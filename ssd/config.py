@@ -1,0 +1,336 @@
+"""The configuration: one YAML file per target–draft pairing, every field checked.
+
+Shipped configurations are called by their bare name (``embedded``); everything else is a path.
+Model names work the same way: ``embedded/target`` and ``embedded/draft`` come with the package,
+everything else is a local folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import SequenceMatcher
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import ConfigError, ModelError
+
+PACKAGE = Path(__file__).resolve().parent
+CONFIG_FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "configs")
+"""Where shipped configurations lie: in an installed package, and in a checkout."""
+MODEL_FOLDER = PACKAGE / "data"
+SHIPPED_MODELS = ("embedded/target", "embedded/draft")
+
+Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelConfig(_Section):
+    """One model and where its worker runs."""
+
+    model: str = Field(min_length=1)
+    """``embedded/target``, ``embedded/draft`` or a local folder."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = Field("cpu", min_length=1)
+    cores: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1)
+    """CPU cores the worker is pinned to; none leaves it to the system."""
+    compile: Literal["auto"] | bool = "auto"
+
+
+class ForecastConfig(_Section):
+    """Which outcomes the draft prepares for."""
+
+    budget: int = Field(12, ge=1, le=256)
+    """Branches N = ΣF_u the draft prepares each round."""
+    shape: Literal["uniform", "geometric"] = "geometric"
+    acceptance: Number = Field(0.7, gt=0, lt=1)
+    """Prior acceptance of a draft token, by which ``geometric`` weighs the nodes."""
+    power: Number = Field(1.5, gt=0)
+    """Exponent r of the miss power law: at fan-out F a share F^-r of outcomes is missed."""
+
+
+class SpeculationConfig(_Section):
+    """How the draft speculates."""
+
+    method: Literal["none", "sd", "ssd"] = "ssd"
+    lookahead: int = Field(4, ge=1, le=16)
+    """K: draft tokens verified in a round."""
+    siblings: int = Field(0, ge=0, le=8)
+    """Next-best tokens beside the chain at each depth; 0 is a chain, more a comb."""
+    forecast: ForecastConfig = ForecastConfig()
+    fallback: Literal["jit", "none"] = "jit"
+    """What a missed row verifies: a speculation drafted now, or the bonus token alone."""
+    verify: Literal["coupled"] = "coupled"
+
+
+class EngineConfig(_Section):
+    """Sizes and deadlines."""
+
+    max_batch: int = Field(1, ge=1, le=256)
+    max_model_len: int = Field(1024, ge=16)
+    """Prompt and generated tokens together."""
+    prefill_chunk: int = Field(64, ge=8, le=2048)
+    link_timeout_s: Number = Field(60.0, gt=0)
+    start_timeout_s: Number = Field(600.0, gt=0)
+
+
+class Config(_Section):
+    """A target–draft pairing and how to run it."""
+
+    target: ModelConfig
+    draft: ModelConfig | None = None
+    """Needed unless ``speculation.method`` is ``none``."""
+    speculation: SpeculationConfig = SpeculationConfig()
+    numerics: Literal["strict", "fast"] = "strict"
+    engine: EngineConfig = EngineConfig()
+
+
+def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
+    """Read and check a configuration.
+
+    Args:
+        source: a shipped configuration's name, the path of a YAML file, a mapping, or a Config.
+        overrides: ``a.b=c``, applied in order; the values are YAML.
+
+    Raises:
+        ConfigError: in one line, what is wrong and what would be right.
+    """
+    where = ""
+    if isinstance(source, Config):
+        tree = source.model_dump()
+    elif isinstance(source, Mapping):
+        tree = _plain(source)
+    else:
+        path = config_path(source)
+        tree = _read_yaml(path)
+        where = f"{path}: "
+    _refuse_unknown_keys(tree, where)
+    for override in overrides:
+        _override(tree, override)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(where + _one_line(error, tree)) from None
+    if config.draft is None and config.speculation.method != "none":
+        raise ConfigError(
+            f"{where}draft is missing; speculation.method={config.speculation.method} needs a draft model "
+            "(or set speculation.method=none)"
+        )
+    return config
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configurations that come with the package."""
+    return sorted({path.stem for folder in CONFIG_FOLDERS for path in folder.glob("*.yaml")})
+
+
+def config_path(source: str | Path) -> Path:
+    """The file behind a shipped name or a path.
+
+    A name without folder or suffix is a shipped configuration, wherever the caller stands.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    text = str(source)
+    path = Path(text).expanduser()
+    if text and path.name == text and not path.suffix:
+        for folder in CONFIG_FOLDERS:
+            shipped = folder / f"{text}.yaml"
+            if shipped.is_file():
+                return shipped
+    elif path.is_file():
+        return path
+    known = ", ".join(shipped_configs()) or "none"
+    what = "is a folder" if text and path.is_dir() else "not found"
+    raise ConfigError(
+        f"configuration {text!r} {what}; give the path of a YAML file, or the name of a shipped one: {known}"
+    )
+
+
+def resolve_model_path(name: str) -> Path:
+    """The folder of a model: a shipped one by its name, otherwise a local folder.
+
+    Raises:
+        ModelError: there is no model there.
+    """
+    shipped = name in SHIPPED_MODELS
+    folder = MODEL_FOLDER / name if shipped else Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if shipped:
+        raise ModelError(
+            f"model {name!r}: its weights are missing from this installation ({folder}); "
+            "reinstall the package, or train them with scripts/train_pair.py"
+        )
+    if folder.is_dir():
+        raise ModelError(f"model {name!r}: the folder has no config.json; give the folder of a transformers model")
+    raise ModelError(
+        f"model {name!r} is not a folder on this machine (hub ids are not downloaded); "
+        f"give a local folder with config.json and *.safetensors, or one of {', '.join(SHIPPED_MODELS)}"
+    )
+
+
+def _plain(mapping: Mapping[Any, Any]) -> dict[str, Any]:
+    """A deep copy whose keys are strings and whose sections are dicts."""
+    return {
+        str(key): value.model_dump()
+        if isinstance(value, BaseModel)
+        else _plain(value)
+        if isinstance(value, Mapping)
+        else value
+        for key, value in mapping.items()
+    }
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {_first_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must be a mapping with the keys {', '.join(Config.model_fields)}")
+    return _plain(tree)
+
+
+def _first_line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"{problem} (line {mark.line + 1})" if mark else problem
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    """Apply ``a.b=c`` in place."""
+    dotted, equals, text = override.partition("=")
+    dotted = dotted.strip()
+    if not equals or not dotted:
+        raise ConfigError(f"override {override!r} must look like key=value, for example speculation.lookahead=6")
+    if dotted not in _keys():
+        raise ConfigError(_unknown(dotted))
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: not a YAML value: {_first_line(error)}") from None
+    *sections, last = dotted.split(".")
+    for section in sections:
+        if not isinstance(tree.get(section), dict):
+            tree[section] = {}
+        tree = tree[section]
+    value = _plain(value) if isinstance(value, dict) else value
+    tree[last] = value
+    if isinstance(value, dict):
+        _refuse_unknown_keys(value, "", f"{dotted}.")
+
+
+@cache
+def _keys() -> dict[str, dict[str, Any]]:
+    """Every dotted key, and the JSON schema of its value."""
+    schema = Config.model_json_schema()
+    keys: dict[str, dict[str, Any]] = {}
+
+    def resolve(part: dict[str, Any]) -> dict[str, Any]:
+        return schema["$defs"][part["$ref"].rsplit("/", 1)[1]] if "$ref" in part else part
+
+    def walk(section: dict[str, Any], prefix: str) -> None:
+        for name, part in section["properties"].items():
+            options = [resolve(option) for option in part.get("anyOf", [part])]
+            keys[prefix + name] = {"options": options}
+            for option in options:
+                if "properties" in option:
+                    walk(option, f"{prefix}{name}.")
+
+    walk(schema, "")
+    return keys
+
+
+def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in tree.items():
+        yield prefix + key
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+
+
+def _refuse_unknown_keys(tree: Mapping[str, Any], where: str, prefix: str = "") -> None:
+    for dotted in _flat(tree, prefix):
+        # A mapping given for a plain value is a wrong value, not an unknown key.
+        if dotted not in _keys() and _is_section(dotted.rpartition(".")[0]):
+            raise ConfigError(where + _unknown(dotted))
+
+
+def _is_section(dotted: str) -> bool:
+    return dotted == "" or any(key.startswith(f"{dotted}.") for key in _keys())
+
+
+def _unknown(dotted: str) -> str:
+    return f"unknown key {dotted} (nearest: {_nearest(dotted)})"
+
+
+def _nearest(dotted: str) -> str:
+    """The valid key most like ``dotted``, by the whole and by its last part."""
+
+    def likeness(key: str) -> float:
+        whole = SequenceMatcher(None, dotted, key).ratio()
+        last = SequenceMatcher(None, dotted.rpartition(".")[2], key.rpartition(".")[2]).ratio()
+        return whole + last
+
+    return max(_keys(), key=likeness)
+
+
+def _one_line(error: ValidationError, tree: Mapping[str, Any]) -> str:
+    """All problems of a validation, each as dotted key, what was given, what is allowed."""
+    problems: dict[str, str] = {}
+    for item in error.errors(include_url=False):
+        loc = [str(part) for part in item["loc"]]
+        # Pydantic adds union members and list positions after the key.
+        dotted = next((key for n in range(len(loc), 0, -1) if (key := ".".join(loc[:n])) in _keys()), ".".join(loc))
+        allowed = _allowed(dotted)
+        if item["type"] == "missing":
+            problems.setdefault(dotted, f"{dotted} is missing; it must be {allowed}")
+        else:
+            problems.setdefault(dotted, f"{dotted} must be {allowed}, not {_given(tree, dotted)}")
+    return "; ".join(problems.values())
+
+
+def _given(tree: Any, dotted: str) -> str:
+    for part in dotted.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else tree
+    text = repr(tree)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _allowed(dotted: str) -> str:
+    return " or ".join(_describe(option) for option in _keys()[dotted]["options"])
+
+
+def _describe(schema: dict[str, Any]) -> str:
+    """What a JSON schema allows, in words."""
+    if "enum" in schema:
+        return "one of " + ", ".join(map(str, schema["enum"]))
+    if "const" in schema:
+        return str(schema["const"])
+    kind = schema["type"]
+    if kind in ("integer", "number"):
+        noun = "an integer" if kind == "integer" else "a number"
+        bounds = (
+            ("minimum", "of at least"),
+            ("exclusiveMinimum", "above"),
+            ("maximum", "at most"),
+            ("exclusiveMaximum", "below"),
+        )
+        if "minimum" in schema and "maximum" in schema:
+            return f"{noun} from {schema['minimum']} to {schema['maximum']}"
+        limits = [f"{words} {schema[bound]:g}" for bound, words in bounds if bound in schema]
+        return " ".join([noun, " and ".join(limits)]).strip()
+    if kind == "array":
+        return "a list of integers >= 0, at least one"
+    if kind == "object":
+        return "a mapping with the keys " + ", ".join(schema["properties"])
+    return {"string": "a non-empty text", "boolean": "true or false", "null": "null"}[kind]

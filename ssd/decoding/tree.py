@@ -1,0 +1,108 @@
+"""Token trees: the shape of a speculation.
+
+A tree has W nodes. Node 0 is the root: the bonus token of the last round, already certain.
+Nodes 1.. are candidates; each continues its parent. The shape (who is whose parent) is static
+and known to both sides; only the tokens travel. A node whose token is ``ABSENT`` is not there
+this round (a shorter branch, a missed row), and neither is anything below it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+ABSENT = -1
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """Parents of the nodes 1..W-1; ``parents[i]`` is the parent of node ``i + 1``.
+
+    Raises:
+        ValueError: a parent that does not stand before its child.
+    """
+
+    parents: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for node, parent in enumerate(self.parents, start=1):
+            if not 0 <= parent < node:
+                raise ValueError(f"node {node} has parent {parent}; parents stand before their children")
+
+    @classmethod
+    def comb(cls, lookahead: int, siblings: int = 0) -> TreeShape:
+        """A chain of ``lookahead`` nodes (1..K) and, at every depth, ``siblings`` leaves beside
+        the chain's node: the draft's next ranks. ``siblings=0`` is the chain."""
+        chain = tuple(range(lookahead))
+        leaves = tuple(depth for depth in range(lookahead) for _ in range(siblings))
+        return cls(chain + leaves)
+
+    @property
+    def nodes(self) -> int:
+        """W: root and candidates, the rows a sequence verifies."""
+        return len(self.parents) + 1
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """Depth of every node ``[W]``; the root's is 0."""
+        depths = [0]
+        for parent in self.parents:
+            depths.append(depths[parent] + 1)
+        return tuple(depths)
+
+    @cached_property
+    def depth(self) -> int:
+        """K, the depth of the deepest node."""
+        return max(self.depths)
+
+    @cached_property
+    def chain(self) -> tuple[int, ...]:
+        """Path from the root to the first deepest node, both included ``[K + 1]``.
+
+        Its keys and values are written in place; every other node's go to scratch slots."""
+        node = self.depths.index(self.depth)
+        path = [node]
+        while node:
+            node = self.parents[node - 1]
+            path.append(node)
+        return tuple(reversed(path))
+
+    @cached_property
+    def is_comb(self) -> bool:
+        """Every node off the chain is a leaf beside it."""
+        on_chain = set(self.chain)
+        return all(parent in on_chain for parent in self.parents)
+
+    def path(self, node: int) -> tuple[int, ...]:
+        """Nodes from below the root down to ``node`` (empty for the root)."""
+        path = []
+        while node:
+            path.append(node)
+            node = self.parents[node - 1]
+        return tuple(reversed(path))
+
+    def children(self, node: int) -> tuple[int, ...]:
+        return tuple(i for i, parent in enumerate(self.parents, start=1) if parent == node)
+
+    def parent_index(self, device: torch.device | str = "cpu") -> Tensor:
+        """``[W]`` int64; the root is its own parent."""
+        return torch.tensor((0, *self.parents), dtype=torch.int64, device=device)
+
+    def depth_index(self, device: torch.device | str = "cpu") -> Tensor:
+        """``[W]`` int64."""
+        return torch.tensor(self.depths, dtype=torch.int64, device=device)
+
+    def ancestors(self, device: torch.device | str = "cpu") -> Tensor:
+        """``[W, W]`` bool: ``[i, j]`` iff j is i or above it."""
+        seen = torch.eye(self.nodes, dtype=torch.bool)
+        for node, parent in enumerate(self.parents, start=1):
+            seen[node] |= seen[parent]
+        return seen.to(device)
+
+    def paths(self, device: torch.device | str = "cpu") -> Tensor:
+        """``[W, K]`` int64: for every node the path from below the root to it, padded with -1."""
+        rows = [(*self.path(node), *[-1] * (self.depth - self.depths[node])) for node in range(self.nodes)]
+        return torch.tensor(rows, dtype=torch.int64, device=device).reshape(self.nodes, self.depth)

@@ -1,0 +1,1 @@
+"""Requests: the offline front, detokenizing, results."""

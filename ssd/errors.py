@@ -1,0 +1,47 @@
+"""Exceptions users see.
+
+::
+
+    SSDError
+    ├── UsageError (also ValueError)      what the caller gave cannot work; says what to do
+    │   ├── ConfigError                   a configuration file or ``--set`` override
+    │   ├── ModelError                    a model that cannot be loaded or paired
+    │   └── RequestError                  a prompt or its sampling parameters
+    └── PipelineError (also RuntimeError) the machinery failed
+        ├── LinkError                     the exchange between draft and verifier broke
+        └── WorkerError                   a worker process died or did not start
+"""
+
+from __future__ import annotations
+
+
+class SSDError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class UsageError(SSDError, ValueError):
+    """The caller's input cannot work; the message says what to do."""
+
+
+class ConfigError(UsageError):
+    """A configuration key or value is wrong."""
+
+
+class ModelError(UsageError):
+    """A model cannot be loaded, is not supported, or does not fit its partner."""
+
+
+class RequestError(UsageError):
+    """A prompt or its sampling parameters are wrong."""
+
+
+class PipelineError(SSDError, RuntimeError):
+    """Draft, verifier or what lies between them failed."""
+
+
+class LinkError(PipelineError):
+    """The draft–verifier link broke or missed its deadline."""
+
+
+class WorkerError(PipelineError):
+    """A worker died, or did not come up in time."""

@@ -1,0 +1,1 @@
+"""The transformers boundary: loading, vocabularies, KV cache, attention, forwards."""

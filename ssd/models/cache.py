@@ -1,0 +1,107 @@
+"""The slot KV cache.
+
+Every sequence owns ``main`` slots, where slot = position for all that is committed, and a few
+``scratch`` slots for rows that hold no position yet (sibling candidates, draft branches).
+Addresses never change; rollback is forgetting: a slot beyond a sequence's length is never
+attended and is overwritten by whatever comes next.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from .rows import BLOCK
+
+
+class RowStates(NamedTuple):
+    """Keys or values one layer's rows may attend, handed to ``row_attention``."""
+
+    main: Tensor
+    """``[B, H_kv, T, D]``: the first T main slots."""
+    scratch: Tensor | None
+    """``[B, H_kv, X, D]``, or None where no row attends scratch."""
+    own: Tensor
+    """``[B, H_kv, R, D]``: each row's own, always attended by itself."""
+
+
+class SlotCache:
+    """Keys and values of B sequences: ``main_slots`` by position and ``scratch_slots`` each.
+
+    A ``CacheView`` of it stands in for a transformers ``Cache``: ``update`` writes a forward's
+    rows where they belong and returns what they attend.
+    """
+
+    def __init__(
+        self, config: PretrainedConfig, *, batch: int, main_slots: int, scratch_slots: int, dtype: torch.dtype,
+        device: torch.device | str,
+    ):
+        text = config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.layers: int = text.num_hidden_layers
+        # Whole blocks: attention walks main in blocks of BLOCK slots.
+        self.main_slots = -(-main_slots // BLOCK) * BLOCK
+        self.scratch_slots = scratch_slots
+
+        def zeros(slots: int) -> list[Tensor]:
+            shape = (batch, heads, slots, head_dim)
+            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(self.layers)]
+
+        self.main = (zeros(self.main_slots), zeros(self.main_slots))
+        self.scratch = (zeros(scratch_slots), zeros(scratch_slots))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for part in (*self.main, *self.scratch) for t in part)
+
+    def row(self, slot: int) -> CacheView:
+        """The cache of one sequence, for its prefill."""
+        return CacheView(
+            tuple([t[slot : slot + 1] for t in part] for part in self.main),
+            tuple([t[slot : slot + 1] for t in part] for part in self.scratch),
+        )
+
+    def all_rows(self) -> CacheView:
+        return CacheView(self.main, self.scratch)
+
+    def keep(self, batch: Tensor, scratch: Tensor, position: Tensor) -> None:
+        """Copy scratch slots into main slots; all arguments are ``[n]`` int64."""
+        for mains, scratches in zip(self.main, self.scratch, strict=True):
+            for main, side in zip(mains, scratches, strict=True):
+                main[batch, :, position] = side[batch, :, scratch]
+
+
+class CacheView:
+    """What one forward sees of a cache; the object passed as ``past_key_values``."""
+
+    is_compileable = False
+    is_sliding: tuple[bool, ...] = ()
+
+    def __init__(self, main: tuple, scratch: tuple):
+        self.main, self.scratch = main, scratch
+
+    def prepare(self, *, main_slots: Tensor, scratch_slots: Tensor, attends_scratch: bool, context: int) -> None:
+        """Where the rows of the coming forward go: the first ones to ``main_slots``
+        ``[B, n]``, the rest to ``scratch_slots`` ``[R - n]``; ``context`` is T."""
+        self.main_slots, self.scratch_slots = main_slots, scratch_slots
+        self.attends_scratch, self.context = attends_scratch, context
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_args, **_kwargs) -> tuple[RowStates, RowStates]:
+        return self._write(0, keys, layer), self._write(1, values, layer)
+
+    def _write(self, part: int, own: Tensor, layer: int) -> RowStates:
+        main, side = self.main[part][layer], self.scratch[part][layer]
+        placed = self.main_slots.shape[1]
+        if placed:
+            batch = torch.arange(own.shape[0], device=own.device)[:, None]
+            main[batch, :, self.main_slots] = own[:, :, :placed].transpose(1, 2)
+        if placed < own.shape[2]:
+            side[:, :, self.scratch_slots] = own[:, :, placed:]
+        return RowStates(main[:, :, : self.context], side if self.attends_scratch else None, own)
+
+    def get_seq_length(self, *_args) -> int:
+        return 0

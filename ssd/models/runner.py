@@ -1,0 +1,167 @@
+"""Forward runner: a model, its slot cache, and the row plans it runs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import RequestError
+from .attention import NAME
+from .cache import CacheView, SlotCache
+from .rows import BLOCK, RowPlan
+
+FIRST_CONTEXT = 256
+
+
+def can_compile() -> bool:
+    """Whether ``torch.compile`` has the C++ compiler its CPU code needs."""
+    return any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+
+
+class ForwardRunner:
+    """Runs a causal LM over B fixed slots.
+
+    Args:
+        model: loaded by ``ssd.models.load``; its attention is replaced.
+        batch: B. capacity: largest position a row may take, plus one.
+        prefill_chunk: tokens of one prefill forward; the same for every request, so that a
+            prompt's keys are the same bits whatever else runs.
+        vocabulary: logits beyond it (padding of the head) are cut off.
+        compile: compile decode forwards (``torch.compile``), one shape per plan and context.
+        whole_context: always attend over the whole capacity; saves compiled shapes.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, batch: int, capacity: int, scratch_slots: int, prefill_chunk: int,
+        vocabulary: int, compile: bool = False, whole_context: bool = False,
+    ):
+        self.model, self.batch, self.vocabulary = model, batch, vocabulary
+        model.config._attn_implementation = NAME
+        model.config.get_text_config()._attn_implementation = NAME
+        self.device, self.dtype = model.device, model.dtype
+        self.cache = SlotCache(
+            model.config, batch=batch, main_slots=capacity + prefill_chunk, scratch_slots=scratch_slots,
+            dtype=model.dtype, device=model.device,
+        )
+        self.compile = compile
+        self._prefill = RowPlan.sequential("prefill", prefill_chunk)
+        self._decode: dict[tuple, Callable[[Tensor, Tensor, _Layout], Tensor]] = {}
+        self._layouts: dict[RowPlan, _Layout] = {}
+        slots = self.cache.main_slots
+        self.contexts = [slots]
+        while not whole_context and self.contexts[0] // 2 >= FIRST_CONTEXT:
+            half = -(-self.contexts[0] // 2 // BLOCK) * BLOCK
+            self.contexts.insert(0, half)
+
+    def context_for(self, longest: int) -> int:
+        """Smallest context tier that holds ``longest`` slots."""
+        return next(context for context in self.contexts if context >= longest)
+
+    @torch.no_grad()
+    def forward(self, plan: RowPlan, tokens: Tensor, lengths: Tensor, *, longest: int) -> Tensor:
+        """One decode forward of all slots.
+
+        Args:
+            tokens: ``[B, R]`` int64. lengths: ``[B]`` int64, L of every slot.
+            longest: host-side maximum of ``lengths``.
+
+        Returns:
+            logits ``[B, R, V]`` float32.
+        """
+        context = self.context_for(longest + max(plan.limits) + 1)
+        layout = self._layout(plan)
+        # Plans of one form (the steps of a draft tree) share one compiled shape.
+        form = (plan.rows, plan.in_place, layout.mask is None, context)
+        run = self._decode.get(form)
+        if run is None:
+            run = self._decode[form] = self._build(plan.in_place, context)
+        return run(tokens, lengths, layout)
+
+    @torch.no_grad()
+    def prefill(self, slot: int, tokens: Sequence[int], start: int = 0) -> None:
+        """Compute keys and values of ``tokens`` at positions ``start``.. of one slot.
+
+        Raises:
+            RequestError: they do not fit the cache.
+        """
+        plan, layout = self._prefill, self._layout(self._prefill)
+        if start + len(tokens) > self.cache.main_slots - plan.rows:
+            raise RequestError(f"{start + len(tokens)} tokens do not fit the cache")
+        view = self.cache.row(slot)
+        for first in range(0, len(tokens), plan.rows):
+            chunk = tokens[first : first + plan.rows]
+            ids = torch.zeros(1, plan.rows, dtype=torch.int64)
+            ids[0, : len(chunk)] = torch.tensor(chunk)
+            length = start + first
+            lengths = torch.tensor([length], device=self.device)
+            inputs = _inputs(view, layout, plan.in_place, lengths, self.context_for(length + plan.rows))
+            # The head runs on one row for nothing: transformers offers no "none".
+            self.model(input_ids=ids.to(self.device), logits_to_keep=1, **inputs)
+
+    def warm_up(self, plans: Sequence[RowPlan]) -> None:
+        """Run (and compile) every plan at every context once."""
+        lengths = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
+        for plan in plans:
+            tokens = torch.zeros(self.batch, plan.rows, dtype=torch.int64, device=self.device)
+            for context in self.contexts:
+                self.forward(plan, tokens, lengths, longest=context - max(plan.limits) - 1)
+
+    def _layout(self, plan: RowPlan) -> _Layout:
+        layout = self._layouts.get(plan)
+        if layout is None:
+            layout = self._layouts[plan] = _Layout.of(plan, self.device)
+        return layout
+
+    def _build(self, in_place: int, context: int) -> Callable[[Tensor, Tensor, _Layout], Tensor]:
+        view = self.cache.all_rows()
+
+        def run(tokens: Tensor, lengths: Tensor, layout: _Layout) -> Tensor:
+            logits = self.model(input_ids=tokens, **_inputs(view, layout, in_place, lengths, context)).logits
+            return logits[..., : self.vocabulary].float()
+
+        if not self.compile:
+            return run
+        torch._dynamo.config.recompile_limit = 256  # one code object serves many forms
+        return torch.compile(run, fullgraph=True, dynamic=False)
+
+
+class _Layout(NamedTuple):
+    """A ``RowPlan`` as tensors."""
+
+    offsets: Tensor
+    """``[R]``"""
+    limits: Tensor
+    """``[R]``"""
+    scratch_slots: Tensor
+    """``[R - in_place]``"""
+    mask: Tensor | None
+    """``[R, X]``"""
+
+    @classmethod
+    def of(cls, plan: RowPlan, device: torch.device) -> _Layout:
+        spare = plan.rows - plan.in_place
+        return cls(
+            torch.tensor(plan.offsets, device=device),
+            torch.tensor(plan.limits, device=device),
+            torch.arange(plan.scratch_start, plan.scratch_start + spare, device=device),
+            None if plan.scratch_mask is None else torch.tensor(plan.scratch_mask, device=device),
+        )
+
+
+def _inputs(view: CacheView, layout: _Layout, in_place: int, lengths: Tensor, context: int) -> dict[str, Any]:
+    """Positions, mask and cache view of a forward, as the model's keyword arguments."""
+    positions = lengths[:, None] + layout.offsets
+    limits = lengths[:, None] + layout.limits
+    mask = torch.arange(context, device=lengths.device) < limits[..., None]
+    if layout.mask is not None:
+        mask = torch.cat([mask, layout.mask.expand(len(lengths), -1, -1)], dim=-1)
+    view.prepare(
+        main_slots=positions[:, :in_place], scratch_slots=layout.scratch_slots,
+        attends_scratch=layout.mask is not None, context=context,
+    )
+    return {"attention_mask": mask[:, None], "position_ids": positions, "past_key_values": view, "use_cache": True}

@@ -1,0 +1,1 @@
+"""Draft ↔ verifier: frames, link, control lane, workers, rounds."""

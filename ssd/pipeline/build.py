@@ -1,0 +1,148 @@
+"""From a configuration to workers: checks that need no weights, then the workers themselves."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..config import Config, ModelConfig, resolve_model_path
+from ..decoding.forecast import Forecast, fan_out
+from ..decoding.tree import TreeShape
+from ..errors import ConfigError
+from ..models.loading import lay_out_for_cpu, load_model
+from ..models.runner import ForwardRunner, can_compile
+from .draft import DraftWorker, scratch_slots
+from .frames import Frames
+from .verifier import VerifierWorker
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What draft and verifier must agree on, derived from the configuration."""
+
+    config: Config
+    vocabulary: int
+    ends: tuple[int, ...]
+
+    @property
+    def shape(self) -> TreeShape:
+        return TreeShape.comb(self.config.speculation.lookahead, self.config.speculation.siblings)
+
+    @property
+    def forecast(self) -> Forecast:
+        wanted = self.config.speculation.forecast
+        counts = fan_out(
+            self.shape, wanted.budget, kind=wanted.shape, acceptance=wanted.acceptance, power=wanted.power
+        )
+        return Forecast.plan(counts)
+
+    @property
+    def jit(self) -> bool:
+        return self.config.speculation.fallback == "jit"
+
+    def frames(self) -> Frames:
+        return Frames(
+            batch=self.config.engine.max_batch, branches=self.forecast.budget, nodes=self.shape.nodes
+        )
+
+    def capacity(self) -> int:
+        """Positions a row may take: a full sequence and a speculation beyond it."""
+        return self.config.engine.max_model_len + self.config.speculation.lookahead + 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"config": self.config.model_dump(), "vocabulary": self.vocabulary, "ends": list(self.ends)}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Plan:
+        return cls(
+            config=Config.model_validate(raw["config"]), vocabulary=int(raw["vocabulary"]), ends=tuple(raw["ends"])
+        )
+
+
+def check_sizes(config: Config) -> None:
+    """Raises: ConfigError if the speculation cannot fit the context."""
+    lookahead, longest = config.speculation.lookahead, config.engine.max_model_len
+    if lookahead + 2 > longest // 2:
+        raise ConfigError(
+            f"speculation.lookahead={lookahead} is too deep for engine.max_model_len={longest}; "
+            f"use at most {longest // 2 - 2}"
+        )
+
+
+def pin(cores: list[int] | None) -> None:
+    """Pin this process to CPU cores, one compute thread each.
+
+    Without cores given, take half of the machine's threads: draft and verifier run at the same
+    time, and threads that outnumber cores spin against each other.
+
+    Raises: ConfigError if the machine has no such core.
+    """
+    if cores is None or not hasattr(os, "sched_setaffinity"):
+        torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
+        return
+    available = os.sched_getaffinity(0)
+    # A machine with fewer cores still runs the shipped configurations, just not in parallel.
+    usable = [core for core in cores if core in available]
+    if not usable:
+        if len(available) > 1:
+            raise ConfigError(f"cores {cores} are not available to this process; it may use {sorted(available)}")
+        usable = sorted(available)
+    os.sched_setaffinity(0, usable)
+    torch.set_num_threads(len(usable))
+
+
+def build_verifier(plan: Plan) -> tuple[VerifierWorker, dict[str, Any]]:
+    """The verifier, warm, and what to tell about it. Raises: UsageError."""
+    config = plan.config
+    runner = _runner(plan, config.target, scratch=plan.shape.nodes - plan.shape.depth - 1)
+    worker = VerifierWorker(
+        runner, shape=plan.shape, forecast=plan.forecast, method=config.speculation.method, jit=plan.jit,
+        strict=config.numerics == "strict", ends=frozenset(plan.ends), max_model_len=config.engine.max_model_len,
+    )
+    return worker, _warm(worker, config.target)
+
+
+def build_draft(plan: Plan) -> tuple[DraftWorker, dict[str, Any]]:
+    """The draft worker, warm, and what to tell about it. Raises: UsageError."""
+    config = plan.config
+    assert config.draft is not None
+    runner = _runner(plan, config.draft, scratch=scratch_slots(plan.shape, plan.forecast.budget))
+    worker = DraftWorker(runner, shape=plan.shape, forecast=plan.forecast)
+    return worker, _warm(worker, config.draft)
+
+
+def _runner(plan: Plan, wanted: ModelConfig, *, scratch: int) -> ForwardRunner:
+    folder = resolve_model_path(wanted.model)
+    engine = plan.config.engine
+    # The last prefill chunk is padded: its rows take positions beyond the prompt.
+    positions = plan.capacity() + plan.config.speculation.lookahead
+    model = load_model(folder, dtype=wanted.dtype, device=wanted.device, max_positions=positions)
+    on_cpu = torch.device(wanted.device).type == "cpu"
+    if on_cpu:
+        lay_out_for_cpu(model)
+    compile_ = can_compile() if wanted.compile == "auto" else wanted.compile
+    return ForwardRunner(
+        model, batch=engine.max_batch, capacity=plan.capacity(), scratch_slots=scratch,
+        prefill_chunk=engine.prefill_chunk, vocabulary=plan.vocabulary, compile=compile_,
+    )
+
+
+def _warm(worker: VerifierWorker | DraftWorker, wanted: ModelConfig) -> dict[str, Any]:
+    began = time.perf_counter()
+    runner = worker.runner
+    if runner.compile:
+        runner.warm_up(worker.plans)
+    return {
+        "model": wanted.model,
+        "parameters": sum(p.numel() for p in runner.model.parameters()),
+        "dtype": wanted.dtype,
+        "device": str(runner.device),
+        "compiled": runner.compile,
+        "contexts": runner.contexts,
+        "cache_bytes": runner.cache.nbytes,
+        "warm_up_s": round(time.perf_counter() - began, 2),
+    }

@@ -1,0 +1,46 @@
+"""Choosing tokens for the rows of a batch whose requests sample differently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..decoding.noise import gumbel
+from ..decoding.sampling import SamplingTensors, scores
+from ..params import SamplingParams
+
+
+class Chooser:
+    """Sampling parameters of B slots, and the scores whose argmax is the token.
+
+    Draft and verifier hold one each and come to the same noise for the same request and
+    position: the coupling verification rests on.
+    """
+
+    def __init__(self, batch: int, vocabulary: int, device: torch.device | str, compile: bool = False):
+        self.params = SamplingTensors.empty(batch, device)
+        self._vocabulary = vocabulary
+        self._gumbel: Callable[..., Tensor] = torch.compile(gumbel, dynamic=False) if compile else gumbel
+
+    def set(self, slot: int, params: SamplingParams) -> None:
+        self.params = self.params.with_row(
+            slot, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p,
+            seed=params.seed,
+        )
+
+    def clear(self, slot: int) -> None:
+        self.set(slot, SamplingParams())
+
+    def noise(self, lengths: Tensor, count: int) -> Tensor | None:
+        """Noise ``[B, count, V]`` for the tokens at positions L + 1 .. L + count of every slot;
+        None while nothing samples. ``lengths`` ``[B]``."""
+        if not self.params.random:
+            return None
+        positions = lengths[:, None] + torch.arange(1, count + 1, device=lengths.device)
+        return self._gumbel(self.params.seed[:, None], positions, self._vocabulary)
+
+    def scores(self, logits: Tensor, noise: Tensor | None) -> Tensor:
+        """``[B, R, V]``; ``noise`` as many rows, or None."""
+        return scores(logits, self.params, noise)

@@ -1,0 +1,85 @@
+"""The control lane: messages in order, both ways, beside the rounds."""
+
+from __future__ import annotations
+
+import queue
+from typing import Protocol
+
+import zmq
+
+from .messages import MAX_MESSAGE_BYTES, Message, decode, encode
+
+
+class ControlLane(Protocol):
+    """One end of an ordered two-way lane."""
+
+    def send(self, message: Message) -> None: ...
+
+    def receive(self, timeout_s: float) -> Message | None:
+        """The next message, or None if none comes in time (0: only look)."""
+
+    def close(self) -> None: ...
+
+
+class InprocLane:
+    """Both ends in one process."""
+
+    def __init__(self, outbox: queue.Queue, inbox: queue.Queue):
+        self._outbox, self._inbox = outbox, inbox
+
+    @classmethod
+    def pair(cls) -> tuple[InprocLane, InprocLane]:
+        one: queue.Queue = queue.Queue()
+        other: queue.Queue = queue.Queue()
+        return cls(one, other), cls(other, one)
+
+    def send(self, message: Message) -> None:
+        self._outbox.put(encode(message))
+
+    def receive(self, timeout_s: float) -> Message | None:
+        try:
+            return decode(self._inbox.get(block=timeout_s > 0, timeout=timeout_s or None))
+        except queue.Empty:
+            return None
+
+    def close(self) -> None:
+        return
+
+
+class ZmqLane:
+    """A PAIR socket; msgpack inside. The two ends know each other: ipc in a private folder, or
+    loopback or cluster-internal tcp."""
+
+    def __init__(self, socket: zmq.Socket):
+        self._socket = socket
+
+    @classmethod
+    def bind(cls, endpoint: str) -> tuple[ZmqLane, str]:
+        """A lane and the endpoint the other end connects to (``tcp://host:*`` gets a port)."""
+        socket = _socket()
+        socket.bind(endpoint)
+        return cls(socket), socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    @classmethod
+    def connect(cls, endpoint: str) -> ZmqLane:
+        socket = _socket()
+        socket.connect(endpoint)
+        return cls(socket)
+
+    def send(self, message: Message) -> None:
+        self._socket.send(encode(message))
+
+    def receive(self, timeout_s: float) -> Message | None:
+        if not self._socket.poll(int(timeout_s * 1000)):
+            return None
+        return decode(self._socket.recv())
+
+    def close(self) -> None:
+        self._socket.close(linger=500)
+
+
+def _socket() -> zmq.Socket:
+    socket = zmq.Context.instance().socket(zmq.PAIR)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    socket.setsockopt(zmq.LINGER, 500)
+    return socket

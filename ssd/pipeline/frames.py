@@ -1,0 +1,129 @@
+"""The wire layout of a round, declared once. All frames are flat int32 of fixed size.
+
+::
+
+    outcome frame (verifier → draft)      header(4) · rows [B, 3]: state, node u, bonus t
+    speculation frame (draft → verifier)  header(4) · guesses [B, N] · trees [B, N, W - 1]
+    tree frame (draft → verifier, jit)    header(4) · trees [B, W - 1]
+
+The header is magic, round, and two words of the frame's own: the outcome frame carries how many
+control messages must have been applied and what comes next, the draft's frames carry how long
+drafting took (µs) and 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from ..errors import LinkError
+
+MAGIC = 0x55D00001
+MAGIC_INT32 = MAGIC - 2**32 if MAGIC >= 2**31 else MAGIC
+HEADER = 4
+
+
+class Next(IntEnum):
+    """What follows an exchange."""
+
+    ROUND = 0
+    IDLE = 1
+    """Nothing speculates any more: wait for control messages."""
+    STOP = 2
+
+
+class RowState(IntEnum):
+    """Of one slot, in the outcome frame."""
+
+    EMPTY = 0
+    """No request, or one that does not speculate."""
+    ACTIVE = 1
+    FINISHED = 2
+    """The request ended with this round: forget the slot."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutcomeFrame:
+    round: int
+    control_count: int
+    next: Next
+    states: Tensor
+    """``[B]`` int64 of ``RowState``."""
+    nodes: Tensor
+    """``[B]`` int64, u."""
+    bonus: Tensor
+    """``[B]`` int64, t."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpeculationSet:
+    """A speculation per forecast outcome. Guess and tree of branch n answer node ``nodes[n]`` of
+    the forecast plan, which both sides know."""
+
+    guesses: Tensor
+    """``[B, N]`` int64 bonus tokens; ``ABSENT`` where no branch was prepared."""
+    trees: Tensor
+    """``[B, N, W - 1]`` int64 node tokens below the bonus; ``ABSENT`` where there is none."""
+
+
+class Frames:
+    """Packs and unpacks the frames of one pipeline: batch B, branches N, tree nodes W."""
+
+    def __init__(self, *, batch: int, branches: int, nodes: int):
+        self.batch, self.branches, self.nodes = batch, branches, nodes
+        self.outcome_size = HEADER + batch * 3
+        self.speculation_size = HEADER + batch * branches * nodes
+        self.tree_size = HEADER + batch * (nodes - 1)
+
+    def new(self, size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.int32)
+
+    def pack_outcome(self, frame: OutcomeFrame) -> Tensor:
+        rows = torch.stack([frame.states, frame.nodes, frame.bonus], dim=1)
+        return _pack(rows, frame.round, frame.control_count, frame.next)
+
+    def unpack_outcome(self, raw: Tensor, round: int) -> OutcomeFrame:
+        control_count, next_ = _check(raw, round)
+        rows = raw[HEADER:].view(self.batch, 3).long()
+        return OutcomeFrame(
+            round=round, control_count=control_count, next=Next(next_), states=rows[:, 0], nodes=rows[:, 1],
+            bonus=rows[:, 2],
+        )
+
+    def pack_speculation(self, speculation: SpeculationSet, round: int, spent_us: int) -> Tensor:
+        body = torch.cat([speculation.guesses.flatten(), speculation.trees.flatten()])
+        return _pack(body, round, spent_us, 0)
+
+    def unpack_speculation(self, raw: Tensor, round: int) -> tuple[SpeculationSet, int]:
+        """The set and the draft's time in µs."""
+        spent_us, _ = _check(raw, round)
+        body, cut = raw[HEADER:].long(), self.batch * self.branches
+        return SpeculationSet(
+            guesses=body[:cut].view(self.batch, self.branches),
+            trees=body[cut:].view(self.batch, self.branches, self.nodes - 1),
+        ), spent_us
+
+    def pack_trees(self, trees: Tensor, round: int, spent_us: int) -> Tensor:
+        return _pack(trees, round, spent_us, 0)
+
+    def unpack_trees(self, raw: Tensor, round: int) -> tuple[Tensor, int]:
+        """``[B, W - 1]`` int64 and the draft's time in µs."""
+        spent_us, _ = _check(raw, round)
+        return raw[HEADER:].view(self.batch, self.nodes - 1).long(), spent_us
+
+
+def _pack(body: Tensor, round: int, first: int, second: int) -> Tensor:
+    header = torch.tensor([MAGIC_INT32, round & 0x7FFFFFFF, first, second], dtype=torch.int32)
+    return torch.cat([header, body.flatten().to(torch.int32)])
+
+
+def _check(raw: Tensor, round: int) -> tuple[int, int]:
+    magic, got, first, second = raw[:HEADER].tolist()
+    if magic != MAGIC_INT32:
+        raise LinkError("the other side of the link does not speak this version's frames")
+    if got != round & 0x7FFFFFFF:
+        raise LinkError(f"the link is out of step: round {got} where {round} was due")
+    return first, second

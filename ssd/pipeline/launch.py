@@ -1,0 +1,116 @@
+"""Launching a pipeline: in this process (threads) or as local processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Protocol
+
+from ..errors import WorkerError
+from .build import Plan
+from .control import ControlLane, InprocLane, ZmqLane
+from .messages import Shutdown
+
+LEAVE_S = 10.0
+
+
+class Pipeline(Protocol):
+    """A launched pipeline, seen from the front."""
+
+    lanes: dict[str, ControlLane]
+    """By role: ``verifier``, and ``draft`` if there is one."""
+
+    def check(self) -> list[str]:
+        """Roles whose worker is gone."""
+
+    def close(self) -> None:
+        """Ask the workers to leave, and see that they do."""
+
+
+def roles(plan: Plan) -> tuple[str, ...]:
+    return ("verifier",) if plan.config.draft is None else ("verifier", "draft")
+
+
+class InprocPipeline:
+    """Workers as threads; for tests and debugging. Pinning is ignored."""
+
+    def __init__(self, plan: Plan):
+        from .serve import run_draft, run_verifier
+
+        config = plan.config
+        loose = {"target": config.target.model_copy(update={"cores": None})}
+        if config.draft is not None:
+            loose["draft"] = config.draft.model_copy(update={"cores": None})
+        plan = Plan(config=config.model_copy(update=loose), vocabulary=plan.vocabulary, ends=plan.ends)
+        self.lanes: dict[str, ControlLane] = {}
+        self._threads: dict[str, threading.Thread] = {}
+        for role in roles(plan):
+            self.lanes[role], theirs = InprocLane.pair()
+            run = run_verifier if role == "verifier" else run_draft
+            thread = threading.Thread(target=run, args=(plan, theirs), name=f"ssd-{role}", daemon=True)
+            self._threads[role] = thread
+            thread.start()
+
+    def check(self) -> list[str]:
+        return [role for role, thread in self._threads.items() if not thread.is_alive()]
+
+    def close(self) -> None:
+        for lane in self.lanes.values():
+            lane.send(Shutdown())
+        for thread in self._threads.values():
+            thread.join(LEAVE_S)
+
+
+class LocalPipeline:
+    """Workers as processes of this machine. They leave when this process does, however it ends."""
+
+    def __init__(self, plan: Plan):
+        # A folder only we can enter holds the sockets.
+        self._folder = tempfile.TemporaryDirectory(prefix="ssd-front-")
+        self.lanes: dict[str, ControlLane] = {}
+        self._processes: dict[str, subprocess.Popen] = {}
+        try:
+            for role in roles(plan):
+                lane, endpoint = ZmqLane.bind(f"ipc://{Path(self._folder.name) / role}")
+                self.lanes[role] = lane
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "ssd.pipeline.process"], stdin=subprocess.PIPE, start_new_session=True
+                )
+                self._processes[role] = process
+                orders = {"role": role, "front": endpoint, "plan": plan.to_dict()}
+                assert process.stdin is not None
+                process.stdin.write(json.dumps(orders).encode() + b"\n")
+                process.stdin.flush()
+        except OSError as error:
+            self.close()
+            raise WorkerError(f"could not start the workers: {error}") from error
+
+    @property
+    def pids(self) -> dict[str, int]:
+        return {role: process.pid for role, process in self._processes.items()}
+
+    def check(self) -> list[str]:
+        return [role for role, process in self._processes.items() if process.poll() is not None]
+
+    def close(self) -> None:
+        for role, lane in self.lanes.items():
+            if self._processes[role].poll() is None:
+                lane.send(Shutdown())
+        for process in self._processes.values():
+            if process.stdin is not None:
+                process.stdin.close()
+        for process in self._processes.values():
+            for end in (lambda: None, process.terminate, process.kill):
+                end()
+                try:
+                    process.wait(LEAVE_S)
+                    break
+                except subprocess.TimeoutExpired:
+                    continue
+        for lane in self.lanes.values():
+            lane.close()
+        self._folder.cleanup()

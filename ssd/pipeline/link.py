@@ -1,0 +1,173 @@
+"""The link between draft and verifier: fixed-size tensors, one grouped exchange per round.
+
+Both sides post the exchange together, so neither waits for the other to have sent; nothing
+stays pending between exchanges. Every wait has a deadline.
+"""
+
+from __future__ import annotations
+
+import datetime
+import queue
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import LinkError
+
+
+def _nothing() -> None:
+    return
+
+
+class Link(Protocol):
+    """A private two-ended channel.
+
+    Raises (all methods but close):
+        LinkError: the other end is gone or missed the deadline; the link is then dead.
+    """
+
+    def exchange(self, outgoing: Tensor, incoming: Tensor, meanwhile: Callable[[], None] = _nothing) -> None:
+        """Send one frame and receive one, as one group; ``meanwhile`` runs once both are
+        under way."""
+
+    def send(self, outgoing: Tensor) -> None: ...
+
+    def receive(self, incoming: Tensor) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class InprocLink:
+    """Both ends in one process: the twin of the real ones."""
+
+    def __init__(self, outbox: queue.Queue, inbox: queue.Queue, timeout_s: float):
+        self._outbox, self._inbox, self._timeout_s = outbox, inbox, timeout_s
+        self._dead = False
+
+    @classmethod
+    def pair(cls, timeout_s: float = 60.0) -> tuple[InprocLink, InprocLink]:
+        one: queue.Queue = queue.Queue()
+        other: queue.Queue = queue.Queue()
+        return cls(one, other, timeout_s), cls(other, one, timeout_s)
+
+    def exchange(self, outgoing: Tensor, incoming: Tensor, meanwhile: Callable[[], None] = _nothing) -> None:
+        self.send(outgoing)
+        meanwhile()
+        self.receive(incoming)
+
+    def send(self, outgoing: Tensor) -> None:
+        if self._dead:
+            raise LinkError("the link is closed")
+        self._outbox.put(outgoing.clone())
+
+    def receive(self, incoming: Tensor) -> None:
+        if self._dead:
+            raise LinkError("the link is closed")
+        try:
+            frame = self._inbox.get(timeout=self._timeout_s)
+        except queue.Empty:
+            self._dead = True
+            raise LinkError(f"the other end sent nothing for {self._timeout_s:g} s") from None
+        if frame is None:
+            self._dead = True
+            raise LinkError("the other end closed the link")
+        if frame.shape != incoming.shape:
+            raise LinkError(f"a frame of {frame.numel()} words came where {incoming.numel()} were due")
+        incoming.copy_(frame)
+
+    def close(self) -> None:
+        if not self._dead:
+            self._dead = True
+            self._outbox.put(None)
+
+
+class GlooLink:
+    """Two ranks over gloo (CPU tensors), in a group of their own beside any WORLD."""
+
+    def __init__(self, store: dist.Store, rank: int, timeout_s: float):
+        self._peer = 1 - rank
+        try:
+            self._group = dist.ProcessGroupGloo(store, rank, 2, datetime.timedelta(seconds=timeout_s))
+        except RuntimeError as error:
+            raise LinkError(f"could not link draft and verifier: {_first_line(error)}") from error
+
+    def exchange(self, outgoing: Tensor, incoming: Tensor, meanwhile: Callable[[], None] = _nothing) -> None:
+        # Receive first: gloo's blocking send is not buffered, two senders would wait forever.
+        try:
+            receiving = self._group.recv([incoming], self._peer, 0)
+            sending = self._group.send([outgoing], self._peer, 0)
+            meanwhile()
+            receiving.wait()
+            sending.wait()
+        except RuntimeError as error:
+            raise LinkError(f"exchange failed: {_first_line(error)}") from error
+
+    def send(self, outgoing: Tensor) -> None:
+        try:
+            self._group.send([outgoing], self._peer, 0).wait()
+        except RuntimeError as error:
+            raise LinkError(f"send failed: {_first_line(error)}") from error
+
+    def receive(self, incoming: Tensor) -> None:
+        try:
+            self._group.recv([incoming], self._peer, 0).wait()
+        except RuntimeError as error:
+            raise LinkError(f"receive failed: {_first_line(error)}") from error
+
+    def close(self) -> None:
+        self._group = None  # its sockets close with it
+
+
+class NcclLink:
+    """Two ranks over NCCL (frames live on each rank's GPU), one communicator of their own.
+
+    Sends and receives of an exchange are coalesced into one group launch, the only order in
+    which NCCL cannot deadlock two peers (NCCL user guide, point-to-point).
+    """
+
+    def __init__(self, store: dist.Store, rank: int, timeout_s: float, device: torch.device):
+        self._peer, self._device = 1 - rank, device
+        self._timeout = datetime.timedelta(seconds=timeout_s)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = self._timeout
+        try:
+            self._group = dist.ProcessGroupNCCL(store, rank, 2, options)
+        except RuntimeError as error:
+            raise LinkError(f"could not link draft and verifier: {_first_line(error)}") from error
+
+    def exchange(self, outgoing: Tensor, incoming: Tensor, meanwhile: Callable[[], None] = _nothing) -> None:
+        staged, landing = outgoing.to(self._device, non_blocking=True), incoming.to(self._device, non_blocking=True)
+        try:
+            self._group._start_coalescing(self._device)
+            self._group.send([staged], self._peer, 0)
+            self._group.recv([landing], self._peer, 0)
+            work = self._group._end_coalescing(self._device)
+            meanwhile()
+            work.wait(self._timeout)
+            incoming.copy_(landing)
+        except RuntimeError as error:
+            raise LinkError(f"exchange failed: {_first_line(error)}") from error
+
+    def send(self, outgoing: Tensor) -> None:
+        try:
+            self._group.send([outgoing.to(self._device)], self._peer, 0).wait(self._timeout)
+        except RuntimeError as error:
+            raise LinkError(f"send failed: {_first_line(error)}") from error
+
+    def receive(self, incoming: Tensor) -> None:
+        landing = incoming.to(self._device)
+        try:
+            self._group.recv([landing], self._peer, 0).wait(self._timeout)
+            incoming.copy_(landing)
+        except RuntimeError as error:
+            raise LinkError(f"receive failed: {_first_line(error)}") from error
+
+    def close(self) -> None:
+        self._group.abort()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

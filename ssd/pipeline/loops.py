@@ -1,0 +1,252 @@
+"""Thin loops: they move frames and messages, the workers decide.
+
+The spine of the project: one iteration of ``verifier_loop`` is a round, and ``draft_loop`` is
+its other half.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+
+import torch
+
+from ..errors import LinkError, PipelineError
+from ..params import SpeculationRecord
+from .control import ControlLane
+from .draft import DraftWorker
+from .frames import Frames, Next, OutcomeFrame, RowState, SpeculationSet
+from .link import Link
+from .messages import Admit, Cancel, Committed, Failed, Finished, GetTimings, Shutdown, Submit, Timings
+from .verifier import VerifierWorker, Verdict
+
+IDLE_POLL_S = 0.5
+TIMED_ROUNDS = 4096
+
+
+def draft_loop(
+    worker: DraftWorker, link: Link, lane: ControlLane, *, jit: bool, timeout_s: float,
+    alive: Callable[[], bool] = lambda: True,
+) -> None:
+    """Serve the verifier until it says stop, the link breaks or nobody is alive to serve.
+
+    Args:
+        lane: from the verifier. jit: draft at once for ``ssd`` rows that missed.
+        timeout_s: how long an announced control message may take to arrive.
+
+    Raises:
+        LinkError: the verifier vanished in mid-round.
+        PipelineError: an announced message did not come.
+    """
+    frames = Frames(batch=len(worker.rows), branches=worker.forecast.budget, nodes=worker.shape.nodes)
+    incoming = frames.new(frames.outcome_size)
+    applied = round_number = 0
+
+    def apply(message: object) -> bool:
+        """False: shut down."""
+        nonlocal applied
+        if isinstance(message, Admit):
+            worker.admit(message)
+            applied += 1
+        return not isinstance(message, Shutdown)
+
+    idle = True
+    while True:
+        if idle:
+            message = lane.receive(IDLE_POLL_S)
+            if message is None:
+                if not alive():
+                    return
+                continue
+            if not apply(message):
+                return
+            idle = False
+        began = time.perf_counter()
+        speculation = worker.speculate()
+        spent_us = int((time.perf_counter() - began) * 1e6)
+        link.exchange(frames.pack_speculation(speculation, round_number, spent_us), incoming)
+        frame = frames.unpack_outcome(incoming, round_number)
+        while applied < frame.control_count:
+            message = lane.receive(timeout_s)
+            if message is None:
+                raise PipelineError(f"a control message announced by the verifier did not come in {timeout_s:g} s")
+            if not apply(message):
+                return
+        hit = worker.commit(frame, speculation)
+        if frame.next is Next.STOP:
+            return
+        idle = frame.next is Next.IDLE
+        if not idle:
+            missed = worker.waiting(frame.states == RowState.ACTIVE, hit, jit=jit)
+            if missed.any():
+                began = time.perf_counter()
+                drafted = worker.draft_now(missed)
+                spent_us = int((time.perf_counter() - began) * 1e6)
+                link.send(frames.pack_trees(drafted, round_number, spent_us))
+        round_number += 1
+
+
+class RoundTimer:
+    """Durations of recent rounds, in seconds."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=TIMED_ROUNDS))
+
+    def add(self, name: str, seconds: float) -> None:
+        self._seconds[name].append(seconds)
+
+    def take(self, *, reset: bool) -> Timings:
+        medians = {
+            f"{name}_ms": statistics.median(self._seconds[name]) * 1e3 if self._seconds[name] else None
+            for name in ("round", "hit_round", "forward", "draft")
+        }
+        if reset:
+            self._seconds.clear()
+        return Timings(**medians)
+
+
+class DraftSide:
+    """The verifier's half of link and lane to the draft, and whether the draft is in a round."""
+
+    def __init__(self, link: Link, lane: ControlLane, frames: Frames):
+        self.link, self.lane, self.frames = link, lane, frames
+        self.in_round = False
+        self.round = self.told = 0
+        self._speculation = frames.new(frames.speculation_size)
+        self._trees = frames.new(frames.tree_size)
+
+    def tell(self, message: Admit) -> None:
+        self.lane.send(message)
+        self.told += 1
+        self.in_round = True
+
+    def exchange(
+        self, verdict: Verdict, next_: Next, meanwhile: Callable[[], None] = lambda: None
+    ) -> tuple[SpeculationSet, int]:
+        frame = OutcomeFrame(
+            round=self.round, control_count=self.told, next=next_, states=verdict.states,
+            nodes=verdict.outcome.node, bonus=verdict.outcome.bonus,
+        )
+        self.link.exchange(self.frames.pack_outcome(frame), self._speculation, meanwhile)
+        return self.frames.unpack_speculation(self._speculation, self.round)
+
+    def receive_trees(self) -> tuple[torch.Tensor, int]:
+        self.link.receive(self._trees)
+        return self.frames.unpack_trees(self._trees, self.round)
+
+    def stop(self) -> None:
+        self.lane.send(Shutdown())
+        self.link.close()
+
+
+def verifier_loop(
+    worker: VerifierWorker, front: ControlLane, draft: DraftSide | None, *,
+    alive: Callable[[], bool] = lambda: True,
+) -> None:
+    """Serve requests from the front until it says shut down or is gone."""
+    if draft is None:
+        worker.drafting = False
+    timer = RoundTimer()
+    last_end: float | None = None
+    while True:
+        quiet = worker.idle and not (draft is not None and draft.in_round)
+        message = front.receive(IDLE_POLL_S if quiet else 0)
+        while message is not None:
+            if isinstance(message, Shutdown):
+                if draft is not None:
+                    draft.stop()
+                return
+            _answer(worker, front, timer, message)
+            message = front.receive(0)
+        if not alive():
+            return
+        admitted = worker.admit()
+        for _, told in admitted:
+            if told is not None and draft is not None:
+                draft.tell(told)
+        for slot, _ in admitted:  # after telling the draft: both prefill side by side
+            worker.prefill(slot)
+        if worker.idle and not (draft is not None and draft.in_round):
+            last_end = None
+            continue
+        if admitted:
+            last_end = None
+        verdict = worker.verify()
+        timer.add("forward", verdict.forward_s)
+        all_hit = False
+        try:
+            all_hit = _finish_round(worker, front, draft, verdict, timer)
+        except LinkError as error:
+            worker.lose_draft()
+            worker.advance(verdict, None)
+            draft.link.close() if draft is not None else None
+            draft = None
+            front.send(Failed(role="draft", message=str(error), degraded=True))
+        now = worker.clock()
+        if last_end is not None:
+            timer.add("round", now - last_end)
+            if all_hit:
+                timer.add("hit_round", now - last_end)
+        last_end = now
+
+
+def _finish_round(
+    worker: VerifierWorker, front: ControlLane, draft: DraftSide | None, verdict: Verdict, timer: RoundTimer
+) -> bool:
+    """Exchange, look up, report. True if every speculating row hit."""
+
+    def report() -> None:
+        _report(front, verdict, worker)
+
+    if draft is None or not draft.in_round:
+        worker.advance(verdict, None)
+        report()
+        return False
+    next_ = Next.ROUND if worker.speculating else Next.IDLE
+    reported = False
+
+    def meanwhile() -> None:
+        nonlocal reported
+        reported = True
+        report()
+
+    try:
+        speculation, spent_us = draft.exchange(verdict, next_, meanwhile)
+    finally:
+        if not reported:
+            report()
+    timer.add("draft", spent_us / 1e6)
+    missed = worker.advance(verdict, speculation)
+    draft.in_round = next_ is Next.ROUND
+    waiting = bool(missed.any())
+    if waiting and draft.in_round:
+        drafted, _ = draft.receive_trees()
+        worker.fill(missed, drafted)
+    draft.round += 1
+    return not waiting and worker.speculating
+
+
+def _report(front: ControlLane, verdict: Verdict, worker: VerifierWorker) -> None:
+    for commit in verdict.commits:
+        front.send(Committed(request=commit.request, tokens=commit.tokens, accepted=commit.accepted))
+        if commit.finished is not None:
+            sequence = commit.sequence
+            front.send(
+                Finished(
+                    request=commit.request, reason=commit.finished, record=sequence.record,
+                    decode_s=worker.clock() - sequence.started_s,
+                )
+            )
+
+
+def _answer(worker: VerifierWorker, front: ControlLane, timer: RoundTimer, message: object) -> None:
+    if isinstance(message, Submit):
+        worker.submit(message)
+    elif isinstance(message, GetTimings):
+        front.send(timer.take(reset=message.reset))
+    elif isinstance(message, Cancel):
+        row = worker.cancel(message.request)
+        record = row.record if row is not None else SpeculationRecord()
+        front.send(Finished(request=message.request, reason="cancelled", record=record, decode_s=0.0))

@@ -1,0 +1,149 @@
+"""Control messages: what crosses process borders outside the rounds.
+
+Frozen values, encoded as msgpack maps with a ``type`` key, validated on arrival. Lengths are
+bounded before anything is allocated; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+from ..errors import PipelineError
+from ..params import FinishReason, SamplingParams, SpeculationRecord
+
+MAX_MESSAGE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submit:
+    """Front → verifier: a request."""
+
+    request: int
+    prompt: list[int]
+    params: SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cancel:
+    """Front → verifier."""
+
+    request: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Admit:
+    """Verifier → draft: a speculating request took a slot."""
+
+    slot: int
+    tokens: list[int]
+    """All that is known of the sequence; the last one is the first root."""
+    params: SamplingParams
+    forecasts: bool
+    """Prepare for its outcomes (``ssd``), or only draft when it waits (``sd``)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shutdown:
+    """Front → verifier → draft."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GetTimings:
+    """Front → verifier. ``reset`` starts a new window."""
+
+    reset: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timings:
+    """Verifier → front: medians (ms) since the last reset; None where nothing was timed."""
+
+    round_ms: float | None
+    hit_round_ms: float | None
+    forward_ms: float | None
+    draft_ms: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Committed:
+    """Verifier → front: tokens that became certain in one round."""
+
+    request: int
+    tokens: list[int]
+    accepted: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """Verifier → front."""
+
+    request: int
+    reason: FinishReason
+    record: SpeculationRecord
+    decode_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ready:
+    """Worker → front: models are loaded and warm."""
+
+    role: str
+    info: dict
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failed:
+    """Worker → front: it cannot go on. ``usage``: the user's to mend. ``degraded``: the
+    verifier goes on without its draft."""
+
+    role: str
+    message: str
+    usage: bool = False
+    degraded: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hello:
+    """Worker → front: it is up, and where its side of the link is (verifier only)."""
+
+    role: str
+    rendezvous: dict | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Welcome:
+    """Front → worker: where to meet the other worker."""
+
+    rendezvous: dict
+
+
+Message = (
+    Submit | Cancel | Admit | Shutdown | GetTimings | Timings | Committed | Finished | Ready | Failed | Hello | Welcome
+)
+_TYPES = {cls.__name__: cls for cls in Message.__args__}
+_NESTED = {"params": SamplingParams, "record": SpeculationRecord}
+
+
+def encode(message: Message) -> bytes:
+    body = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
+    for name in _NESTED.keys() & body.keys():
+        body[name] = dataclasses.asdict(body[name])
+    return msgpack.packb({"type": type(message).__name__, **body})
+
+
+def decode(raw: bytes) -> Message:
+    """Raises: PipelineError on anything that is not one of the messages above."""
+    if len(raw) > MAX_MESSAGE_BYTES:
+        raise PipelineError(f"a control message of {len(raw)} bytes; at most {MAX_MESSAGE_BYTES} are allowed")
+    try:
+        body: dict[str, Any] = msgpack.unpackb(raw, max_ext_len=0, max_bin_len=0)
+        cls = _TYPES[body.pop("type")]
+        for name in _NESTED.keys() & body.keys():
+            body[name] = _NESTED[name](**body[name])
+        return cls(**body)
+    except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as error:
+        raise PipelineError(f"not a control message: {error}") from error

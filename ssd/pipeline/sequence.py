@@ -1,0 +1,57 @@
+"""One request inside the verifier: its tokens and when it ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..params import FinishReason, Method, SamplingParams, SpeculationRecord
+
+
+@dataclass(kw_only=True, slots=True)
+class Sequence:
+    request: int
+    params: SamplingParams
+    method: Method
+    tokens: list[int]
+    """Prompt and generated, the root excluded."""
+    root: int
+    """Last certain token; it has no keys and values yet."""
+    prompt_length: int
+    context_limit: int
+    """Tokens, prompt included, at which it ends."""
+    ends: frozenset[int]
+    """Token ids that end it."""
+    started_s: float = 0.0
+    record: SpeculationRecord = field(default_factory=SpeculationRecord)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) + 1 - self.prompt_length
+
+    def commit(self, path: list[int], bonus: int) -> tuple[list[int], FinishReason | None]:
+        """Append a round's tokens: accepted ones and the bonus.
+
+        Returns:
+            the tokens that count (cut after the one that ended the request) and why it ended.
+        """
+        emitted: list[int] = []
+        for token in (*path, bonus):
+            self.tokens.append(self.root)
+            self.root = token
+            emitted.append(token)
+            if token in self.ends:
+                return emitted, "stop"
+            if self.generated >= self.params.max_tokens or len(self.tokens) + 1 >= self.context_limit:
+                return emitted, "length"
+        return emitted, None
+
+    def observe(self, drafted: int, accepted: int) -> None:
+        """Count one round."""
+        record = self.record
+        record.rounds += 1
+        record.tokens += accepted + 1
+        record.drafted += drafted
+        record.accepted += accepted
+        missing = accepted + 1 - len(record.accepted_histogram)
+        record.accepted_histogram.extend([0] * missing)
+        record.accepted_histogram[accepted] += 1

@@ -1,0 +1,88 @@
+"""A worker's whole life, the same under every launch: build, meet, loop, leave."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+
+from ..errors import LinkError, PipelineError, UsageError
+from .build import Plan, build_draft, build_verifier, pin
+from .control import ControlLane
+from .loops import DraftSide, draft_loop, verifier_loop
+from .messages import Failed, Hello, Ready, Shutdown, Welcome
+from .rendezvous import Rendezvous, VerifierSide, draft_side, link_kind
+
+WAIT_S = 0.5
+
+
+def run_verifier(
+    plan: Plan, front: ControlLane, *, host: str = "127.0.0.1", alive: Callable[[], bool] = lambda: True
+) -> None:
+    """Open the meeting place, say where it is, build the model, link, serve."""
+
+    def body() -> None:
+        config, side, draft = plan.config, None, None
+        pin(config.target.cores)
+        try:
+            if config.draft is not None:
+                kind = link_kind(config.target.device, config.draft.device)
+                side = VerifierSide(
+                    host=host, kind=kind, device=config.target.device, timeout_s=config.engine.start_timeout_s
+                )
+                front.send(Hello(role="verifier", rendezvous=side.rendezvous.to_dict()))
+            worker, info = build_verifier(plan)
+            if side is not None:
+                draft = DraftSide(side.link(), side.lane, plan.frames())
+            front.send(Ready(role="verifier", info=info))
+            verifier_loop(worker, front, draft, alive=alive)
+        finally:
+            if side is not None:
+                side.close()
+
+    _report_failure("verifier", front, body)
+
+
+def run_draft(plan: Plan, front: ControlLane, *, alive: Callable[[], bool] = lambda: True) -> None:
+    """Wait to be told where the verifier is, build the model, link, serve."""
+
+    def body() -> None:
+        config = plan.config
+        assert config.draft is not None
+        pin(config.draft.cores)
+        front.send(Hello(role="draft"))
+        message = None
+        while message is None:
+            if not alive():
+                return
+            message = front.receive(WAIT_S)
+        if isinstance(message, Shutdown):
+            return
+        if not isinstance(message, Welcome):
+            raise PipelineError(f"the draft was sent {type(message).__name__} where Welcome was due")
+        worker, info = build_draft(plan)
+        link, lane = draft_side(
+            Rendezvous(**message.rendezvous), timeout_s=config.engine.start_timeout_s, device=config.draft.device
+        )
+        front.send(Ready(role="draft", info=info))
+        try:
+            draft_loop(worker, link, lane, jit=plan.jit, timeout_s=config.engine.link_timeout_s, alive=alive)
+        except LinkError:
+            # The verifier left: between rounds it says so, in mid-round the link breaks.
+            return
+        finally:
+            link.close()
+            lane.close()
+
+    _report_failure("draft", front, body)
+
+
+def _report_failure(role: str, front: ControlLane, body: Callable[[], None]) -> None:
+    try:
+        body()
+    except UsageError as error:
+        front.send(Failed(role=role, message=str(error), usage=True))
+    except KeyboardInterrupt:
+        return
+    except Exception as error:
+        detail = traceback.format_exc(limit=-3)
+        front.send(Failed(role=role, message=f"{type(error).__name__}: {error}\n{detail}"))
