@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from pair.data import KINDS
 from pair.evaluate import GRAM, NEW, PROMPT, continue_text, evaluate, live_positions, ticks
 from pair.recipe import SEQUENCE, Recipe
 
@@ -59,11 +60,7 @@ def describe(recipe: Recipe, out: Path, role: str, model: LlamaForCausalLM, log:
     stage = getattr(recipe, role)
     size = model.config
     steps = log[-1]["step"]
-    losses = (
-        ("heldout_code", "heldout_prose")
-        if role == "target"
-        else ("agree_code", "agree_prose", "overlap_code", "overlap_prose")
-    )
+    measures = {"target": ("heldout",), "draft": ("agree", "overlap")}[role]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "bytes": sum(path.stat().st_size for path in (out / role).glob("*.safetensors")),
@@ -75,7 +72,7 @@ def describe(recipe: Recipe, out: Path, role: str, model: LlamaForCausalLM, log:
         "steps_planned": stage.steps,
         "training_tokens": steps * stage.rows * SEQUENCE,
         "training_loss": sum(r["loss"] for r in log[-20:]) / len(log[-20:]),
-        **{key: last(log, key) for key in losses},
+        **{f"{measure}_{kind}": last(log, f"{measure}_{kind}") for measure in measures for kind in KINDS},
     }
 
 

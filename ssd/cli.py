@@ -130,8 +130,10 @@ def generate(
             sys.stdout.write(event.text)
             sys.stdout.flush()
             output = event.output or output
+        degraded = llm.degraded
     sys.stdout.write("\n")
     sys.stdout.flush()
+    _warn(degraded)
     if output is not None:
         typer.echo(_statistics(output), err=True)
 
@@ -188,12 +190,13 @@ def compare(
             seed=seed,
             max_tokens=max_tokens,
             repeat=repeat,
-            lookahead=settings.speculation.lookahead,
             progress=progress,
         )
+        degraded = llm.degraded
     if demo:
         _print_answers(comparison, console)
     print_comparison(comparison, console)
+    _warn(degraded)
     if json_file is not None:
         json_file.write_text(json.dumps(comparison.to_json(), indent=2) + "\n", encoding="utf-8")
     if not comparison.identical_all:
@@ -240,6 +243,12 @@ def _settings(config: str, overrides: list[str] | None, *, models_needed: bool =
             if model is not None:
                 resolve_model_path(model.model)
     return settings
+
+
+def _warn(degraded: str | None) -> None:
+    """Say that the draft was lost on the way: the tokens hold, the speed does not."""
+    if degraded:
+        typer.echo(f"warning: without a draft: {' '.join(degraded.split())}", err=True)
 
 
 def _statistics(output: RequestOutput) -> str:

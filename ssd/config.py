@@ -37,8 +37,8 @@ class ModelConfig(_Section):
     model: str = Field(min_length=1)
     """``embedded/target``, ``embedded/draft`` or a local folder."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = Field("cpu", min_length=1)
-    cores: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1)
+    device: str = Field(default="cpu", min_length=1)
+    cores: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
     """CPU cores the worker is pinned to; none leaves it to the system."""
     compile: Literal["auto"] | bool = "auto"
 
@@ -46,12 +46,12 @@ class ModelConfig(_Section):
 class ForecastConfig(_Section):
     """Which outcomes the draft prepares for."""
 
-    budget: int = Field(12, ge=1, le=256)
+    budget: int = Field(default=12, ge=1, le=256)
     """Branches N = ΣF_u the draft prepares each round."""
     shape: Literal["uniform", "geometric"] = "geometric"
-    acceptance: Number = Field(0.7, gt=0, lt=1)
+    acceptance: Number = Field(default=0.7, gt=0, lt=1)
     """Prior acceptance of a draft token, by which ``geometric`` weighs the nodes."""
-    power: Number = Field(1.5, gt=0)
+    power: Number = Field(default=1.5, gt=0)
     """Exponent r of the miss power law: at fan-out F a share F^-r of outcomes is missed."""
 
 
@@ -59,9 +59,9 @@ class SpeculationConfig(_Section):
     """How the draft speculates."""
 
     method: Literal["none", "sd", "ssd"] = "ssd"
-    lookahead: int = Field(4, ge=1, le=16)
+    lookahead: int = Field(default=4, ge=1, le=16)
     """K: draft tokens verified in a round."""
-    siblings: int = Field(0, ge=0, le=8)
+    siblings: int = Field(default=0, ge=0, le=8)
     """Next-best tokens beside the chain at each depth; 0 is a chain, more a comb."""
     forecast: ForecastConfig = ForecastConfig()
     fallback: Literal["jit", "none"] = "jit"
@@ -72,12 +72,12 @@ class SpeculationConfig(_Section):
 class EngineConfig(_Section):
     """Sizes and deadlines."""
 
-    max_batch: int = Field(1, ge=1, le=256)
-    max_model_len: int = Field(1024, ge=16)
+    max_batch: int = Field(default=1, ge=1, le=256)
+    max_model_len: int = Field(default=1024, ge=16)
     """Prompt and generated tokens together."""
-    prefill_chunk: int = Field(64, ge=8, le=2048)
-    link_timeout_s: Number = Field(60.0, gt=0)
-    start_timeout_s: Number = Field(600.0, gt=0)
+    prefill_chunk: int = Field(default=64, ge=8, le=2048)
+    link_timeout_s: Number = Field(default=60.0, gt=0)
+    start_timeout_s: Number = Field(default=600.0, gt=0)
 
 
 class Config(_Section):

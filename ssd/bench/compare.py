@@ -75,7 +75,7 @@ class Comparison:
     methods: tuple[Method, ...]
     seed: int
     temperature: float
-    lookahead: int | None
+    lookahead: int
     references: dict[str, RequestOutput]
     """Plain decoding's output, by prompt name."""
     tallies: dict[tuple[str, str], list[Tally]]
@@ -151,7 +151,6 @@ def compare(
     seed: int = 0,
     max_tokens: int = 128,
     repeat: int = 1,
-    lookahead: int | None = None,
     warmup_tokens: int = 16,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -159,9 +158,6 @@ def compare(
 
     ``none_fast`` and ``none`` always run. The order of the methods rotates from repeat to
     repeat. Before measuring, each method generates ``warmup_tokens`` that do not count.
-
-    Args:
-        lookahead: reported; by default what ``llm.info()`` says.
 
     Raises:
         RequestError: an unknown method, no prompts, or a prompt the model cannot take.
@@ -207,7 +203,7 @@ def compare(
         methods=order,
         seed=seed,
         temperature=temperature,
-        lookahead=llm.info().get("lookahead") if lookahead is None else lookahead,
+        lookahead=llm.config.speculation.lookahead,
         references=references,
         tallies=dict(tallies),
         timings_ms={method: {name: _median(samples[method, name]) for name in TIMINGS} for method in order},
@@ -264,8 +260,8 @@ def _order(methods: Sequence[str]) -> tuple[Method, ...]:
     for method in methods:
         if method not in METHODS:
             raise RequestError(f"method {method!r} is unknown; methods are {', '.join(METHODS)}")
-    rest = (method for method in METHODS if method in methods and method not in (BASELINE, REFERENCE))
-    return (BASELINE, REFERENCE, *rest)
+    speculative: tuple[Method, ...] = ("sd", "ssd")
+    return (BASELINE, REFERENCE, *(method for method in speculative if method in methods))
 
 
 def _merge(parts: Iterable[Tally]) -> Tally:

@@ -15,7 +15,7 @@ def comparison_table(comparison: Comparison) -> Table:
     data = comparison.to_json()
     table = Table(
         title=f"{data['prompts']} prompts, {data['tokens']} tokens, temperature {data['temperature']:g}, "
-        f"seed {data['seed']}, lookahead {number(data['lookahead'], 0)}",
+        f"seed {data['seed']}, lookahead {data['lookahead']}",
         title_justify="left",
     )
     table.add_column("method")

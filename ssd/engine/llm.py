@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import Config, load_config, resolve_model_path
 from ..errors import PipelineError, RequestError, UsageError, WorkerError
-from ..models.loading import load_tokenizer
+from ..models.loading import load_tokenizer, read_config
 from ..models.vocabulary import shared_vocabulary
 from ..params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent
 from ..pipeline.build import Plan, check_sizes
@@ -266,13 +266,13 @@ def make_plan(config: Config) -> tuple[Any, Plan]:
     Raises:
         UsageError: missing models, mismatched tokenizers.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     target = resolve_model_path(config.target.model)
     tokenizer = load_tokenizer(target)
 
     def head(folder: Path) -> int:
-        return AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().vocab_size
+        return read_config(folder).get_text_config().vocab_size
 
     sizes = [head(target)]
     other = tokenizer

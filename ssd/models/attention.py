@@ -58,8 +58,9 @@ def row_attention(
     scaling = dim**-0.5 if scaling is None else scaling
     query = (query * scaling).reshape(batch * shared, group * rows, dim)
 
-    parts_k, parts_v = _parts(key), _parts(value)
-    scores = torch.cat([torch.bmm(query, part.transpose(1, 2)) for part in parts_k], dim=-1).float()
+    # Scores sum over D, however many slots there are; only the values need the fixed order.
+    scores = torch.cat([torch.bmm(query, k.flatten(0, 1).transpose(1, 2)) for k in key[:2] if k is not None], dim=-1)
+    scores = scores.float()
     own_key = key.own.reshape(batch * shared, 1, rows, dim)
     own = (query.view(batch * shared, group, rows, dim).float() * own_key.float()).sum(-1)
     if softcap is not None:
@@ -74,7 +75,7 @@ def row_attention(
     own_value = value.own[:, :, None].expand(-1, -1, group, -1, -1).reshape(batch * shared, group * rows, -1)
     out = own_weight * own_value.float()
     start = 0
-    for part in parts_v:
+    for part in _blocks(value):
         share = weights[..., start : start + part.shape[1]]
         total = total + share.sum(-1, keepdim=True)
         out = out + torch.bmm(share.to(part.dtype), part).float()
@@ -83,7 +84,7 @@ def row_attention(
     return out.transpose(1, 2), None
 
 
-def _parts(states: RowStates) -> list[Tensor]:
+def _blocks(states: RowStates) -> list[Tensor]:
     """Blocks ``[B·H_kv, n, D]`` in the fixed order of summation: main, then scratch."""
     blocks = list(states.main.flatten(0, 1).split(BLOCK, dim=1))
     if states.scratch is not None:

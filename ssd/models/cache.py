@@ -44,7 +44,7 @@ class SlotCache:
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.layers: int = text.num_hidden_layers
         # Whole blocks: attention walks main in blocks of BLOCK slots.
-        self.main_slots = -(-main_slots // BLOCK) * BLOCK
+        self.capacity, self.main_slots = main_slots, -(-main_slots // BLOCK) * BLOCK
         self.scratch_slots = scratch_slots
 
         def zeros(slots: int) -> list[Tensor]:
@@ -63,10 +63,11 @@ class SlotCache:
         return CacheView(
             tuple([t[slot : slot + 1] for t in part] for part in self.main),
             tuple([t[slot : slot + 1] for t in part] for part in self.scratch),
+            self.capacity,
         )
 
     def all_rows(self) -> CacheView:
-        return CacheView(self.main, self.scratch)
+        return CacheView(self.main, self.scratch, self.capacity)
 
     def keep(self, batch: Tensor, scratch: Tensor, position: Tensor) -> None:
         """Copy scratch slots into main slots; all arguments are ``[n]`` int64."""
@@ -81,8 +82,8 @@ class CacheView:
     is_compileable = False
     is_sliding: tuple[bool, ...] = ()
 
-    def __init__(self, main: tuple, scratch: tuple):
-        self.main, self.scratch = main, scratch
+    def __init__(self, main: tuple, scratch: tuple, capacity: int):
+        self.main, self.scratch, self.capacity = main, scratch, capacity
 
     def prepare(self, *, main_slots: Tensor, scratch_slots: Tensor, attends_scratch: bool, context: int) -> None:
         """Where the rows of the coming forward go: the first ones to ``main_slots``

@@ -35,17 +35,19 @@ def load_model(folder: Path, *, dtype: str, device: str, max_positions: int) -> 
         ModelError: not a local folder with safetensors, needs remote code, or has layers that
             row attention over a slot cache would compute wrongly.
     """
-    _check_folder(folder)
     logging.disable_progress_bar()
-    config = _read_config(folder)
+    config = read_config(folder)
     check_supported(config, max_positions)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False,
-            use_safetensors=True, attn_implementation="eager",
+            use_safetensors=True, attn_implementation="eager", output_loading_info=True,
         )
     except Exception as error:
         raise ModelError(f"{folder}: cannot be loaded ({_first_line(error)})") from error
+    # transformers would draw them at random: other tokens at every start.
+    if absent := sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"]))):
+        raise ModelError(f"{folder}: the weights lack {', '.join(absent[:3])}{', ..' if len(absent) > 3 else ''}")
     if not getattr(model, "_supports_attention_backend", False):
         raise ModelError(f"{folder}: {type(model).__name__} does not accept an attention function from outside")
     return model.to(device).eval().requires_grad_(False)
@@ -75,6 +77,10 @@ def check_supported(config: PretrainedConfig, max_positions: int) -> None:
             f"{kind}: attention slides over {window} tokens, shorter than engine.max_model_len allows; "
             f"set engine.max_model_len so that {max_positions} positions become at most {window}"
         )
+    rope = getattr(text, "rope_parameters", None) or {}
+    moving = {p.get("rope_type") for p in (rope, *rope.values()) if isinstance(p, dict)} & {"dynamic", "longrope"}
+    if moving:
+        raise ModelError(f"{kind}: {moving.pop()} rotary embeddings change with the length of the text; not supported")
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and max_positions > positions:
         raise ModelError(
@@ -89,8 +95,13 @@ def _check_folder(folder: Path) -> None:
         raise ModelError(f"{folder} has no config.json; give the folder of a transformers model")
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
-    raw = json.loads((folder / "config.json").read_text())
+def read_config(folder: Path) -> PretrainedConfig:
+    """Raises: ModelError if the folder is not one this engine loads from."""
+    _check_folder(folder)
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: config.json cannot be read ({_first_line(error)})") from error
     if "auto_map" in raw:
         raise ModelError(f"{folder}: config.json asks for code of its own (auto_map); remote code is refused")
     if not list(folder.glob("*.safetensors")):

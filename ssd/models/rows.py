@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..decoding.tree import TreeShape
 
-BLOCK = 128
+BLOCK = 256
 """Main slots an attention block covers. Sums over slots go block by block in one order, so
 a longer context adds exact zeros and changes no bit (see ``attention``)."""
 

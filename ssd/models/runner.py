@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from .attention import NAME
 from .cache import CacheView, SlotCache
 from .rows import BLOCK, RowPlan
 
-FIRST_CONTEXT = 256
+FIRST_CONTEXT = 512
+"""Slots of the smallest context tier; each further tier is four times the last."""
 
 
 def can_compile() -> bool:
@@ -28,39 +30,40 @@ class ForwardRunner:
 
     Args:
         model: loaded by ``ssd.models.load``; its attention is replaced.
-        batch: B. capacity: largest position a row may take, plus one.
+        batch: B. capacity: tokens of a sequence. Rows beyond it (the end of a speculation, the
+            padding of a prompt's last chunk) are computed and mean nothing.
         prefill_chunk: tokens of one prefill forward; the same for every request, so that a
             prompt's keys are the same bits whatever else runs.
         vocabulary: logits beyond it (padding of the head) are cut off.
-        compile: compile decode forwards (``torch.compile``), one shape per plan and context.
-        whole_context: always attend over the whole capacity; saves compiled shapes.
+        compile: compile decode forwards (``torch.compile``), one shape per form and context.
     """
 
     def __init__(
         self, model: PreTrainedModel, *, batch: int, capacity: int, scratch_slots: int, prefill_chunk: int,
-        vocabulary: int, compile: bool = False, whole_context: bool = False,
+        vocabulary: int, compile: bool = False,
     ):
         self.model, self.batch, self.vocabulary = model, batch, vocabulary
         model.config._attn_implementation = NAME
         model.config.get_text_config()._attn_implementation = NAME
         self.device, self.dtype = model.device, model.dtype
         self.cache = SlotCache(
-            model.config, batch=batch, main_slots=capacity + prefill_chunk, scratch_slots=scratch_slots,
+            model.config, batch=batch, main_slots=capacity, scratch_slots=scratch_slots,
             dtype=model.dtype, device=model.device,
         )
         self.compile = compile
         self._prefill = RowPlan.sequential("prefill", prefill_chunk)
         self._decode: dict[tuple, Callable[[Tensor, Tensor, _Layout], Tensor]] = {}
         self._layouts: dict[RowPlan, _Layout] = {}
-        slots = self.cache.main_slots
-        self.contexts = [slots]
-        while not whole_context and self.contexts[0] // 2 >= FIRST_CONTEXT:
-            half = -(-self.contexts[0] // 2 // BLOCK) * BLOCK
-            self.contexts.insert(0, half)
+        slots, tier = self.cache.main_slots, FIRST_CONTEXT
+        self.contexts: list[int] = []
+        while tier < slots:
+            self.contexts.append(tier)
+            tier *= 4
+        self.contexts.append(slots)
 
     def context_for(self, longest: int) -> int:
-        """Smallest context tier that holds ``longest`` slots."""
-        return next(context for context in self.contexts if context >= longest)
+        """Smallest context tier that holds ``longest`` slots, or all there are."""
+        return next((context for context in self.contexts if context >= longest), self.contexts[-1])
 
     @torch.no_grad()
     def forward(self, plan: RowPlan, tokens: Tensor, lengths: Tensor, *, longest: int) -> Tensor:
@@ -90,7 +93,7 @@ class ForwardRunner:
             RequestError: they do not fit the cache.
         """
         plan, layout = self._prefill, self._layout(self._prefill)
-        if start + len(tokens) > self.cache.main_slots - plan.rows:
+        if start + len(tokens) > self.cache.main_slots:
             raise RequestError(f"{start + len(tokens)} tokens do not fit the cache")
         view = self.cache.row(slot)
         for first in range(0, len(tokens), plan.rows):
@@ -126,8 +129,17 @@ class ForwardRunner:
 
         if not self.compile:
             return run
-        torch._dynamo.config.recompile_limit = 256  # one code object serves many forms
-        return torch.compile(run, fullgraph=True, dynamic=False)
+        # Dynamo checks hundreds of facts about the model before every call (0.4 ms for six
+        # layers, a tenth of a small target's forward). All are constant here: each form is a
+        # code object of its own and its tensors never change shape.
+        run = FunctionType(
+            run.__code__.replace(co_name=f"decode_{len(self._decode)}"), run.__globals__, run.__name__, None, run.__closure__
+        )
+        return torch.compile(run, fullgraph=True, dynamic=False, options={"guard_filter_fn": _no_guards})
+
+
+def _no_guards(guards: list) -> list[bool]:
+    return [False] * len(guards)
 
 
 class _Layout(NamedTuple):
@@ -155,7 +167,8 @@ class _Layout(NamedTuple):
 
 def _inputs(view: CacheView, layout: _Layout, in_place: int, lengths: Tensor, context: int) -> dict[str, Any]:
     """Positions, mask and cache view of a forward, as the model's keyword arguments."""
-    positions = lengths[:, None] + layout.offsets
+    # Rows beyond the capacity mean nothing; they land on its last slot, which nothing attends.
+    positions = (lengths[:, None] + layout.offsets).clamp(max=view.capacity - 1)
     limits = lengths[:, None] + layout.limits
     mask = torch.arange(context, device=lengths.device) < limits[..., None]
     if layout.mask is not None:

@@ -49,10 +49,6 @@ class Plan:
             batch=self.config.engine.max_batch, branches=self.forecast.budget, nodes=self.shape.nodes
         )
 
-    def capacity(self) -> int:
-        """Positions a row may take: a full sequence and a speculation beyond it."""
-        return self.config.engine.max_model_len + self.config.speculation.lookahead + 1
-
     def to_dict(self) -> dict[str, Any]:
         return {"config": self.config.model_dump(), "vocabulary": self.vocabulary, "ends": list(self.ends)}
 
@@ -118,15 +114,13 @@ def build_draft(plan: Plan) -> tuple[DraftWorker, dict[str, Any]]:
 def _runner(plan: Plan, wanted: ModelConfig, *, scratch: int) -> ForwardRunner:
     folder = resolve_model_path(wanted.model)
     engine = plan.config.engine
-    # The last prefill chunk is padded: its rows take positions beyond the prompt.
-    positions = plan.capacity() + plan.config.speculation.lookahead
-    model = load_model(folder, dtype=wanted.dtype, device=wanted.device, max_positions=positions)
+    model = load_model(folder, dtype=wanted.dtype, device=wanted.device, max_positions=engine.max_model_len)
     on_cpu = torch.device(wanted.device).type == "cpu"
     if on_cpu:
         lay_out_for_cpu(model)
     compile_ = can_compile() if wanted.compile == "auto" else wanted.compile
     return ForwardRunner(
-        model, batch=engine.max_batch, capacity=plan.capacity(), scratch_slots=scratch,
+        model, batch=engine.max_batch, capacity=engine.max_model_len, scratch_slots=scratch,
         prefill_chunk=engine.prefill_chunk, vocabulary=plan.vocabulary, compile=compile_,
     )
 
@@ -135,7 +129,7 @@ def _warm(worker: VerifierWorker | DraftWorker, wanted: ModelConfig) -> dict[str
     began = time.perf_counter()
     runner = worker.runner
     if runner.compile:
-        runner.warm_up(worker.plans)
+        worker.warm_up()
     return {
         "model": wanted.model,
         "parameters": sum(p.numel() for p in runner.model.parameters()),

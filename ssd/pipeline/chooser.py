@@ -30,6 +30,12 @@ class Chooser:
             seed=params.seed,
         )
 
+    def warm_up(self, count: int) -> None:
+        """Compile the noise of ``count`` positions before a request needs it."""
+        kept, self.params = self.params, self.params.with_row(0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
+        self.noise(torch.zeros(len(kept.temperature), dtype=torch.int64, device=kept.temperature.device), count)
+        self.params = kept
+
     def clear(self, slot: int) -> None:
         self.set(slot, SamplingParams())
 

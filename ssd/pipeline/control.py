@@ -7,13 +7,18 @@ from typing import Protocol
 
 import zmq
 
+from ..errors import PipelineError
 from .messages import MAX_MESSAGE_BYTES, Message, decode, encode
+
+SEND_S = 2.0
+"""How long a message waits for somebody to be at the other end."""
 
 
 class ControlLane(Protocol):
     """One end of an ordered two-way lane."""
 
-    def send(self, message: Message) -> None: ...
+    def send(self, message: Message) -> None:
+        """Raises: PipelineError if nobody is at the other end any more."""
 
     def receive(self, timeout_s: float) -> Message | None:
         """The next message, or None if none comes in time (0: only look)."""
@@ -67,7 +72,10 @@ class ZmqLane:
         return cls(socket)
 
     def send(self, message: Message) -> None:
-        self._socket.send(encode(message))
+        try:
+            self._socket.send(encode(message))
+        except zmq.Again:
+            raise PipelineError("nobody is at the other end of the control lane") from None
 
     def receive(self, timeout_s: float) -> Message | None:
         if not self._socket.poll(int(timeout_s * 1000)):
@@ -82,4 +90,8 @@ def _socket() -> zmq.Socket:
     socket = zmq.Context.instance().socket(zmq.PAIR)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     socket.setsockopt(zmq.LINGER, 500)
+    # A slow reader never holds up the sender; without any reader a send must not wait for ever.
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.SNDTIMEO, int(SEND_S * 1000))
     return socket

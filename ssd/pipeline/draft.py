@@ -55,10 +55,11 @@ class DraftWorker:
     def _siblings(self) -> int:
         return (self.shape.nodes - 1) // self.shape.depth - 1
 
-    @property
-    def plans(self) -> list[RowPlan]:
-        """Every form of forward it will run, for warming up."""
-        return [self._glue, self._branches[0], self._step]
+    def warm_up(self) -> None:
+        """Compile every form a round needs."""
+        self.runner.warm_up([self._glue, self._branches[0], self._step])
+        self.chooser.warm_up(2 * self.shape.depth + 1)
+        self.chooser.warm_up(self.shape.depth)
 
     def admit(self, message: Admit) -> None:
         self.rows[message.slot] = _Row(list(message.tokens[:-1]), 0, message.forecasts)

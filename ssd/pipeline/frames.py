@@ -86,10 +86,14 @@ class Frames:
         return _pack(rows, frame.round, frame.control_count, frame.next)
 
     def unpack_outcome(self, raw: Tensor, round: int) -> OutcomeFrame:
-        control_count, next_ = _check(raw, round)
+        control_count, word = _check(raw, round)
+        try:
+            next_ = Next(word)
+        except ValueError:
+            raise LinkError(f"the verifier announced {word} next, which is nothing known") from None
         rows = raw[HEADER:].view(self.batch, 3).long()
         return OutcomeFrame(
-            round=round, control_count=control_count, next=Next(next_), states=rows[:, 0], nodes=rows[:, 1],
+            round=round, control_count=control_count, next=next_, states=rows[:, 0], nodes=rows[:, 1],
             bonus=rows[:, 2],
         )
 
@@ -116,7 +120,7 @@ class Frames:
 
 
 def _pack(body: Tensor, round: int, first: int, second: int) -> Tensor:
-    header = torch.tensor([MAGIC_INT32, round & 0x7FFFFFFF, first, second], dtype=torch.int32)
+    header = torch.tensor([MAGIC_INT32, round & 0x7FFFFFFF, min(first, 2**31 - 1), second], dtype=torch.int32)
     return torch.cat([header, body.flatten().to(torch.int32)])
 
 

@@ -85,37 +85,49 @@ class InprocLink:
 
 
 class GlooLink:
-    """Two ranks over gloo (CPU tensors), in a group of their own beside any WORLD."""
+    """Two ranks over gloo (CPU tensors), in a group of their own beside any WORLD.
 
-    def __init__(self, store: dist.Store, rank: int, timeout_s: float):
-        self._peer = 1 - rank
+    Args:
+        timeout_s: of every send and receive. meet_s: for both ends to come; ``timeout_s`` by default.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, timeout_s: float, meet_s: float | None = None):
+        self._peer, self._timeout = 1 - rank, datetime.timedelta(seconds=timeout_s)
         try:
-            self._group = dist.ProcessGroupGloo(store, rank, 2, datetime.timedelta(seconds=timeout_s))
+            self._group = dist.ProcessGroupGloo(store, rank, 2, datetime.timedelta(seconds=meet_s or timeout_s))
         except RuntimeError as error:
             raise LinkError(f"could not link draft and verifier: {_first_line(error)}") from error
 
     def exchange(self, outgoing: Tensor, incoming: Tensor, meanwhile: Callable[[], None] = _nothing) -> None:
+        group = self._alive()
         # Receive first: gloo's blocking send is not buffered, two senders would wait forever.
         try:
-            receiving = self._group.recv([incoming], self._peer, 0)
-            sending = self._group.send([outgoing], self._peer, 0)
+            receiving = group.recv([incoming], self._peer, 0)
+            sending = group.send([outgoing], self._peer, 0)
             meanwhile()
-            receiving.wait()
-            sending.wait()
+            receiving.wait(self._timeout)
+            sending.wait(self._timeout)
         except RuntimeError as error:
             raise LinkError(f"exchange failed: {_first_line(error)}") from error
 
     def send(self, outgoing: Tensor) -> None:
+        group = self._alive()
         try:
-            self._group.send([outgoing], self._peer, 0).wait()
+            group.send([outgoing], self._peer, 0).wait(self._timeout)
         except RuntimeError as error:
             raise LinkError(f"send failed: {_first_line(error)}") from error
 
     def receive(self, incoming: Tensor) -> None:
+        group = self._alive()
         try:
-            self._group.recv([incoming], self._peer, 0).wait()
+            group.recv([incoming], self._peer, 0).wait(self._timeout)
         except RuntimeError as error:
             raise LinkError(f"receive failed: {_first_line(error)}") from error
+
+    def _alive(self) -> dist.ProcessGroupGloo:
+        if self._group is None:
+            raise LinkError("the link is closed")
+        return self._group
 
     def close(self) -> None:
         self._group = None  # its sockets close with it

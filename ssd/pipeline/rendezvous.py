@@ -41,10 +41,15 @@ class VerifierSide:
 
     Args:
         host: address the draft can reach; loopback keeps everything on this machine.
+        timeout_s: for the draft to come. link_timeout_s: of each exchange then; ``timeout_s`` by
+            default.
     """
 
-    def __init__(self, *, host: str = "127.0.0.1", kind: str = "gloo", device: str = "cpu", timeout_s: float):
-        self._timeout_s, self._device = timeout_s, device
+    def __init__(
+        self, *, host: str = "127.0.0.1", kind: str = "gloo", device: str = "cpu", timeout_s: float,
+        link_timeout_s: float | None = None,
+    ):
+        self._timeout_s, self._link_timeout_s, self._device = timeout_s, link_timeout_s or timeout_s, device
         self._folder = tempfile.TemporaryDirectory(prefix="ssd-lane-") if _is_loopback(host) else None
         endpoint = f"ipc://{Path(self._folder.name) / 'lane'}" if self._folder else f"tcp://{host}:*"
         self.lane, endpoint = ZmqLane.bind(endpoint)
@@ -59,7 +64,9 @@ class VerifierSide:
 
     def link(self) -> Link:
         """Raises: LinkError if the draft does not come in time."""
-        return _link(self._store, self.rendezvous, 0, self._timeout_s, self._device)
+        return _link(
+            self._store, self.rendezvous, 0, device=self._device, meet_s=self._timeout_s, timeout_s=self._link_timeout_s
+        )
 
     def close(self) -> None:
         self.lane.close()
@@ -77,7 +84,8 @@ def draft_side(rendezvous: Rendezvous, *, timeout_s: float, device: str = "cpu")
     except RuntimeError as error:
         raise LinkError(f"the verifier's store at {rendezvous.host}:{rendezvous.port} does not answer") from error
     lane = ZmqLane.connect(rendezvous.lane)
-    return _link(store, rendezvous, 1, timeout_s, device), lane
+    # Patient: the verifier may be at long prompts. Should it leave, the link breaks at once.
+    return _link(store, rendezvous, 1, device=device, meet_s=timeout_s, timeout_s=timeout_s), lane
 
 
 def link_kind(target_device: str, draft_device: str) -> str:
@@ -88,11 +96,13 @@ def link_kind(target_device: str, draft_device: str) -> str:
     return "nccl" if distinct_gpus and dist.is_nccl_available() else "gloo"
 
 
-def _link(store: dist.Store, rendezvous: Rendezvous, rank: int, timeout_s: float, device: str) -> Link:
+def _link(
+    store: dist.Store, rendezvous: Rendezvous, rank: int, *, device: str, meet_s: float, timeout_s: float
+) -> Link:
     prefixed = dist.PrefixStore(f"link/{rendezvous.epoch}", store)
     if rendezvous.kind == "nccl":
         return NcclLink(prefixed, rank, timeout_s, torch.device(device))
-    return GlooLink(prefixed, rank, timeout_s)
+    return GlooLink(prefixed, rank, timeout_s, meet_s)
 
 
 def _is_loopback(host: str) -> bool:

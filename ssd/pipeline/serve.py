@@ -27,7 +27,8 @@ def run_verifier(
             if config.draft is not None:
                 kind = link_kind(config.target.device, config.draft.device)
                 side = VerifierSide(
-                    host=host, kind=kind, device=config.target.device, timeout_s=config.engine.start_timeout_s
+                    host=host, kind=kind, device=config.target.device, timeout_s=config.engine.start_timeout_s,
+                    link_timeout_s=config.engine.link_timeout_s,
                 )
                 front.send(Hello(role="verifier", rendezvous=side.rendezvous.to_dict()))
             worker, info = build_verifier(plan)

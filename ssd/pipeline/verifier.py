@@ -75,9 +75,10 @@ class VerifierWorker:
         self._plan_nodes = torch.tensor(forecast.nodes)
         self._tree, self._one = RowPlan.tree("verify", shape), RowPlan.sequential("one", 1)
 
-    @property
-    def plans(self) -> list[RowPlan]:
-        return [self._tree, self._one]
+    def warm_up(self) -> None:
+        """Compile every form a round needs."""
+        self.runner.warm_up([self._tree] if self.strict else [self._tree, self._one])
+        self.chooser.warm_up(self.shape.depth + 1)
 
     @property
     def idle(self) -> bool:

@@ -62,7 +62,7 @@ def head_places(heads: int, kv_heads: int, new_heads: int, new_kv_heads: int) ->
     return queries, [[kv_head * copies + c for c in range(copies)] for kv_head in range(kv_heads)]
 
 
-def _new_config(config: LlamaConfig, **sizes: int) -> LlamaConfig:
+def _new_config(config: Any, **sizes: int) -> LlamaConfig:
     for name, value in sizes.items():
         if value < getattr(config, name):
             raise ModelError(f"widening cannot shrink {name} from {getattr(config, name)} to {value}")
@@ -116,7 +116,8 @@ def widen(
     copy of it beside the original, which is left as it was. Sizes that would shrink the
     model or break its head groups raise :class:`~ssd.errors.ModelError`.
     """
-    old_config = model.config
+    original: Any = model  # transformers' types do not say what a layer consists of
+    old_config: Any = model.config
     if old_config.model_type != "llama":
         raise ModelError(f"only Llama-architecture models can be widened, not {old_config.model_type!r}")
     queries, keys = head_places(
@@ -132,7 +133,7 @@ def widen(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        new = LlamaForCausalLM._from_config(config, dtype=dtype)  # every matrix is random now
+        new: Any = LlamaForCausalLM._from_config(config, dtype=dtype)  # every matrix is random now
     new.generation_config = copy.deepcopy(model.generation_config)
 
     width, units, head_dim = old_config.hidden_size, old_config.intermediate_size, old_config.head_dim
@@ -140,18 +141,18 @@ def widen(
     residual, mlp_rows, inputs = torch.arange(width), torch.arange(units), slice(0, width)
     query_rows = _channels(queries, head_dim)
 
-    def place_norm(wide: nn.Module, narrow: nn.Module) -> None:
+    def place_norm(wide: Any, narrow: Any) -> None:
         wide.weight[:width] = (narrow.weight.float() * norm_scale).to(dtype)
 
     new.model.embed_tokens.weight.zero_()
-    new.model.embed_tokens.weight[:, :width] = model.model.embed_tokens.weight.to(dtype)
+    new.model.embed_tokens.weight[:, :width] = original.model.embed_tokens.weight.to(dtype)
     if not old_config.tie_word_embeddings:
-        new.lm_head.weight[:, :width] = model.lm_head.weight.to(dtype)
-    place_norm(new.model.norm, model.model.norm)
+        new.lm_head.weight[:, :width] = original.lm_head.weight.to(dtype)
+    place_norm(new.model.norm, original.model.norm)
     for layer in new.model.layers:
         _zero(layer.self_attn.o_proj)
         _zero(layer.mlp.down_proj)
-    for wide, narrow in zip(new.model.layers, model.model.layers, strict=False):
+    for wide, narrow in zip(new.model.layers, original.model.layers, strict=False):
         attention, source = wide.self_attn, narrow.self_attn
         _place(attention.q_proj, source.q_proj, query_rows, inputs)
         for copied in zip(*keys, strict=True):  # the first place of every kv head, then the second, …
@@ -177,7 +178,7 @@ def parameter_count(config: LlamaConfig, **sizes: int) -> int:
     return vocabularies * size["vocab_size"] * hidden + size["num_hidden_layers"] * layer + hidden
 
 
-def _heads_for(config: LlamaConfig, hidden_size: int) -> tuple[int, int]:
+def _heads_for(config: Any, hidden_size: int) -> tuple[int, int]:
     """Query heads that fill the hidden size, and kv heads in about the original ratio."""
     group = config.num_attention_heads // config.num_key_value_heads
     most = max(config.num_attention_heads, hidden_size // config.head_dim)

@@ -135,6 +135,7 @@ def test_interrupt_ends_cleanly() -> None:
     code = """
 import sys, time, ssd, ssd.config
 class Slow:
+    degraded = None
     def __init__(self, config): pass
     def __enter__(self): return self
     def __exit__(self, *_): print("closed", file=sys.stderr)

@@ -15,6 +15,7 @@ from ssd.bench.compare import compare, count_ngrams, first_difference, parse_met
 from ssd.bench.prompts import DEMO_PROMPTS, Prompt, load_prompts
 from ssd.bench.report import print_comparison
 from ssd.cli import app
+from ssd.config import Config, load_config
 from ssd.errors import LinkError, RequestError
 from ssd.params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent
 
@@ -55,15 +56,14 @@ class ScriptedLLM:
         self.drift = drift
         self.calls: list[tuple[str, str, int]] = []
         self.closed = False
+        self.degraded: str | None = None
+        self.config = load_config("embedded")
 
     def __enter__(self) -> ScriptedLLM:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.closed = True
-
-    def info(self) -> dict[str, Any]:
-        return {"lookahead": 4}
 
     def timings(self, *, reset: bool = False) -> dict[str, float | None]:
         assert reset
@@ -211,7 +211,12 @@ def test_helpers() -> None:
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> ScriptedLLM:
     llm = ScriptedLLM()
-    monkeypatch.setitem(vars(ssd), "LLM", lambda config: llm)
+
+    def start(config: Config) -> ScriptedLLM:
+        llm.config = config
+        return llm
+
+    monkeypatch.setitem(vars(ssd), "LLM", start)
     monkeypatch.setattr("ssd.config.resolve_model_path", lambda name: Path(name))
     return llm
 
@@ -243,6 +248,14 @@ def test_generate_command_streams_and_counts(scripted: ScriptedLLM) -> None:
     (line,) = result.stderr.strip().splitlines()
     for part in ("20 tokens", "20.0 tok/s", "acceptance rate 0.75", "length 4.00", "hit rate 0.67", "10 rounds"):
         assert part in line
+
+
+def test_a_lost_draft_is_told(scripted: ScriptedLLM) -> None:
+    scripted.degraded = "the draft worker died"
+    for command in (["generate", "x", "--max-tokens", "5"], ["compare", "--max-tokens", "5"]):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        assert "warning: without a draft: the draft worker died" in result.stderr
 
 
 @pytest.mark.parametrize(("error", "code"), [(LinkError("lost\nthe draft"), 3), (KeyboardInterrupt(), 130)])

@@ -1,0 +1,91 @@
+"""The front of a torchrun launch: a child of rank 0 (see ``torchrun.py``), not started by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from launch.commands import run  # noqa: E402
+from launch.torchrun import LOOPBACK  # noqa: E402
+from ssd.errors import UsageError  # noqa: E402
+from ssd.pipeline.build import Plan  # noqa: E402
+from ssd.pipeline.control import ControlLane, ZmqLane  # noqa: E402
+from ssd.pipeline.launch import roles  # noqa: E402
+from ssd.pipeline.messages import Shutdown  # noqa: E402
+
+
+class TorchrunPipeline:
+    """Workers as torchrun's ranks: this process's parent is the verifier, rank 1 the draft.
+
+    Args:
+        orders_fd: where the parent waits for the ranks' orders. host: this node's address,
+            loopback if all ranks are on it. world: how many ranks torchrun started.
+
+    Raises:
+        UsageError: there are more or fewer ranks than workers.
+    """
+
+    def __init__(self, plan: Plan, *, orders_fd: int, host: str, world: int):
+        needed = len(roles(plan))
+        if world != needed:
+            raise UsageError(
+                f"torchrun started {world} processes and this configuration has {needed} workers; "
+                f"start it with --nproc-per-node {needed}"
+            )
+        self._parent = os.getppid()
+        # A folder only we can enter holds the sockets, unless the ranks are on several nodes.
+        self._folder = tempfile.TemporaryDirectory(prefix="ssd-front-")
+        local = host == LOOPBACK
+        self.lanes: dict[str, ControlLane] = {}
+        endpoints: dict[str, str] = {}
+        for role in roles(plan):
+            wanted = f"ipc://{Path(self._folder.name) / role}" if local or role == "verifier" else f"tcp://{host}:*"
+            self.lanes[role], endpoints[role] = ZmqLane.bind(wanted)
+        # Nobody accepts: the kernel completes the draft's connection, and breaks it when we are gone.
+        self._lifeline = socket.socket(socket.AF_UNIX if local else socket.AF_INET)
+        self._lifeline.bind(str(Path(self._folder.name) / "lifeline") if local else (host, 0))
+        self._lifeline.listen(1)
+        orders = {"plan": plan.to_dict(), "lanes": endpoints, "lifeline": self._lifeline.getsockname()}
+        with os.fdopen(orders_fd, "wb") as pipe:
+            pipe.write(json.dumps(orders).encode() + b"\n")
+
+    def check(self) -> list[str]:
+        """The verifier, if it is gone. A draft that is gone says so, or torchrun ends us all."""
+        return [] if os.getppid() == self._parent else ["verifier"]
+
+    def close(self) -> None:
+        """Ask the workers to leave. torchrun sees that they do: it waits for them."""
+        if not self.check():
+            for lane in self.lanes.values():
+                lane.send(Shutdown())
+        for lane in self.lanes.values():
+            lane.close()
+        self._lifeline.close()
+        self._folder.cleanup()
+
+
+def main() -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    orders_fd, host, world, *arguments = sys.argv[1:]
+    launch = partial(TorchrunPipeline, orders_fd=int(orders_fd), host=host, world=int(world))
+
+    from ssd.engine.llm import LLM
+
+    run(arguments, program="launch/torchrun.py", llm=partial(LLM, launch=launch))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""A pipeline under torchrun: rank 0 is the verifier and has the front as its child, rank 1 the draft.
+
+::
+
+    torchrun --standalone --nproc-per-node 2 launch/torchrun.py --config embedded generate "PROMPT"
+    torchrun --standalone --nproc-per-node 2 launch/torchrun.py compare --prompts prompts.jsonl
+
+The arguments are those of the ``ssd`` command. The verifier runs in the main thread of rank 0, as in
+every launch; the front is a process of its own, because two threads would take the interpreter
+from each other in the middle of rounds.
+
+torchrun's store only hands the draft its orders, as JSON text. Draft and verifier meet at the
+verifier's own store, as in every launch; there is no WORLD. If a rank is killed, torchrun
+ends the others.
+
+Exit codes are those of the ``ssd`` command; torchrun itself turns every one but 0 into 1.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import torch.distributed as dist  # noqa: E402
+
+from ssd.pipeline.build import Plan  # noqa: E402
+from ssd.pipeline.control import ZmqLane  # noqa: E402
+from ssd.pipeline.launch import LEAVE_S  # noqa: E402
+from ssd.pipeline.serve import run_draft, run_verifier  # noqa: E402
+
+LOOPBACK = "127.0.0.1"
+ORDERS = "ssd/orders"
+MEET_S = 300.0
+POLL_S = 0.1
+EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 128 + signal.SIGTERM
+
+
+def main() -> None:
+    if "RANK" not in os.environ:
+        _refuse("start this with torchrun: torchrun --standalone --nproc-per-node 2 launch/torchrun.py ...")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=MEET_S)))
+        sys.exit(lead(store, world) if rank == 0 else follow(store, rank))
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def lead(store: dist.Store, world: int) -> int:
+    """Rank 0: start the front, pass its orders on, be the verifier. The front's exit code."""
+    host = own_address()
+    orders_fd, theirs = os.pipe()
+    front = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch" / "front.py"), str(theirs), host, str(world), *sys.argv[1:]],
+        pass_fds=[theirs],
+    )
+    os.close(theirs)
+    try:
+        with os.fdopen(orders_fd, "rb") as pipe:
+            line = pipe.readline()
+        # Nothing comes if the front leaves without a pipeline; then the draft must not wait for one.
+        store.set(ORDERS, line.decode() or "{}")
+        if line:
+            orders = json.loads(line)
+            _work(run_verifier, orders, "verifier", lambda: front.poll() is None, host=host)
+        return front.wait()
+    except BaseException:
+        front.terminate()
+        raise
+    finally:
+        try:
+            front.wait(LEAVE_S)
+        except subprocess.TimeoutExpired:
+            front.kill()
+
+
+def follow(store: dist.Store, rank: int) -> int:
+    """Other ranks: the draft, or nothing to do. A draft that fails says so to the front and ends
+    with 0: for any other code torchrun would end the verifier, which goes on alone."""
+    while not store.check([ORDERS]):
+        time.sleep(POLL_S)
+    orders = json.loads(store.get(ORDERS))
+    if orders and rank == 1:
+        with lifeline(orders["lifeline"]) as line:
+            _work(run_draft, orders, "draft", lambda: not select.select([line], [], [], 0)[0])
+    return 0
+
+
+def own_address() -> str:
+    """Where the others reach rank 0: loopback if all ranks are on its node, otherwise MASTER_ADDR."""
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        return LOOPBACK
+    name = os.environ["MASTER_ADDR"]
+    try:
+        address = ipaddress.ip_address(socket.gethostbyname(name))
+    except OSError as error:
+        _refuse(f"MASTER_ADDR {name!r} has no address: {error}")
+    if address.is_loopback or address.is_unspecified:
+        _refuse(f"MASTER_ADDR {name!r} is {address}, which other nodes cannot reach; give torchrun --local-addr")
+    return str(address)
+
+
+def lifeline(address: str | list) -> socket.socket:
+    """A connection to the front that carries nothing and closes with it, however it ends."""
+    if isinstance(address, str):
+        line = socket.socket(socket.AF_UNIX)
+        line.connect(address)
+        return line
+    line = socket.create_connection((address[0], address[1]), timeout=MEET_S)
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    return line
+
+
+def _work(run: Callable[..., None], orders: dict[str, Any], role: str, alive: Callable[[], bool], **where: str) -> None:
+    # Ctrl-C reaches every rank; from here on only the front acts on it, and we leave with the front.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    front = ZmqLane.connect(orders["lanes"][role])
+    try:
+        run(Plan.from_dict(orders["plan"]), front, alive=alive, **where)
+    finally:
+        front.close()
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(EXIT_USAGE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Workers as Ray actors, the pipeline made of them, and the actor that owns a whole pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from ..config import Config
+from ..engine.llm import LLM
+from ..errors import RequestError, WorkerError
+from ..params import SamplingParams
+from ..pipeline.build import Plan
+from ..pipeline.control import ControlLane, ZmqLane
+from ..pipeline.launch import LEAVE_S
+from ..pipeline.messages import Shutdown
+from ..pipeline.serve import run_draft, run_verifier
+from .placement import LOOPBACK, Placement, Strategy, bundles, front_address, node_address, with_visible_gpu
+
+PLACEMENT_TIMEOUT_S = 60.0
+
+
+@ray.remote(max_restarts=0)
+class WorkerActor:
+    """A process for one worker. Ray ends it when whoever made it is gone."""
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def run(self, role: str, plan: dict[str, Any], front: str, one_node: bool) -> None:
+        """The worker's whole life; that this call returns, however it does, is the sign of its end.
+
+        Args:
+            front: endpoint of the front's end of the control lane.
+            one_node: draft and verifier share a node: what they open stays on it.
+        """
+        read = Plan.from_dict(plan)
+        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        config = with_visible_gpu(read.config, role, gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        read = dataclasses.replace(read, config=config)
+        lane = ZmqLane.connect(front)
+        try:
+            if role == "verifier":
+                run_verifier(read, lane, host=LOOPBACK if one_node else node_address())
+            else:
+                run_draft(read, lane)
+        finally:
+            lane.close()
+
+
+class RayPipeline:
+    """Workers as actors in a placement group of the cluster this process has joined.
+
+    Args:
+        address: of this process, for the workers to connect to; found by itself if None.
+        strategy: ``STRICT_PACK`` puts draft and verifier on one node.
+        timeout_s: how long to wait for the cluster to have room.
+
+    Raises:
+        WorkerError: there was no room in time.
+        UsageError: no cluster was joined, or the address means every interface.
+    """
+
+    def __init__(
+        self, plan: Plan, *, address: str | None = None, strategy: Strategy = "STRICT_PACK",
+        timeout_s: float = PLACEMENT_TIMEOUT_S,
+    ):
+        self.lanes: dict[str, ControlLane] = {}
+        self.actors: dict[str, Any] = {}
+        """Handles by role."""
+        self._runs: dict[str, ray.ObjectRef] = {}
+        wanted = bundles(plan)
+        self._placement = Placement(wanted, strategy=strategy, timeout_s=timeout_s)
+        try:
+            host = front_address(self._placement, address)
+            for role in wanted:
+                self.lanes[role], endpoint = ZmqLane.bind(f"tcp://{host}:*")
+                actor = self.actors[role] = WorkerActor.options(**self._placement.options(role)).remote()
+                self._runs[role] = actor.run.remote(role, plan.to_dict(), endpoint, self._placement.one_node)
+        except BaseException:
+            self._dismantle()
+            raise
+
+    def check(self) -> list[str]:
+        """Roles whose worker is gone.
+
+        Raises:
+            WorkerError: the verifier is, and Ray knows why.
+        """
+        gone = self._ended()
+        if "verifier" in gone:
+            try:
+                ray.get(self._runs["verifier"])
+            except ray.exceptions.RayError as error:
+                raise WorkerError(f"the verifier's actor is gone: {_reason(error)}") from error
+        return gone
+
+    def close(self) -> None:
+        """Ask the workers to leave, see that they do, and give their room back."""
+        for role in set(self._runs) - set(self._ended()):
+            self.lanes[role].send(Shutdown())
+        ray.wait(list(self._runs.values()), num_returns=len(self._runs), timeout=LEAVE_S)
+        self._dismantle()
+
+    def _ended(self) -> list[str]:
+        ended, _ = ray.wait(list(self._runs.values()), num_returns=len(self._runs), timeout=0)
+        return [role for role, run in self._runs.items() if run in ended]
+
+    def _dismantle(self) -> None:
+        leaving = [actor.__ray_terminate__.remote() for role, actor in self.actors.items() if role in self._ended()]
+        if leaving:
+            ray.wait(leaving, num_returns=len(leaving), timeout=LEAVE_S)
+        for actor in self.actors.values():
+            ray.kill(actor)
+        self._placement.release()
+        for lane in self.lanes.values():
+            lane.close()
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class PipelineActor:
+    """An ``LLM`` over a ``RayPipeline``, for any process of the cluster to call. It asks for no
+    resources itself: it only waits for its workers. One call runs at a time.
+
+    The pipeline is started by the first call, so that the caller sees why it cannot be.
+
+    Args:
+        config, overrides: as for ``LLM``; files and models are looked up where the actor runs.
+        strategy, timeout_s: as for ``RayPipeline``.
+
+    Raises (every method): UsageError, WorkerError, PipelineError as ``LLM`` does.
+    """
+
+    def __init__(
+        self, config: Config | str | Path | dict[str, Any] = "embedded", *, overrides: Sequence[str] = (),
+        strategy: Strategy = "STRICT_PACK", timeout_s: float = PLACEMENT_TIMEOUT_S,
+    ):
+        # The front needs no GPU, and one that Ray did not give must not be touched.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        launch = partial(RayPipeline, strategy=strategy, timeout_s=timeout_s)
+        self._make = partial(LLM, config, overrides=overrides, launch=launch)
+        self._llm: LLM | None = None
+
+    def start(self) -> dict[str, Any]:
+        """Bring the workers up if they are not yet; what they say of themselves, by role."""
+        return self._started().info()
+
+    def generate(
+        self, prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Complete every prompt, in order.
+
+        Args:
+            params: fields of ``SamplingParams``, for all prompts or for each.
+
+        Returns:
+            The fields of a ``RequestOutput`` for each prompt, as plain data.
+        """
+        given = params if params is None or isinstance(params, Mapping) else list(params)
+        read = [_params(one) for one in given] if isinstance(given, list) else _params(given)
+        return [dataclasses.asdict(output) for output in self._started().generate(prompts, read)]
+
+    def stream(self, prompt: str | Sequence[int], params: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+        """The fields of each ``StreamEvent``, as tokens commit."""
+        for event in self._started().stream(prompt, _params(params)):
+            yield dataclasses.asdict(event)
+
+    def stats(self, *, reset: bool = False) -> dict[str, Any]:
+        """``workers`` (what they say of themselves, by role), ``timings`` (medians in ms; ``reset``
+        starts a new window) and ``degraded`` (why the draft is gone, or None)."""
+        llm = self._started()
+        return {"workers": llm.info(), "timings": llm.timings(reset=reset), "degraded": llm.degraded}
+
+    def close(self) -> None:
+        """Stop the workers. Another call would start new ones."""
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            llm.close()
+
+    def _started(self) -> LLM:
+        if self._llm is None:
+            self._llm = self._make()
+        return self._llm
+
+
+def _params(fields: Mapping[str, Any] | None) -> SamplingParams:
+    """Raises: RequestError if one is unknown or out of range."""
+    fields = dict(fields or {})
+    known = [field.name for field in dataclasses.fields(SamplingParams)]
+    for name in fields:
+        if name not in known:
+            raise RequestError(f"unknown sampling parameter {name!r}; one of {', '.join(known)}")
+    return SamplingParams(**fields)
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,110 @@
+"""A pipeline actor, called as if it were an ``LLM`` of this process."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from ..config import Config, load_config
+from ..errors import PipelineError, WorkerError
+from ..params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent
+from ..pipeline.launch import LEAVE_S
+from .actors import PipelineActor
+
+
+class PipelineClient:
+    """Makes a ``PipelineActor`` in the cluster this process has joined, and speaks for it: the
+    methods of ``LLM``, by actor calls.
+
+    Args:
+        config, overrides: as for ``LLM``; models are looked up where the actor runs.
+        options: further arguments of ``PipelineActor``.
+
+    Raises:
+        UsageError, WorkerError: as ``LLM`` and ``RayPipeline`` do.
+    """
+
+    def __init__(
+        self, config: Config | str | Path | dict[str, Any] = "embedded", *, overrides: Sequence[str] = (), **options: Any
+    ):
+        self.config = load_config(config, overrides)
+        self.actor = PipelineActor.remote(self.config, **options)
+        try:
+            self._workers: dict[str, Any] = self._call("start")
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> PipelineClient:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def generate(
+        self, prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """As ``LLM.generate``."""
+        single = params is None or isinstance(params, SamplingParams)
+        fields = dataclasses.asdict(params or SamplingParams()) if single else [dataclasses.asdict(p) for p in params]
+        return [read_output(output) for output in self._call("generate", prompts, fields)]
+
+    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[StreamEvent]:
+        """As ``LLM.stream``; closing the iterator early leaves the request to run to its end."""
+        fields = dataclasses.asdict(params or SamplingParams())
+        for ref in self._running().stream.remote(prompt, fields):
+            event = _get(ref)
+            output = event["output"]
+            yield StreamEvent(**{**event, "output": output and read_output(output)})
+
+    def timings(self, *, reset: bool = False) -> dict[str, float | None]:
+        """As ``LLM.timings``."""
+        return self._call("stats", reset=reset)["timings"]
+
+    def info(self) -> dict[str, Any]:
+        """What the workers said of themselves, by role."""
+        return dict(self._workers)
+
+    @property
+    def degraded(self) -> str | None:
+        """Why the draft is no longer there, if it is not."""
+        return self._call("stats")["degraded"]
+
+    def close(self) -> None:
+        """Stop the workers and the actor. Safe to call twice."""
+        actor, self.actor = self.actor, None
+        if actor is None:
+            return
+        # Three waits of the pipeline's own: for the runs, for their processes, for a slow round.
+        ray.wait([actor.close.remote()], timeout=3 * LEAVE_S)
+        ray.wait([actor.__ray_terminate__.remote()], timeout=LEAVE_S)
+        ray.kill(actor)
+
+    def _running(self) -> Any:
+        if self.actor is None:
+            raise PipelineError("this client is closed")
+        return self.actor
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return _get(getattr(self._running(), method).remote(*args, **kwargs))
+
+
+def read_output(fields: dict[str, Any]) -> RequestOutput:
+    """A ``RequestOutput`` from the plain data a ``PipelineActor`` answers with."""
+    return RequestOutput(**{**fields, "speculation": SpeculationRecord(**fields["speculation"])})
+
+
+def _get(ref: ray.ObjectRef) -> Any:
+    """Raises: what the actor's method raised, or WorkerError if the actor is gone."""
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        # Ray wraps what the method raised in a class derived from it.
+        raise error.cause if isinstance(error.cause, Exception) else error from None
+    except ray.exceptions.RayActorError as error:
+        raise WorkerError(f"the pipeline's actor is gone: {' '.join(str(error).split())}") from error

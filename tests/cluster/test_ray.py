@@ -1,0 +1,220 @@
+"""Ray: the same workers as actors, the same tokens; placement that fails says so; nothing stays."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from ssd import LLM, RequestError, SamplingParams, UsageError, WorkerError
+from ssd.config import Config
+
+ray = pytest.importorskip("ray")
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = ["hello there", "a b c d"]
+CPUS = 4
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A Ray cluster of this machine; no process of it survives the module."""
+    from ssd.cluster import connect
+
+    set_here = {
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+    }
+    before = {name: os.environ.get(name) for name in set_here}
+    os.environ.update(set_here)
+    children = set(psutil.Process().children(recursive=True))
+    try:
+        connect(cpus=CPUS)
+        started = set(psutil.Process().children(recursive=True)) - children
+        assert started
+        yield
+    finally:
+        started = set(psutil.Process().children(recursive=True)) - children
+        ray.shutdown()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert not alive, [process.cmdline() for process in alive]
+
+
+@pytest.fixture
+def launch(cluster: None) -> Callable[..., Any]:
+    from ssd.cluster import RayPipeline
+
+    return partial(RayPipeline, timeout_s=30)
+
+
+@pytest.fixture
+def config(tiny_config: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    return tiny_config(cores=True, engine={"max_batch": 2, "max_model_len": 400})
+
+
+def params(method: str, temperature: float = 0.0, **more: Any) -> SamplingParams:
+    return SamplingParams(method=method, temperature=temperature, seed=5, **{"max_tokens": 40, "ignore_eos": True, **more})
+
+
+def assert_nothing_left(pids: list[int]) -> None:
+    from ray.util.placement_group import placement_group_table
+
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        rooms = [group["state"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
+        if not rooms and not any(map(psutil.pid_exists, pids)) and ray.available_resources().get("CPU") == CPUS:
+            return
+        time.sleep(0.1)
+    raise AssertionError((rooms, [pid for pid in pids if psutil.pid_exists(pid)], ray.available_resources()))
+
+
+def worker_pids() -> list[int]:
+    """Of worker and pipeline actors."""
+    return [
+        process.pid for process in psutil.Process().children(recursive=True)
+        if process.cmdline()[:1] and process.cmdline()[0].startswith(("ray::WorkerActor", "ray::PipelineActor"))
+    ]
+
+
+def test_methods_agree(launch: Callable[..., Any], config: dict[str, Any]) -> None:
+    with LLM(config, launch=launch) as llm:
+        pids = worker_pids()
+        assert len(pids) == 2
+        for temperature in (0.0, 0.8):
+            plain, sd, ssd = (
+                llm.generate(PROMPTS, params(method, temperature)) for method in ("none", "sd", "ssd")
+            )
+            expected = [output.token_ids for output in plain]
+            assert [output.token_ids for output in sd] == expected
+            assert [output.token_ids for output in ssd] == expected
+            assert all(len(tokens) == 40 for tokens in expected)
+            assert any(output.speculation.hits for output in ssd)
+        assert llm.degraded is None
+    assert_nothing_left(pids)
+
+
+def test_killed_draft(launch: Callable[..., Any], config: dict[str, Any]) -> None:
+    with LLM(config, launch=launch) as llm:
+        pids = worker_pids()
+        expected = llm.generate(PROMPTS[0], params("none", max_tokens=300))[0].token_ids
+        events = llm.stream(PROMPTS[0], params("ssd", max_tokens=300))
+        next(events)
+        ray.kill(llm._pipeline.actors["draft"])
+        output = [event.output for event in events][-1]
+        assert output is not None and output.token_ids == expected
+        assert llm.degraded
+        assert llm.generate(PROMPTS[0], params("ssd", max_tokens=20))[0].token_ids == expected[:20]
+    assert_nothing_left(pids)
+
+
+def test_no_room(launch: Callable[..., Any], config: dict[str, Any]) -> None:
+    config["target"]["cores"] = list(range(CPUS))
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match=r"no room .* in 2 s: asked for verifier 4 CPU, draft 1 CPU.*available 4 CPU"):
+        LLM(config, launch=partial(launch, timeout_s=2))
+    assert time.monotonic() - began < 10
+    assert_nothing_left([])
+
+
+def test_every_interface_is_refused(launch: Callable[..., Any], config: dict[str, Any]) -> None:
+    for address in ("0.0.0.0", "::", "*"):
+        with pytest.raises(UsageError):
+            LLM(config, launch=partial(launch, address=address))
+    assert_nothing_left([])
+
+
+def test_a_worker_says_what_is_wrong(launch: Callable[..., Any], config: dict[str, Any], tmp_path: Path) -> None:
+    from shutil import copytree, rmtree
+
+    broken = copytree(config["target"]["model"], tmp_path / "broken")
+    for weights in broken.glob("*.safetensors"):
+        weights.unlink()
+    config["target"]["model"] = str(broken)
+    with pytest.raises(UsageError, match="broken"):
+        LLM(config, launch=launch)
+    rmtree(broken)
+    assert_nothing_left([])
+
+
+def test_pipeline_actor(cluster: None, config: dict[str, Any]) -> None:
+    from ssd.cluster import PipelineActor
+
+    actor = PipelineActor.remote(config)
+    wanted = {"max_tokens": 20, "seed": 5, "temperature": 0.8, "ignore_eos": True}
+    plain, ssd = (
+        ray.get(actor.generate.remote(PROMPTS, {**wanted, "method": method})) for method in ("none", "ssd")
+    )
+    pids = worker_pids()
+    assert len(pids) == 3
+    assert [output["token_ids"] for output in ssd] == [output["token_ids"] for output in plain]
+    assert ssd[0]["speculation"]["rounds"] < 20
+    each = ray.get(actor.generate.remote(PROMPTS, [{"max_tokens": 3}, {"max_tokens": 5}]))
+    assert [len(output["token_ids"]) for output in each] == [3, 5]
+    stats = ray.get(actor.stats.remote())
+    assert set(stats["workers"]) == {"verifier", "draft"} and stats["degraded"] is None
+    assert stats["timings"]["round_ms"] > 0
+    with pytest.raises(RequestError, match="unknown sampling parameter 'max_token'"):
+        ray.get(actor.generate.remote(PROMPTS, {"max_token": 3}))
+    ray.get(actor.close.remote())
+    ray.kill(actor)
+    assert_nothing_left(pids)
+
+
+def test_client(cluster: None, config: dict[str, Any]) -> None:
+    from ssd.cluster import PipelineClient
+
+    with PipelineClient(config) as client:
+        pids = worker_pids()
+        whole = client.generate(PROMPTS[0], params("none"))[0]
+        events = list(client.stream(PROMPTS[0], params("ssd")))
+        assert "".join(event.text for event in events) == whole.text
+        assert events[-1].output is not None and events[-1].output.token_ids == whole.token_ids
+        assert client.degraded is None
+        with pytest.raises(RequestError, match="empty"):
+            client.generate("", params("none"))
+    assert_nothing_left(pids)
+
+
+def test_actors_leave_with_their_pipeline(cluster: None, config: dict[str, Any]) -> None:
+    """Nobody closed anything: the actor that owned the pipeline was killed."""
+    from ssd.cluster import PipelineActor
+
+    actor = PipelineActor.remote(config)
+    ray.get(actor.start.remote())
+    pids = worker_pids()
+    assert len(pids) == 3
+    ray.kill(actor)
+    assert_nothing_left(pids)
+
+
+def test_gpu_numbers() -> None:
+    from ssd.cluster.placement import with_visible_gpu
+
+    config = Config.model_validate(
+        {"target": {"model": "t", "device": "cuda:2"}, "draft": {"model": "d", "device": "cuda:2"}}
+    )
+
+    def devices(role: str, gpus: list[str], visible: str | None) -> tuple[str, str]:
+        seen = with_visible_gpu(config, role, gpus, visible)
+        assert seen.draft is not None
+        return seen.target.device, seen.draft.device
+
+    assert devices("verifier", ["3"], "3") == ("cuda:0", "cuda:1")  # masked: one GPU, which is number 0
+    assert devices("draft", ["1"], "1") == ("cuda:1", "cuda:0")
+    assert devices("verifier", ["3"], "0,1,3") == ("cuda:2", "cuda:3")  # not masked by Ray
+    assert devices("verifier", ["3"], None) == ("cuda:3", "cuda:4")
+    assert devices("verifier", [], "") == ("cuda:2", "cuda:2")  # a CPU worker: left alone
+    mixed = config.model_copy(update={"draft": config.draft.model_copy(update={"device": "cpu"})})
+    assert with_visible_gpu(mixed, "verifier", ["3"], "3").draft.device == "cpu"

@@ -1,0 +1,143 @@
+"""torchrun: the same workers as ranks, the same tokens; nothing stays behind however it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from launch.commands import in_order
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 240
+MARK = "SSD_TEST_MARK"
+
+
+class Launch:
+    """A torchrun, its output, and its descendants: they all inherit a mark."""
+
+    def __init__(self, scratch: Path, *arguments: str, ranks: int = 2):
+        self.mark = uuid.uuid4().hex
+        # tempfile falls back on /tmp where the folder is missing or too long a name for a socket.
+        self.scratch = Path(tempfile.mkdtemp(prefix="ssd-test-"))
+        environment = {**os.environ, MARK: self.mark, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.scratch)}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        self.out, self.err = scratch / "out.txt", scratch / "err.txt"
+        with self.out.open("w") as out, self.err.open("w") as err:
+            self.process = subprocess.Popen(
+                [*command, str(ROOT / "launch" / "torchrun.py"), *arguments],
+                env=environment, stdout=out, stderr=err, stdin=subprocess.DEVNULL, start_new_session=True,
+            )
+
+    def wait(self) -> int:
+        return self.process.wait(LIMIT_S)
+
+    def wait_for_output(self) -> None:
+        deadline = time.monotonic() + LIMIT_S
+        while not self.out.read_text():
+            assert self.process.poll() is None, self.err.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def family(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def rank(self, rank: int) -> psutil.Process:
+        for process in self.family():
+            if process.environ().get("RANK") == str(rank) and process.ppid() == self.process.pid:
+                return process
+        raise AssertionError(f"no rank {rank}")
+
+    def assert_nothing_left(self, within_s: float = 20) -> None:
+        _, alive = psutil.wait_procs(self.family(), timeout=within_s)
+        assert not alive, [process.cmdline() for process in alive]
+        assert not list(self.scratch.glob("ssd-*"))
+
+    def clean_up(self) -> None:
+        for process in self.family():
+            process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def torchrun(tmp_path: Path) -> Iterator[Callable[..., Launch]]:
+    launches: list[Launch] = []
+
+    def start(*arguments: str, ranks: int = 2) -> Launch:
+        launches.append(Launch(tmp_path, *arguments, ranks=ranks))
+        return launches[-1]
+
+    yield start
+    for launch in launches:
+        launch.clean_up()
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_config: Callable[..., dict[str, Any]]) -> str:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_config(cores=True, engine={"max_model_len": 400})))
+    return str(path)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_methods_agree(torchrun: Callable[..., Launch], config: str, tmp_path: Path, temperature: float) -> None:
+    prompts, report = tmp_path / "prompts.jsonl", tmp_path / "report.json"
+    prompts.write_text('{"prompt": "hello there"}\n{"prompt": "a b c d"}\n')
+    launch = torchrun(
+        "--config", config, "compare", "--prompts", str(prompts), "--methods", "none,sd,ssd", "--json", str(report),
+        "--max-tokens", "40", "--seed", "5", "--temperature", str(temperature),
+    )
+    assert launch.wait() == 0, launch.err.read_text()
+    figures = json.loads(report.read_text())
+    assert figures["identical_all"] is True
+    assert figures["methods"]["sd"]["identical"] and figures["methods"]["ssd"]["identical"]
+    assert figures["methods"]["ssd"]["hit_rate"] > 0  # the draft did take part
+    launch.assert_nothing_left()
+
+
+def test_wrong_number_of_ranks(torchrun: Callable[..., Launch], config: str) -> None:
+    launch = torchrun("--config", config, "generate", "hello", ranks=1)
+    assert launch.wait() == 1  # torchrun's, for any failure
+    said = launch.err.read_text()
+    assert "error: torchrun started 1 processes" in said and "--nproc-per-node 2" in said
+    assert "exitcode: 2" in said.replace("exitcode  :", "exitcode:")
+    launch.assert_nothing_left()
+
+
+@pytest.mark.parametrize("end", ["interrupt", "verifier", "draft"])
+def test_one_leaves_all_leave(torchrun: Callable[..., Launch], config: str, end: str) -> None:
+    endless = ("--max-tokens", "390", "--set", "speculation.method=ssd")
+    launch = torchrun("--config", config, "generate", "hello there", *endless)
+    launch.wait_for_output()
+    if end == "interrupt":
+        launch.process.send_signal(signal.SIGINT)
+    else:
+        launch.rank(("verifier", "draft").index(end)).kill()
+    assert launch.wait() != 0
+    launch.assert_nothing_left()
+
+
+def test_options_before_the_command() -> None:
+    arguments = ["--config", "x", "--set", "a=b", "--set=c=d", "generate", "--config", "-c"]
+    assert in_order(arguments) == ["generate", "--config", "x", "--set", "a=b", "--set=c=d", "--config", "-c"]
+    assert in_order(["--help"]) == ["--help"]
+    assert in_order([]) == []

@@ -1,0 +1,185 @@
+"""Control lanes: every message arrives as it was, in order, and nothing else is taken in."""
+
+from __future__ import annotations
+
+import ast
+import pickle
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgpack
+import pytest
+import zmq
+
+from ssd.errors import PipelineError
+from ssd.params import SamplingParams, SpeculationRecord
+from ssd.pipeline import messages
+from ssd.pipeline.control import ControlLane, InprocLane, ZmqLane
+from ssd.pipeline.messages import (
+    Admit,
+    Cancel,
+    Committed,
+    Failed,
+    Finished,
+    GetTimings,
+    Hello,
+    Message,
+    Ready,
+    Shutdown,
+    Submit,
+    Timings,
+    Welcome,
+    decode,
+    encode,
+)
+
+PARAMS = SamplingParams(
+    temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, max_tokens=3, seed=2**63 - 1, stop=("é", "🐍"),
+    stop_token_ids=(1, 2), ignore_eos=True, method="sd",
+)
+RECORD = SpeculationRecord(rounds=3, tokens=7, drafted=9, accepted=4, lookups=3, hits=2, accepted_histogram=[1, 0, 2])
+EVERY: list[Message] = [
+    Submit(request=2**40, prompt=[1, 2, 3], params=PARAMS),
+    Submit(request=0, prompt=[], params=SamplingParams()),
+    Cancel(request=7),
+    Admit(slot=1, tokens=list(range(5000)), params=PARAMS, forecasts=True),
+    Shutdown(),
+    GetTimings(reset=True),
+    Timings(round_ms=1.5, hit_round_ms=None, forward_ms=0.25, draft_ms=None),
+    Committed(request=3, tokens=[9, 8], accepted=1),
+    Finished(request=3, reason="length", record=RECORD, decode_s=0.5),
+    Ready(role="draft", info={"contexts": [256, 512], "compiled": False, "dtype": "float32", "none": None}),
+    Failed(role="verifier", message="ü\nline", usage=True),
+    Failed(role="draft", message="gone", degraded=True),
+    Hello(role="draft"),
+    Hello(role="verifier", rendezvous={"host": "127.0.0.1", "port": 1234}),
+    Welcome(rendezvous={"epoch": 0}),
+]
+
+
+@pytest.fixture(params=["inproc", "zmq-ipc", "zmq-tcp"])
+def lanes(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[ControlLane, ControlLane]]:
+    if request.param == "inproc":
+        one, other = InprocLane.pair()
+    else:
+        one, endpoint = ZmqLane.bind(f"ipc://{tmp_path}/lane" if request.param == "zmq-ipc" else "tcp://127.0.0.1:*")
+        other = ZmqLane.connect(endpoint)
+    yield one, other
+    one.close()
+    other.close()
+
+
+def test_every_type_is_listed() -> None:
+    assert {type(message) for message in EVERY} == set(messages._TYPES.values())
+
+
+@pytest.mark.parametrize("message", EVERY, ids=lambda message: type(message).__name__)
+def test_round_trip(lanes: tuple[ControlLane, ControlLane], message: Message) -> None:
+    for sender, receiver in (lanes, lanes[::-1]):
+        sender.send(message)
+        assert receiver.receive(5.0) == message
+
+
+def test_order_is_kept_both_ways_at_once(lanes: tuple[ControlLane, ControlLane]) -> None:
+    one, other = lanes
+    for number in range(500):
+        one.send(Cancel(request=number))
+        other.send(Committed(request=number, tokens=[number] * 20, accepted=0))
+    for number in range(500):
+        assert other.receive(5.0) == Cancel(request=number)
+        assert one.receive(5.0) == Committed(request=number, tokens=[number] * 20, accepted=0)
+
+
+def test_an_empty_lane_says_so_in_time(lanes: tuple[ControlLane, ControlLane]) -> None:
+    began = time.monotonic()
+    assert lanes[0].receive(0) is None
+    assert lanes[0].receive(0.2) is None
+    assert 0.15 < time.monotonic() - began < 3
+
+
+def test_a_slow_reader_does_not_stop_the_sender(lanes: tuple[ControlLane, ControlLane]) -> None:
+    """A front that looks away for thousands of rounds must not hold up the verifier."""
+    sender, receiver = lanes
+    sender.send(Shutdown())
+    assert receiver.receive(5.0) == Shutdown()
+    began = time.monotonic()
+    for number in range(5000):
+        sender.send(Cancel(request=number))
+    assert time.monotonic() - began < 10
+    assert [receiver.receive(5.0) for _ in range(5000)] == [Cancel(request=number) for number in range(5000)]
+
+
+def test_sending_to_nobody_fails_instead_of_hanging(tmp_path: Path) -> None:
+    lane, endpoint = ZmqLane.bind(f"ipc://{tmp_path}/lane")
+    try:
+        with pytest.raises(PipelineError):
+            lane.send(Shutdown())
+        other = ZmqLane.connect(endpoint)
+        lane.send(Shutdown())  # somebody came
+        assert other.receive(5.0) == Shutdown()
+        other.close()
+        time.sleep(0.3)
+        with pytest.raises(PipelineError):
+            lane.send(Shutdown())
+    finally:
+        lane.close()
+
+
+GARBAGE = [
+    b"",
+    b"\xc1",
+    b"not msgpack at all",
+    msgpack.packb([1, 2]),
+    msgpack.packb(7),
+    msgpack.packb({}),
+    msgpack.packb({"type": "Cancel"}),
+    msgpack.packb({"type": "Cancel", "request": 1, "more": 2}),
+    msgpack.packb({"type": "Evil", "request": 1}),
+    msgpack.packb({"type": ["Cancel"], "request": 1}),
+    msgpack.packb({"type": "SamplingParams"}),
+    msgpack.packb({"type": "Submit", "request": 1, "prompt": [1], "params": 3}),
+    msgpack.packb({"type": "Submit", "request": 1, "prompt": [1], "params": {"temperature": -1.0}}),
+    msgpack.packb({"type": "Submit", "request": 1, "prompt": [1], "params": {"temperature": "hot"}}),
+    msgpack.packb({"type": "Cancel", "request": b"bytes"}),
+    msgpack.packb({"type": "Cancel", "request": msgpack.ExtType(1, b"x")}),
+    encode(Cancel(request=1)) + b"trailing",
+    encode(Cancel(request=1))[:-1],
+    b"\xdd\xff\xff\xff\xff",  # an array said to have 4 billion entries
+    b"\x91" * 5000,  # nested beyond any stack
+    pickle.dumps(Cancel(request=1)),
+]
+
+
+@pytest.mark.parametrize("raw", GARBAGE, ids=range(len(GARBAGE)))
+def test_garbage_is_refused(raw: bytes) -> None:
+    with pytest.raises(PipelineError):
+        decode(raw)
+
+
+def test_oversized_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = encode(Admit(slot=0, tokens=[1] * 1000, params=PARAMS, forecasts=False))
+    assert decode(raw)
+    monkeypatch.setattr(messages, "MAX_MESSAGE_BYTES", len(raw) - 1)
+    monkeypatch.setattr(messages.msgpack, "unpackb", lambda *_a, **_k: pytest.fail("parsed"))
+    with pytest.raises(PipelineError, match="at most"):
+        decode(raw)
+
+
+def test_garbage_on_the_wire_is_an_error_of_the_pipeline(tmp_path: Path) -> None:
+    lane, endpoint = ZmqLane.bind(f"ipc://{tmp_path}/lane")
+    stranger = zmq.Context.instance().socket(zmq.PAIR)
+    try:
+        stranger.connect(endpoint)
+        stranger.send(b"hello?")
+        with pytest.raises(PipelineError):
+            lane.receive(5.0)
+    finally:
+        stranger.close(linger=0)
+        lane.close()
+
+
+def test_nothing_is_pickled() -> None:
+    for path in Path(messages.__file__).parent.glob("*.py"):
+        called = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        assert not called & {"send_pyobj", "recv_pyobj", "send_object_list", "broadcast_object_list"}, path

@@ -1,0 +1,224 @@
+"""One suite for every link: what the rounds rely on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssd.errors import LinkError
+from ssd.pipeline.link import InprocLink, Link
+from ssd.pipeline.rendezvous import VerifierSide, draft_side
+
+PATIENCE_S = 20.0
+"""No wait of a test is longer: a hang is a failure, not a stuck run."""
+
+
+class Pair:
+    """Both ends of a link, and threads to use them from."""
+
+    def __init__(self, kind: str, timeout_s: float):
+        self.pool = ThreadPoolExecutor(4)
+        self._side, self._lane = None, None
+        if kind == "inproc":
+            self.verifier, self.draft = InprocLink.pair(timeout_s)
+            return
+        self._side = VerifierSide(timeout_s=timeout_s)
+        coming = self.pool.submit(draft_side, self._side.rendezvous, timeout_s=timeout_s)
+        self.verifier: Link = self._side.link()
+        self.draft, self._lane = coming.result(PATIENCE_S)
+
+    def both(self, one: Callable[[Link], object], other: Callable[[Link], object]) -> tuple[object, object]:
+        """Run one function at each end at the same time."""
+        futures = self.pool.submit(one, self.verifier), self.pool.submit(other, self.draft)
+        return futures[0].result(PATIENCE_S), futures[1].result(PATIENCE_S)
+
+    def start(self, call: Callable[..., object], *args: object) -> Future:
+        return self.pool.submit(call, *args)
+
+    def close(self) -> None:
+        self.verifier.close()
+        self.draft.close()
+        if self._lane is not None and self._side is not None:
+            self._lane.close()
+            self._side.close()
+        self.pool.shutdown(wait=False)
+
+
+@pytest.fixture(params=["inproc", "gloo"])
+def open_pair(request: pytest.FixtureRequest) -> Iterator[Callable[..., Pair]]:
+    pairs: list[Pair] = []
+
+    def make(timeout_s: float = 10.0) -> Pair:
+        pairs.append(Pair(request.param, timeout_s))
+        return pairs[-1]
+
+    yield make
+    for pair in pairs:
+        pair.close()
+
+
+def frame(size: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**31), 2**31 - 1, (size,), dtype=torch.int64, generator=generator).to(torch.int32)
+
+
+def test_many_exchanges_of_different_sizes_each_way(open_pair: Callable[..., Pair]) -> None:
+    pair, rounds = open_pair(), 200
+
+    def end(link: Link, mine: int, theirs: int, offset: int) -> list[bool]:
+        incoming, right = torch.zeros(theirs, dtype=torch.int32), []
+        for number in range(rounds):
+            link.exchange(frame(mine, number + offset), incoming)
+            right.append(torch.equal(incoming, frame(theirs, number + 1000 - offset)))
+        return right
+
+    results = pair.both(lambda link: end(link, 7, 5000, 0), lambda link: end(link, 5000, 7, 1000))
+    assert results == ([True] * rounds, [True] * rounds)
+
+
+def test_meanwhile_runs_while_the_other_end_is_late(open_pair: Callable[..., Pair]) -> None:
+    pair, ran = open_pair(), threading.Event()
+
+    def early(link: Link) -> Tensor:
+        incoming = torch.zeros(3, dtype=torch.int32)
+        link.exchange(frame(3, 1), incoming, ran.set)
+        return incoming
+
+    def late(link: Link) -> bool:
+        before = ran.wait(PATIENCE_S)  # nothing sent from here yet
+        link.exchange(frame(3, 2), torch.zeros(3, dtype=torch.int32))
+        return before
+
+    got, before = pair.both(early, late)
+    assert before
+    assert torch.equal(got, frame(3, 2))
+
+
+def test_one_way_between_exchanges(open_pair: Callable[..., Pair]) -> None:
+    """The order of a round with a miss: exchange, then trees from the draft, and again."""
+    pair = open_pair()
+
+    def verifier(link: Link) -> list[int]:
+        seen, incoming, trees = [], torch.zeros(4, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+        for number in range(20):
+            link.exchange(torch.full((3,), number, dtype=torch.int32), incoming)
+            link.receive(trees)
+            seen += [int(incoming[0]), int(trees[1])]
+        return seen
+
+    def draft(link: Link) -> list[int]:
+        seen, incoming = [], torch.zeros(3, dtype=torch.int32)
+        for number in range(20):
+            link.exchange(torch.full((4,), number + 100, dtype=torch.int32), incoming)
+            link.send(torch.full((2,), number + 200, dtype=torch.int32))
+            seen.append(int(incoming[2]))
+        return seen
+
+    seen, drafts = pair.both(verifier, draft)
+    assert seen == [value for number in range(20) for value in (number + 100, number + 200)]
+    assert drafts == list(range(20))
+
+
+def test_what_was_sent_is_what_arrives_though_the_sender_reuses_its_buffer(open_pair: Callable[..., Pair]) -> None:
+    pair = open_pair()
+
+    def sender(link: Link) -> None:
+        buffer = torch.zeros(100, dtype=torch.int32)
+        for number in range(50):
+            buffer.fill_(number)
+            link.send(buffer)
+
+    def receiver(link: Link) -> list[int]:
+        incoming, seen = torch.zeros(100, dtype=torch.int32), []
+        for _ in range(50):
+            link.receive(incoming)
+            assert (incoming == incoming[0]).all()
+            seen.append(int(incoming[0]))
+        return seen
+
+    assert pair.both(sender, receiver)[1] == list(range(50))
+
+
+@pytest.mark.parametrize("call", ["exchange", "receive"])
+def test_a_close_is_seen_at_once(open_pair: Callable[..., Pair], call: str) -> None:
+    pair = open_pair(timeout_s=15.0)
+    incoming = torch.zeros(3, dtype=torch.int32)
+    arguments = (frame(3, 0), incoming) if call == "exchange" else (incoming,)
+    waiting = pair.start(getattr(pair.verifier, call), *arguments)
+    time.sleep(0.2)
+    began = time.monotonic()
+    pair.draft.close()
+    with pytest.raises(LinkError):
+        waiting.result(PATIENCE_S)
+    assert time.monotonic() - began < 5  # not by the deadline
+
+
+@pytest.mark.parametrize("call", ["exchange", "receive"])
+def test_a_silent_peer_hits_the_deadline(open_pair: Callable[..., Pair], call: str) -> None:
+    pair = open_pair(timeout_s=1.0)
+    incoming = torch.zeros(3, dtype=torch.int32)
+    arguments = (frame(3, 0), incoming) if call == "exchange" else (incoming,)
+    began = time.monotonic()
+    with pytest.raises(LinkError):
+        pair.start(getattr(pair.verifier, call), *arguments).result(PATIENCE_S)
+    assert 0.8 < time.monotonic() - began < 6
+
+
+def test_a_dead_link_stays_dead(open_pair: Callable[..., Pair]) -> None:
+    pair = open_pair(timeout_s=1.0)
+    incoming = torch.zeros(3, dtype=torch.int32)
+    with pytest.raises(LinkError):
+        pair.start(pair.verifier.receive, incoming).result(PATIENCE_S)
+    for call, arguments in (("exchange", (frame(3, 0), incoming)), ("receive", (incoming,)), ("send", (frame(3, 0),))):
+        with pytest.raises(LinkError):
+            pair.start(getattr(pair.verifier, call), *arguments).result(PATIENCE_S)
+
+
+def test_use_after_close(open_pair: Callable[..., Pair]) -> None:
+    pair = open_pair()
+    pair.verifier.close()
+    pair.verifier.close()  # twice is fine
+    incoming = torch.zeros(3, dtype=torch.int32)
+    for call, arguments in (("exchange", (frame(3, 0), incoming)), ("receive", (incoming,)), ("send", (frame(3, 0),))):
+        with pytest.raises(LinkError):
+            pair.start(getattr(pair.verifier, call), *arguments).result(PATIENCE_S)
+
+
+def test_nobody_comes() -> None:
+    side = VerifierSide(timeout_s=1.0)
+    began = time.monotonic()
+    try:
+        with pytest.raises(LinkError):
+            side.link()
+    finally:
+        side.close()
+    assert time.monotonic() - began < 10
+
+
+def test_nobody_is_there() -> None:
+    side = VerifierSide(timeout_s=1.0)
+    rendezvous = side.rendezvous
+    side.close()
+    with pytest.raises(LinkError):
+        draft_side(rendezvous, timeout_s=1.0)
+
+
+def test_two_pairs_do_not_meet() -> None:
+    one, other = Pair("gloo", 10.0), Pair("gloo", 10.0)
+    try:
+        for number, pair in enumerate((one, other)):
+            incoming = torch.zeros(1, dtype=torch.int32)
+            pair.both(
+                lambda link, n=number: link.send(torch.full((1,), n, dtype=torch.int32)),
+                lambda link, into=incoming: link.receive(into),
+            )
+            assert int(incoming) == number
+    finally:
+        one.close()
+        other.close()

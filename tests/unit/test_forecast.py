@@ -1,0 +1,105 @@
+"""Forecasts: budgets add up, the shape is Theorem 12's, guesses equal a slow reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssd.decoding.forecast import SIBLING_SHARE, Forecast, bonus_guesses, exclude_children, fan_out, outcome_weights
+from ssd.decoding.tree import ABSENT, TreeShape
+
+rates = st.floats(0.05, 0.97)
+combs = st.builds(TreeShape.comb, st.integers(1, 8), st.integers(0, 4))
+
+
+def closed_form(lookahead: int, budget: float, acceptance: float, power: float) -> list[float]:
+    """Saguaro, Theorem 12, with the all-accepted position (research/saguaro.md §2)."""
+    beta = acceptance ** (1 / (1 + power))
+    last = (1 - acceptance) ** (-1 / (1 + power))
+    first = budget / ((1 - beta**lookahead) / (1 - beta) + beta**lookahead * last)
+    return [first * beta**k * (last if k == lookahead else 1) for k in range(lookahead + 1)]
+
+
+@given(combs, rates)
+def test_weights_are_a_distribution(shape: TreeShape, acceptance: float) -> None:
+    weights = outcome_weights(shape, acceptance)
+    assert all(weight >= 0 for weight in weights)
+    assert sum(weights) == pytest.approx(1)
+
+
+def test_weights_by_hand() -> None:
+    assert outcome_weights(TreeShape.comb(3), 0.6) == pytest.approx([0.4, 0.6 * 0.4, 0.36 * 0.4, 0.216])
+    leaf = 0.4 * SIBLING_SHARE
+    # Chain 1-2, leaves 3, 4 under the root and 5, 6 under node 1; the second half as likely as the first.
+    assert outcome_weights(TreeShape.comb(2, 2), 0.6) == pytest.approx(
+        [0.4 - 1.5 * leaf, 0.6 * (0.4 - 1.5 * leaf), 0.36, leaf, leaf / 2, 0.6 * leaf, 0.6 * leaf / 2]
+    )
+
+
+@given(combs, st.integers(1, 256), st.sampled_from(["uniform", "geometric"]), rates, st.floats(0.2, 4))
+def test_budget_is_spent(shape: TreeShape, budget: int, kind: str, acceptance: float, power: float) -> None:
+    counts = fan_out(shape, budget, kind=kind, acceptance=acceptance, power=power)
+    assert len(counts) == shape.nodes
+    assert sum(counts) == budget
+    assert min(counts) >= 0
+    forecast = Forecast.plan(counts)
+    assert forecast.budget == budget
+    assert [forecast.nodes.count(node) for node in range(shape.nodes)] == list(counts)
+    assert len({*zip(forecast.nodes, forecast.ranks, strict=True)}) == budget
+
+
+@pytest.mark.parametrize(("lookahead", "acceptance", "power"), [(1, 0.5, 1.0), (4, 0.7, 1.5), (7, 0.8, 1.0), (8, 0.3, 2)])
+def test_theorem_12_in_the_limit(lookahead: int, acceptance: float, power: float) -> None:
+    budget = 10**7
+    counts = fan_out(TreeShape.comb(lookahead), budget, acceptance=acceptance, power=power)
+    for count, exact in zip(counts, closed_form(lookahead, budget, acceptance, power), strict=True):
+        assert abs(count - exact) < 1
+
+
+def test_the_papers_example() -> None:
+    assert fan_out(TreeShape.comb(7), 24, acceptance=0.8, power=1.0) == (4, 3, 3, 3, 3, 2, 2, 4)
+
+
+def test_uniform() -> None:
+    assert fan_out(TreeShape.comb(3), 8, kind="uniform") == (2, 2, 2, 2)
+    assert sorted(fan_out(TreeShape.comb(3), 6, kind="uniform")) == [1, 1, 2, 2]
+    assert sum(fan_out(TreeShape.comb(7), 3, kind="uniform")) == 3
+
+
+def test_unknown_kind() -> None:
+    with pytest.raises(ValueError, match="uniform"):
+        fan_out(TreeShape.comb(2), 4, kind="measured")
+
+
+def test_plan_order() -> None:
+    forecast = Forecast.plan((2, 0, 3))
+    assert (forecast.nodes, forecast.ranks) == ((0, 0, 2, 2, 2), (0, 1, 0, 1, 2))
+
+
+@given(st.data(), combs, st.integers(12, 20), st.integers(1, 3))
+def test_guesses_equal_the_reference(data: st.DataObject, shape: TreeShape, vocabulary: int, batch: int) -> None:
+    counts = [data.draw(st.integers(0, 4)) for _ in range(shape.nodes)]
+    counts[0] += not sum(counts)
+    forecast = Forecast.plan(tuple(counts))
+    token = st.integers(ABSENT, vocabulary - 1)
+    tokens = [[data.draw(token) for _ in range(shape.nodes)] for _ in range(batch)]
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    scores = torch.stack([torch.randperm(shape.nodes * vocabulary, generator=generator) for _ in range(batch)]).float()
+    scores = scores.view(batch, shape.nodes, vocabulary)
+    before = scores.clone()
+    parents, width = shape.parent_index(), 1 + max(forecast.ranks)
+    got = bonus_guesses(
+        scores, torch.tensor(tokens), parents, torch.tensor(forecast.nodes), torch.tensor(forecast.ranks), width
+    )
+    excluded = exclude_children(scores, torch.tensor(tokens), parents)
+    assert torch.equal(scores, before)  # the caller's scores are not written to
+    for row in range(batch):
+        for node in range(shape.nodes):
+            children = {tokens[row][child] for child in shape.children(node)} - {ABSENT}
+            left = sorted(set(range(vocabulary)) - children, key=lambda t: -before[row, node, t])
+            assert {t for t in range(vocabulary) if excluded[row, node, t] == float("-inf")} == children
+            expected = left[: counts[node]]
+            mine = [int(g) for g, n in zip(got[row], forecast.nodes, strict=True) if n == node]
+            assert mine[: len(expected)] == expected
