@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import tempfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ if str(ROOT) not in sys.path:
 
 from launch.commands import run  # noqa: E402
 from launch.torchrun import LOOPBACK  # noqa: E402
-from ssd.errors import UsageError  # noqa: E402
+from ssd.errors import PipelineError, UsageError  # noqa: E402
 from ssd.pipeline.build import Plan  # noqa: E402
 from ssd.pipeline.control import ControlLane, ZmqLane  # noqa: E402
 from ssd.pipeline.launch import roles  # noqa: E402
@@ -67,7 +68,8 @@ class TorchrunPipeline:
         """Ask the workers to leave. torchrun sees that they do: it waits for them."""
         if not self.check():
             for lane in self.lanes.values():
-                lane.send(Shutdown())
+                with suppress(PipelineError):  # gone in this moment
+                    lane.send(Shutdown())
         for lane in self.lanes.values():
             lane.close()
         self._lifeline.close()

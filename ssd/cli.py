@@ -177,7 +177,8 @@ def compare(
     progress_console = Console(stderr=True)
     # Tables wrapped at 80 columns are no use in a log.
     console = Console() if sys.stdout.isatty() else Console(width=140)
-    with LLM(settings) as llm, progress_console.status("starting") as status:
+    # The first start on a machine compiles the models' forwards: say so, it takes a minute.
+    with progress_console.status("starting (the first time on a machine compiles)") as status, LLM(settings) as llm:
 
         def progress(done: int, total: int, label: str) -> None:
             status.update(f"{done}/{total} {label}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import ray
 
 from ..config import Config
 from ..engine.llm import LLM
-from ..errors import RequestError, WorkerError
+from ..errors import PipelineError, RequestError, WorkerError
 from ..params import SamplingParams
 from ..pipeline.build import Plan
 from ..pipeline.control import ControlLane, ZmqLane
@@ -60,31 +61,43 @@ class RayPipeline:
         address: of this process, for the workers to connect to; found by itself if None.
         strategy: ``STRICT_PACK`` puts draft and verifier on one node.
         timeout_s: how long to wait for the cluster to have room.
+        name: of the placement group; see ``release_abandoned``.
 
     Raises:
-        WorkerError: there was no room in time.
+        WorkerError: there was no room in time, or a worker's process did not come up in it.
         UsageError: no cluster was joined, or the address means every interface.
     """
 
     def __init__(
         self, plan: Plan, *, address: str | None = None, strategy: Strategy = "STRICT_PACK",
-        timeout_s: float = PLACEMENT_TIMEOUT_S,
+        timeout_s: float = PLACEMENT_TIMEOUT_S, name: str = "",
     ):
         self.lanes: dict[str, ControlLane] = {}
         self.actors: dict[str, Any] = {}
         """Handles by role."""
         self._runs: dict[str, ray.ObjectRef] = {}
         wanted = bundles(plan)
-        self._placement = Placement(wanted, strategy=strategy, timeout_s=timeout_s)
+        self._placement = Placement(wanted, strategy=strategy, timeout_s=timeout_s, name=name)
         try:
             host = front_address(self._placement, address)
             for role in wanted:
+                self.actors[role] = WorkerActor.options(**self._placement.options(role)).remote()
+            self._wait_for_processes(plan.config.engine.start_timeout_s)
+            for role, actor in self.actors.items():
                 self.lanes[role], endpoint = ZmqLane.bind(f"tcp://{host}:*")
-                actor = self.actors[role] = WorkerActor.options(**self._placement.options(role)).remote()
                 self._runs[role] = actor.run.remote(role, plan.to_dict(), endpoint, self._placement.one_node)
         except BaseException:
             self._dismantle()
             raise
+
+    def _wait_for_processes(self, timeout_s: float) -> None:
+        for role, actor in self.actors.items():
+            try:
+                ray.get(actor.pid.remote(), timeout=timeout_s)
+            except ray.exceptions.GetTimeoutError:
+                raise WorkerError(f"the {role}'s actor did not start in {timeout_s:g} s") from None
+            except ray.exceptions.RayError as error:
+                raise WorkerError(f"the {role}'s actor did not start: {_reason(error)}") from error
 
     def check(self) -> list[str]:
         """Roles whose worker is gone.
@@ -103,7 +116,8 @@ class RayPipeline:
     def close(self) -> None:
         """Ask the workers to leave, see that they do, and give their room back."""
         for role in set(self._runs) - set(self._ended()):
-            self.lanes[role].send(Shutdown())
+            with suppress(PipelineError):  # gone in this moment
+                self.lanes[role].send(Shutdown())
         ray.wait(list(self._runs.values()), num_returns=len(self._runs), timeout=LEAVE_S)
         self._dismantle()
 
@@ -112,7 +126,8 @@ class RayPipeline:
         return [role for role, run in self._runs.items() if run in ended]
 
     def _dismantle(self) -> None:
-        leaving = [actor.__ray_terminate__.remote() for role, actor in self.actors.items() if role in self._ended()]
+        ended = self._ended() if self._runs else []
+        leaving = [self.actors[role].__ray_terminate__.remote() for role in ended]
         if leaving:
             ray.wait(leaving, num_returns=len(leaving), timeout=LEAVE_S)
         for actor in self.actors.values():
@@ -131,18 +146,18 @@ class PipelineActor:
 
     Args:
         config, overrides: as for ``LLM``; files and models are looked up where the actor runs.
-        strategy, timeout_s: as for ``RayPipeline``.
+        strategy, timeout_s, name: as for ``RayPipeline``.
 
     Raises (every method): UsageError, WorkerError, PipelineError as ``LLM`` does.
     """
 
     def __init__(
         self, config: Config | str | Path | dict[str, Any] = "embedded", *, overrides: Sequence[str] = (),
-        strategy: Strategy = "STRICT_PACK", timeout_s: float = PLACEMENT_TIMEOUT_S,
+        strategy: Strategy = "STRICT_PACK", timeout_s: float = PLACEMENT_TIMEOUT_S, name: str = "",
     ):
         # The front needs no GPU, and one that Ray did not give must not be touched.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        launch = partial(RayPipeline, strategy=strategy, timeout_s=timeout_s)
+        launch = partial(RayPipeline, strategy=strategy, timeout_s=timeout_s, name=name)
         self._make = partial(LLM, config, overrides=overrides, launch=launch)
         self._llm: LLM | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ..errors import PipelineError, WorkerError
 from ..params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent
 from ..pipeline.launch import LEAVE_S
 from .actors import PipelineActor
+from .placement import release_abandoned
 
 
 class PipelineClient:
@@ -22,17 +24,19 @@ class PipelineClient:
 
     Args:
         config, overrides: as for ``LLM``; models are looked up where the actor runs.
-        options: further arguments of ``PipelineActor``.
+        options: strategy and timeout_s of ``PipelineActor``.
 
     Raises:
         UsageError, WorkerError: as ``LLM`` and ``RayPipeline`` do.
     """
 
     def __init__(
-        self, config: Config | str | Path | dict[str, Any] = "embedded", *, overrides: Sequence[str] = (), **options: Any
+        self, config: Config | str | Path | dict[str, Any] = "embedded", *, overrides: Sequence[str] = (),
+        **options: Any,
     ):
         self.config = load_config(config, overrides)
-        self.actor = PipelineActor.remote(self.config, **options)
+        self._room = f"ssd-{uuid.uuid4().hex}"
+        self.actor = PipelineActor.remote(self.config, name=self._room, **options)
         try:
             self._workers: dict[str, Any] = self._call("start")
         except BaseException:
@@ -84,6 +88,7 @@ class PipelineClient:
         ray.wait([actor.close.remote()], timeout=3 * LEAVE_S)
         ray.wait([actor.__ray_terminate__.remote()], timeout=LEAVE_S)
         ray.kill(actor)
+        release_abandoned(self._room)
 
     def _running(self) -> Any:
         if self.actor is None:

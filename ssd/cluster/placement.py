@@ -7,11 +7,12 @@ import ipaddress
 import logging
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Literal
 
 import ray
 from ray.util import get_node_ip_address
-from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import get_placement_group, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..config import Config, ModelConfig
@@ -53,17 +54,20 @@ def bundles(plan: Plan) -> dict[str, Bundle]:
 class Placement:
     """A placement group with one bundle for each role.
 
+    Args:
+        name: by which ``release_abandoned`` finds the group.
+
     Raises:
         WorkerError: the cluster did not have the room in time; names what was asked for and what
             there was.
         UsageError: this process is in no Ray cluster.
     """
 
-    def __init__(self, wanted: Mapping[str, Bundle], *, strategy: Strategy, timeout_s: float):
+    def __init__(self, wanted: Mapping[str, Bundle], *, strategy: Strategy, timeout_s: float, name: str = ""):
         if not ray.is_initialized():
             raise UsageError("this process is in no Ray cluster; call ssd.cluster.connect() first")
         self._wanted = dict(wanted)
-        self._group = placement_group(list(wanted.values()), strategy=strategy)
+        self._group = placement_group(list(wanted.values()), strategy=strategy, name=name)
         try:
             if not self._group.wait(math.ceil(timeout_s)):
                 raise WorkerError(self._refusal(strategy, timeout_s))
@@ -108,6 +112,13 @@ class Placement:
             f"{_amounts(ray.available_resources())}, in all {_amounts(ray.cluster_resources())} "
             f"on {len(nodes)} node{'s' if len(nodes) > 1 else ''}"
         )
+
+
+def release_abandoned(name: str) -> None:
+    """Give back the room of a pipeline whose owner was killed: Ray itself keeps it for as long as
+    the job runs. Nothing happens if there is none of that name."""
+    with suppress(ValueError):
+        remove_placement_group(get_placement_group(name))
 
 
 def front_address(placement: Placement, address: str | None) -> str:

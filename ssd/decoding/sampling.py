@@ -187,9 +187,9 @@ def scores(logits: Tensor, params: SamplingTensors, noise: Tensor | None) -> Ten
             (``noise.gumbel(params.seed[:, None], positions, V)``); None is allowed when no row is random.
 
     Returns:
-        float32 [B, W, V]: filtered, scaled logits plus noise in rows with temperature > 0, the
-        logits themselves in rows with temperature 0. Sorts only if ``params.filtered``; does
-        nothing at all if not ``params.random``.
+        float32 [B, W, V]: logits plus temperature times noise, dropped tokens at -inf, in rows
+        with temperature > 0; the logits themselves in rows with temperature 0. Sorts only if
+        ``params.filtered``; does nothing at all if not ``params.random``.
 
     Raises:
         ValueError: shapes do not fit, or ``noise`` is missing for a random row.
@@ -203,8 +203,12 @@ def scores(logits: Tensor, params: SamplingTensors, noise: Tensor | None) -> Ten
         raise ValueError("noise is needed: some row has temperature > 0")
     if noise.shape != logits.shape:
         raise ValueError(f"noise must have the shape of the logits {tuple(logits.shape)}, not {tuple(noise.shape)}")
-    scaled = filter_logits(logits, params) if params.filtered else _scale(logits, params)
-    return torch.where(_per_row(params.temperature > 0), scaled + noise, scaled)
+    # argmax(logits / T + noise) is argmax(logits + T * noise): one operation, and rows of
+    # temperature 0 come out as they were, whatever else is in the batch.
+    chosen = torch.addcmul(logits.to(torch.float32), noise, _per_row(params.temperature))
+    if params.filtered:
+        chosen.masked_fill_(filter_logits(logits, params) == float("-inf"), float("-inf"))
+    return chosen
 
 
 def choose(logits: Tensor, params: SamplingTensors, noise: Tensor | None) -> Tensor:

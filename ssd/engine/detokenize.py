@@ -35,22 +35,25 @@ class Detokenizer:
         before = self._decode(self._ids[self._start : self._read])
         after = self._decode(self._ids[self._start :])
         if len(after) > len(before) and not after.endswith(_REPLACEMENT):
-            searched = max(0, len(self._decoded) - max((len(s) for s in self._stop), default=0))
-            self._decoded += after[len(before) :]
+            self._append(after[len(before) :])
             self._start, self._read = max(self._start, len(self._ids) - _WINDOW), len(self._ids)
-            found = [at for s in self._stop if (at := self._decoded.find(s, searched)) >= 0]
-            if found:
-                self._decoded = self._decoded[: min(found)]
-                self.stopped = True
         return self._give(len(self._decoded) if self.stopped else len(self._decoded) - self._held())
 
     def finish(self) -> str:
         """What was held back, once nothing more comes."""
         if not self.stopped:
             before = self._decode(self._ids[self._start : self._read])
-            self._decoded += self._decode(self._ids[self._start :])[len(before) :]
+            self._append(self._decode(self._ids[self._start :])[len(before) :])
             self._read = len(self._ids)
         return self._give(len(self._decoded))
+
+    def _append(self, text: str) -> None:
+        searched = max(0, len(self._decoded) - max((len(s) for s in self._stop), default=0))
+        self._decoded += text
+        found = [at for s in self._stop if (at := self._decoded.find(s, searched)) >= 0]
+        if found:
+            self._decoded = self._decoded[: min(found)]
+            self.stopped = True
 
     def _give(self, upto: int) -> str:
         fresh = self._decoded[self.given : max(self.given, upto)]

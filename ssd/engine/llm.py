@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -174,7 +175,9 @@ class LLM:
         """Forget requests; those still running are cancelled."""
         for request in requests:
             if self._live.pop(request.number, None) is not None and self._pipeline is not None:
-                self._pipeline.lanes["verifier"].send(Cancel(request=request.number))
+                if "verifier" not in self._pipeline.check():
+                    with contextlib.suppress(PipelineError):
+                        self._pipeline.lanes["verifier"].send(Cancel(request=request.number))
 
     def _pump(self, *, starting: bool = False) -> None:
         """Take in what the workers sent, waiting a little for the first message."""

@@ -115,8 +115,7 @@ def _runner(plan: Plan, wanted: ModelConfig, *, scratch: int) -> ForwardRunner:
     folder = resolve_model_path(wanted.model)
     engine = plan.config.engine
     model = load_model(folder, dtype=wanted.dtype, device=wanted.device, max_positions=engine.max_model_len)
-    on_cpu = torch.device(wanted.device).type == "cpu"
-    if on_cpu:
+    if torch.device(wanted.device).type == "cpu" and wanted.dtype == "float32":
         lay_out_for_cpu(model)
     compile_ = can_compile() if wanted.compile == "auto" else wanted.compile
     return ForwardRunner(

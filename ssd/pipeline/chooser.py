@@ -17,10 +17,17 @@ class Chooser:
 
     Draft and verifier hold one each and come to the same noise for the same request and
     position: the coupling verification rests on.
+
+    Args:
+        horizon: how many positions ahead noise is made for. One shape, so that whatever is
+            decoded and however, a position's noise comes out of the same code.
     """
 
-    def __init__(self, batch: int, vocabulary: int, device: torch.device | str, compile: bool = False):
+    def __init__(
+        self, batch: int, vocabulary: int, device: torch.device | str, *, horizon: int, compile: bool = False
+    ):
         self.params = SamplingTensors.empty(batch, device)
+        self._ahead = torch.arange(1, horizon + 1, device=device)
         self._vocabulary = vocabulary
         self._gumbel: Callable[..., Tensor] = torch.compile(gumbel, dynamic=False) if compile else gumbel
 
@@ -30,22 +37,21 @@ class Chooser:
             seed=params.seed,
         )
 
-    def warm_up(self, count: int) -> None:
-        """Compile the noise of ``count`` positions before a request needs it."""
+    def warm_up(self) -> None:
+        """Compile the noise before a request needs it."""
         kept, self.params = self.params, self.params.with_row(0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
-        self.noise(torch.zeros(len(kept.temperature), dtype=torch.int64, device=kept.temperature.device), count)
+        self.noise(torch.zeros(len(kept.temperature), dtype=torch.int64, device=kept.temperature.device))
         self.params = kept
 
     def clear(self, slot: int) -> None:
         self.set(slot, SamplingParams())
 
-    def noise(self, lengths: Tensor, count: int) -> Tensor | None:
-        """Noise ``[B, count, V]`` for the tokens at positions L + 1 .. L + count of every slot;
+    def noise(self, lengths: Tensor) -> Tensor | None:
+        """Noise ``[B, horizon, V]`` for the tokens at positions L + 1, L + 2, .. of every slot;
         None while nothing samples. ``lengths`` ``[B]``."""
         if not self.params.random:
             return None
-        positions = lengths[:, None] + torch.arange(1, count + 1, device=lengths.device)
-        return self._gumbel(self.params.seed[:, None], positions, self._vocabulary)
+        return self._gumbel(self.params.seed[:, None], lengths[:, None] + self._ahead, self._vocabulary)
 
     def scores(self, logits: Tensor, noise: Tensor | None) -> Tensor:
         """``[B, R, V]``; ``noise`` as many rows, or None."""

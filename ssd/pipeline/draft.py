@@ -41,7 +41,9 @@ class DraftWorker:
         batch, device = runner.batch, runner.device
         self.rows: list[_Row | None] = [None] * batch
         self.trees = torch.full((batch, shape.nodes), ABSENT)
-        self.chooser = Chooser(batch, runner.vocabulary, device, runner.compile)
+        self.chooser = Chooser(
+            batch, runner.vocabulary, device, horizon=2 * shape.depth + 1, compile=runner.compile
+        )
         self._parents, self._depths = shape.parent_index(device), shape.depth_index(device)
         self._nodes = torch.tensor(forecast.nodes, device=device)
         self._ranks = torch.tensor(forecast.ranks, device=device)
@@ -58,8 +60,7 @@ class DraftWorker:
     def warm_up(self) -> None:
         """Compile every form a round needs."""
         self.runner.warm_up([self._glue, self._branches[0], self._step])
-        self.chooser.warm_up(2 * self.shape.depth + 1)
-        self.chooser.warm_up(self.shape.depth)
+        self.chooser.warm_up()
 
     def admit(self, message: Admit) -> None:
         self.rows[message.slot] = _Row(list(message.tokens[:-1]), 0, message.forecasts)
@@ -77,9 +78,9 @@ class DraftWorker:
     def speculate(self) -> SpeculationSet:
         """Glue, forecast and branch steps for the trees now under verification."""
         self._catch_up()
-        batch, depth, branches = len(self.rows), self.shape.depth, self.forecast.budget
+        batch, branches = len(self.rows), self.forecast.budget
         lengths, longest = self._lengths()
-        noise = self.chooser.noise(lengths, 2 * depth + 1)
+        noise = self.chooser.noise(lengths)
         tokens = self.trees.to(self.runner.device)
         logits = self.runner.forward(self._glue, tokens.clamp(min=0), lengths, longest=longest)
         self._in_glue = {slot for slot, row in enumerate(self.rows) if row is not None}
@@ -140,7 +141,7 @@ class DraftWorker:
         """
         self._catch_up()
         lengths, longest = self._lengths()
-        noise = self.chooser.noise(lengths, self.shape.depth)
+        noise = self.chooser.noise(lengths)
         fed, ranked = self.trees[:, :1].clamp(min=0).to(self.runner.device), []
         for step in range(self.shape.depth):
             logits = self.runner.forward(self._step, fed, lengths + step, longest=longest + step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import threading
 from pathlib import Path
 from typing import Protocol
 
-from ..errors import WorkerError
+from ..errors import PipelineError, WorkerError
 from .build import Plan
 from .control import ControlLane, InprocLane, ZmqLane
 from .messages import Shutdown
@@ -98,8 +99,9 @@ class LocalPipeline:
 
     def close(self) -> None:
         for role, lane in self.lanes.items():
-            if self._processes[role].poll() is None:
-                lane.send(Shutdown())
+            if role in self._processes and self._processes[role].poll() is None:
+                with contextlib.suppress(PipelineError):  # the closing pipe below says the same
+                    lane.send(Shutdown())
         for process in self._processes.values():
             if process.stdin is not None:
                 process.stdin.close()

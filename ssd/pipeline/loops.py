@@ -6,6 +6,7 @@ its other half.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections import defaultdict, deque
@@ -137,7 +138,8 @@ class DraftSide:
         return self.frames.unpack_trees(self._trees, self.round)
 
     def stop(self) -> None:
-        self.lane.send(Shutdown())
+        with contextlib.suppress(PipelineError):  # it may be gone already
+            self.lane.send(Shutdown())
         self.link.close()
 
 
@@ -163,9 +165,12 @@ def verifier_loop(
         if not alive():
             return
         admitted = worker.admit()
-        for _, told in admitted:
-            if told is not None and draft is not None:
-                draft.tell(told)
+        try:
+            for _, told in admitted:
+                if told is not None and draft is not None:
+                    draft.tell(told)
+        except PipelineError as error:
+            draft = _lose(worker, front, draft, error)
         for slot, _ in admitted:  # after telling the draft: both prefill side by side
             worker.prefill(slot)
         if worker.idle and not (draft is not None and draft.in_round):
@@ -179,17 +184,22 @@ def verifier_loop(
         try:
             all_hit = _finish_round(worker, front, draft, verdict, timer)
         except LinkError as error:
-            worker.lose_draft()
+            draft = _lose(worker, front, draft, error)
             worker.advance(verdict, None)
-            draft.link.close() if draft is not None else None
-            draft = None
-            front.send(Failed(role="draft", message=str(error), degraded=True))
         now = worker.clock()
         if last_end is not None:
             timer.add("round", now - last_end)
             if all_hit:
                 timer.add("hit_round", now - last_end)
         last_end = now
+
+
+def _lose(worker: VerifierWorker, front: ControlLane, draft: DraftSide | None, error: PipelineError) -> None:
+    """Go on without the draft, and say why."""
+    worker.lose_draft()
+    if draft is not None:
+        draft.link.close()
+    front.send(Failed(role="draft", message=str(error), degraded=True))
 
 
 def _finish_round(

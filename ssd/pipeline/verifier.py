@@ -69,7 +69,9 @@ class VerifierWorker:
         self.drafting = True
         """False once the draft is lost: everything decodes plainly from then on."""
         self.trees = torch.full((runner.batch, shape.nodes), ABSENT)
-        self.chooser = Chooser(runner.batch, runner.vocabulary, runner.device, runner.compile)
+        self.chooser = Chooser(
+            runner.batch, runner.vocabulary, runner.device, horizon=shape.depth + 1, compile=runner.compile
+        )
         self._parents, self._depths = shape.parent_index(), shape.depth_index()
         self._ancestors = shape.ancestors()
         self._plan_nodes = torch.tensor(forecast.nodes)
@@ -78,7 +80,7 @@ class VerifierWorker:
     def warm_up(self) -> None:
         """Compile every form a round needs."""
         self.runner.warm_up([self._tree] if self.strict else [self._tree, self._one])
-        self.chooser.warm_up(self.shape.depth + 1)
+        self.chooser.warm_up()
 
     @property
     def idle(self) -> bool:
@@ -146,10 +148,12 @@ class VerifierWorker:
         tokens = self.trees[:, : plan.rows]
         began = self.clock()
         logits = self.runner.forward(
-            plan, tokens.clamp(min=0).to(self.runner.device), lengths, longest=max(lengths_list)
+            # A draft may send anything: what is no token is fed as some token, and never accepted.
+            plan, tokens.clamp(0, self.runner.vocabulary - 1).to(self.runner.device), lengths,
+            longest=max(lengths_list),
         )
         forward_s = self.clock() - began
-        noise = self.chooser.noise(lengths, max(plan.offsets) + 1)
+        noise = self.chooser.noise(lengths)
         if noise is not None:
             noise = noise[:, list(plan.offsets)]
         chosen = self.chooser.scores(logits, noise).argmax(-1).cpu()

@@ -216,3 +216,17 @@ def test_a_longer_tokenizer_is_a_mismatch() -> None:
 def test_a_head_smaller_than_its_tokenizer() -> None:
     with pytest.raises(ModelError, match="draft's output head has 100 rows"):
         shared_vocabulary(tiny_tokenizer(128), tiny_tokenizer(128), 128, 100)
+
+
+def test_threads_load_side_by_side(folder_of: Callable[..., Path]) -> None:
+    """Draft and verifier in one process: transformers sets torch's default dtype while it loads."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    dtypes = ["float32", "bfloat16"] * 6
+    with ThreadPoolExecutor(4) as pool:
+        models = pool.map(
+            lambda dtype: load_model(folder_of("llama"), dtype=dtype, device="cpu", max_positions=256), dtypes
+        )
+        for model, dtype in zip(models, dtypes, strict=True):
+            assert {weight.dtype for weight in model.parameters()} == {getattr(torch, dtype)}
+    assert torch.get_default_dtype() is torch.float32

@@ -137,7 +137,7 @@ def test_no_sort_without_filters(monkeypatch: pytest.MonkeyPatch):
     noise = torch.ones_like(logits)
     # The greedy row's filters are not in use.
     result = scores(logits, tensors({"temperature": 0.5}, {"top_k": 3}), noise)
-    assert torch.equal(result, torch.stack([logits[0] / 0.5 + 1, logits[1]]))
+    assert torch.equal(result, torch.stack([logits[0] + 0.5, logits[1]]))
 
 
 @pytest.mark.parametrize("row", [r for r in MIX if r["temperature"] > 0])

@@ -1,0 +1,69 @@
+"""The shipped pair: same tokens from every method, at several shapes, precisions and temperatures."""
+
+from __future__ import annotations
+
+import pytest
+
+from ssd import LLM, SamplingParams
+from ssd.bench.prompts import DEMO_PROMPTS
+from ssd.config import resolve_model_path
+from ssd.errors import ModelError
+from ssd.pipeline.launch import InprocPipeline, LocalPipeline
+
+PROMPTS = [prompt.text for prompt in DEMO_PROMPTS[:4]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shipped():
+    try:
+        resolve_model_path("embedded/target")
+    except ModelError as error:  # a checkout before the weights were trained
+        pytest.fail(str(error))
+
+
+def tokens_of(llm: LLM, method: str, temperature: float, **params) -> list[tuple[int, ...]]:
+    sampling = [
+        SamplingParams(temperature=temperature, seed=seed, max_tokens=40, method=method, ignore_eos=True, **params)
+        for seed in range(len(PROMPTS))
+    ]
+    return [output.token_ids for output in llm.generate(PROMPTS, sampling)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lookahead", "siblings", "batch"),
+    [("float32", 4, 0, 1), ("float32", 3, 2, 4), ("bfloat16", 5, 1, 1), ("bfloat16", 2, 0, 4)],
+)
+def test_methods_give_the_same_tokens(dtype, lookahead, siblings, batch):
+    overrides = [
+        f"target.dtype={dtype}", f"draft.dtype={dtype}", "target.compile=false", "draft.compile=false",
+        f"speculation.lookahead={lookahead}", f"speculation.siblings={siblings}", f"engine.max_batch={batch}",
+    ]
+    with LLM("embedded", overrides=overrides, launch=InprocPipeline) as llm:
+        for temperature in (0.0, 0.8, 1.2):
+            plain = tokens_of(llm, "none", temperature)
+            assert tokens_of(llm, "sd", temperature) == plain
+            assert tokens_of(llm, "ssd", temperature) == plain
+        filtered = {"top_p": 0.9, "top_k": 50, "min_p": 0.02}
+        assert tokens_of(llm, "ssd", 0.8, **filtered) == tokens_of(llm, "none", 0.8, **filtered)
+
+
+def test_as_shipped_in_local_processes():
+    """Compiled where a compiler is found: the path of `make demo`."""
+    with LLM("embedded", launch=LocalPipeline) as llm:
+        for temperature in (0.0, 0.8):
+            plain = tokens_of(llm, "none", temperature)
+            assert tokens_of(llm, "sd", temperature) == plain
+            assert tokens_of(llm, "ssd", temperature) == plain
+        assert llm.degraded is None
+
+
+def test_the_draft_is_worth_having():
+    """Acceptance on code, greedy: well above what a draft that learned nothing would reach."""
+    with LLM("embedded", overrides=["target.compile=false", "draft.compile=false"], launch=InprocPipeline) as llm:
+        outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=64, ignore_eos=True, method="ssd"))
+    accepted = sum(output.speculation.accepted for output in outputs)
+    drafted = sum(output.speculation.drafted for output in outputs)
+    hits = sum(output.speculation.hits for output in outputs)
+    lookups = sum(output.speculation.lookups for output in outputs)
+    assert accepted / drafted > 0.4
+    assert hits / lookups > 0.5

@@ -1,0 +1,255 @@
+"""Workers as local processes: same tokens, and nothing left behind however anybody dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from ssd import LLM, PipelineError, SamplingParams, UsageError, WorkerError
+from ssd.pipeline.launch import LocalPipeline
+
+Configure = Callable[..., dict[str, Any]]
+
+LONG = SamplingParams(max_tokens=420, ignore_eos=True)
+PARAMS = [
+    SamplingParams(max_tokens=40, ignore_eos=True),
+    SamplingParams(max_tokens=40, ignore_eos=True, temperature=0.9, seed=5),
+    SamplingParams(max_tokens=31, ignore_eos=True, temperature=1.2, top_p=0.9, seed=6),
+]
+ASKED = [[9, 30, 77], [5], list(range(20, 50))]
+SOON_S = 10.0
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def scratch(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A temporary folder of our own, short enough for socket names, to see what stays in it."""
+    tmp_path_factory.getbasetemp()  # pytest's own lies elsewhere
+    folder = Path(tempfile.mkdtemp(prefix="st-", dir="/tmp"))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def config(tiny_config: Configure) -> dict[str, Any]:
+    return tiny_config(
+        cores=True, engine={"max_batch": 2, "max_model_len": 480},
+        speculation={"siblings": 1, "forecast": {"budget": 10}},
+    )
+
+
+def pipeline_of(llm: LLM) -> LocalPipeline:
+    assert isinstance(llm._pipeline, LocalPipeline)
+    return llm._pipeline
+
+
+def tokens(llm: LLM, method: str) -> list[tuple[int, ...]]:
+    return [output.token_ids for output in llm.generate(ASKED, [replace(p, method=method) for p in PARAMS])]
+
+
+def plain(llm: LLM, params: SamplingParams) -> tuple[int, ...]:
+    return llm.generate([ASKED[0]], replace(params, method="none"))[0].token_ids
+
+
+def gone(pids: list[int], within_s: float = SOON_S) -> bool:
+    def lives(pid: int) -> bool:
+        return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            if not any(lives(pid) for pid in pids):
+                return True
+        except psutil.NoSuchProcess:
+            continue
+        time.sleep(0.05)
+    return False
+
+
+def listening(process: psutil.Process) -> set[tuple[str, int]]:
+    return {tuple(c.laddr) for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+
+
+def test_same_tokens_and_nothing_left(config: dict[str, Any], scratch: Path) -> None:
+    me = psutil.Process()
+    ours_before, children_before = listening(me), set(me.children(recursive=True))
+    with LLM(config) as llm, LLM(config) as other:  # two on one host do not collide
+        expected = tokens(llm, "none")
+        for method in ("sd", "ssd"):
+            assert tokens(llm, method) == tokens(other, method) == expected
+        assert llm.degraded is other.degraded is None
+        assert llm.generate([ASKED[0]], PARAMS[0])[0].speculation.accepted > 0
+        pids = [*pipeline_of(llm).pids.values(), *pipeline_of(other).pids.values()]
+        for pid in pids:  # nobody outside this machine can connect
+            assert {host for host, _ in listening(psutil.Process(pid))} <= {"127.0.0.1"}
+        assert list(scratch.glob("ssd-*"))
+    assert gone(pids, 0.5)
+    assert set(me.children(recursive=True)) == children_before
+    assert listening(me) == ours_before
+    assert list(scratch.glob("ssd-*")) == []
+
+
+def test_closing_in_the_middle(config: dict[str, Any], scratch: Path) -> None:
+    llm = LLM(config)
+    pids = list(pipeline_of(llm).pids.values())
+    events = llm.stream(ASKED[0], LONG)
+    next(events)
+    began = time.monotonic()
+    llm.close()
+    assert time.monotonic() - began < SOON_S
+    assert gone(pids, 0.5)
+    assert list(scratch.glob("ssd-*")) == []
+    with pytest.raises(PipelineError, match="closed"):
+        next(events)
+    llm.close()  # twice is fine
+
+
+def test_the_draft_is_killed_in_the_middle(config: dict[str, Any], scratch: Path) -> None:
+    with LLM(config) as llm:
+        expected = plain(llm, LONG)
+        events, got = llm.stream(ASKED[0], LONG), []
+        for event in events:
+            got.extend(event.token_ids)
+            if len(got) < 40 and event.output is None:
+                continue
+            if pipeline_of(llm).check() == []:
+                os.kill(pipeline_of(llm).pids["draft"], signal.SIGKILL)
+        assert tuple(got) == expected
+        assert llm.degraded
+        assert tokens(llm, "ssd") == tokens(llm, "none")  # and it goes on, plainly
+    assert list(scratch.glob("ssd-*")) == []
+
+
+@pytest.mark.slow
+def test_the_draft_is_killed_while_idle(config: dict[str, Any]) -> None:
+    """The next request is told to nobody: it must not wait for an answer."""
+    with LLM(config) as llm:
+        expected = tokens(llm, "none")
+        tokens(llm, "ssd")
+        draft = pipeline_of(llm).pids["draft"]
+        os.kill(draft, signal.SIGKILL)
+        assert gone([draft])
+        began = time.monotonic()
+        assert tokens(llm, "ssd") == expected
+        assert time.monotonic() - began < SOON_S
+        assert llm.degraded
+        began = time.monotonic()
+    assert time.monotonic() - began < SOON_S  # closing too
+
+
+@pytest.mark.slow
+def test_the_draft_falls_silent(config: dict[str, Any]) -> None:
+    """Stopped, not dead: engine.link_timeout_s decides."""
+    config["engine"]["link_timeout_s"] = 2.0
+    with LLM(config) as llm:
+        expected = plain(llm, LONG)
+        draft = pipeline_of(llm).pids["draft"]
+        events, got, stopped = llm.stream(ASKED[0], LONG), [], None
+        try:
+            for event in events:
+                got.extend(event.token_ids)
+                if stopped is None and len(got) > 20:
+                    os.kill(draft, signal.SIGSTOP)
+                    stopped = time.monotonic()
+        finally:
+            os.kill(draft, signal.SIGCONT)
+        assert tuple(got) == expected
+        assert llm.degraded
+        assert stopped is not None and time.monotonic() - stopped < 2 + SOON_S
+
+
+def test_the_verifier_is_killed_in_the_middle(config: dict[str, Any]) -> None:
+    with LLM(config) as llm:
+        pids = pipeline_of(llm).pids
+        events = llm.stream(ASKED[0], LONG)
+        next(events)
+        began = time.monotonic()
+        os.kill(pids["verifier"], signal.SIGKILL)
+        with pytest.raises(WorkerError, match="verifier"):
+            for _ in events:
+                pass
+        assert time.monotonic() - began < SOON_S
+        assert gone([pids["draft"]])  # its link broke
+        with pytest.raises(PipelineError):
+            llm.generate([ASKED[0]], PARAMS[0])
+        assert time.monotonic() - began < 2 * SOON_S
+    assert time.monotonic() - began < 3 * SOON_S
+
+
+SCRIPT = """
+import json, sys
+from ssd import LLM, SamplingParams
+
+if __name__ == "__main__":
+    with LLM(json.loads(sys.argv[1])) as llm:
+        print(json.dumps(llm._pipeline.pids), flush=True)
+        while True:
+            for event in llm.stream([9, 30, 77], SamplingParams(max_tokens=400, ignore_eos=True)):
+                pass
+"""
+
+
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+    ids=lambda number: number.name,
+)
+def test_the_front_dies(number: signal.Signals, config: dict[str, Any], scratch: Path) -> None:
+    front = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, json.dumps(config)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
+    )
+    try:
+        assert front.stdout is not None
+        pids = list(json.loads(front.stdout.readline()).values())
+        assert all(psutil.pid_exists(pid) for pid in pids)
+        time.sleep(0.5)
+        front.send_signal(number)
+        front.wait(SOON_S)
+        assert gone(pids)
+        if number == signal.SIGINT:
+            assert list(scratch.glob("ssd-*")) == []
+    finally:
+        front.kill()
+        front.communicate()
+
+
+def test_a_wrong_path_is_one_line(config: dict[str, Any], scratch: Path) -> None:
+    for role in ("target", "draft"):
+        wrong = config | {role: config[role] | {"model": "/nowhere/model"}}
+        with pytest.raises(UsageError) as error:
+            LLM(wrong)
+        assert "/nowhere/model" in str(error.value)
+        assert "\n" not in str(error.value)
+    assert list(scratch.glob("ssd-*")) == []
+
+
+def test_what_only_a_worker_can_find_wrong_is_one_line_too(config: dict[str, Any], scratch: Path) -> None:
+    """Weights that do not fit their configuration; the other worker is sent home."""
+    folder = scratch / "damaged"
+    shutil.copytree(config["draft"]["model"], folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    children = set(psutil.Process().children(recursive=True))
+    began = time.monotonic()
+    with pytest.raises(UsageError) as error:
+        LLM(config | {"draft": config["draft"] | {"model": str(folder)}})
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - began < 60
+    assert set(psutil.Process().children(recursive=True)) == children
+    assert list(scratch.glob("ssd-*")) == []
