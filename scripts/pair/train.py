@@ -55,14 +55,17 @@ def _run(
     evaluate: Callable[[LlamaForCausalLM], dict[str, float]],
     device: str,
     micro_rows: int,
+    embedding: torch.Tensor | None = None,
 ) -> None:
-    """Train or resume; done when ``path/done`` exists."""
+    """Train or resume; done when ``path/done`` exists. ``embedding`` ``[V, hidden]`` to start from."""
     if (path / "done").exists():
         return
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(model_config(name)).to(device).train()
     # Small models start calmer with a smaller embedding (it is also the output head).
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.02)
+    if embedding is not None:
+        model.model.embed_tokens.weight.data.copy_(embedding)
     optimizers = _optimizers(model, stage)
     start, log = 0, []
     if (path / "state.pt").exists():
@@ -211,4 +214,9 @@ def distill_draft(recipe: Recipe, device: str, micro_rows: int) -> None:
             out |= {f"agree_{kind}": agree / count, f"overlap_{kind}": overlap / count}
         return out
 
-    _run("draft", stage, recipe.path("draft"), batch_at, loss_of, evaluate, device, micro_rows)
+    # The target's own embedding, as well as fewer dimensions can hold it: the draft then starts
+    # with a sensible input and output space instead of spending its few steps on finding one.
+    width = model_config("draft").hidden_size
+    left, scale, _ = torch.linalg.svd(target.model.embed_tokens.weight.float(), full_matrices=False)
+    embedding = left[:, :width] * scale[:width]
+    _run("draft", stage, recipe.path("draft"), batch_at, loss_of, evaluate, device, micro_rows, embedding)

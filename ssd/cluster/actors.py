@@ -1,5 +1,7 @@
 """Workers as Ray actors, the pipeline made of them, and the actor that owns a whole pipeline."""
 
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+# (Ray's remote classes and exceptions are made at run time.)
 from __future__ import annotations
 
 import dataclasses

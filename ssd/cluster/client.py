@@ -1,5 +1,7 @@
 """A pipeline actor, called as if it were an ``LLM`` of this process."""
 
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalIterable=false
+# (Ray's remote classes and exceptions are made at run time.)
 from __future__ import annotations
 
 import dataclasses

@@ -34,7 +34,8 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> None:
     own = {"num_cpus": cpus, "include_dashboard": False} if address is None else {}
     try:
         ray.init(address=address, logging_level=logging.WARNING, **own)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises bare ones too: "The current node timed out during startup"
+        ray.shutdown()
         raise PipelineError(f"cannot join the Ray cluster at {address or 'this machine'}: {error}") from error
 
 

@@ -44,6 +44,7 @@ class LLM:
         self.tokenizer, plan = make_plan(self.config)
         self._ids = itertools.count()
         self._live: dict[int, _Request] = {}
+        self._hellos: dict[str, Hello] = {}
         self._info: dict[str, Any] = {}
         self._timings: Timings | None = None
         self.degraded: str | None = None
@@ -174,10 +175,10 @@ class LLM:
     def _abandon(self, requests: list[_Request]) -> None:
         """Forget requests; those still running are cancelled."""
         for request in requests:
-            if self._live.pop(request.number, None) is not None and self._pipeline is not None:
-                if "verifier" not in self._pipeline.check():
-                    with contextlib.suppress(PipelineError):
-                        self._pipeline.lanes["verifier"].send(Cancel(request=request.number))
+            running = self._live.pop(request.number, None) is not None
+            if running and self._pipeline is not None and "verifier" not in self._pipeline.check():
+                with contextlib.suppress(PipelineError):
+                    self._pipeline.lanes["verifier"].send(Cancel(request=request.number))
 
     def _pump(self, *, starting: bool = False) -> None:
         """Take in what the workers sent, waiting a little for the first message."""
@@ -206,8 +207,12 @@ class LLM:
         elif isinstance(message, Timings):
             self._timings = message
         elif isinstance(message, Hello):
-            if message.rendezvous is not None and "draft" in self._running().lanes:
-                self._running().lanes["draft"].send(Welcome(rendezvous=message.rendezvous))
+            self._hellos[role] = message
+            # Only once both are up: until then nobody would take the message.
+            if set(self._hellos) == {"verifier", "draft"}:
+                rendezvous = self._hellos["verifier"].rendezvous
+                assert rendezvous is not None
+                self._running().lanes["draft"].send(Welcome(rendezvous=rendezvous))
         elif isinstance(message, Ready):
             self._info[role] = message.info
         elif isinstance(message, Failed):

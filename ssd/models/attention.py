@@ -55,8 +55,8 @@ def row_attention(
     batch, heads, rows, dim = query.shape
     shared = key.own.shape[1]
     group = heads // shared
-    scaling = dim**-0.5 if scaling is None else scaling
-    query = (query * scaling).reshape(batch * shared, group * rows, dim)
+    scale = dim**-0.5 if scaling is None else scaling
+    query = (query * scale).reshape(batch * shared, group * rows, dim)
 
     # Scores sum over D, however many slots there are; only the values need the fixed order.
     scores = torch.cat([torch.bmm(query, k.flatten(0, 1).transpose(1, 2)) for k in key[:2] if k is not None], dim=-1)

@@ -43,7 +43,7 @@ def load_model(folder: Path, *, dtype: str, device: str, max_positions: int) -> 
     check_supported(config, max_positions)
     try:
         with _LOADING:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                 folder, config=config, dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False,
                 use_safetensors=True, attn_implementation="eager", output_loading_info=True,
             )

@@ -10,7 +10,7 @@ import zmq
 from ..errors import PipelineError
 from .messages import MAX_MESSAGE_BYTES, Message, decode, encode
 
-SEND_S = 2.0
+SEND_S = 5.0
 """How long a message waits for somebody to be at the other end."""
 
 

@@ -27,6 +27,7 @@ class Pipeline(Protocol):
 
     def check(self) -> list[str]:
         """Roles whose worker is gone."""
+        ...
 
     def close(self) -> None:
         """Ask the workers to leave, and see that they do."""

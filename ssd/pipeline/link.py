@@ -4,6 +4,8 @@ Both sides post the exchange together, so neither waits for the other to have se
 stays pending between exchanges. Every wait has a deadline.
 """
 
+# torch declares neither the methods of its process groups nor their options.
+# pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import datetime
@@ -89,12 +91,19 @@ class GlooLink:
 
     Args:
         timeout_s: of every send and receive. meet_s: for both ends to come; ``timeout_s`` by default.
+        host: address to listen on and be reached at; by default whatever this machine's name means.
     """
 
-    def __init__(self, store: dist.Store, rank: int, timeout_s: float, meet_s: float | None = None):
+    def __init__(
+        self, store: dist.Store, rank: int, timeout_s: float, meet_s: float | None = None, host: str | None = None
+    ):
         self._peer, self._timeout = 1 - rank, datetime.timedelta(seconds=timeout_s)
         try:
-            self._group = dist.ProcessGroupGloo(store, rank, 2, datetime.timedelta(seconds=meet_s or timeout_s))
+            options = dist.ProcessGroupGloo._Options()
+            options._timeout = datetime.timedelta(seconds=meet_s or timeout_s)
+            backend = dist.ProcessGroupGloo
+            options._devices = [backend.create_device(hostname=host) if host else backend.create_default_device()]
+            self._group = backend(store, rank, 2, options)
         except RuntimeError as error:
             raise LinkError(f"could not link draft and verifier: {_first_line(error)}") from error
 

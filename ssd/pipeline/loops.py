@@ -21,7 +21,7 @@ from .draft import DraftWorker
 from .frames import Frames, Next, OutcomeFrame, RowState, SpeculationSet
 from .link import Link
 from .messages import Admit, Cancel, Committed, Failed, Finished, GetTimings, Shutdown, Submit, Timings
-from .verifier import VerifierWorker, Verdict
+from .verifier import Verdict, VerifierWorker
 
 IDLE_POLL_S = 0.5
 TIMED_ROUNDS = 4096

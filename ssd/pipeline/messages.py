@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 
@@ -132,7 +132,7 @@ def encode(message: Message) -> bytes:
     body = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
     for name in _NESTED.keys() & body.keys():
         body[name] = dataclasses.asdict(body[name])
-    return msgpack.packb({"type": type(message).__name__, **body})
+    return cast(bytes, msgpack.packb({"type": type(message).__name__, **body}))
 
 
 def decode(raw: bytes) -> Message:

@@ -56,7 +56,7 @@ class VerifierSide:
         # TCPStore("127.0.0.1") listens on every interface; a socket bound by ourselves does not.
         listener = socket.create_server((host, 0))
         port = listener.getsockname()[1]
-        self._store = dist.TCPStore(
+        self._store: dist.TCPStore | None = dist.TCPStore(
             host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(),
             timeout=datetime.timedelta(seconds=timeout_s),
         )
@@ -64,6 +64,7 @@ class VerifierSide:
 
     def link(self) -> Link:
         """Raises: LinkError if the draft does not come in time."""
+        assert self._store is not None
         return _link(
             self._store, self.rendezvous, 0, device=self._device, meet_s=self._timeout_s, timeout_s=self._link_timeout_s
         )
@@ -102,7 +103,8 @@ def _link(
     prefixed = dist.PrefixStore(f"link/{rendezvous.epoch}", store)
     if rendezvous.kind == "nccl":
         return NcclLink(prefixed, rank, timeout_s, torch.device(device))
-    return GlooLink(prefixed, rank, timeout_s, meet_s)
+    loopback = rendezvous.host if _is_loopback(rendezvous.host) else None
+    return GlooLink(prefixed, rank, timeout_s, meet_s, loopback)
 
 
 def _is_loopback(host: str) -> bool:

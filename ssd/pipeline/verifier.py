@@ -62,7 +62,8 @@ class VerifierWorker:
         self, runner: ForwardRunner, *, shape: TreeShape, forecast: Forecast, method: Method, jit: bool, strict: bool,
         ends: frozenset[int], max_model_len: int, clock: Callable[[], float] = time.perf_counter,
     ):
-        self.runner, self.shape, self.method, self.jit = runner, shape, method, jit
+        self.runner, self.shape, self.jit = runner, shape, jit
+        self.method: Method = method
         self.strict, self.ends, self.max_model_len, self.clock = strict, ends, max_model_len, clock
         self.waiting: deque[Sequence] = deque()
         self.rows: list[Sequence | None] = [None] * runner.batch
@@ -97,10 +98,11 @@ class VerifierWorker:
     def submit(self, message: Submit) -> None:
         """Queue a request (checked by the front)."""
         params = message.params
+        method: Method = params.method or self.method
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.ends)
         self.waiting.append(
             Sequence(
-                request=message.request, params=params, method=params.method or self.method,
+                request=message.request, params=params, method=method,
                 tokens=list(message.prompt[:-1]), root=message.prompt[-1], prompt_length=len(message.prompt),
                 context_limit=self.max_model_len, ends=ends,
             )

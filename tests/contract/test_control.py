@@ -14,7 +14,7 @@ import zmq
 
 from ssd.errors import PipelineError
 from ssd.params import SamplingParams, SpeculationRecord
-from ssd.pipeline import messages
+from ssd.pipeline import control, messages
 from ssd.pipeline.control import ControlLane, InprocLane, ZmqLane
 from ssd.pipeline.messages import (
     Admit,
@@ -110,16 +110,19 @@ def test_a_slow_reader_does_not_stop_the_sender(lanes: tuple[ControlLane, Contro
     assert [receiver.receive(5.0) for _ in range(5000)] == [Cancel(request=number) for number in range(5000)]
 
 
-def test_sending_to_nobody_fails_instead_of_hanging(tmp_path: Path) -> None:
+def test_sending_to_nobody_fails_instead_of_hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "SEND_S", 1.0)
     lane, endpoint = ZmqLane.bind(f"ipc://{tmp_path}/lane")
     try:
         with pytest.raises(PipelineError):
             lane.send(Shutdown())
         other = ZmqLane.connect(endpoint)
-        lane.send(Shutdown())  # somebody came
+        other.send(Shutdown())
+        assert lane.receive(5.0) == Shutdown()  # somebody came
+        lane.send(Shutdown())
         assert other.receive(5.0) == Shutdown()
         other.close()
-        time.sleep(0.3)
+        time.sleep(0.5)
         with pytest.raises(PipelineError):
             lane.send(Shutdown())
     finally:

@@ -50,7 +50,9 @@ def test_budget_is_spent(shape: TreeShape, budget: int, kind: str, acceptance: f
     assert len({*zip(forecast.nodes, forecast.ranks, strict=True)}) == budget
 
 
-@pytest.mark.parametrize(("lookahead", "acceptance", "power"), [(1, 0.5, 1.0), (4, 0.7, 1.5), (7, 0.8, 1.0), (8, 0.3, 2)])
+@pytest.mark.parametrize(
+    ("lookahead", "acceptance", "power"), [(1, 0.5, 1.0), (4, 0.7, 1.5), (7, 0.8, 1.0), (8, 0.3, 2)]
+)
 def test_theorem_12_in_the_limit(lookahead: int, acceptance: float, power: float) -> None:
     budget = 10**7
     counts = fan_out(TreeShape.comb(lookahead), budget, acceptance=acceptance, power=power)

@@ -102,7 +102,8 @@ def test_lookup_equals_the_reference(data: st.DataObject, batch: int, branches: 
 
     def draw(*shape: int) -> Tensor:
         count = torch.Size(shape).numel()
-        return torch.tensor(data.draw(st.lists(small, min_size=count, max_size=count)), dtype=torch.int64).reshape(shape)
+        values = data.draw(st.lists(small, min_size=count, max_size=count))
+        return torch.tensor(values, dtype=torch.int64).reshape(shape)
 
     plan, nodes, bonus, guesses = draw(branches), draw(batch), draw(batch), draw(batch, branches) - 1
     trees = torch.arange(batch * branches * below).view(batch, branches, below)

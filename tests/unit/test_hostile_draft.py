@@ -131,8 +131,10 @@ def test_breaks_down_while_it_is_waited_for(config: dict[str, Any], monkeypatch:
 
 def test_frames_of_another_round(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     pack = Frames.pack_speculation
-    monkeypatch.setattr(
-        Frames, "pack_speculation", lambda self, speculation, round, us: pack(self, speculation, round + (round > 3), us)
-    )
+
+    def skips(self: Frames, speculation: SpeculationSet, round: int, spent_us: int) -> Tensor:
+        return pack(self, speculation, round + (round > 3), spent_us)
+
+    monkeypatch.setattr(Frames, "pack_speculation", skips)
     degraded, _ = check(config)
     assert degraded is not None and "out of step" in degraded
