@@ -1,6 +1,6 @@
 """Train the embedded pair from the text on this machine. Resumable; see ``scripts/pair/``.
 
-    python scripts/train_pair.py --root build/pair [--device cuda] [--threads 2]
+python scripts/train_pair.py --root build/pair [--device cuda] [--threads 2]
 """
 
 from __future__ import annotations

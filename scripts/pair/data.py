@@ -21,9 +21,7 @@ def _train_tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             # Indentation is one token however deep: runs of spaces stay together.
-            pre_tokenizers.Split(
-                pattern=_pattern(), behavior="isolated", invert=False
-            ),
+            pre_tokenizers.Split(pattern=_pattern(), behavior="isolated", invert=False),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

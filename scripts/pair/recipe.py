@@ -31,7 +31,7 @@ class Stage:
 class Recipe:
     root: Path
     target: Stage = field(default_factory=lambda: Stage(steps=600, rows=16, muon_lr=0.02, adamw_lr=3e-3))
-    draft: Stage = field(default_factory=lambda: Stage(steps=1800, rows=6, muon_lr=0.02, adamw_lr=3e-3, decay_share=0.44, save_every=100))
+    draft: Stage = field(default_factory=lambda: Stage(steps=1000, rows=6, muon_lr=0.02, adamw_lr=3e-3, save_every=100))
     samples: int = 1024  # sequences the target writes for the draft to learn from
 
     def path(self, name: str) -> Path:

@@ -77,8 +77,12 @@ def _run(
         start, log = state["step"], json.loads((path / "log.json").read_text())
     loss_of = torch.compile(loss_of)  # 1.7 times faster on two CPU cores
     columns = (
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     began, seen = time.monotonic(), 0
     with Progress(*columns) as progress:
@@ -135,8 +139,16 @@ def train_target(recipe: Recipe, device: str, micro_rows: int) -> None:
     root, stage = recipe.root, recipe.target
     batches = Batches(root, rows=stage.rows, code_share=stage.code_share, seed=SEED)
     windows = {kind: heldout_windows(root, kind, count=24, length=SEQUENCE + 1) for kind in KINDS}
-    _run("target", stage, recipe.path("target"), batches.step, _next_token_loss,
-         lambda model: _heldout_loss(model, windows), device, micro_rows)
+    _run(
+        "target",
+        stage,
+        recipe.path("target"),
+        batches.step,
+        _next_token_loss,
+        lambda model: _heldout_loss(model, windows),
+        device,
+        micro_rows,
+    )
 
 
 @torch.no_grad()
@@ -155,10 +167,16 @@ def write_samples(recipe: Recipe, device: str) -> None:
         bar = progress.add_task("samples", total=recipe.samples)
         for index, temperature in zip(range(recipe.samples // 64), _cycle((0.0, 0.7, 1.0, 0.0)), strict=False):
             prompts = batches.step(index)[:, :48].to(device)
-            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+            sampling = (
+                {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+            )
             ids = model.generate(
-                prompts, attention_mask=torch.ones_like(prompts), min_new_tokens=208, max_new_tokens=208,
-                pad_token_id=0, **sampling,
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                min_new_tokens=208,
+                max_new_tokens=208,
+                pad_token_id=0,
+                **sampling,
             )
             rows.append(ids.cpu())
             progress.update(bar, advance=64)

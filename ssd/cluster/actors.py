@@ -71,8 +71,13 @@ class RayPipeline:
     """
 
     def __init__(
-        self, plan: Plan, *, address: str | None = None, strategy: Strategy = "STRICT_PACK",
-        timeout_s: float = PLACEMENT_TIMEOUT_S, name: str = "",
+        self,
+        plan: Plan,
+        *,
+        address: str | None = None,
+        strategy: Strategy = "STRICT_PACK",
+        timeout_s: float = PLACEMENT_TIMEOUT_S,
+        name: str = "",
     ):
         self.lanes: dict[str, ControlLane] = {}
         self.actors: dict[str, Any] = {}
@@ -154,8 +159,13 @@ class PipelineActor:
     """
 
     def __init__(
-        self, config: Config | str | Path | dict[str, Any] = "embedded", *, overrides: Sequence[str] = (),
-        strategy: Strategy = "STRICT_PACK", timeout_s: float = PLACEMENT_TIMEOUT_S, name: str = "",
+        self,
+        config: Config | str | Path | dict[str, Any] = "embedded",
+        *,
+        overrides: Sequence[str] = (),
+        strategy: Strategy = "STRICT_PACK",
+        timeout_s: float = PLACEMENT_TIMEOUT_S,
+        name: str = "",
     ):
         # The front needs no GPU, and one that Ray did not give must not be touched.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -168,7 +178,8 @@ class PipelineActor:
         return self._started().info()
 
     def generate(
-        self, prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
         params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     ) -> list[dict[str, Any]]:
         """Complete every prompt, in order.

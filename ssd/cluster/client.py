@@ -33,7 +33,10 @@ class PipelineClient:
     """
 
     def __init__(
-        self, config: Config | str | Path | dict[str, Any] = "embedded", *, overrides: Sequence[str] = (),
+        self,
+        config: Config | str | Path | dict[str, Any] = "embedded",
+        *,
+        overrides: Sequence[str] = (),
         **options: Any,
     ):
         self.config = load_config(config, overrides)
@@ -52,7 +55,8 @@ class PipelineClient:
         self.close()
 
     def generate(
-        self, prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """As ``LLM.generate``."""

@@ -36,7 +36,10 @@ class LLM:
     """
 
     def __init__(
-        self, config: Config | str | Path | dict[str, Any] = "embedded", *, overrides: Sequence[str] = (),
+        self,
+        config: Config | str | Path | dict[str, Any] = "embedded",
+        *,
+        overrides: Sequence[str] = (),
         launch: Callable[[Plan], Pipeline] = LocalPipeline,
     ):
         self.config = load_config(config, overrides)
@@ -69,7 +72,8 @@ class LLM:
             pipeline.close()
 
     def generate(
-        self, prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Complete every prompt (text, or token ids), in order.
@@ -152,7 +156,10 @@ class LLM:
         if params.method in ("sd", "ssd") and self.config.draft is None:
             raise RequestError(f"method {params.method} needs a draft; this configuration has none")
         return _Request(
-            number=next(self._ids), prompt=text, prompt_ids=tuple(ids), params=params,
+            number=next(self._ids),
+            prompt=text,
+            prompt_ids=tuple(ids),
+            params=params,
             detokenizer=Detokenizer(self.tokenizer, params.stop),
         )
 
@@ -252,18 +259,19 @@ class _Request:
             if self.detokenizer.stopped:
                 break
         self.token_ids.extend(kept)
-        self.events.append(
-            StreamEvent(text=text, token_ids=tuple(kept), accepted=min(message.accepted, len(kept)))
-        )
+        self.events.append(StreamEvent(text=text, token_ids=tuple(kept), accepted=min(message.accepted, len(kept))))
 
     def finish(self, message: Finished) -> None:
         text = self.detokenizer.finish()
         record: SpeculationRecord = message.record
         self.output = RequestOutput(
-            prompt=self.prompt, prompt_token_ids=self.prompt_ids, text=self.detokenizer.text,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_ids,
+            text=self.detokenizer.text,
             token_ids=tuple(self.token_ids),
             finish_reason="stop" if self.detokenizer.stopped else message.reason,
-            speculation=record, decode_s=message.decode_s or time.perf_counter() - self._began,
+            speculation=record,
+            decode_s=message.decode_s or time.perf_counter() - self._began,
         )
         self.events.append(StreamEvent(text=text, token_ids=(), accepted=0, output=self.output))
 

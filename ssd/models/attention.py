@@ -20,7 +20,15 @@ from .rows import BLOCK
 
 NAME = "ssd_rows"
 # What stock models may pass and full causal attention may ignore.
-_HARMLESS = {"dropout", "position_ids", "use_cache", "sliding_window", "output_attentions", "is_causal", "cu_seq_lens_q"}
+_HARMLESS = {
+    "dropout",
+    "position_ids",
+    "use_cache",
+    "sliding_window",
+    "output_attentions",
+    "is_causal",
+    "cu_seq_lens_q",
+}
 
 
 def row_attention(

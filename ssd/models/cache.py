@@ -36,7 +36,13 @@ class SlotCache:
     """
 
     def __init__(
-        self, config: PretrainedConfig, *, batch: int, main_slots: int, scratch_slots: int, dtype: torch.dtype,
+        self,
+        config: PretrainedConfig,
+        *,
+        batch: int,
+        main_slots: int,
+        scratch_slots: int,
+        dtype: torch.dtype,
         device: torch.device | str,
     ):
         text = config.get_text_config()

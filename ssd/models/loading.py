@@ -44,8 +44,14 @@ def load_model(folder: Path, *, dtype: str, device: str, max_positions: int) -> 
     try:
         with _LOADING:
             model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-                folder, config=config, dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False,
-                use_safetensors=True, attn_implementation="eager", output_loading_info=True,
+                folder,
+                config=config,
+                dtype=DTYPES[dtype],
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                attn_implementation="eager",
+                output_loading_info=True,
             )
     except Exception as error:
         raise ModelError(f"{folder}: cannot be loaded ({_first_line(error)})") from error
@@ -87,9 +93,7 @@ def check_supported(config: PretrainedConfig, max_positions: int) -> None:
         raise ModelError(f"{kind}: {moving.pop()} rotary embeddings change with the length of the text; not supported")
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and max_positions > positions:
-        raise ModelError(
-            f"{kind}: knows {positions} positions, {max_positions} are needed; lower engine.max_model_len"
-        )
+        raise ModelError(f"{kind}: knows {positions} positions, {max_positions} are needed; lower engine.max_model_len")
 
 
 def _check_folder(folder: Path) -> None:

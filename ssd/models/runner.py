@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from ..errors import RequestError
 from .attention import NAME
 from .cache import CacheView, SlotCache
-from .rows import BLOCK, RowPlan
+from .rows import RowPlan
 
-FIRST_CONTEXT = 512
+FIRST_CONTEXT = 256
 """Slots of the smallest context tier; each further tier is four times the last."""
 
 
@@ -39,21 +39,34 @@ class ForwardRunner:
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, batch: int, capacity: int, scratch_slots: int, prefill_chunk: int,
-        vocabulary: int, compile: bool = False,
+        self,
+        model: PreTrainedModel,
+        *,
+        batch: int,
+        capacity: int,
+        scratch_slots: int,
+        prefill_chunk: int,
+        vocabulary: int,
+        compile: bool = False,
     ):
         self.model, self.batch, self.vocabulary = model, batch, vocabulary
         model.config._attn_implementation = NAME
         model.config.get_text_config()._attn_implementation = NAME
         self.device, self.dtype = model.device, model.dtype
         self.cache = SlotCache(
-            model.config, batch=batch, main_slots=capacity, scratch_slots=scratch_slots,
-            dtype=model.dtype, device=model.device,
+            model.config,
+            batch=batch,
+            main_slots=capacity,
+            scratch_slots=scratch_slots,
+            dtype=model.dtype,
+            device=model.device,
         )
         self.compile = compile
         self._prefill = RowPlan.sequential("prefill", prefill_chunk)
         self._decode: dict[tuple, Callable[[Tensor, Tensor, _Layout], Tensor]] = {}
         self._layouts: dict[RowPlan, _Layout] = {}
+        self._view = self.cache.all_rows()
+        self._compiled = 0
         slots, tier = self.cache.main_slots, FIRST_CONTEXT
         self.contexts: list[int] = []
         while tier < slots:
@@ -82,8 +95,31 @@ class ForwardRunner:
         form = (plan.rows, plan.in_place, layout.mask is None, context)
         run = self._decode.get(form)
         if run is None:
-            run = self._decode[form] = self._build(plan.in_place, context)
+            in_place = plan.in_place
+
+            def decode(tokens: Tensor, lengths: Tensor, layout: _Layout) -> Tensor:
+                return self._logits(tokens, lengths, layout, in_place, context)
+
+            run = self._decode[form] = self.compiled(decode)
         return run(tokens, lengths, layout)
+
+    def logits(self, plan: RowPlan, tokens: Tensor, lengths: Tensor, context: int) -> Tensor:
+        """``forward`` for a given context tier and never compiled by itself: for bodies handed to
+        ``compiled``."""
+        return self._logits(tokens, lengths, self._layout(plan), plan.in_place, context)
+
+    def compiled(self, body: Callable[..., Any]) -> Callable[..., Any]:
+        """``body`` compiled, if this runner compiles. Its arguments must always have the shapes of
+        its first call, and whatever else it uses must stay as it is."""
+        if not self.compile:
+            return body
+        # Dynamo checks hundreds of facts about the model before every call (0.4 ms for six
+        # layers, a tenth of a small target's forward). By the contract above they all stay true.
+        # Without checks, one code object means one compiled shape: each body gets its own.
+        self._compiled += 1
+        code = body.__code__.replace(co_name=f"{body.__name__}_{self._compiled}")
+        own = FunctionType(code, body.__globals__, body.__name__, None, body.__closure__)
+        return torch.compile(own, fullgraph=True, dynamic=False, options={"guard_filter_fn": _no_guards})
 
     @torch.no_grad()
     def prefill(self, slot: int, tokens: Sequence[int], start: int = 0) -> None:
@@ -120,22 +156,9 @@ class ForwardRunner:
             layout = self._layouts[plan] = _Layout.of(plan, self.device)
         return layout
 
-    def _build(self, in_place: int, context: int) -> Callable[[Tensor, Tensor, _Layout], Tensor]:
-        view = self.cache.all_rows()
-
-        def run(tokens: Tensor, lengths: Tensor, layout: _Layout) -> Tensor:
-            logits = self.model(input_ids=tokens, **_inputs(view, layout, in_place, lengths, context)).logits
-            return logits[..., : self.vocabulary].float()
-
-        if not self.compile:
-            return run
-        # Dynamo checks hundreds of facts about the model before every call (0.4 ms for six
-        # layers, a tenth of a small target's forward). All are constant here: each form is a
-        # code object of its own and its tensors never change shape.
-        run = FunctionType(
-            run.__code__.replace(co_name=f"decode_{len(self._decode)}"), run.__globals__, run.__name__, None, run.__closure__
-        )
-        return torch.compile(run, fullgraph=True, dynamic=False, options={"guard_filter_fn": _no_guards})
+    def _logits(self, tokens: Tensor, lengths: Tensor, layout: _Layout, in_place: int, context: int) -> Tensor:
+        logits = self.model(input_ids=tokens, **_inputs(self._view, layout, in_place, lengths, context)).logits
+        return logits[..., : self.vocabulary].float()
 
 
 def _no_guards(guards: list) -> list[bool]:
@@ -174,7 +197,9 @@ def _inputs(view: CacheView, layout: _Layout, in_place: int, lengths: Tensor, co
     if layout.mask is not None:
         mask = torch.cat([mask, layout.mask.expand(len(lengths), -1, -1)], dim=-1)
     view.prepare(
-        main_slots=positions[:, :in_place], scratch_slots=layout.scratch_slots,
-        attends_scratch=layout.mask is not None, context=context,
+        main_slots=positions[:, :in_place],
+        scratch_slots=layout.scratch_slots,
+        attends_scratch=layout.mask is not None,
+        context=context,
     )
     return {"attention_mask": mask[:, None], "position_ids": positions, "past_key_values": view, "use_cache": True}

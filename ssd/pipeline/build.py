@@ -35,9 +35,7 @@ class Plan:
     @property
     def forecast(self) -> Forecast:
         wanted = self.config.speculation.forecast
-        counts = fan_out(
-            self.shape, wanted.budget, kind=wanted.shape, acceptance=wanted.acceptance, power=wanted.power
-        )
+        counts = fan_out(self.shape, wanted.budget, kind=wanted.shape, acceptance=wanted.acceptance, power=wanted.power)
         return Forecast.plan(counts)
 
     @property
@@ -45,9 +43,7 @@ class Plan:
         return self.config.speculation.fallback == "jit"
 
     def frames(self) -> Frames:
-        return Frames(
-            batch=self.config.engine.max_batch, branches=self.forecast.budget, nodes=self.shape.nodes
-        )
+        return Frames(batch=self.config.engine.max_batch, branches=self.forecast.budget, nodes=self.shape.nodes)
 
     def to_dict(self) -> dict[str, Any]:
         return {"config": self.config.model_dump(), "vocabulary": self.vocabulary, "ends": list(self.ends)}
@@ -69,26 +65,32 @@ def check_sizes(config: Config) -> None:
         )
 
 
-def pin(cores: list[int] | None) -> None:
-    """Pin this process to CPU cores, one compute thread each.
+def usable_cores(cores: list[int] | None) -> list[int] | None:
+    """Those of the wanted cores this process may use.
 
-    Without cores given, take half of the machine's threads: draft and verifier run at the same
-    time, and threads that outnumber cores spin against each other.
-
-    Raises: ConfigError if the machine has no such core.
+    Raises: ConfigError if there is none of them.
     """
     if cores is None or not hasattr(os, "sched_setaffinity"):
-        torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
-        return
+        return None
     available = os.sched_getaffinity(0)
-    # A machine with fewer cores still runs the shipped configurations, just not in parallel.
-    usable = [core for core in cores if core in available]
+    # A machine with a single core still runs the shipped configurations, just not in parallel.
+    usable = [core for core in cores if core in available] or (sorted(available) if len(available) == 1 else [])
     if not usable:
-        if len(available) > 1:
-            raise ConfigError(f"cores {cores} are not available to this process; it may use {sorted(available)}")
-        usable = sorted(available)
-    os.sched_setaffinity(0, usable)
-    torch.set_num_threads(len(usable))
+        raise ConfigError(f"cores {cores} are not available to this process; it may use {sorted(available)}")
+    return usable
+
+
+def set_threads(cores: list[int] | None) -> None:
+    """One compute thread per core. Without cores given, half of the machine's: draft and verifier
+    run at the same time, and threads that outnumber cores spin against each other."""
+    torch.set_num_threads(len(cores) if cores else max(1, (os.cpu_count() or 2) // 2))
+
+
+def pin(cores: list[int] | None) -> None:
+    """Keep this process on its cores. Once it is warm: compilers may use the whole machine."""
+    if cores:
+        for thread in os.listdir("/proc/self/task"):
+            os.sched_setaffinity(int(thread), cores)
 
 
 def build_verifier(plan: Plan) -> tuple[VerifierWorker, dict[str, Any]]:
@@ -96,8 +98,14 @@ def build_verifier(plan: Plan) -> tuple[VerifierWorker, dict[str, Any]]:
     config = plan.config
     runner = _runner(plan, config.target, scratch=plan.shape.nodes - plan.shape.depth - 1)
     worker = VerifierWorker(
-        runner, shape=plan.shape, forecast=plan.forecast, method=config.speculation.method, jit=plan.jit,
-        strict=config.numerics == "strict", ends=frozenset(plan.ends), max_model_len=config.engine.max_model_len,
+        runner,
+        shape=plan.shape,
+        forecast=plan.forecast,
+        method=config.speculation.method,
+        jit=plan.jit,
+        strict=config.numerics == "strict",
+        ends=frozenset(plan.ends),
+        max_model_len=config.engine.max_model_len,
     )
     return worker, _warm(worker, config.target)
 
@@ -119,8 +127,13 @@ def _runner(plan: Plan, wanted: ModelConfig, *, scratch: int) -> ForwardRunner:
         lay_out_for_cpu(model)
     compile_ = can_compile() if wanted.compile == "auto" else wanted.compile
     return ForwardRunner(
-        model, batch=engine.max_batch, capacity=engine.max_model_len, scratch_slots=scratch,
-        prefill_chunk=engine.prefill_chunk, vocabulary=plan.vocabulary, compile=compile_,
+        model,
+        batch=engine.max_batch,
+        capacity=engine.max_model_len,
+        scratch_slots=scratch,
+        prefill_chunk=engine.prefill_chunk,
+        vocabulary=plan.vocabulary,
+        compile=compile_,
     )
 
 

@@ -23,9 +23,7 @@ class Chooser:
             decoded and however, a position's noise comes out of the same code.
     """
 
-    def __init__(
-        self, batch: int, vocabulary: int, device: torch.device | str, *, horizon: int, compile: bool = False
-    ):
+    def __init__(self, batch: int, vocabulary: int, device: torch.device | str, *, horizon: int, compile: bool = False):
         self.params = SamplingTensors.empty(batch, device)
         self._ahead = torch.arange(1, horizon + 1, device=device)
         self._vocabulary = vocabulary
@@ -33,7 +31,11 @@ class Chooser:
 
     def set(self, slot: int, params: SamplingParams) -> None:
         self.params = self.params.with_row(
-            slot, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p,
+            slot,
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
             seed=params.seed,
         )
 

@@ -3,6 +3,7 @@ checks. Decisions only; ``loops`` moves the frames."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,9 +42,7 @@ class DraftWorker:
         batch, device = runner.batch, runner.device
         self.rows: list[_Row | None] = [None] * batch
         self.trees = torch.full((batch, shape.nodes), ABSENT)
-        self.chooser = Chooser(
-            batch, runner.vocabulary, device, horizon=2 * shape.depth + 1, compile=runner.compile
-        )
+        self.chooser = Chooser(batch, runner.vocabulary, device, horizon=2 * shape.depth + 1, compile=runner.compile)
         self._parents, self._depths = shape.parent_index(device), shape.depth_index(device)
         self._nodes = torch.tensor(forecast.nodes, device=device)
         self._ranks = torch.tensor(forecast.ranks, device=device)
@@ -52,6 +51,8 @@ class DraftWorker:
         self._branches = branch_plans(shape, forecast)
         self._width = 1 + self._siblings
         self._in_glue: set[int] = set()
+        self._whole: Callable[..., tuple[Tensor, Tensor]] | None = None
+        self._silence = torch.zeros(batch, 2 * shape.depth + 1, runner.vocabulary, device=device)
 
     @property
     def _siblings(self) -> int:
@@ -61,6 +62,9 @@ class DraftWorker:
         """Compile every form a round needs."""
         self.runner.warm_up([self._glue, self._branches[0], self._step])
         self.chooser.warm_up()
+        lengths = torch.zeros(len(self.rows), dtype=torch.int64, device=self.runner.device)
+        if self.runner.compile:
+            self._grow_at_once(self.trees.to(lengths.device), lengths)
 
     def admit(self, message: Admit) -> None:
         self.rows[message.slot] = _Row(list(message.tokens[:-1]), 0, message.forecasts)
@@ -80,29 +84,75 @@ class DraftWorker:
         self._catch_up()
         batch, branches = len(self.rows), self.forecast.budget
         lengths, longest = self._lengths()
-        noise = self.chooser.noise(lengths)
         tokens = self.trees.to(self.runner.device)
-        logits = self.runner.forward(self._glue, tokens.clamp(min=0), lengths, longest=longest)
         self._in_glue = {slot for slot, row in enumerate(self.rows) if row is not None}
         forecasting = torch.tensor([row is not None and row.forecasts for row in self.rows])
-        if not forecasting.any():
+        if forecasting.any():
+            # Compiled for the shortest context only: it takes the compiler half a minute.
+            short = longest + self.shape.depth < self.runner.contexts[0]
+            at_once = self.runner.compile and short and not self.chooser.params.filtered
+            if at_once:
+                guesses, trees = self._grow_at_once(tokens, lengths)
+            else:
+                guesses, trees = self._grow_stepwise(tokens, lengths, longest)
+        else:
+            # The accepted part of the tree will be needed all the same.
+            self.runner.forward(self._glue, tokens.clamp(min=0), lengths, longest=longest)
             return SpeculationSet(
                 guesses=torch.full((batch, branches), ABSENT),
                 trees=torch.full((batch, branches, self.shape.nodes - 1), ABSENT),
             )
-        scores = self.chooser.scores(logits, _pick(noise, self._depths))
-        guesses = bonus_guesses(scores, tokens, self._parents, self._nodes, self._ranks, max(self.forecast.ranks) + 1)
-        ranked, fed = [], guesses
-        for step, plan in enumerate(self._branches):
-            logits = self.runner.forward(plan, fed, lengths, longest=longest)
-            scores = self.chooser.scores(logits, _pick(noise, self._depths[self._nodes] + 1 + step))
-            ranked.append(_best(scores, self._width))
-            fed = ranked[-1][..., 0]
         absent = ~forecasting[:, None]
         return SpeculationSet(
             guesses=guesses.cpu().masked_fill(absent, ABSENT),
-            trees=_comb_tokens(ranked).cpu().masked_fill(absent[..., None], ABSENT),
+            trees=trees.cpu().masked_fill(absent[..., None], ABSENT),
         )
+
+    def _grow(
+        self, forward: Callable[[RowPlan, Tensor], Tensor], score: Callable[[Tensor, Tensor], Tensor], tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The draft's half of a round: glue, forecast, K branch steps.
+
+        Args:
+            forward: plan and row tokens ``[B, R]`` to logits ``[B, R, V]``. score: logits and how
+                far ahead of L each row's noise is ``[R]`` to scores. tokens: ``[B, W]``.
+
+        Returns: guesses ``[B, N]`` and trees ``[B, N, W - 1]``.
+        """
+        scores = score(forward(self._glue, tokens.clamp(min=0)), self._depths)
+        guesses = bonus_guesses(scores, tokens, self._parents, self._nodes, self._ranks, max(self.forecast.ranks) + 1)
+        ranked, fed = [], guesses
+        for step, plan in enumerate(self._branches):
+            scores = score(forward(plan, fed), self._depths[self._nodes] + 1 + step)
+            ranked.append(_best(scores, self._width))
+            fed = ranked[-1][..., 0]
+        return guesses, _comb_tokens(ranked)
+
+    def _grow_stepwise(self, tokens: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        noise = self.chooser.noise(lengths)
+        return self._grow(
+            lambda plan, rows: self.runner.forward(plan, rows, lengths, longest=longest),
+            lambda logits, ahead: self.chooser.scores(logits, None if noise is None else noise[:, ahead]),
+            tokens,
+        )
+
+    @torch.no_grad()
+    def _grow_at_once(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The same as one compiled function: the small draft's time is mostly that of being
+        called. Noise is zero while nothing samples; filters it cannot do."""
+        if self._whole is None:
+            grow, runner, context = self._grow, self.runner, self.runner.contexts[0]
+
+            def tree(tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+                return grow(
+                    lambda plan, rows: runner.logits(plan, rows, lengths, context),
+                    lambda logits, ahead: torch.addcmul(logits, noise[:, ahead], temperature[:, None, None]),
+                    tokens,
+                )
+
+            self._whole = runner.compiled(tree)
+        noise = self.chooser.noise(lengths)
+        return self._whole(tokens, lengths, self.chooser.params.temperature, self._silence if noise is None else noise)
 
     def commit(self, frame: OutcomeFrame, speculation: SpeculationSet) -> Tensor:
         """Take in an outcome; the next trees are then those of the hits. Returns hit ``[B]``."""
@@ -199,10 +249,6 @@ def branch_plans(shape: TreeShape, forecast: Forecast) -> list[RowPlan]:
 def scratch_slots(shape: TreeShape, budget: int) -> int:
     """Scratch slots the draft's cache needs per sequence."""
     return shape.nodes - shape.depth - 1 + budget * shape.depth
-
-
-def _pick(noise: Tensor | None, index: Tensor) -> Tensor | None:
-    return None if noise is None else noise[:, index]
 
 
 def _best(scores: Tensor, width: int) -> Tensor:

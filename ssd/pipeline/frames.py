@@ -93,7 +93,11 @@ class Frames:
             raise LinkError(f"the verifier announced {word} next, which is nothing known") from None
         rows = raw[HEADER:].view(self.batch, 3).long()
         return OutcomeFrame(
-            round=round, control_count=control_count, next=next_, states=rows[:, 0], nodes=rows[:, 1],
+            round=round,
+            control_count=control_count,
+            next=next_,
+            states=rows[:, 0],
+            nodes=rows[:, 1],
             bonus=rows[:, 2],
         )
 

@@ -83,7 +83,7 @@ class LocalPipeline:
                     [sys.executable, "-m", "ssd.pipeline.process"], stdin=subprocess.PIPE, start_new_session=True
                 )
                 self._processes[role] = process
-                orders = {"role": role, "front": endpoint, "plan": plan.to_dict()}
+                orders = {"role": role, "front": endpoint, "folder": self._folder.name, "plan": plan.to_dict()}
                 assert process.stdin is not None
                 process.stdin.write(json.dumps(orders).encode() + b"\n")
                 process.stdin.flush()

@@ -28,7 +28,12 @@ TIMED_ROUNDS = 4096
 
 
 def draft_loop(
-    worker: DraftWorker, link: Link, lane: ControlLane, *, jit: bool, timeout_s: float,
+    worker: DraftWorker,
+    link: Link,
+    lane: ControlLane,
+    *,
+    jit: bool,
+    timeout_s: float,
     alive: Callable[[], bool] = lambda: True,
 ) -> None:
     """Serve the verifier until it says stop, the link breaks or nobody is alive to serve.
@@ -127,8 +132,12 @@ class DraftSide:
         self, verdict: Verdict, next_: Next, meanwhile: Callable[[], None] = lambda: None
     ) -> tuple[SpeculationSet, int]:
         frame = OutcomeFrame(
-            round=self.round, control_count=self.told, next=next_, states=verdict.states,
-            nodes=verdict.outcome.node, bonus=verdict.outcome.bonus,
+            round=self.round,
+            control_count=self.told,
+            next=next_,
+            states=verdict.states,
+            nodes=verdict.outcome.node,
+            bonus=verdict.outcome.bonus,
         )
         self.link.exchange(self.frames.pack_outcome(frame), self._speculation, meanwhile)
         return self.frames.unpack_speculation(self._speculation, self.round)
@@ -144,7 +153,10 @@ class DraftSide:
 
 
 def verifier_loop(
-    worker: VerifierWorker, front: ControlLane, draft: DraftSide | None, *,
+    worker: VerifierWorker,
+    front: ControlLane,
+    draft: DraftSide | None,
+    *,
     alive: Callable[[], bool] = lambda: True,
 ) -> None:
     """Serve requests from the front until it says shut down or is gone."""
@@ -245,7 +257,9 @@ def _report(front: ControlLane, verdict: Verdict, worker: VerifierWorker) -> Non
             sequence = commit.sequence
             front.send(
                 Finished(
-                    request=commit.request, reason=commit.finished, record=sequence.record,
+                    request=commit.request,
+                    reason=commit.finished,
+                    record=sequence.record,
                     decode_s=worker.clock() - sequence.started_s,
                 )
             )

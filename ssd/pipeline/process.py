@@ -7,13 +7,20 @@ it closes, whoever launched the worker is gone, and the worker leaves too.
 from __future__ import annotations
 
 import json
+import os
 import select
+import shutil
 import signal
 import sys
+import threading
+import time
 
 from .build import Plan
 from .control import ZmqLane
 from .serve import run_draft, run_verifier
+
+GRACE_S = 4.0
+"""How long a worker may take to leave by itself once its launcher is gone."""
 
 
 def main() -> None:
@@ -28,9 +35,22 @@ def main() -> None:
         readable, _, _ = select.select([descriptor], [], [], 0)
         return not readable  # nothing is ever written: readable means closed
 
+    def leave() -> None:
+        """Whatever the worker is blocked in, it does not outlive its launcher."""
+        select.select([descriptor], [], [])
+        time.sleep(GRACE_S)
+        shutil.rmtree(orders["folder"], ignore_errors=True)
+        os._exit(1)
+
+    threading.Thread(target=leave, name="ssd-lifeline", daemon=True).start()
     try:
-        {"verifier": run_verifier, "draft": run_draft}[orders["role"]](plan, front, alive=alive)
+        if orders["role"] == "verifier":
+            run_verifier(plan, front, folder=orders["folder"], alive=alive)
+        else:
+            run_draft(plan, front, alive=alive)
     finally:
+        if not alive():
+            shutil.rmtree(orders["folder"], ignore_errors=True)
         front.close()
 
 

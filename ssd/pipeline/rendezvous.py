@@ -42,22 +42,32 @@ class VerifierSide:
     Args:
         host: address the draft can reach; loopback keeps everything on this machine.
         timeout_s: for the draft to come. link_timeout_s: of each exchange then; ``timeout_s`` by
-            default.
+            default. folder: where the lane's socket goes; somebody else removes it, too.
     """
 
     def __init__(
-        self, *, host: str = "127.0.0.1", kind: str = "gloo", device: str = "cpu", timeout_s: float,
+        self,
+        *,
+        host: str = "127.0.0.1",
+        kind: str = "gloo",
+        device: str = "cpu",
+        timeout_s: float,
         link_timeout_s: float | None = None,
+        folder: str | None = None,
     ):
         self._timeout_s, self._link_timeout_s, self._device = timeout_s, link_timeout_s or timeout_s, device
-        self._folder = tempfile.TemporaryDirectory(prefix="ssd-lane-") if _is_loopback(host) else None
+        self._folder = tempfile.TemporaryDirectory(prefix="ssd-lane-", dir=folder) if _is_loopback(host) else None
         endpoint = f"ipc://{Path(self._folder.name) / 'lane'}" if self._folder else f"tcp://{host}:*"
         self.lane, endpoint = ZmqLane.bind(endpoint)
         # TCPStore("127.0.0.1") listens on every interface; a socket bound by ourselves does not.
         listener = socket.create_server((host, 0))
         port = listener.getsockname()[1]
         self._store: dist.TCPStore | None = dist.TCPStore(
-            host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(),
+            host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
             timeout=datetime.timedelta(seconds=timeout_s),
         )
         self.rendezvous = Rendezvous(host=host, port=port, lane=endpoint, kind=kind)

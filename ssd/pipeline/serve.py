@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable
 
 from ..errors import LinkError, PipelineError, UsageError
-from .build import Plan, build_draft, build_verifier, pin
+from .build import Plan, build_draft, build_verifier, pin, set_threads, usable_cores
 from .control import ControlLane
 from .loops import DraftSide, draft_loop, verifier_loop
 from .messages import Failed, Hello, Ready, Shutdown, Welcome
@@ -16,24 +16,35 @@ WAIT_S = 0.5
 
 
 def run_verifier(
-    plan: Plan, front: ControlLane, *, host: str = "127.0.0.1", alive: Callable[[], bool] = lambda: True
+    plan: Plan,
+    front: ControlLane,
+    *,
+    host: str = "127.0.0.1",
+    folder: str | None = None,
+    alive: Callable[[], bool] = lambda: True,
 ) -> None:
     """Open the meeting place, say where it is, build the model, link, serve."""
 
     def body() -> None:
         config, side, draft = plan.config, None, None
-        pin(config.target.cores)
+        cores = usable_cores(config.target.cores)
+        set_threads(cores)
         try:
             if config.draft is not None:
                 kind = link_kind(config.target.device, config.draft.device)
                 side = VerifierSide(
-                    host=host, kind=kind, device=config.target.device, timeout_s=config.engine.start_timeout_s,
+                    host=host,
+                    kind=kind,
+                    device=config.target.device,
+                    timeout_s=config.engine.start_timeout_s,
                     link_timeout_s=config.engine.link_timeout_s,
+                    folder=folder,
                 )
                 front.send(Hello(role="verifier", rendezvous=side.rendezvous.to_dict()))
             worker, info = build_verifier(plan)
             if side is not None:
                 draft = DraftSide(side.link(), side.lane, plan.frames())
+            pin(cores)
             front.send(Ready(role="verifier", info=info))
             verifier_loop(worker, front, draft, alive=alive)
         finally:
@@ -49,7 +60,8 @@ def run_draft(plan: Plan, front: ControlLane, *, alive: Callable[[], bool] = lam
     def body() -> None:
         config = plan.config
         assert config.draft is not None
-        pin(config.draft.cores)
+        cores = usable_cores(config.draft.cores)
+        set_threads(cores)
         front.send(Hello(role="draft"))
         message = None
         while message is None:
@@ -64,6 +76,7 @@ def run_draft(plan: Plan, front: ControlLane, *, alive: Callable[[], bool] = lam
         link, lane = draft_side(
             Rendezvous(**message.rendezvous), timeout_s=config.engine.start_timeout_s, device=config.draft.device
         )
+        pin(cores)
         front.send(Ready(role="draft", info=info))
         try:
             draft_loop(worker, link, lane, jit=plan.jit, timeout_s=config.engine.link_timeout_s, alive=alive)

@@ -59,8 +59,17 @@ class VerifierWorker:
     """
 
     def __init__(
-        self, runner: ForwardRunner, *, shape: TreeShape, forecast: Forecast, method: Method, jit: bool, strict: bool,
-        ends: frozenset[int], max_model_len: int, clock: Callable[[], float] = time.perf_counter,
+        self,
+        runner: ForwardRunner,
+        *,
+        shape: TreeShape,
+        forecast: Forecast,
+        method: Method,
+        jit: bool,
+        strict: bool,
+        ends: frozenset[int],
+        max_model_len: int,
+        clock: Callable[[], float] = time.perf_counter,
     ):
         self.runner, self.shape, self.jit = runner, shape, jit
         self.method: Method = method
@@ -102,9 +111,14 @@ class VerifierWorker:
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.ends)
         self.waiting.append(
             Sequence(
-                request=message.request, params=params, method=method,
-                tokens=list(message.prompt[:-1]), root=message.prompt[-1], prompt_length=len(message.prompt),
-                context_limit=self.max_model_len, ends=ends,
+                request=message.request,
+                params=params,
+                method=method,
+                tokens=list(message.prompt[:-1]),
+                root=message.prompt[-1],
+                prompt_length=len(message.prompt),
+                context_limit=self.max_model_len,
+                ends=ends,
             )
         )
 
@@ -151,7 +165,9 @@ class VerifierWorker:
         began = self.clock()
         logits = self.runner.forward(
             # A draft may send anything: what is no token is fed as some token, and never accepted.
-            plan, tokens.clamp(0, self.runner.vocabulary - 1).to(self.runner.device), lengths,
+            plan,
+            tokens.clamp(0, self.runner.vocabulary - 1).to(self.runner.device),
+            lengths,
             longest=max(lengths_list),
         )
         forward_s = self.clock() - began
@@ -214,7 +230,13 @@ class VerifierWorker:
             row.observe(sum(token != ABSENT for token in tree[1 : chain + 1]), depth)
             tokens, finished = row.commit([tree[n] for n in self.shape.path(node)], bonus)
             commits.append(
-                Commit(request=row.request, tokens=tokens, accepted=min(depth, len(tokens)), finished=finished, sequence=row)
+                Commit(
+                    request=row.request,
+                    tokens=tokens,
+                    accepted=min(depth, len(tokens)),
+                    finished=finished,
+                    sequence=row,
+                )
             )
             if self.speculates(row):
                 states[slot] = RowState.FINISHED if finished else RowState.ACTIVE

@@ -29,7 +29,9 @@ def cluster() -> Iterator[None]:
     from ssd.cluster import connect
 
     set_here = {
-        "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT),
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }
     # Ray turns token authentication on by itself, and says so in the environment.
@@ -89,7 +91,8 @@ def assert_nothing_left(pids: list[int]) -> None:
 def worker_pids() -> list[int]:
     """Of worker and pipeline actors."""
     return [
-        process.pid for process in psutil.Process().children(recursive=True)
+        process.pid
+        for process in psutil.Process().children(recursive=True)
         if process.cmdline()[:1] and process.cmdline()[0].startswith(("ray::WorkerActor", "ray::PipelineActor"))
     ]
 
@@ -99,9 +102,7 @@ def test_methods_agree(launch: Callable[..., Any], config: dict[str, Any]) -> No
         pids = worker_pids()
         assert len(pids) == 2
         for temperature in (0.0, 0.8):
-            plain, sd, ssd = (
-                llm.generate(PROMPTS, params(method, temperature)) for method in ("none", "sd", "ssd")
-            )
+            plain, sd, ssd = (llm.generate(PROMPTS, params(method, temperature)) for method in ("none", "sd", "ssd"))
             expected = [output.token_ids for output in plain]
             assert [output.token_ids for output in sd] == expected
             assert [output.token_ids for output in ssd] == expected
@@ -153,9 +154,7 @@ def test_pipeline_actor(cluster: None, config: dict[str, Any]) -> None:
 
     actor = PipelineActor.remote(config)
     wanted = {"max_tokens": 20, "seed": 5, "temperature": 0.8, "ignore_eos": True}
-    plain, ssd = (
-        ray.get(actor.generate.remote(PROMPTS, {**wanted, "method": method})) for method in ("none", "ssd")
-    )
+    plain, ssd = (ray.get(actor.generate.remote(PROMPTS, {**wanted, "method": method})) for method in ("none", "ssd"))
     pids = worker_pids()
     assert len(pids) == 3
     assert [output["token_ids"] for output in ssd] == [output["token_ids"] for output in plain]

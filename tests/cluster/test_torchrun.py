@@ -39,7 +39,11 @@ class Launch:
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
                 [*command, str(ROOT / "launch" / "torchrun.py"), *arguments],
-                env=environment, stdout=out, stderr=err, stdin=subprocess.DEVNULL, start_new_session=True,
+                env=environment,
+                stdout=out,
+                stderr=err,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
 
     def wait(self) -> int:
@@ -106,8 +110,21 @@ def test_methods_agree(torchrun: Callable[..., Launch], config: str, tmp_path: P
     prompts, report = tmp_path / "prompts.jsonl", tmp_path / "report.json"
     prompts.write_text('{"prompt": "hello there"}\n{"prompt": "a b c d"}\n')
     launch = torchrun(
-        "--config", config, "compare", "--prompts", str(prompts), "--methods", "none,sd,ssd", "--json", str(report),
-        "--max-tokens", "40", "--seed", "5", "--temperature", str(temperature),
+        "--config",
+        config,
+        "compare",
+        "--prompts",
+        str(prompts),
+        "--methods",
+        "none,sd,ssd",
+        "--json",
+        str(report),
+        "--max-tokens",
+        "40",
+        "--seed",
+        "5",
+        "--temperature",
+        str(temperature),
     )
     assert launch.wait() == 0, launch.err.read_text()
     figures = json.loads(report.read_text())

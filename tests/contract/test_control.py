@@ -35,8 +35,16 @@ from ssd.pipeline.messages import (
 )
 
 PARAMS = SamplingParams(
-    temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, max_tokens=3, seed=2**63 - 1, stop=("é", "🐍"),
-    stop_token_ids=(1, 2), ignore_eos=True, method="sd",
+    temperature=0.7,
+    top_k=5,
+    top_p=0.9,
+    min_p=0.1,
+    max_tokens=3,
+    seed=2**63 - 1,
+    stop=("é", "🐍"),
+    stop_token_ids=(1, 2),
+    ignore_eos=True,
+    method="sd",
 )
 RECORD = SpeculationRecord(rounds=3, tokens=7, drafted=9, accepted=4, lookups=3, hits=2, accepted_histogram=[1, 0, 2])
 EVERY: list[Message] = [

@@ -35,8 +35,13 @@ def tokens_of(llm: LLM, method: str, temperature: float, **params) -> list[tuple
 )
 def test_methods_give_the_same_tokens(dtype, lookahead, siblings, batch):
     overrides = [
-        f"target.dtype={dtype}", f"draft.dtype={dtype}", "target.compile=false", "draft.compile=false",
-        f"speculation.lookahead={lookahead}", f"speculation.siblings={siblings}", f"engine.max_batch={batch}",
+        f"target.dtype={dtype}",
+        f"draft.dtype={dtype}",
+        "target.compile=false",
+        "draft.compile=false",
+        f"speculation.lookahead={lookahead}",
+        f"speculation.siblings={siblings}",
+        f"engine.max_batch={batch}",
     ]
     with LLM("embedded", overrides=overrides, launch=InprocPipeline) as llm:
         for temperature in (0.0, 0.8, 1.2):

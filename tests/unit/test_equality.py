@@ -88,14 +88,23 @@ COVER = [
     ("lookahead", "siblings", "budget", "shape", "fallback", "batch", "dtype"), COVER, ids=lambda value: str(value)
 )
 def test_speculations(
-    lookahead: int, siblings: int, budget: int, shape: str, fallback: str, batch: int, dtype: str,
+    lookahead: int,
+    siblings: int,
+    budget: int,
+    shape: str,
+    fallback: str,
+    batch: int,
+    dtype: str,
     tiny_config: Configure,
 ) -> None:
     """A draft that is right now and then, all temperatures and filters, more requests than slots."""
     config = tiny_config(
-        dtype=dtype, engine={"max_batch": batch},
+        dtype=dtype,
+        engine={"max_batch": batch},
         speculation={
-            "lookahead": lookahead, "siblings": siblings, "fallback": fallback,
+            "lookahead": lookahead,
+            "siblings": siblings,
+            "fallback": fallback,
             "forecast": {"budget": budget, "shape": shape},
         },
     )
@@ -111,9 +120,7 @@ def test_speculations(
 
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "llama"])
 def test_architectures(architecture: str, tiny_config: Configure) -> None:
-    config = tiny_config(
-        architecture, engine={"max_batch": 2}, speculation={"siblings": 1, "forecast": {"budget": 14}}
-    )
+    config = tiny_config(architecture, engine={"max_batch": 2}, speculation={"siblings": 1, "forecast": {"budget": 14}})
     params = [replace(p, max_tokens=14) for p in MIXED[:4]]
     assert total(same_as_plain(config, params)["ssd"], "accepted") > 0
 
@@ -142,7 +149,8 @@ def test_a_target_of_another_architecture(tiny_config: Configure) -> None:
 def test_where_requests_end(tiny_config: Configure) -> None:
     """End-of-text, stop ids, ``max_tokens`` inside a block, the context's limit, stop strings."""
     config = tiny_config(
-        draft="target", engine={"max_batch": 3, "max_model_len": 64},
+        draft="target",
+        engine={"max_batch": 3, "max_model_len": 64},
         speculation={"lookahead": 5, "siblings": 1},  # draft = target: blocks are long, cuts fall inside
     )
     ends = [

@@ -48,7 +48,12 @@ class Slots:
         model = tiny_model(architecture, vocab_size=VOCABULARY, dtype=dtype)
         lay_out_for_cpu(model)
         self.runner = ForwardRunner(
-            model, batch=batch, capacity=capacity, scratch_slots=scratch, prefill_chunk=CHUNK, vocabulary=VOCABULARY,
+            model,
+            batch=batch,
+            capacity=capacity,
+            scratch_slots=scratch,
+            prefill_chunk=CHUNK,
+            vocabulary=VOCABULARY,
             **more,
         )
         self.batch = batch

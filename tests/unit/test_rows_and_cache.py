@@ -64,7 +64,9 @@ def test_update_writes_where_prepared_and_nowhere_else() -> None:
     cache = small_cache(main_slots=BLOCK, scratch_slots=4)
     view = cache.all_rows()
     view.prepare(
-        main_slots=torch.tensor([[3, 4], [0, 1], [7, 8]]), scratch_slots=torch.tensor([2]), attends_scratch=False,
+        main_slots=torch.tensor([[3, 4], [0, 1], [7, 8]]),
+        scratch_slots=torch.tensor([2]),
+        attends_scratch=False,
         context=BLOCK,
     )
     keys, values = torch.randn(3, 2, 3, 4), torch.randn(3, 2, 3, 4)
@@ -102,9 +104,9 @@ def load(folder: Path, positions: int = 256) -> torch.nn.Module:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_supported_architectures_load(architecture: str, folder_of: Callable[..., Path]) -> None:
     assert load(folder_of(architecture)).dtype is torch.float32
-    assert load_model(
-        folder_of(architecture), dtype="bfloat16", device="cpu", max_positions=512
-    ).dtype is torch.bfloat16
+    assert (
+        load_model(folder_of(architecture), dtype="bfloat16", device="cpu", max_positions=512).dtype is torch.bfloat16
+    )
 
 
 @pytest.mark.parametrize("architecture", RECURRENT_ARCHITECTURES)
