@@ -56,7 +56,12 @@ class TorchrunPipeline:
         self._lifeline = socket.socket(socket.AF_UNIX if local else socket.AF_INET)
         self._lifeline.bind(str(Path(self._folder.name) / "lifeline") if local else (host, 0))
         self._lifeline.listen(1)
-        orders = {"plan": plan.to_dict(), "lanes": endpoints, "lifeline": self._lifeline.getsockname()}
+        orders = {
+            "plan": plan.to_dict(),
+            "lanes": endpoints,
+            "lifeline": self._lifeline.getsockname(),
+            "folder": self._folder.name,
+        }
         with os.fdopen(orders_fd, "wb") as pipe:
             pipe.write(json.dumps(orders).encode() + b"\n")
 

@@ -23,6 +23,7 @@ import ipaddress
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -70,6 +71,7 @@ def lead(store: dist.Store, world: int) -> int:
         pass_fds=[theirs],
     )
     os.close(theirs)
+    folder = None
     try:
         with os.fdopen(orders_fd, "rb") as pipe:
             line = pipe.readline()
@@ -77,7 +79,8 @@ def lead(store: dist.Store, world: int) -> int:
         store.set(ORDERS, line.decode() or "{}")
         if line:
             orders = json.loads(line)
-            _work(run_verifier, orders, "verifier", lambda: front.poll() is None, host=host)
+            folder = orders["folder"]
+            _work(run_verifier, orders, "verifier", lambda: front.poll() is None, host=host, folder=folder)
         return front.wait()
     except BaseException:
         front.terminate()
@@ -87,6 +90,8 @@ def lead(store: dist.Store, world: int) -> int:
             front.wait(LEAVE_S)
         except subprocess.TimeoutExpired:
             front.kill()
+        if folder is not None:  # a front that was killed could not
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def follow(store: dist.Store, rank: int) -> int:
@@ -126,7 +131,9 @@ def lifeline(address: str | list) -> socket.socket:
     return line
 
 
-def _work(run: Callable[..., None], orders: dict[str, Any], role: str, alive: Callable[[], bool], **where: str) -> None:
+def _work(
+    run: Callable[..., None], orders: dict[str, Any], role: str, alive: Callable[[], bool], **where: str | None
+) -> None:
     # Ctrl-C reaches every rank; from here on only the front acts on it, and we leave with the front.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     front = ZmqLane.connect(orders["lanes"][role])

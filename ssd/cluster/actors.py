@@ -23,7 +23,16 @@ from ..pipeline.control import ControlLane, ZmqLane
 from ..pipeline.launch import LEAVE_S
 from ..pipeline.messages import Shutdown
 from ..pipeline.serve import run_draft, run_verifier
-from .placement import LOOPBACK, Placement, Strategy, bundles, front_address, node_address, with_visible_gpu
+from .placement import (
+    LOOPBACK,
+    Placement,
+    Strategy,
+    bundles,
+    front_address,
+    node_address,
+    reason,
+    with_visible_gpu,
+)
 
 PLACEMENT_TIMEOUT_S = 60.0
 
@@ -104,7 +113,7 @@ class RayPipeline:
             except ray.exceptions.GetTimeoutError:
                 raise WorkerError(f"the {role}'s actor did not start in {timeout_s:g} s") from None
             except ray.exceptions.RayError as error:
-                raise WorkerError(f"the {role}'s actor did not start: {_reason(error)}") from error
+                raise WorkerError(f"the {role}'s actor did not start: {reason(error)}") from error
 
     def check(self) -> list[str]:
         """Roles whose worker is gone.
@@ -117,7 +126,7 @@ class RayPipeline:
             try:
                 ray.get(self._runs["verifier"])
             except ray.exceptions.RayError as error:
-                raise WorkerError(f"the verifier's actor is gone: {_reason(error)}") from error
+                raise WorkerError(f"the verifier's actor is gone: {reason(error)}") from error
         return gone
 
     def close(self) -> None:
@@ -225,7 +234,3 @@ def _params(fields: Mapping[str, Any] | None) -> SamplingParams:
         if name not in known:
             raise RequestError(f"unknown sampling parameter {name!r}; one of {', '.join(known)}")
     return SamplingParams(**fields)
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())

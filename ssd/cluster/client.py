@@ -17,7 +17,7 @@ from ..errors import PipelineError, WorkerError
 from ..params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent
 from ..pipeline.launch import LEAVE_S
 from .actors import PipelineActor
-from .placement import release_abandoned
+from .placement import reason, release_abandoned
 
 
 class PipelineClient:
@@ -118,4 +118,4 @@ def _get(ref: ray.ObjectRef) -> Any:
         # Ray wraps what the method raised in a class derived from it.
         raise error.cause if isinstance(error.cause, Exception) else error from None
     except ray.exceptions.RayActorError as error:
-        raise WorkerError(f"the pipeline's actor is gone: {' '.join(str(error).split())}") from error
+        raise WorkerError(f"the pipeline's actor is gone: {reason(error)}") from error

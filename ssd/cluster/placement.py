@@ -181,6 +181,12 @@ def with_visible_gpu(config: Config, role: str, gpu_ids: list[str], visible: str
     return config.model_copy(update=changed)
 
 
+def reason(error: BaseException) -> str:
+    """The line of Ray's that says what happened; it ends a traceback of several processes."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
+
+
 def _amounts(resources: Mapping[str, float]) -> str:
     named = {"CPU": resources.get("CPU", 0), "GPU": resources.get("GPU", 0)}
     return " + ".join(f"{amount:g} {name}" for name, amount in named.items() if amount or name == "CPU")

@@ -262,6 +262,7 @@ def test_what_only_a_worker_can_find_wrong_is_one_line_too(config: dict[str, Any
     assert list(scratch.glob("ssd-*")) == []
 
 
+@pytest.mark.slow
 def test_the_front_dies_while_the_workers_start(config: dict[str, Any], scratch: Path) -> None:
     """The verifier then waits for a draft that will never come, blocked beyond reach of a message."""
     front = subprocess.Popen(

@@ -11,7 +11,7 @@ from torch import Tensor
 from ssd.decoding.tree import TreeShape
 from ssd.errors import RequestError
 from ssd.models.loading import lay_out_for_cpu
-from ssd.models.rows import RowPlan
+from ssd.models.rows import BLOCK, RowPlan
 from ssd.models.runner import ForwardRunner
 from ssd.testing.tiny import ARCHITECTURES, tiny_model
 
@@ -28,6 +28,14 @@ each_shape = pytest.mark.parametrize("shape", [CHAIN, COMB], ids=["chain", "comb
 @functools.cache
 def reference(architecture: str, dtype: torch.dtype) -> torch.nn.Module:
     return tiny_model(architecture, vocab_size=VOCABULARY, dtype=dtype)
+
+
+@functools.cache
+def unrounded(architecture: str) -> torch.nn.Module:
+    """The bf16 model's weights, computed with in fp32."""
+    model = tiny_model(architecture, vocab_size=VOCABULARY)
+    model.load_state_dict(reference(architecture, BF16).state_dict())
+    return model
 
 
 @functools.cache
@@ -83,24 +91,31 @@ def relative(got: Tensor, expected: Tensor) -> float:
 @each_dtype
 @each_shape
 @each_model
-@pytest.mark.parametrize("length", [37, 126])
+@pytest.mark.parametrize("length", [37, BLOCK - 2])
 def test_equals_transformers(architecture: str, dtype: torch.dtype, shape: TreeShape, length: int) -> None:
     """Prefill in chunks (the last one padded), then a tree: every root-to-leaf path as one full forward.
-    From 126 the tree lies over the border of two attention blocks."""
+    From the second length the tree lies over the border of two attention blocks."""
     prompt, nodes = random_tokens(length), random_tokens(shape.nodes, seed=1)
-    slots = Slots(architecture, dtype)
+    slots = Slots(architecture, dtype, capacity=BLOCK + 60)
     slots.runner.prefill(1, prompt)
     slots.runner.prefill(0, random_tokens(20, seed=2))
     logits = slots.forward(shape, {0: (20, nodes), 1: (length, nodes)})[1]
-    limit = 1e-4 if dtype is FP32 else 0.06
     for leaf in (node for node in range(shape.nodes) if not shape.children(node)):
         path = (0, *shape.path(leaf))
         ids = torch.tensor([prompt + [nodes[node] for node in path]])
-        with torch.no_grad():
-            expected = reference(architecture, dtype)(ids).logits[0, -len(path) :].float()
-        assert relative(logits[list(path)], expected) < limit
+
+        def full(model: torch.nn.Module, ids: Tensor = ids, rows: int = len(path)) -> Tensor:
+            with torch.no_grad():
+                return model(ids).logits[0, -rows:].float()
+
+        expected, got = full(reference(architecture, dtype)), logits[list(path)]
         if dtype is FP32:
-            assert torch.equal(logits[list(path)].argmax(-1), expected.argmax(-1))
+            assert relative(got, expected) < 1e-4
+            assert torch.equal(got.argmax(-1), expected.argmax(-1))
+        else:  # about as near to the truth as transformers itself (measured: up to 1.7 times as far)
+            truth = full(unrounded(architecture))
+            assert (got - truth).norm() < 2.5 * (expected - truth).norm()
+            assert relative(got, expected) < 0.1
 
 
 @each_dtype
@@ -121,14 +136,15 @@ def test_a_sibling_has_the_bits_it_would_have_in_place(architecture: str, dtype:
 @each_model
 def test_same_bits_wherever_a_block_begins(architecture: str, dtype: torch.dtype, shape: TreeShape) -> None:
     """One token a round (plain decoding, padded) against blocks of every length, over a block border."""
-    start, sequence = 110, random_tokens(110 + 24)
+    start = BLOCK - 18
+    sequence = random_tokens(start + 24)
     cuttings = [[1] * 24, [shape.depth + 1] * (24 // (shape.depth + 1)), [3, 1, 2, 4, 1, 3, 2, 2, 1, 1, 4]]
     for cuts in cuttings:
         if sum(cuts) < 24:
             cuts.append(24 - sum(cuts))
     given = []
     for cuts in cuttings:
-        slots = Slots(architecture, dtype)
+        slots = Slots(architecture, dtype, capacity=BLOCK + 60)
         slots.runner.prefill(0, sequence[:start])
         given.append(slots.feed(shape, sequence, start, cuts))
     assert torch.equal(given[0], given[1])
@@ -160,15 +176,11 @@ def test_same_bits_at_every_context(architecture: str, dtype: torch.dtype) -> No
     small.runner.prefill(0, prompt)
     expected = small.forward(COMB, {0: (40, nodes)})[0]
     large = Slots(architecture, dtype, capacity=1000)
-    assert (small.runner.contexts, large.runner.contexts) == ([256], [256, 512, 1024])
+    assert (small.runner.contexts, large.runner.contexts) == ([256], [256, 1024])
     large.runner.prefill(0, random_tokens(300, seed=3))  # what a former request left
     large.runner.prefill(0, prompt)
     for longest in (40, 300, 900):
         assert torch.equal(large.forward(COMB, {0: (40, nodes)}, longest=longest)[0], expected)
-    whole = Slots(architecture, dtype, capacity=1000, whole_context=True)
-    assert whole.runner.contexts == [1024]
-    whole.runner.prefill(0, prompt)
-    assert torch.equal(whole.forward(COMB, {0: (40, nodes)})[0], expected)
 
 
 @each_dtype
