@@ -58,6 +58,8 @@ def load_model(folder: Path, *, dtype: str, device: str, max_positions: int) -> 
     # transformers would draw them at random: other tokens at every start.
     if absent := sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"]))):
         raise ModelError(f"{folder}: the weights lack {', '.join(absent[:3])}{', ..' if len(absent) > 3 else ''}")
+    if getattr(model, "_is_stateful", False):
+        raise ModelError(f"{folder}: {type(model).__name__} keeps a state that cannot be rolled back; not supported")
     if not getattr(model, "_supports_attention_backend", False):
         raise ModelError(f"{folder}: {type(model).__name__} does not accept an attention function from outside")
     return model.to(device).eval().requires_grad_(False)
