@@ -29,6 +29,9 @@ def client(*args: Any, **kwargs: Any) -> Any:
     # Ray reads these when it is imported: only those who hold the token may use the cluster.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's own default, 15, lets anything else on the machine push the workers aside. It holds for a
+    # cluster started here; elsewhere it is for those who run `ray start`.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     from ssd.cluster import PipelineClient, connect
 
     if "RAY_ADDRESS" in os.environ:

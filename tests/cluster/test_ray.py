@@ -31,6 +31,7 @@ def cluster() -> Iterator[None]:
     set_here = {
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }
