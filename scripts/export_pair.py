@@ -33,18 +33,18 @@ SAMPLE_PROMPTS = (
 )
 
 
-def export_role(root: Path, out: Path, role: str) -> None:
+def export_role(recipe: Recipe, out: Path, role: str) -> None:
     """Write ``out/role``: what ``AutoModelForCausalLM`` and ``AutoTokenizer`` load."""
     folder = out / role
     shutil.rmtree(folder, ignore_errors=True)
-    model = LlamaForCausalLM.from_pretrained(root / role, dtype=torch.bfloat16, use_safetensors=True)
+    model = LlamaForCausalLM.from_pretrained(recipe.path(role), dtype=torch.bfloat16, use_safetensors=True)
     model.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # written for the owner alone, but package data is everybody's
-    for path in (root / "tokenizer").iterdir():
+    for path in (recipe.root / "tokenizer").iterdir():
         shutil.copyfile(path, folder / path.name)
     # The folder's config.json makes AutoTokenizer look again at which class to use.
-    trained, shipped = AutoTokenizer.from_pretrained(root / "tokenizer"), AutoTokenizer.from_pretrained(folder)
+    trained, shipped = AutoTokenizer.from_pretrained(recipe.root / "tokenizer"), AutoTokenizer.from_pretrained(folder)
     for text in (*SAMPLE_PROMPTS, "Naïve → 12345  tabs\there\r\n"):
         ids = trained.encode(text, add_special_tokens=False)
         if shipped.encode(text) != ids or shipped.decode(ids) != text:
@@ -57,7 +57,7 @@ def last(log: list[dict], key: str) -> float:
 
 
 def describe(recipe: Recipe, out: Path, role: str, model: LlamaForCausalLM, log: list[dict]) -> dict:
-    stage = getattr(recipe, role)
+    stage = getattr(recipe.generation, role)
     size = model.config
     steps = log[-1]["step"]
     measures = {"target": ("heldout",), "draft": ("agree", "overlap")}[role]
@@ -68,9 +68,9 @@ def describe(recipe: Recipe, out: Path, role: str, model: LlamaForCausalLM, log:
         "hidden_size": size.hidden_size,
         "heads": size.num_attention_heads,
         "kv_heads": size.num_key_value_heads,
-        "steps": steps,
-        "steps_planned": stage.steps,
-        "training_tokens": steps * stage.rows * SEQUENCE,
+        "steps": stage.first_step + steps,
+        "steps_planned": stage.first_step + stage.steps,
+        "training_tokens": (stage.first_step + steps) * stage.rows * SEQUENCE,
         "training_loss": sum(r["loss"] for r in log[-20:]) / len(log[-20:]),
         **{f"{measure}_{kind}": last(log, f"{measure}_{kind}") for measure in measures for kind in KINDS},
     }
@@ -246,11 +246,12 @@ def main() -> None:
     parser.add_argument("--unfinished", action="store_true", help="export although training has not ended")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    finished = all((args.root / role / "done").exists() for role in ROLES)
+    recipe = Recipe(root=args.root)
+    finished = all((recipe.path(role) / "done").exists() for role in ROLES)
     if not finished and not args.unfinished:
         sys.exit(f"error: training in {args.root} has not ended; wait, or add --unfinished")
     for role in ROLES:
-        export_role(args.root, args.out, role)
+        export_role(recipe, args.out, role)
     shipped = sum(path.stat().st_size for path in args.out.rglob("*.safetensors"))
     if shipped > MAX_BYTES:
         sys.exit(f"error: the weights take {shipped / 1e6:.1f} MB, more than {MAX_BYTES / 1e6:.0f} MB")
@@ -259,9 +260,8 @@ def main() -> None:
         role: LlamaForCausalLM.from_pretrained(args.out / role, dtype=getattr(torch, args.dtype)).eval()
         for role in ROLES
     }
-    logs = {role: json.loads((args.root / role / "log.json").read_text()) for role in ROLES}
+    logs = {role: json.loads((recipe.path(role) / "log.json").read_text()) for role in ROLES}
     draw(logs, args.picture)
-    recipe = Recipe(root=args.root)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         bar = progress.add_task("acceptance rate", total=ticks(args.windows))

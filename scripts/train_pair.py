@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from pair import data, train
-from pair.recipe import Recipe
+from pair.recipe import GENERATIONS, Recipe
 
 STAGES = ("data", "target", "samples", "draft")
 
@@ -29,15 +29,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    recipe = Recipe(root=args.root)
     if "data" in args.stages:
         data.prepare(args.root)
-    if "target" in args.stages:
-        train.train_target(recipe, args.device, args.micro_rows)
-    if "samples" in args.stages:
-        train.write_samples(recipe, args.device)
-    if "draft" in args.stages:
-        train.distill_draft(recipe, args.device, args.micro_rows)
+    for generation in GENERATIONS:
+        recipe = Recipe(root=args.root, generation=generation)
+        if "target" in args.stages:
+            train.train_target(recipe, args.device, args.micro_rows)
+        if "samples" in args.stages:
+            train.write_samples(recipe, args.device)
+        if "draft" in args.stages:
+            train.distill_draft(recipe, args.device, args.micro_rows)
 
 
 if __name__ == "__main__":

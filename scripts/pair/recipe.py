@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import LlamaConfig
@@ -25,21 +25,56 @@ class Stage:
     decay_share: float = 0.5
     code_share: float = 0.7
     save_every: int = 40
+    first_step: int = 0  # steps of the generation before: new data follows that which was seen
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generation:
+    """A pair trained from scratch, or grown from the generation before it: wider MLPs whose new
+    units first add nothing (:func:`ssd.testing.widen.widen`), so no learning is lost. The small
+    one learns most of the language at half the cost a token."""
+
+    name: str  # the folder below the root
+    units: dict[str, int]  # MLP width of each role
+    target: Stage
+    draft: Stage
+    samples: int  # sequences the target writes for the draft to learn from
+
+
+GENERATIONS = (
+    Generation(
+        name="small",
+        units={"target": 1024, "draft": 512},
+        target=Stage(steps=600, rows=16, muon_lr=0.02, adamw_lr=3e-3),
+        draft=Stage(steps=1000, rows=6, muon_lr=0.02, adamw_lr=3e-3, save_every=100),
+        samples=1024,
+    ),
+    Generation(
+        name="full",
+        units={"target": 1920, "draft": 768},
+        target=Stage(steps=600, rows=16, muon_lr=0.015, adamw_lr=2e-3, decay_share=0.6, first_step=600),
+        draft=Stage(steps=1500, rows=6, muon_lr=0.015, adamw_lr=2e-3, decay_share=0.6, save_every=100, first_step=1000),
+        samples=2048,
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     root: Path
-    target: Stage = field(default_factory=lambda: Stage(steps=600, rows=16, muon_lr=0.02, adamw_lr=3e-3))
-    draft: Stage = field(default_factory=lambda: Stage(steps=1000, rows=6, muon_lr=0.02, adamw_lr=3e-3, save_every=100))
-    samples: int = 1024  # sequences the target writes for the draft to learn from
+    generation: Generation = GENERATIONS[-1]
 
     def path(self, name: str) -> Path:
-        return self.root / name
+        return self.root / self.generation.name / name
+
+    def grown_from(self) -> Recipe | None:
+        """The same recipe one generation earlier."""
+        place = GENERATIONS.index(self.generation)
+        return Recipe(root=self.root, generation=GENERATIONS[place - 1]) if place else None
 
 
-def model_config(role: str) -> LlamaConfig:
-    """Llama architecture for ``target`` (about 11 M parameters) or ``draft`` (about 1.5 M).
+def model_config(role: str, units: int) -> LlamaConfig:
+    """Llama architecture for ``target`` or ``draft`` with MLPs of ``units``.
 
     The draft is shallow and wide: its latency is its depth.
     """
@@ -57,7 +92,7 @@ def model_config(role: str) -> LlamaConfig:
     if role == "target":
         return LlamaConfig(
             hidden_size=384,
-            intermediate_size=1024,
+            intermediate_size=units,
             num_hidden_layers=6,
             num_attention_heads=6,
             num_key_value_heads=2,
@@ -66,7 +101,7 @@ def model_config(role: str) -> LlamaConfig:
     if role == "draft":
         return LlamaConfig(
             hidden_size=192,
-            intermediate_size=512,
+            intermediate_size=units,
             num_hidden_layers=2,
             num_attention_heads=3,
             num_key_value_heads=1,

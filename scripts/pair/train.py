@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from ssd.testing.widen import widen
+
 from .data import KINDS, Batches, heldout_windows
+
 from .recipe import SEED, SEQUENCE, Recipe, Stage, model_config
 
 LOGIT_CHUNK = 2048  # rows whose logits are held at once
@@ -50,25 +53,22 @@ def _run(
     name: str,
     stage: Stage,
     path: Path,
+    start_model: Callable[[], LlamaForCausalLM],
     batch_at: Callable[[int], torch.Tensor],
     loss_of: Callable[[LlamaForCausalLM, torch.Tensor], torch.Tensor],
     evaluate: Callable[[LlamaForCausalLM], dict[str, float]],
     device: str,
     micro_rows: int,
-    embedding: torch.Tensor | None = None,
 ) -> None:
-    """Train or resume; done when ``path/done`` exists. ``embedding`` ``[V, hidden]`` to start from."""
+    """Train what ``start_model`` makes, or resume; done when ``path/done`` exists."""
     if (path / "done").exists():
         return
     torch.manual_seed(SEED)
-    model = LlamaForCausalLM(model_config(name)).to(device).train()
-    # Small models start calmer with a smaller embedding (it is also the output head).
-    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.02)
-    if embedding is not None:
-        model.model.embed_tokens.weight.data.copy_(embedding)
-    optimizers = _optimizers(model, stage)
     start, log = 0, []
-    if (path / "state.pt").exists():
+    if not (path / "state.pt").exists():
+        model = start_model().to(device).train()
+        optimizers = _optimizers(model, stage)
+    else:
         model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).train()
         optimizers = _optimizers(model, stage)
         state = torch.load(path / "state.pt", weights_only=True, map_location=device)
@@ -91,7 +91,7 @@ def _run(
             for optimizer, lr in zip(optimizers, (stage.muon_lr, stage.adamw_lr), strict=True):
                 for group in optimizer.param_groups:
                     group["lr"] = lr * _lr_scale(step, stage)
-            batch = batch_at(step).to(device)
+            batch = batch_at(stage.first_step + step).to(device)
             total = 0.0
             for micro in batch.split(micro_rows):
                 loss = loss_of(model, micro) * (len(micro) / len(batch))
@@ -116,6 +116,35 @@ def _run(
     (path / "done").touch()
 
 
+def _grown(recipe: Recipe, role: str) -> LlamaForCausalLM | None:
+    """The generation before's model with this one's MLP width; None where there is none before."""
+    before = recipe.grown_from()
+    if before is None:
+        return None
+    model = LlamaForCausalLM.from_pretrained(before.path(role), dtype=torch.float32)
+    size = model.config
+    return widen(
+        model,
+        hidden_size=size.hidden_size,
+        intermediate_size=recipe.generation.units[role],
+        num_attention_heads=size.num_attention_heads,
+        num_key_value_heads=size.num_key_value_heads,
+        num_hidden_layers=size.num_hidden_layers,
+        seed=SEED,
+    )
+
+
+def _fresh(recipe: Recipe, role: str, embedding: torch.Tensor | None = None) -> LlamaForCausalLM:
+    """A random model; ``embedding`` ``[V, hidden]`` to start from."""
+    model = LlamaForCausalLM(model_config(role, recipe.generation.units[role]))
+    if embedding is None:
+        # Small models start calmer with a smaller embedding (it is also the output head).
+        torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.02)
+    else:
+        model.model.embed_tokens.weight.data.copy_(embedding)
+    return model
+
+
 def _heldout_loss(model: LlamaForCausalLM, windows: dict[str, torch.Tensor]) -> dict[str, float]:
     out = {}
     with torch.no_grad():
@@ -136,13 +165,14 @@ def _next_token_loss(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor
 
 
 def train_target(recipe: Recipe, device: str, micro_rows: int) -> None:
-    root, stage = recipe.root, recipe.target
+    root, stage = recipe.root, recipe.generation.target
     batches = Batches(root, rows=stage.rows, code_share=stage.code_share, seed=SEED)
     windows = {kind: heldout_windows(root, kind, count=24, length=SEQUENCE + 1) for kind in KINDS}
     _run(
         "target",
         stage,
         recipe.path("target"),
+        lambda: _grown(recipe, "target") or _fresh(recipe, "target"),
         batches.step,
         _next_token_loss,
         lambda model: _heldout_loss(model, windows),
@@ -162,11 +192,13 @@ def write_samples(recipe: Recipe, device: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(recipe.path("target"), dtype=torch.float32).to(device).eval()
     batches = Batches(recipe.root, rows=64, code_share=0.7, seed=SEED + 1)
     torch.manual_seed(SEED)
+    before = recipe.grown_from()
+    first = before.generation.samples // 64 if before else 0
     rows: list[torch.Tensor] = []
     with Progress() as progress:
-        bar = progress.add_task("samples", total=recipe.samples)
-        for index, temperature in zip(range(recipe.samples // 64), _cycle((0.0, 0.7, 1.0, 0.0)), strict=False):
-            prompts = batches.step(index)[:, :48].to(device)
+        bar = progress.add_task("samples", total=recipe.generation.samples)
+        for index, temperature in zip(range(recipe.generation.samples // 64), _cycle((0.0, 0.7, 1.0, 0.0)), strict=False):
+            prompts = batches.step(first + index)[:, :48].to(device)
             sampling = (
                 {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
             )
@@ -190,7 +222,7 @@ def _cycle(values: tuple[float, ...]) -> Iterator[float]:
 
 def distill_draft(recipe: Recipe, device: str, micro_rows: int) -> None:
     """Forward KL(target ‖ draft) over every position, on text and on the target's samples."""
-    root, stage = recipe.root, recipe.draft
+    root, stage = recipe.root, recipe.generation.draft
     target = AutoModelForCausalLM.from_pretrained(recipe.path("target"), dtype=torch.float32).to(device).eval()
     batches = Batches(root, rows=stage.rows // 2, code_share=stage.code_share, seed=SEED + 2)
     samples = torch.load(recipe.path("samples.pt"), weights_only=True)
@@ -232,9 +264,13 @@ def distill_draft(recipe: Recipe, device: str, micro_rows: int) -> None:
             out |= {f"agree_{kind}": agree / count, f"overlap_{kind}": overlap / count}
         return out
 
-    # The target's own embedding, as well as fewer dimensions can hold it: the draft then starts
-    # with a sensible input and output space instead of spending its few steps on finding one.
-    width = model_config("draft").hidden_size
-    left, scale, _ = torch.linalg.svd(target.model.embed_tokens.weight.float(), full_matrices=False)
-    embedding = left[:, :width] * scale[:width]
-    _run("draft", stage, recipe.path("draft"), batch_at, loss_of, evaluate, device, micro_rows, embedding)
+    def start_model() -> LlamaForCausalLM:
+        if (grown := _grown(recipe, "draft")) is not None:
+            return grown
+        # The target's own embedding, as well as fewer dimensions can hold it: the draft then starts
+        # with a sensible input and output space instead of spending its few steps on finding one.
+        width = model_config("draft", 0).hidden_size
+        left, scale, _ = torch.linalg.svd(target.model.embed_tokens.weight.float(), full_matrices=False)
+        return _fresh(recipe, "draft", left[:, :width] * scale[:width])
+
+    _run("draft", stage, recipe.path("draft"), start_model, batch_at, loss_of, evaluate, device, micro_rows)
