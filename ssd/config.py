@@ -48,7 +48,10 @@ class ForecastConfig(_Section):
 
     budget: int = Field(default=12, ge=1, le=256)
     """Branches N = ΣF_u the draft prepares each round."""
-    shape: Literal["uniform", "geometric"] = "geometric"
+    shape: Literal["uniform", "geometric", "confidence"] = "confidence"
+    """``confidence``: the N likeliest outcomes of each round; the others: F_u the same each round."""
+    sharpness: Number = Field(default=1.0, gt=0)
+    """How far ``confidence`` trusts the draft's ranking (β on its scores)."""
     acceptance: Number = Field(default=0.7, gt=0, lt=1)
     """Prior acceptance of a draft token, by which ``geometric`` weighs the nodes."""
     power: Number = Field(default=1.5, gt=0)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..config import Config, ModelConfig, resolve_model_path
-from ..decoding.forecast import Forecast, fan_out
+from ..decoding.forecast import ConfidenceForecast, FanOutForecast, Forecast, fan_out
 from ..decoding.tree import TreeShape
 from ..errors import ConfigError
 from ..models.loading import lay_out_for_cpu, load_model
@@ -32,18 +32,21 @@ class Plan:
     def shape(self) -> TreeShape:
         return TreeShape.comb(self.config.speculation.lookahead, self.config.speculation.siblings)
 
-    @property
-    def forecast(self) -> Forecast:
+    def forecast(self, device: str) -> Forecast:
         wanted = self.config.speculation.forecast
+        if wanted.shape == "confidence":
+            return ConfidenceForecast(self.shape, wanted.budget, wanted.sharpness, device)
         counts = fan_out(self.shape, wanted.budget, kind=wanted.shape, acceptance=wanted.acceptance, power=wanted.power)
-        return Forecast.plan(counts)
+        return FanOutForecast(self.shape, counts, device)
 
     @property
     def jit(self) -> bool:
         return self.config.speculation.fallback == "jit"
 
     def frames(self) -> Frames:
-        return Frames(batch=self.config.engine.max_batch, branches=self.forecast.budget, nodes=self.shape.nodes)
+        return Frames(
+            batch=self.config.engine.max_batch, branches=self.config.speculation.forecast.budget, nodes=self.shape.nodes
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {"config": self.config.model_dump(), "vocabulary": self.vocabulary, "ends": list(self.ends)}
@@ -100,7 +103,6 @@ def build_verifier(plan: Plan) -> tuple[VerifierWorker, dict[str, Any]]:
     worker = VerifierWorker(
         runner,
         shape=plan.shape,
-        forecast=plan.forecast,
         method=config.speculation.method,
         jit=plan.jit,
         strict=config.numerics == "strict",
@@ -114,8 +116,8 @@ def build_draft(plan: Plan) -> tuple[DraftWorker, dict[str, Any]]:
     """The draft worker, warm, and what to tell about it. Raises: UsageError."""
     config = plan.config
     assert config.draft is not None
-    runner = _runner(plan, config.draft, scratch=scratch_slots(plan.shape, plan.forecast.budget))
-    worker = DraftWorker(runner, shape=plan.shape, forecast=plan.forecast)
+    runner = _runner(plan, config.draft, scratch=scratch_slots(plan.shape, config.speculation.forecast.budget))
+    worker = DraftWorker(runner, shape=plan.shape, forecast=plan.forecast(config.draft.device))
     return worker, _warm(worker, config.draft)
 
 

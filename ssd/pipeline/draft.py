@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..decoding.forecast import Forecast, bonus_guesses
+from ..decoding.forecast import Forecast
+from ..decoding.sampling import perturbed
 from ..decoding.tree import ABSENT, TreeShape
 from ..models.rows import RowPlan
-from ..models.runner import ForwardRunner
+from ..models.runner import ForwardRunner, Layout
 from .chooser import Chooser
 from .frames import OutcomeFrame, RowState, SpeculationSet
 from .lookup import lookup
@@ -44,14 +45,12 @@ class DraftWorker:
         self.trees = torch.full((batch, shape.nodes), ABSENT)
         self.chooser = Chooser(batch, runner.vocabulary, device, horizon=2 * shape.depth + 1, compile=runner.compile)
         self._parents, self._depths = shape.parent_index(device), shape.depth_index(device)
-        self._nodes = torch.tensor(forecast.nodes, device=device)
-        self._ranks = torch.tensor(forecast.ranks, device=device)
         self._glue = RowPlan.tree("glue", shape)
         self._step = RowPlan.sequential("jit", 1)
-        self._branches = branch_plans(shape, forecast)
+        self._branches = BranchSteps(shape, forecast.budget, device)
         self._width = 1 + self._siblings
         self._in_glue: set[int] = set()
-        self._whole: Callable[..., tuple[Tensor, Tensor]] | None = None
+        self._whole: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
         self._silence = torch.zeros(batch, 2 * shape.depth + 1, runner.vocabulary, device=device)
 
     @property
@@ -60,7 +59,9 @@ class DraftWorker:
 
     def warm_up(self) -> None:
         """Compile every form a round needs."""
-        self.runner.warm_up([self._glue, self._branches[0], self._step])
+        self.runner.warm_up([self._glue, self._step])
+        nodes = torch.zeros(len(self.rows), self.forecast.budget, dtype=torch.int64, device=self.runner.device)
+        self.runner.warm_up([self._branches.plans[0]], self._branches.layout(0, nodes))
         self.chooser.warm_up()
         lengths = torch.zeros(len(self.rows), dtype=torch.int64, device=self.runner.device)
         if self.runner.compile:
@@ -92,61 +93,69 @@ class DraftWorker:
             short = longest + self.shape.depth < self.runner.contexts[0]
             at_once = self.runner.compile and short and not self.chooser.params.filtered
             if at_once:
-                guesses, trees = self._grow_at_once(tokens, lengths)
+                nodes, guesses, trees = self._grow_at_once(tokens, lengths)
             else:
-                guesses, trees = self._grow_stepwise(tokens, lengths, longest)
+                nodes, guesses, trees = self._grow_stepwise(tokens, lengths, longest)
         else:
             # The accepted part of the tree will be needed all the same.
             self.runner.forward(self._glue, tokens.clamp(min=0), lengths, longest=longest)
+            nothing = torch.full((batch, branches), ABSENT)
             return SpeculationSet(
-                guesses=torch.full((batch, branches), ABSENT),
+                nodes=nothing,
+                guesses=nothing,
                 trees=torch.full((batch, branches, self.shape.nodes - 1), ABSENT),
             )
         absent = ~forecasting[:, None]
         return SpeculationSet(
+            nodes=nodes.cpu(),
             guesses=guesses.cpu().masked_fill(absent, ABSENT),
             trees=trees.cpu().masked_fill(absent[..., None], ABSENT),
         )
 
     def _grow(
-        self, forward: Callable[[RowPlan, Tensor], Tensor], score: Callable[[Tensor, Tensor], Tensor], tokens: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        forward: Callable[[RowPlan, Tensor, Layout | None], Tensor],
+        score: Callable[[Tensor, Tensor], Tensor],
+        tokens: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The draft's half of a round: glue, forecast, K branch steps.
 
         Args:
-            forward: plan and row tokens ``[B, R]`` to logits ``[B, R, V]``. score: logits and how
-                far ahead of L each row's noise is ``[R]`` to scores. tokens: ``[B, W]``.
+            forward: plan, row tokens ``[B, R]`` and layout to logits ``[B, R, V]``. score: logits
+                and how far ahead of L each row's noise is ``[B, R]`` to scores. tokens: ``[B, W]``.
 
-        Returns: guesses ``[B, N]`` and trees ``[B, N, W - 1]``.
+        Returns: nodes and guesses ``[B, N]``, and trees ``[B, N, W - 1]``.
         """
-        scores = score(forward(self._glue, tokens.clamp(min=0)), self._depths)
-        guesses = bonus_guesses(scores, tokens, self._parents, self._nodes, self._ranks, max(self.forecast.ranks) + 1)
-        ranked, fed = [], guesses
-        for step, plan in enumerate(self._branches):
-            scores = score(forward(plan, fed), self._depths[self._nodes] + 1 + step)
+        scores = score(forward(self._glue, tokens.clamp(min=0), None), self._depths.expand(len(tokens), -1))
+        nodes, guesses = self.forecast.outcomes(scores, tokens)
+        ranked, fed, depths = [], guesses, self._depths[nodes]
+        for step, plan in enumerate(self._branches.plans):
+            scores = score(forward(plan, fed, self._branches.layout(step, nodes)), depths + 1 + step)
             ranked.append(_best(scores, self._width))
             fed = ranked[-1][..., 0]
-        return guesses, _comb_tokens(ranked)
+        return nodes, guesses, _comb_tokens(ranked)
 
-    def _grow_stepwise(self, tokens: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    def _grow_stepwise(self, tokens: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:
         noise = self.chooser.noise(lengths)
         return self._grow(
-            lambda plan, rows: self.runner.forward(plan, rows, lengths, longest=longest),
-            lambda logits, ahead: self.chooser.scores(logits, None if noise is None else noise[:, ahead]),
+            lambda plan, rows, layout: self.runner.forward(plan, rows, lengths, longest=longest, layout=layout),
+            lambda logits, ahead: self.chooser.scores(logits, None if noise is None else _at(noise, ahead)),
             tokens,
         )
 
     @torch.no_grad()
-    def _grow_at_once(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def _grow_at_once(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same as one compiled function: the small draft's time is mostly that of being
         called. Noise is zero while nothing samples; filters it cannot do."""
         if self._whole is None:
             grow, runner, context = self._grow, self.runner, self.runner.contexts[0]
 
-            def tree(tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+            def tree(
+                tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor
+            ) -> tuple[Tensor, Tensor, Tensor]:
                 return grow(
-                    lambda plan, rows: runner.logits(plan, rows, lengths, context),
-                    lambda logits, ahead: torch.addcmul(logits, noise[:, ahead], temperature[:, None, None]),
+                    lambda plan, rows, layout: runner.logits(plan, rows, lengths, context, layout),
+                    lambda logits, ahead: perturbed(logits, _at(noise, ahead), temperature),
                     tokens,
                 )
 
@@ -173,7 +182,7 @@ class DraftWorker:
         if moves:
             slots, scratch, positions = (torch.tensor(column) for column in zip(*moves, strict=True))
             self.runner.cache.keep(slots, scratch, positions)
-        trees, hit = lookup(frame.nodes, frame.bonus, speculation, self._nodes.cpu())
+        trees, hit = lookup(frame.nodes, frame.bonus, speculation)
         active = frame.states == RowState.ACTIVE
         self.trees = trees.masked_fill(~active[:, None], ABSENT)
         return hit & active
@@ -214,41 +223,59 @@ class DraftWorker:
                 row.cached = len(row.tokens)
 
 
-def branch_plans(shape: TreeShape, forecast: Forecast) -> list[RowPlan]:
+class BranchSteps:
     """The K steps of all N branches. Step s feeds every branch its s-th token.
 
-    Branch n continues node u: its rows attend the main slots of u's chain part, u's scratch
-    slot if u is a leaf off the chain, and the branch's own earlier steps. Scratch slots: leaves
-    of the tree first (as ``RowPlan.tree`` places them), then N for each step.
+    A branch that continues node u attends the main slots of u's chain part, u's scratch slot if
+    u is a leaf off the chain, and the branch's own earlier steps. Scratch slots: leaves of the
+    tree first (as ``RowPlan.tree`` places them), then N for each step. Which nodes the branches
+    continue is data: shapes, and compiled code, are the same in every round.
     """
-    chain, leaves, budget = shape.depth + 1, shape.nodes - shape.depth - 1, forecast.budget
-    scratch = leaves + budget * (shape.depth - 1)
-    plans = []
-    for step in range(shape.depth):
-        mask = []
-        for branch, node in enumerate(forecast.nodes):
-            attended = {leaves + earlier * budget + branch for earlier in range(step)}
-            if node >= chain:
-                attended.add(node - chain)
-            mask.append(tuple(slot in attended for slot in range(scratch + budget)))
-        depths = [shape.depths[node] for node in forecast.nodes]
-        plans.append(
+
+    def __init__(self, shape: TreeShape, budget: int, device: torch.device):
+        self._chain, self._leaves = shape.depth + 1, shape.nodes - shape.depth - 1
+        self._depths = shape.depth_index(device)
+        slots, deepest = self._leaves + budget * shape.depth, shape.depth
+        self._slots = torch.arange(slots, device=device)
+        own = torch.zeros(deepest, budget, slots, dtype=torch.bool)
+        for step in range(deepest):
+            for earlier in range(step):
+                start = self._leaves + earlier * budget
+                own[step, :, start : start + budget] = torch.eye(budget, dtype=torch.bool)
+        self._own = own.to(device)
+        self.plans = [
             RowPlan(
                 name=f"branch {step}",
-                offsets=tuple(depth + 1 + step for depth in depths),
-                # A leaf's own key stands in scratch, so main ends before its position.
-                limits=tuple(d + (node < chain) for d, node in zip(depths, forecast.nodes, strict=True)),
+                offsets=(deepest + 1 + step,) * budget,
+                limits=(deepest + 1,) * budget,
                 in_place=0,
-                scratch_start=leaves + step * budget,
-                scratch_mask=tuple(mask),
+                scratch_start=self._leaves + step * budget,
+                scratch_mask=tuple(tuple(row) for row in own[step].tolist()),
             )
-        )
-    return plans
+            for step in range(deepest)
+        ]
+        self._places = [
+            torch.arange(plan.scratch_start, plan.scratch_start + budget, device=device) for plan in self.plans
+        ]
+
+    def layout(self, step: int, nodes: Tensor) -> Layout:
+        """Of step ``step`` for branches that continue ``nodes [B, N]``."""
+        depths, leaf = self._depths[nodes], nodes >= self._chain
+        mask = self._own[step].expand(len(nodes), -1, -1)
+        if self._leaves:
+            mask = mask | (leaf[..., None] & (self._slots == (nodes - self._chain)[..., None]))
+        # A leaf's own key stands in scratch, so main ends before its position.
+        return Layout(depths + 1 + step, depths + (~leaf).long(), self._places[step], mask)
 
 
 def scratch_slots(shape: TreeShape, budget: int) -> int:
     """Scratch slots the draft's cache needs per sequence."""
     return shape.nodes - shape.depth - 1 + budget * shape.depth
+
+
+def _at(noise: Tensor, ahead: Tensor) -> Tensor:
+    """Rows ``ahead [B, R]`` of noise ``[B, horizon, V]``."""
+    return noise[torch.arange(len(noise), device=noise.device)[:, None], ahead]
 
 
 def _best(scores: Tensor, width: int) -> Tensor:

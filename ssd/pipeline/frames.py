@@ -60,9 +60,10 @@ class OutcomeFrame:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeculationSet:
-    """A speculation per forecast outcome. Guess and tree of branch n answer node ``nodes[n]`` of
-    the forecast plan, which both sides know."""
+    """A speculation per forecast outcome: branch n prepares for (``nodes[n]``, ``guesses[n]``)."""
 
+    nodes: Tensor
+    """``[B, N]`` int64 nodes u of the tree under verification."""
     guesses: Tensor
     """``[B, N]`` int64 bonus tokens; ``ABSENT`` where no branch was prepared."""
     trees: Tensor
@@ -75,7 +76,7 @@ class Frames:
     def __init__(self, *, batch: int, branches: int, nodes: int):
         self.batch, self.branches, self.nodes = batch, branches, nodes
         self.outcome_size = HEADER + batch * 3
-        self.speculation_size = HEADER + batch * branches * nodes
+        self.speculation_size = HEADER + batch * branches * (nodes + 1)
         self.tree_size = HEADER + batch * (nodes - 1)
 
     def new(self, size: int) -> Tensor:
@@ -102,7 +103,7 @@ class Frames:
         )
 
     def pack_speculation(self, speculation: SpeculationSet, round: int, spent_us: int) -> Tensor:
-        body = torch.cat([speculation.guesses.flatten(), speculation.trees.flatten()])
+        body = torch.cat([t.flatten() for t in (speculation.nodes, speculation.guesses, speculation.trees)])
         return _pack(body, round, spent_us, 0)
 
     def unpack_speculation(self, raw: Tensor, round: int) -> tuple[SpeculationSet, int]:
@@ -110,8 +111,9 @@ class Frames:
         spent_us, _ = _check(raw, round)
         body, cut = raw[HEADER:].long(), self.batch * self.branches
         return SpeculationSet(
-            guesses=body[:cut].view(self.batch, self.branches),
-            trees=body[cut:].view(self.batch, self.branches, self.nodes - 1),
+            nodes=body[:cut].view(self.batch, self.branches),
+            guesses=body[cut : 2 * cut].view(self.batch, self.branches),
+            trees=body[2 * cut :].view(self.batch, self.branches, self.nodes - 1),
         ), spent_us
 
     def pack_trees(self, trees: Tensor, round: int, spent_us: int) -> Tensor:

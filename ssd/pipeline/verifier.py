@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..decoding.forecast import Forecast
+from ..decoding.sampling import perturbed
 from ..decoding.tree import ABSENT, TreeShape
 from ..decoding.verify import Outcome, verify_coupled
 from ..models.rows import RowPlan
@@ -63,7 +63,6 @@ class VerifierWorker:
         runner: ForwardRunner,
         *,
         shape: TreeShape,
-        forecast: Forecast,
         method: Method,
         jit: bool,
         strict: bool,
@@ -82,15 +81,20 @@ class VerifierWorker:
         self.chooser = Chooser(
             runner.batch, runner.vocabulary, runner.device, horizon=shape.depth + 1, compile=runner.compile
         )
-        self._parents, self._depths = shape.parent_index(), shape.depth_index()
-        self._ancestors = shape.ancestors()
-        self._plan_nodes = torch.tensor(forecast.nodes)
+        device = runner.device
+        self._parents, self._depths = shape.parent_index(device), shape.depth_index(device)
+        self._ancestors = shape.ancestors(device)
+        self._silence = torch.zeros(runner.batch, shape.depth + 1, runner.vocabulary, device=device)
+        self._deciders: dict[tuple[RowPlan, int], Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
         self._tree, self._one = RowPlan.tree("verify", shape), RowPlan.sequential("one", 1)
 
     def warm_up(self) -> None:
         """Compile every form a round needs."""
-        self.runner.warm_up([self._tree] if self.strict else [self._tree, self._one])
         self.chooser.warm_up()
+        lengths = torch.zeros(self.runner.batch, dtype=torch.int64, device=self.runner.device)
+        for plan in [self._tree] if self.strict else [self._tree, self._one]:
+            for context in self.runner.contexts:
+                self._decide(plan, context, self.trees[:, : plan.rows].to(lengths.device), lengths)
 
     @property
     def idle(self) -> bool:
@@ -161,26 +165,45 @@ class VerifierWorker:
         lengths_list = [len(row.tokens) if row is not None else 0 for row in self.rows]
         lengths = torch.tensor(lengths_list, device=self.runner.device)
         plan = self._plan()
-        tokens = self.trees[:, : plan.rows]
+        context = self.runner.context_for(max(lengths_list) + max(plan.limits) + 1)
+        tokens = self.trees[:, : plan.rows].to(self.runner.device)
         began = self.clock()
-        logits = self.runner.forward(
-            # A draft may send anything: what is no token is fed as some token, and never accepted.
-            plan,
-            tokens.clamp(0, self.runner.vocabulary - 1).to(self.runner.device),
-            lengths,
-            longest=max(lengths_list),
-        )
+        outcome = self._decide(plan, context, tokens, lengths)
         forward_s = self.clock() - began
-        noise = self.chooser.noise(lengths)
-        if noise is not None:
-            noise = noise[:, list(plan.offsets)]
-        chosen = self.chooser.scores(logits, noise).argmax(-1).cpu()
-        rows = plan.rows
-        outcome = verify_coupled(
-            tokens, chosen, self._parents[:rows], self._depths[:rows], self._ancestors[:rows, :rows]
-        )
         states, commits = self._commit(outcome, lengths_list)
         return Verdict(outcome=outcome, states=states, commits=commits, forward_s=forward_s)
+
+    @torch.no_grad()
+    def _decide(self, plan: RowPlan, context: int, tokens: Tensor, lengths: Tensor) -> Outcome:
+        """Forward, choice and verification as one compiled function: a round's many small
+        operations would cost as much as a layer. Filters, which it cannot do, choose anew."""
+        decide = self._deciders.get((plan, context))
+        if decide is None:
+            decide = self._deciders[plan, context] = self.runner.compiled(self._decider(plan, context))
+        noise = self.chooser.noise(lengths)
+        quiet = self._silence if noise is None else noise
+        logits, node, bonus = decide(tokens, lengths, self.chooser.params.temperature, quiet)
+        if self.chooser.params.filtered:
+            assert noise is not None
+            chosen = self.chooser.scores(logits, noise[:, list(plan.offsets)]).argmax(-1)
+            node, bonus = self._verify(tokens, chosen)
+        return Outcome(node.cpu(), bonus.cpu())
+
+    def _decider(self, plan: RowPlan, context: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        runner, verify, ahead = self.runner, self._verify, self._depths[: plan.rows]
+
+        def decide(
+            tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            # A draft may send anything: what is no token is fed as some token, and never accepted.
+            logits = runner.logits(plan, tokens.clamp(0, runner.vocabulary - 1), lengths, context)
+            return logits, *verify(tokens, perturbed(logits, noise[:, ahead], temperature).argmax(-1))
+
+        return decide
+
+    def _verify(self, tokens: Tensor, chosen: Tensor) -> Outcome:
+        rows = tokens.shape[1]
+        return verify_coupled(tokens, chosen, self._parents[:rows], self._depths[:rows], self._ancestors[:rows, :rows])
 
     def advance(self, verdict: Verdict, speculation: SpeculationSet | None) -> Tensor:
         """Next trees by lookup (``None``: no draft took part). Returns the rows ``[B]`` bool that
@@ -190,7 +213,7 @@ class VerifierWorker:
         trees[:, 0] = bonus
         missed = torch.zeros(len(self.rows), dtype=torch.bool)
         if speculation is not None:
-            trees, hit = lookup(verdict.outcome.node, bonus, speculation, self._plan_nodes)
+            trees, hit = lookup(verdict.outcome.node, bonus, speculation)
             for slot, row in enumerate(self.rows):
                 if row is None or not self.speculates(row):
                     continue

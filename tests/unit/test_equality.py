@@ -72,15 +72,15 @@ def total(outputs: list[RequestOutput], name: str) -> int:
 # K, siblings, budget, shape, fallback, batch, dtype: every value, and every pair that has once broken something.
 COVER = [
     (1, 0, 1, "uniform", "jit", 1, "float32"),
-    (2, 2, 12, "geometric", "none", 4, "float32"),
+    (2, 2, 12, "confidence", "none", 4, "float32"),
     (3, 1, 7, "geometric", "jit", 4, "bfloat16"),
-    (4, 0, 12, "uniform", "none", 1, "bfloat16"),
+    (4, 0, 12, "confidence", "none", 1, "bfloat16"),
     (5, 2, 30, "uniform", "jit", 1, "bfloat16"),
-    (6, 0, 24, "geometric", "jit", 4, "float32"),
-    (7, 1, 3, "uniform", "none", 4, "bfloat16"),
-    (8, 2, 48, "geometric", "jit", 4, "float32"),
+    (6, 0, 24, "confidence", "jit", 4, "float32"),
+    (7, 1, 3, "confidence", "none", 4, "bfloat16"),
+    (8, 2, 48, "confidence", "jit", 4, "float32"),
     (8, 0, 5, "geometric", "none", 1, "float32"),
-    (1, 2, 64, "geometric", "jit", 4, "bfloat16"),
+    (1, 2, 64, "confidence", "jit", 4, "bfloat16"),
 ]
 
 
