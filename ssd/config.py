@@ -50,7 +50,7 @@ class ForecastConfig(_Section):
     """Branches N = ΣF_u the draft prepares each round."""
     shape: Literal["uniform", "geometric", "confidence"] = "confidence"
     """``confidence``: the N likeliest outcomes of each round; the others: F_u the same each round."""
-    sharpness: Number = Field(default=1.0, gt=0)
+    sharpness: Number = Field(default=1.4, gt=0)
     """How far ``confidence`` trusts the draft's ranking (β on its scores)."""
     acceptance: Number = Field(default=0.7, gt=0, lt=1)
     """Prior acceptance of a draft token, by which ``geometric`` weighs the nodes."""
@@ -70,6 +70,8 @@ class SpeculationConfig(_Section):
     fallback: Literal["jit", "none"] = "jit"
     """What a missed row verifies: a speculation drafted now, or the bonus token alone."""
     verify: Literal["coupled"] = "coupled"
+    governor: bool = True
+    """Decode plainly while that is measured to be faster, and try again now and then."""
 
 
 class EngineConfig(_Section):

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from ssd.testing.widen import widen
 
 from .data import KINDS, Batches, heldout_windows
-
 from .recipe import SEED, SEQUENCE, Recipe, Stage, model_config
 
 LOGIT_CHUNK = 2048  # rows whose logits are held at once

@@ -106,6 +106,7 @@ def build_verifier(plan: Plan) -> tuple[VerifierWorker, dict[str, Any]]:
         method=config.speculation.method,
         jit=plan.jit,
         strict=config.numerics == "strict",
+        governed=config.speculation.governor,
         ends=frozenset(plan.ends),
         max_model_len=config.engine.max_model_len,
     )

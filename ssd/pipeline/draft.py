@@ -42,6 +42,8 @@ class DraftWorker:
         self.runner, self.shape, self.forecast = runner, shape, forecast
         batch, device = runner.batch, runner.device
         self.rows: list[_Row | None] = [None] * batch
+        self._left: list[list[int]] = [[] for _ in range(batch)]
+        """Tokens whose keys and values the slot's last sequence left behind."""
         self.trees = torch.full((batch, shape.nodes), ABSENT)
         self.chooser = Chooser(batch, runner.vocabulary, device, horizon=2 * shape.depth + 1, compile=runner.compile)
         self._parents, self._depths = shape.parent_index(device), shape.depth_index(device)
@@ -68,14 +70,19 @@ class DraftWorker:
             self._grow_at_once(self.trees.to(lengths.device), lengths)
 
     def admit(self, message: Admit) -> None:
-        self.rows[message.slot] = _Row(list(message.tokens[:-1]), 0, message.forecasts)
+        self.release(message.slot)
+        tokens = list(message.tokens[:-1])
+        # A sequence that comes back after a time of plain decoding finds its keys where they were.
+        known = _common_prefix(tokens, self._left[message.slot])
+        self.rows[message.slot] = _Row(tokens, known, message.forecasts)
         self._in_glue.discard(message.slot)
         self.trees[message.slot] = ABSENT
         self.trees[message.slot, 0] = message.tokens[-1]
         self.chooser.set(message.slot, message.params)
 
     def release(self, slot: int) -> None:
-        if self.rows[slot] is not None:
+        if (row := self.rows[slot]) is not None:
+            self._left[slot] = row.tokens[: row.cached]
             self.rows[slot] = None
             self.trees[slot] = ABSENT
             self.chooser.clear(slot)
@@ -212,8 +219,13 @@ class DraftWorker:
         return drafted
 
     def _lengths(self) -> tuple[Tensor, int]:
-        lengths = [len(row.tokens) if row is not None else 0 for row in self.rows]
-        return torch.tensor(lengths, device=self.runner.device), max(lengths)
+        """L of every slot, and the longest in use. Rows of an empty slot are computed and mean
+        nothing: they land behind what its last sequence left."""
+        lengths = [
+            len(row.tokens if row is not None else left) for row, left in zip(self.rows, self._left, strict=True)
+        ]
+        longest = max((len(row.tokens) for row in self.rows if row is not None), default=0)
+        return torch.tensor(lengths, device=self.runner.device), longest
 
     def _catch_up(self) -> None:
         """Prefill what was committed without going through here."""
@@ -276,6 +288,11 @@ def scratch_slots(shape: TreeShape, budget: int) -> int:
 def _at(noise: Tensor, ahead: Tensor) -> Tensor:
     """Rows ``ahead [B, R]`` of noise ``[B, horizon, V]``."""
     return noise[torch.arange(len(noise), device=noise.device)[:, None], ahead]
+
+
+def _common_prefix(one: list[int], other: list[int]) -> int:
+    length = min(len(one), len(other))
+    return next((i for i in range(length) if one[i] != other[i]), length)
 
 
 def _best(scores: Tensor, width: int) -> Tensor:

@@ -120,6 +120,7 @@ class DraftSide:
         self.link, self.lane, self.frames = link, lane, frames
         self.in_round = False
         self.round = self.told = 0
+        self._waited_s = 0.0
         self._speculation = frames.new(frames.speculation_size)
         self._trees = frames.new(frames.tree_size)
 
@@ -139,12 +140,29 @@ class DraftSide:
             nodes=verdict.outcome.node,
             bonus=verdict.outcome.bonus,
         )
-        self.link.exchange(self.frames.pack_outcome(frame), self._speculation, meanwhile)
+        busy_s = 0.0
+
+        def timed() -> None:
+            nonlocal busy_s
+            began = time.perf_counter()
+            meanwhile()
+            busy_s = time.perf_counter() - began
+
+        began = time.perf_counter()
+        self.link.exchange(self.frames.pack_outcome(frame), self._speculation, timed)
+        self._waited_s += time.perf_counter() - began - busy_s
         return self.frames.unpack_speculation(self._speculation, self.round)
 
     def receive_trees(self) -> tuple[torch.Tensor, int]:
+        began = time.perf_counter()
         self.link.receive(self._trees)
+        self._waited_s += time.perf_counter() - began
         return self.frames.unpack_trees(self._trees, self.round)
+
+    def take_waited_s(self) -> float:
+        """Seconds spent waiting for the draft since the last call."""
+        waited_s, self._waited_s = self._waited_s, 0.0
+        return waited_s
 
     def stop(self) -> None:
         with contextlib.suppress(PipelineError):  # it may be gone already
@@ -176,20 +194,20 @@ def verifier_loop(
             message = front.receive(0)
         if not alive():
             return
-        admitted = worker.admit()
+        admitted, told = worker.admit(), worker.introduce()
         try:
-            for _, told in admitted:
-                if told is not None and draft is not None:
-                    draft.tell(told)
+            for message in told:
+                assert draft is not None
+                draft.tell(message)
         except PipelineError as error:
             draft = _lose(worker, front, draft, error)
-        for slot, _ in admitted:  # after telling the draft: both prefill side by side
+        for slot in admitted:  # after telling the draft: both prefill side by side
             worker.prefill(slot)
         if worker.idle and not (draft is not None and draft.in_round):
             last_end = None
             continue
-        if admitted:
-            last_end = None
+        if admitted or told:
+            last_end = None  # prefills are no part of a round
         verdict = worker.verify()
         timer.add("forward", verdict.forward_s)
         all_hit = False
@@ -200,9 +218,13 @@ def verifier_loop(
             worker.advance(verdict, None)
         now = worker.clock()
         if last_end is not None:
+            waited_s = draft.take_waited_s() if draft is not None else 0.0
+            worker.observe(verdict, seconds=now - last_end, waited_s=waited_s)
             timer.add("round", now - last_end)
             if all_hit:
                 timer.add("hit_round", now - last_end)
+        elif draft is not None:
+            draft.take_waited_s()
         last_end = now
 
 

@@ -22,6 +22,8 @@ class Sequence:
     ends: frozenset[int]
     """Token ids that end it."""
     started_s: float = 0.0
+    at_draft: bool = False
+    """Whether the draft has it."""
     record: SpeculationRecord = field(default_factory=SpeculationRecord)
 
     @property

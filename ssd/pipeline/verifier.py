@@ -19,6 +19,7 @@ from ..models.runner import ForwardRunner
 from ..params import FinishReason, Method
 from .chooser import Chooser
 from .frames import RowState, SpeculationSet
+from .governor import Governor, Round
 from .lookup import lookup
 from .messages import Admit, Submit
 from .sequence import Sequence
@@ -54,7 +55,7 @@ class VerifierWorker:
         method: of requests that do not choose one. jit: whether missed ``ssd`` rows wait for the
             draft (fallback ``jit``) or go on plainly (``none``).
         strict: every decode forward has the same rows, plain decoding too. Otherwise plain
-            rounds run one row a sequence.
+            rounds run one row a sequence. governed: decode plainly while speculation does not pay.
         ends: end-of-text ids. max_model_len: tokens of a sequence, prompt included.
     """
 
@@ -66,12 +67,15 @@ class VerifierWorker:
         method: Method,
         jit: bool,
         strict: bool,
+        governed: bool,
         ends: frozenset[int],
         max_model_len: int,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.runner, self.shape, self.jit = runner, shape, jit
         self.method: Method = method
+        self.governed = governed
+        self.governors: dict[Method, Governor] = {"sd": Governor(), "ssd": Governor()}
         self.strict, self.ends, self.max_model_len, self.clock = strict, ends, max_model_len, clock
         self.waiting: deque[Sequence] = deque()
         self.rows: list[Sequence | None] = [None] * runner.batch
@@ -95,13 +99,28 @@ class VerifierWorker:
         for plan in [self._tree] if self.strict else [self._tree, self._one]:
             for context in self.runner.contexts:
                 self._decide(plan, context, self.trees[:, : plan.rows].to(lengths.device), lengths)
+        if not self.strict:
+            saving_s = self._forward_s(self._tree) - self._forward_s(self._one)
+            self.governors = {method: Governor(saving_s=saving_s) for method in self.governors}
+
+    def _forward_s(self, plan: RowPlan) -> float:
+        """Seconds of a forward: the best of a few."""
+        lengths = torch.zeros(self.runner.batch, dtype=torch.int64, device=self.runner.device)
+        best = float("inf")
+        for _ in range(5):
+            began = self.clock()
+            self._decide(plan, self.runner.contexts[0], self.trees[:, : plan.rows].to(lengths.device), lengths)
+            best = min(best, self.clock() - began)
+        return best
 
     @property
     def idle(self) -> bool:
         return not self.waiting and not any(self.rows)
 
     def speculates(self, row: Sequence | None) -> bool:
-        return self.drafting and row is not None and row.method in ("sd", "ssd")
+        if row is None or not self.drafting or row.method not in self.governors:
+            return False
+        return self.governors[row.method].speculating or not self.governed
 
     @property
     def speculating(self) -> bool:
@@ -138,20 +157,39 @@ class VerifierWorker:
                 return row
         return None
 
-    def admit(self) -> list[tuple[int, Admit | None]]:
-        """Give free slots to waiting requests: their slots, and what to tell the draft."""
-        admitted: list[tuple[int, Admit | None]] = []
+    def admit(self) -> list[int]:
+        """Give free slots to waiting requests; returns those slots."""
+        admitted = []
         for slot, row in enumerate(self.rows):
             if row is None and self.waiting:
                 row = self.rows[slot] = self.waiting.popleft()
                 self.chooser.set(slot, row.params)
                 self.trees[slot] = ABSENT
                 self.trees[slot, 0] = row.root
-                told = Admit(
-                    slot=slot, tokens=[*row.tokens, row.root], params=row.params, forecasts=row.method == "ssd"
-                )
-                admitted.append((slot, told if self.speculates(row) else None))
+                admitted.append(slot)
         return admitted
+
+    def introduce(self) -> list[Admit]:
+        """What to tell the draft of sequences that speculate from now on: new ones, and those that
+        decoded plainly for a while."""
+        told = []
+        for slot, row in enumerate(self.rows):
+            if row is not None and self.speculates(row) and not row.at_draft:
+                row.at_draft = True
+                told.append(
+                    Admit(slot=slot, tokens=[*row.tokens, row.root], params=row.params, forecasts=row.method == "ssd")
+                )
+        return told
+
+    def observe(self, verdict: Verdict, *, seconds: float, waited_s: float) -> None:
+        """Show the governor how a round went. ``waited_s``: of it, for the draft."""
+        if not self.governed:
+            return
+        methods: set[Method] = {commit.sequence.method for commit in verdict.commits}
+        # A mixed batch says little about any one method.
+        if len(methods) == 1 and (governor := self.governors.get(methods.pop())) is not None:
+            tokens = sum(len(commit.tokens) for commit in verdict.commits)
+            governor.observe(Round(tokens=tokens, rows=len(verdict.commits), seconds=seconds, waited_s=waited_s))
 
     def prefill(self, slot: int) -> None:
         row = self.rows[slot]
@@ -197,7 +235,8 @@ class VerifierWorker:
         ) -> tuple[Tensor, Tensor, Tensor]:
             # A draft may send anything: what is no token is fed as some token, and never accepted.
             logits = runner.logits(plan, tokens.clamp(0, runner.vocabulary - 1), lengths, context)
-            return logits, *verify(tokens, perturbed(logits, noise[:, ahead], temperature).argmax(-1))
+            node, bonus = verify(tokens, perturbed(logits, noise[:, ahead], temperature).argmax(-1))
+            return logits, node, bonus
 
         return decide
 
@@ -261,7 +300,8 @@ class VerifierWorker:
                     sequence=row,
                 )
             )
-            if self.speculates(row):
+            row.at_draft = row.at_draft and self.speculates(row)
+            if row.at_draft:
                 states[slot] = RowState.FINISHED if finished else RowState.ACTIVE
             if finished:
                 self._free(slot)
