@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..decoding.forecast import Forecast, bonus_guesses
+from ..decoding.processors import TreePaths
 from ..decoding.tree import ABSENT, TreeShape
 from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner
@@ -46,6 +47,7 @@ class DraftWorker:
         self._parents, self._depths = shape.parent_index(device), shape.depth_index(device)
         self._nodes = torch.tensor(forecast.nodes, device=device)
         self._ranks = torch.tensor(forecast.ranks, device=device)
+        self._paths = TreePaths(shape, device)
         self._glue = RowPlan.tree("glue", shape)
         self._step = RowPlan.sequential("jit", 1)
         self._branches = branch_plans(shape, forecast)
@@ -72,6 +74,10 @@ class DraftWorker:
         self.trees[message.slot] = ABSENT
         self.trees[message.slot, 0] = message.tokens[-1]
         self.chooser.set(message.slot, message.params)
+        length = len(message.tokens) if message.prompt_length is None else message.prompt_length
+        prompt, output = message.tokens[:length], message.tokens[length:]
+        self.chooser.processors.clear(message.slot)
+        self.chooser.process(message.slot, message.params, prompt=prompt, output=output, ends=message.ends)
 
     def release(self, slot: int) -> None:
         if self.rows[slot] is not None:
@@ -90,7 +96,8 @@ class DraftWorker:
         if forecasting.any():
             # Compiled for the shortest context only: it takes the compiler half a minute.
             short = longest + self.shape.depth < self.runner.contexts[0]
-            at_once = self.runner.compile and short and not self.chooser.params.filtered
+            plain = not (self.chooser.params.filtered or self.chooser.processors.active)
+            at_once = self.runner.compile and short and plain
             if at_once:
                 guesses, trees = self._grow_at_once(tokens, lengths)
             else:
@@ -130,16 +137,28 @@ class DraftWorker:
 
     def _grow_stepwise(self, tokens: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         noise = self.chooser.noise(lengths)
-        return self._grow(
-            lambda plan, rows: self.runner.forward(plan, rows, lengths, longest=longest),
-            lambda logits, ahead: self.chooser.scores(logits, None if noise is None else noise[:, ahead]),
-            tokens,
-        )
+        paths: Tensor | None = None
+
+        def forward(plan: RowPlan, rows: Tensor) -> Tensor:
+            nonlocal paths
+            if self.chooser.processors.active:
+                if plan is self._glue:
+                    paths = self._paths.of(tokens)
+                else:  # a branch: the path to its node, its guess, its own tokens so far
+                    above = self._paths.of(tokens)[:, self._nodes] if plan is self._branches[0] else paths
+                    assert above is not None
+                    paths = torch.cat([above, rows[..., None]], dim=-1)
+            return self.runner.forward(plan, rows, lengths, longest=longest)
+
+        def score(logits: Tensor, ahead: Tensor) -> Tensor:
+            return self.chooser.scores(logits, None if noise is None else noise[:, ahead], paths)
+
+        return self._grow(forward, score, tokens)
 
     @torch.no_grad()
     def _grow_at_once(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """The same as one compiled function: the small draft's time is mostly that of being
-        called. Noise is zero while nothing samples; filters it cannot do."""
+        called. Noise is zero while nothing samples; filters and processors it cannot do."""
         if self._whole is None:
             grow, runner, context = self._grow, self.runner, self.runner.contexts[0]
 
@@ -166,6 +185,8 @@ class DraftWorker:
             path = [0, *self.shape.path(node)]
             start = len(row.tokens)
             row.tokens.extend(self.trees[slot, path].tolist())
+            if self.chooser.processors.active:
+                self.chooser.processors.commit(slot, [*row.tokens[start + 1 :], int(frame.bonus[slot])])
             if slot in self._in_glue:
                 row.cached = len(row.tokens)
                 if node > self.shape.depth:  # off the chain: its keys stand in scratch
@@ -193,11 +214,14 @@ class DraftWorker:
         lengths, longest = self._lengths()
         noise = self.chooser.noise(lengths)
         fed, ranked = self.trees[:, :1].clamp(min=0).to(self.runner.device), []
+        paths = fed.new_empty(len(fed), 1, 0)
         for step in range(self.shape.depth):
             logits = self.runner.forward(self._step, fed, lengths + step, longest=longest + step)
-            scores = self.chooser.scores(logits, None if noise is None else noise[:, step : step + 1])
+            scores = self.chooser.scores(logits, None if noise is None else noise[:, step : step + 1], paths)
             ranked.append(_best(scores, self._width))
             fed = ranked[-1][..., 0]
+            if self.chooser.processors.active:
+                paths = torch.cat([paths, fed[..., None]], dim=-1)
         drafted = _comb_tokens(ranked)[:, 0].cpu().masked_fill(~missed[:, None], ABSENT)
         self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
         return drafted

@@ -22,6 +22,8 @@ class Sequence:
     ends: frozenset[int]
     """Token ids that end it."""
     started_s: float = 0.0
+    hit: bool | None = None
+    """Whether the tree now under verification was found prepared; None if none was looked up."""
     record: SpeculationRecord = field(default_factory=SpeculationRecord)
 
     @property
@@ -44,14 +46,3 @@ class Sequence:
             if self.generated >= self.params.max_tokens or len(self.tokens) + 1 >= self.context_limit:
                 return emitted, "length"
         return emitted, None
-
-    def observe(self, drafted: int, accepted: int) -> None:
-        """Count one round."""
-        record = self.record
-        record.rounds += 1
-        record.tokens += accepted + 1
-        record.drafted += drafted
-        record.accepted += accepted
-        missing = accepted + 1 - len(record.accepted_histogram)
-        record.accepted_histogram.extend([0] * missing)
-        record.accepted_histogram[accepted] += 1

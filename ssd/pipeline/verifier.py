@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ..decoding.forecast import Forecast
+from ..decoding.logprobs import Logprobs, token_logprobs
+from ..decoding.processors import TreePaths
 from ..decoding.tree import ABSENT, TreeShape
 from ..decoding.verify import Outcome, verify_coupled
 from ..models.rows import RowPlan
@@ -31,7 +33,12 @@ class Commit:
     request: int
     tokens: list[int]
     accepted: int
+    depth: int
+    """Drafted tokens the round accepted, before any cut."""
+    drafted: int
+    hit: bool | None
     finished: FinishReason | None
+    logprobs: Logprobs | None
     sequence: Sequence
 
 
@@ -84,6 +91,7 @@ class VerifierWorker:
         )
         self._parents, self._depths = shape.parent_index(), shape.depth_index()
         self._ancestors = shape.ancestors()
+        self._paths = TreePaths(shape)
         self._plan_nodes = torch.tensor(forecast.nodes)
         self._tree, self._one = RowPlan.tree("verify", shape), RowPlan.sequential("one", 1)
 
@@ -144,8 +152,17 @@ class VerifierWorker:
                 self.trees[slot] = ABSENT
                 self.trees[slot, 0] = row.root
                 told = Admit(
-                    slot=slot, tokens=[*row.tokens, row.root], params=row.params, forecasts=row.method == "ssd"
+                    slot=slot,
+                    tokens=[*row.tokens, row.root],
+                    params=row.params,
+                    forecasts=row.method == "ssd",
+                    prompt_length=row.prompt_length,
+                    # ``ignore_eos`` lets the output go on after an end-of-text id; ``min_tokens``
+                    # holds the id off all the same (as in vLLM).
+                    ends=sorted({*row.params.stop_token_ids, *self.ends}) if row.params.min_tokens else [],
                 )
+                prompt, output = told.tokens[: row.prompt_length], told.tokens[row.prompt_length :]
+                self.chooser.process(slot, row.params, prompt=prompt, output=output, ends=told.ends)
                 admitted.append((slot, told if self.speculates(row) else None))
         return admitted
 
@@ -174,12 +191,15 @@ class VerifierWorker:
         noise = self.chooser.noise(lengths)
         if noise is not None:
             noise = noise[:, list(plan.offsets)]
-        chosen = self.chooser.scores(logits, noise).argmax(-1).cpu()
+        paths = None
+        if self.chooser.processors.active:
+            paths = self._paths.of(self.trees)[:, : plan.rows].to(self.runner.device)
+        chosen = self.chooser.scores(logits, noise, paths).argmax(-1).cpu()
         rows = plan.rows
         outcome = verify_coupled(
             tokens, chosen, self._parents[:rows], self._depths[:rows], self._ancestors[:rows, :rows]
         )
-        states, commits = self._commit(outcome, lengths_list)
+        states, commits = self._commit(outcome, lengths_list, logits)
         return Verdict(outcome=outcome, states=states, commits=commits, forward_s=forward_s)
 
     def advance(self, verdict: Verdict, speculation: SpeculationSet | None) -> Tensor:
@@ -195,8 +215,8 @@ class VerifierWorker:
                 if row is None or not self.speculates(row):
                     continue
                 if row.method == "ssd":
-                    row.record.lookups += 1
-                    row.record.hits += bool(hit[slot])
+                    row.hit = bool(hit[slot])
+                    row.record.count_lookup(row.hit)
                 missed[slot] = not hit[slot] and (self.jit or row.method == "sd")
         active = torch.tensor([row is not None for row in self.rows])
         self.trees = trees.masked_fill(~active[:, None], ABSENT)
@@ -218,7 +238,7 @@ class VerifierWorker:
             return self._one
         return self._tree
 
-    def _commit(self, outcome: Outcome, lengths: list[int]) -> tuple[Tensor, list[Commit]]:
+    def _commit(self, outcome: Outcome, lengths: list[int], logits: Tensor) -> tuple[Tensor, list[Commit]]:
         states, commits = torch.zeros(len(self.rows), dtype=torch.int64), []
         moves: list[tuple[int, int, int]] = []
         for slot, (node, bonus) in enumerate(zip(outcome.node.tolist(), outcome.bonus.tolist(), strict=True)):
@@ -227,17 +247,28 @@ class VerifierWorker:
                 continue
             tree = self.trees[slot].tolist()
             depth, chain = self.shape.depths[node], self.shape.depth
-            row.observe(sum(token != ABSENT for token in tree[1 : chain + 1]), depth)
-            tokens, finished = row.commit([tree[n] for n in self.shape.path(node)], bonus)
+            drafted, path = sum(token != ABSENT for token in tree[1 : chain + 1]), self.shape.path(node)
+            row.record.count_round(drafted=drafted, accepted=depth)
+            tokens, finished = row.commit([tree[n] for n in path], bonus)
+            self.chooser.processors.commit(slot, tokens)
+            logprobs = None
+            if row.params.logprobs is not None:
+                rows = logits[slot, [0, *path][: len(tokens)]]
+                logprobs = token_logprobs(rows, tokens, row.params.logprobs)
             commits.append(
                 Commit(
                     request=row.request,
                     tokens=tokens,
                     accepted=min(depth, len(tokens)),
+                    depth=depth,
+                    drafted=drafted,
+                    hit=row.hit,
                     finished=finished,
+                    logprobs=logprobs,
                     sequence=row,
                 )
             )
+            row.hit = None
             if self.speculates(row):
                 states[slot] = RowState.FINISHED if finished else RowState.ACTIVE
             if finished:
