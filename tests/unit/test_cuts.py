@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from ssd import LLM, RequestOutput, SamplingParams, SpeculationRecord
 from ssd.engine import llm as llm_module
@@ -38,22 +38,28 @@ TEXT = "say 🐍 né日\nthe end 🐍🐍 or not"
 PROMPT = 50
 CONTEXT = 4096
 OTHER_END = 699
-BLOCKS = [(1, 0), (1, 1), (2, 1), (3, 0), (3, 2), (3, 3), (5, 4)]
+BLOCKS = [(1, 1), (2, 1), (3, 0), (3, 3), (5, 4)]
 """Lookahead K, and how many of the K candidates are right."""
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer(SIZE)
 
 
 @cache
 def script() -> tuple[int, ...]:
     """The prompt's one token, the text, and ever the same afterwards."""
-    text = tiny_tokenizer(SIZE).encode(TEXT)
+    text = tokenizer().encode(TEXT)
     return PROMPT, *text, *itertools.repeat(text[-1], CONTEXT)
 
 
-LENGTH = len(tiny_tokenizer(SIZE).encode(TEXT))
+LENGTH = len(tokenizer().encode(TEXT))
 
 
+@cache
 def decode(ids: tuple[int, ...]) -> str:
-    return tiny_tokenizer(SIZE).decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return tokenizer().decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 @cache
@@ -71,6 +77,7 @@ class ScriptedRunner:
         self.changed: tuple[tuple[int, int], ...] = ()
 
     def forward(self, plan: RowPlan, tokens: Tensor, lengths: Tensor, *, longest: int) -> Tensor:
+        time.sleep(0.002)  # a forward takes a while: the front gets its turn
         rows = [[logits_at(length + offset, self.changed) for offset in plan.offsets] for length in lengths.tolist()]
         return torch.stack([torch.stack(row) for row in rows])
 
@@ -200,7 +207,7 @@ def first(ids: tuple[int, ...], *stops: str, least: int = 0) -> int:
 def test_stop_strings(lookahead: int, right: int, scripted: Callable[..., Any]) -> None:
     """From every character of the text on, of several lengths: over tokens, blocks and halves of characters."""
     ids = script()[1:]
-    spans = [(start, length) for length in (1, 2, 5) for start in range(len(TEXT) - length + 1)]
+    spans = [(start, length) for length in (1, 3) for start in range(len(TEXT) - length + 1)]
     params = [
         SamplingParams(
             stop=(TEXT[start : start + length], "never there"),
@@ -252,14 +259,13 @@ def test_limits_and_end_ids(lookahead: int, right: int, scripted: Callable[..., 
 @pytest.mark.parametrize(("lookahead", "right"), [(1, 1), (3, 2), (5, 4)])
 def test_end_of_text_and_context(lookahead: int, right: int, scripted: Callable[..., Any]) -> None:
     """Either of two end-of-text ids, and the context's limit, at every offset of a block."""
-    for count in range(1, 2 * right + 4):
-        for end in (0, OTHER_END):
-            with scripted(lookahead, right) as (llm, pipeline):
-                pipeline.runner.changed = changed = ((count, end),)
-                whole, ignoring = llm.generate(
-                    [[PROMPT]] * 2,
-                    [SamplingParams(logprobs=2), SamplingParams(logprobs=2, ignore_eos=True, max_tokens=count + 2)],
-                )
+    with scripted(lookahead, right) as (llm, pipeline):
+        for count, end in itertools.product(range(1, 2 * right + 4), (0, OTHER_END)):
+            pipeline.runner.changed = changed = ((count, end),)
+            whole, ignoring = llm.generate(
+                [[PROMPT]] * 2,
+                [SamplingParams(logprobs=2), SamplingParams(logprobs=2, ignore_eos=True, max_tokens=count + 2)],
+            )
             check(whole, count, decode(script()[1:count]), lookahead, right, changed)
             assert (whole.finish_reason, whole.stop_reason) == ("stop", None)
             assert len(ignoring.token_ids) == count + 2

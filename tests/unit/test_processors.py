@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 from transformers.generation.logits_process import (
     MinNewTokensLengthLogitsProcessor,
     NoBadWordsLogitsProcessor,
@@ -241,12 +243,17 @@ def test_biases_as_json_gives_them() -> None:
     assert hash(SamplingParams(logit_bias={7: 1.0}, bad_words=["a", [1, 2]]))  # type: ignore[arg-type]
 
 
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer(700)
+
+
 def resolved(**given: Any) -> SamplingParams:
-    return resolve(SamplingParams(**given), tiny_tokenizer(700), vocabulary=700, ends=(0,))
+    return resolve(SamplingParams(**given), tokenizer(), vocabulary=700, ends=(0,))
 
 
 def test_bad_words_of_text() -> None:
-    encode = tiny_tokenizer(700).encode
+    encode = tokenizer().encode
     (whole,) = resolved(bad_words=["it\n"]).bad_words
     assert list(whole) == encode("it\n") and len(whole) > 1
     # After a space it is one other token, so both forms are banned, however it was given.
