@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         UsageError,
         WorkerError,
     )
-    from .params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent
+    from .params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent, TokenLogprob
 
 __version__ = "0.1.0"
 
@@ -41,6 +41,7 @@ _HOMES = {
     "SamplingParams": "params",
     "SpeculationRecord": "params",
     "StreamEvent": "params",
+    "TokenLogprob": "params",
     "ConfigError": "errors",
     "LinkError": "errors",
     "ModelError": "errors",
@@ -64,6 +65,7 @@ __all__ = [
     "SamplingParams",
     "SpeculationRecord",
     "StreamEvent",
+    "TokenLogprob",
     "UsageError",
     "WorkerError",
     "__version__",

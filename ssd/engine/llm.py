@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,20 @@ from ..config import Config, load_config, resolve_model_path
 from ..errors import PipelineError, RequestError, UsageError, WorkerError
 from ..models.loading import load_tokenizer, read_config
 from ..models.vocabulary import shared_vocabulary
-from ..params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent
+from ..params import (
+    FinishReason,
+    RequestOutput,
+    SamplingParams,
+    SpeculationRecord,
+    StreamEvent,
+    TokenLogprob,
+    completion_seed,
+)
 from ..pipeline.build import Plan, check_sizes
 from ..pipeline.launch import LocalPipeline, Pipeline
 from ..pipeline.messages import Cancel, Committed, Failed, Finished, GetTimings, Hello, Ready, Submit, Timings, Welcome
 from .detokenize import Detokenizer
+from .resolve import resolve
 
 POLL_S = 0.2
 
@@ -45,6 +55,7 @@ class LLM:
         self.config = load_config(config, overrides)
         check_sizes(self.config)
         self.tokenizer, plan = make_plan(self.config)
+        self._vocabulary, self._ends = plan.vocabulary, plan.ends
         self._ids = itertools.count()
         self._live: dict[int, _Request] = {}
         self._hellos: dict[str, Hello] = {}
@@ -76,7 +87,8 @@ class LLM:
         prompts: str | Sequence[str] | Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Complete every prompt (text, or token ids), in order.
+        """Complete every prompt (text, or token ids), in order. With ``n`` > 1 an output is the
+        prompt's first completion and ``outputs`` are all of them.
 
         Raises:
             RequestError: an empty prompt, one too long for the context, or as many parameters
@@ -90,7 +102,8 @@ class LLM:
             each = list(params)
         if len(each) != len(listed):
             raise RequestError(f"{len(listed)} prompts but {len(each)} sampling parameters")
-        requests = [self._make(prompt, p) for prompt, p in zip(listed, each, strict=True)]
+        groups = [self._make(prompt, p) for prompt, p in zip(listed, each, strict=True)]
+        requests = [request for group in groups for request in group]
         try:
             for request in requests:
                 self._submit(request)
@@ -98,12 +111,14 @@ class LLM:
                 self._pump()
         finally:
             self._abandon(requests)
-        return [request.output for request in requests if request.output is not None]
+        outputs = [[request.output for request in group if request.output is not None] for group in groups]
+        return [replace(first, others=tuple(others)) if others else first for first, *others in outputs]
 
     def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[StreamEvent]:
-        """Events as tokens commit; the last one carries the output. Closing the iterator cancels."""
-        request = self._make(prompt, params or SamplingParams())
-        return self._stream(request)
+        """Events as tokens commit; a completion's last one carries its output. Closing the iterator
+        cancels."""
+        requests = self._make(prompt, params or SamplingParams())
+        return self._stream(requests)
 
     def timings(self, *, reset: bool = False) -> dict[str, float | None]:
         """Medians over recent rounds in ms: ``round_ms``, ``hit_round_ms``, ``forward_ms``, ``draft_ms``."""
@@ -137,7 +152,8 @@ class LLM:
                 raise WorkerError(f"{missing} not ready after {limit_s:g} s (engine.start_timeout_s)")
             self._pump(starting=True)
 
-    def _make(self, prompt: str | Sequence[int], params: SamplingParams) -> _Request:
+    def _make(self, prompt: str | Sequence[int], params: SamplingParams) -> list[_Request]:
+        """The checked requests of a prompt, one for each completion."""
         if isinstance(prompt, str):
             text, ids = prompt, self.tokenizer(prompt, add_special_tokens=True)["input_ids"]
         else:
@@ -155,13 +171,25 @@ class LLM:
             raise RequestError(f"prompt token ids must be in [0, {size})")
         if params.method in ("sd", "ssd") and self.config.draft is None:
             raise RequestError(f"method {params.method} needs a draft; this configuration has none")
-        return _Request(
-            number=next(self._ids),
-            prompt=text,
-            prompt_ids=tuple(ids),
-            params=params,
-            detokenizer=Detokenizer(self.tokenizer, params.stop),
-        )
+        params = resolve(params, self.tokenizer, vocabulary=self._vocabulary, ends=self._ends)
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(self._ends))
+        return [
+            _Request(
+                number=next(self._ids),
+                index=index,
+                prompt=text,
+                prompt_ids=tuple(ids),
+                params=replace(params, n=1, seed=completion_seed(params.seed, index)) if params.n > 1 else params,
+                ends=ends,
+                detokenizer=Detokenizer(
+                    self.tokenizer,
+                    params.stop,
+                    include_stop=params.include_stop_str_in_output,
+                    min_tokens=params.min_tokens,
+                ),
+            )
+            for index in range(params.n)
+        ]
 
     def _submit(self, request: _Request) -> None:
         self._live[request.number] = request
@@ -169,15 +197,17 @@ class LLM:
             Submit(request=request.number, prompt=list(request.prompt_ids), params=request.params)
         )
 
-    def _stream(self, request: _Request) -> Iterator[StreamEvent]:
-        self._submit(request)
+    def _stream(self, requests: list[_Request]) -> Iterator[StreamEvent]:
         try:
-            while request.output is None:
+            for request in requests:
+                self._submit(request)
+            while any(request.output is None for request in requests):
                 self._pump()
-                while request.events:
-                    yield request.events.pop(0)
+                for request in requests:
+                    while request.events:
+                        yield request.events.pop(0)
         finally:
-            self._abandon([request])
+            self._abandon(requests)
 
     def _abandon(self, requests: list[_Request]) -> None:
         """Forget requests; those still running are cancelled."""
@@ -205,8 +235,10 @@ class LLM:
         if isinstance(message, Committed):
             if (request := self._live.get(message.request)) is not None:
                 request.commit(message)
-                if request.detokenizer.stopped and not request.cancelled:
-                    request.cancelled = True
+                if request.output is not None:
+                    # A stop string: the rest of the block, and what the verifier decodes until it
+                    # hears of it, does not count.
+                    del self._live[message.request]
                     self._running().lanes["verifier"].send(Cancel(request=message.request))
         elif isinstance(message, Finished):
             if (request := self._live.pop(message.request, None)) is not None:
@@ -234,46 +266,87 @@ class LLM:
 
 
 class _Request:
-    """One request on the front's side."""
+    """One completion on the front's side."""
 
     def __init__(
-        self, *, number: int, prompt: str, prompt_ids: tuple[int, ...], params: SamplingParams, detokenizer: Detokenizer
+        self,
+        *,
+        number: int,
+        index: int,
+        prompt: str,
+        prompt_ids: tuple[int, ...],
+        params: SamplingParams,
+        ends: frozenset[int],
+        detokenizer: Detokenizer,
     ):
-        self.number, self.prompt, self.prompt_ids, self.params = number, prompt, prompt_ids, params
-        self.detokenizer = detokenizer
+        self.number, self.index, self.prompt, self.prompt_ids = number, index, prompt, prompt_ids
+        self.params, self.ends, self.detokenizer = params, ends, detokenizer
         self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         self.events: list[StreamEvent] = []
         self.output: RequestOutput | None = None
-        self.cancelled = False
-        self._began = time.perf_counter()
+        self._record = SpeculationRecord()
 
     def commit(self, message: Committed) -> None:
-        if self.detokenizer.stopped:
-            return
+        """Take in a round's tokens. If they complete a stop string, this is the end (``output``)."""
+        self._record.count_round(drafted=message.drafted, accepted=message.depth)
+        if message.hit is not None:
+            self._record.count_lookup(message.hit)
         # One at a time: tokens after the one that completed a stop string do not count.
-        kept: list[int] = []
-        text = ""
+        kept, text = 0, ""
         for token in message.tokens:
-            kept.append(token)
-            text += self.detokenizer.add([token])
+            kept += 1
+            # The token that ends a request is none of its text, as in vLLM.
+            if token not in self.ends or self.params.include_stop_str_in_output:
+                text += self.detokenizer.add([token])
             if self.detokenizer.stopped:
                 break
-        self.token_ids.extend(kept)
-        self.events.append(StreamEvent(text=text, token_ids=tuple(kept), accepted=min(message.accepted, len(kept))))
+        tokens = tuple(message.tokens[:kept])
+        self.token_ids.extend(tokens)
+        logprobs = None
+        if self.logprobs is not None and message.logprobs is not None:
+            logprobs = read_logprobs(tokens, message.logprobs)
+            self.logprobs.extend(logprobs)
+        self.events.append(
+            StreamEvent(
+                text=text,
+                token_ids=tokens,
+                accepted=min(message.accepted, kept),
+                logprobs=logprobs,
+                index=self.index,
+            )
+        )
+        if self.detokenizer.stopped:
+            self._end("stop", self._record, message.decode_s)
 
     def finish(self, message: Finished) -> None:
+        self._end(message.reason, message.record, message.decode_s)
+
+    def _end(self, reason: FinishReason, record: SpeculationRecord, decode_s: float) -> None:
         text = self.detokenizer.finish()
-        record: SpeculationRecord = message.record
+        last = self.token_ids[-1] if self.token_ids else None
+        stopped_by = last if reason == "stop" and last in self.params.stop_token_ids else None
         self.output = RequestOutput(
             prompt=self.prompt,
             prompt_token_ids=self.prompt_ids,
             text=self.detokenizer.text,
             token_ids=tuple(self.token_ids),
-            finish_reason="stop" if self.detokenizer.stopped else message.reason,
+            finish_reason="stop" if self.detokenizer.stopped else reason,
             speculation=record,
-            decode_s=message.decode_s or time.perf_counter() - self._began,
+            decode_s=decode_s,
+            stop_reason=self.detokenizer.found or stopped_by,
+            logprobs=None if self.logprobs is None else tuple(self.logprobs),
+            index=self.index,
         )
-        self.events.append(StreamEvent(text=text, token_ids=(), accepted=0, output=self.output))
+        self.events.append(StreamEvent(text=text, token_ids=(), accepted=0, output=self.output, index=self.index))
+
+
+def read_logprobs(tokens: Sequence[int], columns: Sequence[Sequence[Any]]) -> tuple[TokenLogprob, ...]:
+    """Of the first tokens of a ``Committed`` message, from its ``logprobs``."""
+    return tuple(
+        TokenLogprob(token_id=token, logprob=value, rank=rank, top=tuple(zip(ids, values, strict=True)))
+        for token, value, rank, ids, values in zip(tokens, *columns, strict=False)
+    )
 
 
 def make_plan(config: Config) -> tuple[Any, Plan]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..decoding.forecast import Forecast
+from ..decoding.processors import TreePaths
 from ..decoding.sampling import perturbed
 from ..decoding.tree import ABSENT, TreeShape
 from ..models.rows import RowPlan
@@ -47,6 +48,7 @@ class DraftWorker:
         self.trees = torch.full((batch, shape.nodes), ABSENT)
         self.chooser = Chooser(batch, runner.vocabulary, device, horizon=2 * shape.depth + 1, compile=runner.compile)
         self._parents, self._depths = shape.parent_index(device), shape.depth_index(device)
+        self._paths = TreePaths(shape, device)
         self._glue = RowPlan.tree("glue", shape)
         self._step = RowPlan.sequential("jit", 1)
         self._branches = BranchSteps(shape, forecast.budget, device)
@@ -79,6 +81,10 @@ class DraftWorker:
         self.trees[message.slot] = ABSENT
         self.trees[message.slot, 0] = message.tokens[-1]
         self.chooser.set(message.slot, message.params)
+        length = len(message.tokens) if message.prompt_length is None else message.prompt_length
+        prompt, output = message.tokens[:length], message.tokens[length:]
+        self.chooser.processors.clear(message.slot)
+        self.chooser.process(message.slot, message.params, prompt=prompt, output=output, ends=message.ends)
 
     def release(self, slot: int) -> None:
         if (row := self.rows[slot]) is not None:
@@ -98,7 +104,8 @@ class DraftWorker:
         if forecasting.any():
             # Compiled for the shortest context only: it takes the compiler half a minute.
             short = longest + self.shape.depth < self.runner.contexts[0]
-            at_once = self.runner.compile and short and not self.chooser.params.filtered
+            plain = not (self.chooser.params.filtered or self.chooser.processors.active)
+            at_once = self.runner.compile and short and plain
             if at_once:
                 nodes, guesses, trees = self._grow_at_once(tokens, lengths)
             else:
@@ -123,13 +130,16 @@ class DraftWorker:
         self,
         forward: Callable[[RowPlan, Tensor, Layout | None], Tensor],
         score: Callable[[Tensor, Tensor], Tensor],
+        pick: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor],
         tokens: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The draft's half of a round: glue, forecast, K branch steps.
 
         Args:
             forward: plan, row tokens ``[B, R]`` and layout to logits ``[B, R, V]``. score: logits
-                and how far ahead of L each row's noise is ``[B, R]`` to scores. tokens: ``[B, W]``.
+                and how far ahead of L each row's noise is ``[B, R]`` to scores. pick: logits, how
+                far ahead, the branches' nodes, the tokens fed and the step to the next candidates
+                ``[B, N, 1 + s]``, the chain's first. tokens: ``[B, W]``.
 
         Returns: nodes and guesses ``[B, N]``, and trees ``[B, N, W - 1]``.
         """
@@ -137,32 +147,51 @@ class DraftWorker:
         nodes, guesses = self.forecast.outcomes(scores, tokens)
         ranked, fed, depths = [], guesses, self._depths[nodes]
         for step, plan in enumerate(self._branches.plans):
-            scores = score(forward(plan, fed, self._branches.layout(step, nodes)), depths + 1 + step)
-            ranked.append(_best(scores, self._width))
+            logits = forward(plan, fed, self._branches.layout(step, nodes))
+            ranked.append(pick(logits, depths + 1 + step, nodes, fed, step))
             fed = ranked[-1][..., 0]
         return nodes, guesses, _comb_tokens(ranked)
 
     def _grow_stepwise(self, tokens: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:
         noise = self.chooser.noise(lengths)
+        choose, at_nodes = self.chooser, self._paths.of(tokens) if self.chooser.processors.active else None
+        paths = at_nodes
+
+        def score(logits: Tensor, ahead: Tensor) -> Tensor:
+            return choose.scores(logits, None if noise is None else _at(noise, ahead), paths)
+
+        def pick(logits: Tensor, ahead: Tensor, nodes: Tensor, fed: Tensor, step: int) -> Tensor:
+            nonlocal paths
+            if at_nodes is not None:  # the path to a branch's node, its guess, its own tokens so far
+                assert paths is not None
+                above = paths if step else at_nodes.gather(1, nodes[..., None].expand(-1, -1, at_nodes.shape[2]))
+                paths = torch.cat([above, fed[..., None]], dim=-1)
+            return _best(score(logits, ahead), self._width)
+
         return self._grow(
             lambda plan, rows, layout: self.runner.forward(plan, rows, lengths, longest=longest, layout=layout),
-            lambda logits, ahead: self.chooser.scores(logits, None if noise is None else _at(noise, ahead)),
+            score,
+            pick,
             tokens,
         )
 
     @torch.no_grad()
     def _grow_at_once(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same as one compiled function: the small draft's time is mostly that of being
-        called. Noise is zero while nothing samples; filters it cannot do."""
+        called. Noise is zero while nothing samples; filters and processors it cannot do."""
         if self._whole is None:
-            grow, runner, context = self._grow, self.runner, self.runner.contexts[0]
+            grow, runner, context, width = self._grow, self.runner, self.runner.contexts[0], self._width
 
             def tree(
                 tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor
             ) -> tuple[Tensor, Tensor, Tensor]:
+                def score(logits: Tensor, ahead: Tensor) -> Tensor:
+                    return perturbed(logits, _at(noise, ahead), temperature)
+
                 return grow(
                     lambda plan, rows, layout: runner.logits(plan, rows, lengths, context, layout),
-                    lambda logits, ahead: perturbed(logits, _at(noise, ahead), temperature),
+                    score,
+                    lambda logits, ahead, nodes, fed, step: _best(score(logits, ahead), width),
                     tokens,
                 )
 
@@ -182,6 +211,8 @@ class DraftWorker:
             path = [0, *self.shape.path(node)]
             start = len(row.tokens)
             row.tokens.extend(self.trees[slot, path].tolist())
+            if self.chooser.processors.active:
+                self.chooser.processors.commit(slot, [*row.tokens[start + 1 :], int(frame.bonus[slot])])
             if slot in self._in_glue:
                 row.cached = len(row.tokens)
                 if node > self.shape.depth:  # off the chain: its keys stand in scratch
@@ -209,11 +240,14 @@ class DraftWorker:
         lengths, longest = self._lengths()
         noise = self.chooser.noise(lengths)
         fed, ranked = self.trees[:, :1].clamp(min=0).to(self.runner.device), []
+        paths = fed.new_empty(len(fed), 1, 0)
         for step in range(self.shape.depth):
             logits = self.runner.forward(self._step, fed, lengths + step, longest=longest + step)
-            scores = self.chooser.scores(logits, None if noise is None else noise[:, step : step + 1])
+            scores = self.chooser.scores(logits, None if noise is None else noise[:, step : step + 1], paths)
             ranked.append(_best(scores, self._width))
             fed = ranked[-1][..., 0]
+            if self.chooser.processors.active:
+                paths = torch.cat([paths, fed[..., None]], dim=-1)
         drafted = _comb_tokens(ranked)[:, 0].cpu().masked_fill(~missed[:, None], ABSENT)
         self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
         return drafted

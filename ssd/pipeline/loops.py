@@ -274,15 +274,27 @@ def _finish_round(
 
 def _report(front: ControlLane, verdict: Verdict, worker: VerifierWorker) -> None:
     for commit in verdict.commits:
-        front.send(Committed(request=commit.request, tokens=commit.tokens, accepted=commit.accepted))
+        sequence = commit.sequence
+        decode_s = worker.clock() - sequence.started_s
+        front.send(
+            Committed(
+                request=commit.request,
+                tokens=commit.tokens,
+                accepted=commit.accepted,
+                depth=commit.depth,
+                drafted=commit.drafted,
+                hit=commit.hit,
+                decode_s=decode_s,
+                logprobs=None if commit.logprobs is None else list(commit.logprobs),
+            )
+        )
         if commit.finished is not None:
-            sequence = commit.sequence
             front.send(
                 Finished(
                     request=commit.request,
                     reason=commit.finished,
                     record=sequence.record,
-                    decode_s=worker.clock() - sequence.started_s,
+                    decode_s=decode_s,
                 )
             )
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..decoding.logprobs import Logprobs, token_logprobs
+from ..decoding.processors import TreePaths
 from ..decoding.sampling import perturbed
 from ..decoding.tree import ABSENT, TreeShape
 from ..decoding.verify import Outcome, verify_coupled
@@ -32,7 +34,12 @@ class Commit:
     request: int
     tokens: list[int]
     accepted: int
+    depth: int
+    """Drafted tokens the round accepted, before any cut."""
+    drafted: int
+    hit: bool | None
     finished: FinishReason | None
+    logprobs: Logprobs | None
     sequence: Sequence
 
 
@@ -87,7 +94,7 @@ class VerifierWorker:
         )
         device = runner.device
         self._parents, self._depths = shape.parent_index(device), shape.depth_index(device)
-        self._ancestors = shape.ancestors(device)
+        self._ancestors, self._paths = shape.ancestors(device), TreePaths(shape, device)
         self._silence = torch.zeros(runner.batch, shape.depth + 1, runner.vocabulary, device=device)
         self._deciders: dict[tuple[RowPlan, int], Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
         self._tree, self._one = RowPlan.tree("verify", shape), RowPlan.sequential("one", 1)
@@ -166,6 +173,8 @@ class VerifierWorker:
                 self.chooser.set(slot, row.params)
                 self.trees[slot] = ABSENT
                 self.trees[slot, 0] = row.root
+                prompt, output = row.prompt_and_output()
+                self.chooser.process(slot, row.params, prompt=prompt, output=output, ends=self._held_off(row))
                 admitted.append(slot)
         return admitted
 
@@ -177,9 +186,21 @@ class VerifierWorker:
             if row is not None and self.speculates(row) and not row.at_draft:
                 row.at_draft = True
                 told.append(
-                    Admit(slot=slot, tokens=[*row.tokens, row.root], params=row.params, forecasts=row.method == "ssd")
+                    Admit(
+                        slot=slot,
+                        tokens=[*row.tokens, row.root],
+                        params=row.params,
+                        forecasts=row.method == "ssd",
+                        prompt_length=row.prompt_length,
+                        ends=self._held_off(row),
+                    )
                 )
         return told
+
+    def _held_off(self, row: Sequence) -> list[int]:
+        """Ids that may not come before ``min_tokens``. ``ignore_eos`` lets the output go on after
+        an end-of-text id; ``min_tokens`` holds the id off all the same (as in vLLM)."""
+        return sorted({*row.params.stop_token_ids, *self.ends}) if row.params.min_tokens else []
 
     def observe(self, verdict: Verdict, *, seconds: float, waited_s: float) -> None:
         """Show the governor how a round went. ``waited_s``: of it, for the draft."""
@@ -206,26 +227,28 @@ class VerifierWorker:
         context = self.runner.context_for(max(lengths_list) + max(plan.limits) + 1)
         tokens = self.trees[:, : plan.rows].to(self.runner.device)
         began = self.clock()
-        outcome = self._decide(plan, context, tokens, lengths)
+        logits, outcome = self._decide(plan, context, tokens, lengths)
         forward_s = self.clock() - began
-        states, commits = self._commit(outcome, lengths_list)
+        states, commits = self._commit(outcome, lengths_list, logits)
         return Verdict(outcome=outcome, states=states, commits=commits, forward_s=forward_s)
 
     @torch.no_grad()
-    def _decide(self, plan: RowPlan, context: int, tokens: Tensor, lengths: Tensor) -> Outcome:
+    def _decide(self, plan: RowPlan, context: int, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Outcome]:
         """Forward, choice and verification as one compiled function: a round's many small
-        operations would cost as much as a layer. Filters, which it cannot do, choose anew."""
+        operations would cost as much as a layer. Filters and processors, which it cannot do, choose
+        anew. Returns logits ``[B, R, V]`` and the outcome."""
         decide = self._deciders.get((plan, context))
         if decide is None:
             decide = self._deciders[plan, context] = self.runner.compiled(self._decider(plan, context))
         noise = self.chooser.noise(lengths)
         quiet = self._silence if noise is None else noise
         logits, node, bonus = decide(tokens, lengths, self.chooser.params.temperature, quiet)
-        if self.chooser.params.filtered:
-            assert noise is not None
-            chosen = self.chooser.scores(logits, noise[:, list(plan.offsets)]).argmax(-1)
-            node, bonus = self._verify(tokens, chosen)
-        return Outcome(node.cpu(), bonus.cpu())
+        processed = self.chooser.processors.active
+        if processed or self.chooser.params.filtered:
+            paths = self._paths.of(self.trees.to(tokens.device))[:, : plan.rows] if processed else None
+            rows = None if noise is None else noise[:, self._depths[: plan.rows]]
+            node, bonus = self._verify(tokens, self.chooser.scores(logits, rows, paths).argmax(-1))
+        return logits, Outcome(node.cpu(), bonus.cpu())
 
     def _decider(self, plan: RowPlan, context: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         runner, verify, ahead = self.runner, self._verify, self._depths[: plan.rows]
@@ -257,8 +280,8 @@ class VerifierWorker:
                 if row is None or not self.speculates(row):
                     continue
                 if row.method == "ssd":
-                    row.record.lookups += 1
-                    row.record.hits += bool(hit[slot])
+                    row.hit = bool(hit[slot])
+                    row.record.count_lookup(row.hit)
                 missed[slot] = not hit[slot] and (self.jit or row.method == "sd")
         active = torch.tensor([row is not None for row in self.rows])
         self.trees = trees.masked_fill(~active[:, None], ABSENT)
@@ -280,7 +303,7 @@ class VerifierWorker:
             return self._one
         return self._tree
 
-    def _commit(self, outcome: Outcome, lengths: list[int]) -> tuple[Tensor, list[Commit]]:
+    def _commit(self, outcome: Outcome, lengths: list[int], logits: Tensor) -> tuple[Tensor, list[Commit]]:
         states, commits = torch.zeros(len(self.rows), dtype=torch.int64), []
         moves: list[tuple[int, int, int]] = []
         for slot, (node, bonus) in enumerate(zip(outcome.node.tolist(), outcome.bonus.tolist(), strict=True)):
@@ -289,17 +312,28 @@ class VerifierWorker:
                 continue
             tree = self.trees[slot].tolist()
             depth, chain = self.shape.depths[node], self.shape.depth
-            row.observe(sum(token != ABSENT for token in tree[1 : chain + 1]), depth)
-            tokens, finished = row.commit([tree[n] for n in self.shape.path(node)], bonus)
+            drafted, path = sum(token != ABSENT for token in tree[1 : chain + 1]), self.shape.path(node)
+            row.record.count_round(drafted=drafted, accepted=depth)
+            tokens, finished = row.commit([tree[n] for n in path], bonus)
+            self.chooser.processors.commit(slot, tokens)
+            logprobs = None
+            if row.params.logprobs is not None:
+                rows = logits[slot, [0, *path][: len(tokens)]]
+                logprobs = token_logprobs(rows, tokens, row.params.logprobs)
             commits.append(
                 Commit(
                     request=row.request,
                     tokens=tokens,
                     accepted=min(depth, len(tokens)),
+                    depth=depth,
+                    drafted=drafted,
+                    hit=row.hit,
                     finished=finished,
+                    logprobs=logprobs,
                     sequence=row,
                 )
             )
+            row.hit = None
             row.at_draft = row.at_draft and self.speculates(row)
             if row.at_draft:
                 states[slot] = RowState.FINISHED if finished else RowState.ACTIVE
