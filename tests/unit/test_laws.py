@@ -1,0 +1,375 @@
+"""Laws, not samples: what the rules emit has the target's joint law, by exact enumeration.
+
+And the mistakes one makes here, each shown to fail: a harness that passes everything proves nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssd.decoding.forecast import Forecast, fan_out
+from ssd.decoding.rejection import BonusLaw, inner_nodes
+from ssd.decoding.saguaro import downscale
+from ssd.decoding.support import DraftProbs
+from ssd.decoding.tree import ABSENT, TreeShape
+from ssd.testing import laws
+from ssd.testing.laws import BlockRule, Prefix, Proposal, RejectionRule, Rule
+
+EXACT = 1e-12
+WRONG = 1e-3
+START: Prefix = (0,)
+
+
+class World:
+    """A target and a draft over V tokens, related but not close; ``holes`` of probability 0."""
+
+    def __init__(self, vocabulary: int, seed: int = 0, *, holes: bool = False, temperature: float = 1.0):
+        self.vocabulary, self.seed, self.holes, self.temperature = vocabulary, seed, holes, temperature
+        self.target = cache(lambda prefix: self._law(prefix, 0).softmax(-1))
+        self.draft = cache(lambda prefix: self.draft_logits(prefix).softmax(-1))
+
+    def draft_logits(self, prefix: Prefix) -> Tensor:
+        return self._law(prefix, 1)
+
+    def _law(self, prefix: Prefix, side: int) -> Tensor:
+        def normal(*key: int) -> Tensor:
+            generator = torch.Generator().manual_seed(hash((self.seed, *key, *prefix)) % 2**31)
+            return torch.randn(self.vocabulary, generator=generator, dtype=torch.float64)
+
+        logits = (normal(7) + 0.8 * normal(side)) / self.temperature
+        if self.holes:
+            logits[int(normal(side + 2).argmax())] = -torch.inf
+        return logits
+
+
+def distribution(
+    world: World, *, support: int = 99, scale: float = 1.0, count: int = 0
+) -> Callable[[Prefix], DraftProbs]:
+    """What the draft draws from: scaled below its forecast, then its most probable tokens."""
+    return cache(lambda prefix: DraftProbs.of_logits(downscale(world.draft_logits(prefix), count, scale), support))
+
+
+def ranked(world: World) -> Callable[[Prefix], list[int]]:
+    return lambda prefix: world.draft(prefix).argsort(descending=True).tolist()
+
+
+def ngram(prefix: Prefix) -> list[int]:
+    """What followed the last token when it stood in the prefix before."""
+    found = [prefix[i + 1] for i in range(len(prefix) - 1) if prefix[i] == prefix[-1]]
+    return found[-1:]
+
+
+CHAIN2, CHAIN3 = TreeShape.comb(2), TreeShape.comb(3)
+COMB = TreeShape.comb(2, siblings=1)
+WIDE = TreeShape.comb(1, siblings=2)
+BUSH = TreeShape((0, 0, 1, 1, 2))  # a tree that is no comb
+WORLDS = {
+    "V=3": World(3),
+    "V=4": World(4, 1),
+    "holes": World(4, 2, holes=True),
+    "cold": World(3, 3, temperature=0.3),
+}
+RULES = [(RejectionRule, CHAIN2), (RejectionRule, CHAIN3), (BlockRule, CHAIN2), (BlockRule, CHAIN3)]
+TREES = [(RejectionRule, COMB), (RejectionRule, WIDE), (RejectionRule, BUSH)]
+
+
+def ids(value: object) -> str:
+    if isinstance(value, type):
+        return value.__name__.removesuffix("Rule").lower()
+    return str(value.parents) if isinstance(value, TreeShape) else str(value)
+
+
+def error(rule: Rule, world: World, count: int, **proposers: object) -> float:
+    found = laws.sequence_law(rule, world.target, START, count, **proposers)  # type: ignore[arg-type]
+    assert sum(found.values()) == pytest.approx(1, abs=EXACT)
+    return laws.error(found, laws.target_law(world.target, START, count))
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+@pytest.mark.parametrize(("kind", "shape"), RULES + TREES, ids=ids)
+def test_full_rows(kind: type[Rule], shape: TreeShape, world: World) -> None:
+    count = min(shape.depth + 1, 3)
+    assert error(kind(shape), world, count, first=laws.drawn_trees(shape, distribution(world))) <= EXACT
+
+
+@pytest.mark.parametrize("support", [1, 2, 3])
+@pytest.mark.parametrize(("kind", "shape"), RULES + TREES, ids=ids)
+def test_compact_support(kind: type[Rule], shape: TreeShape, support: int) -> None:
+    """The renormalised top m *is* the draft's distribution. With m = 1 it is a point mass, and a
+    sibling has nothing left to be drawn from."""
+    world = World(4, 5)
+    proposer = laws.drawn_trees(shape, distribution(world, support=support))
+    assert error(kind(shape), world, 3, first=proposer) <= EXACT
+
+
+@pytest.mark.parametrize("scale", [1e-6, 0.05, 0.5])
+@pytest.mark.parametrize("support", [2, 99])
+@pytest.mark.parametrize(("kind", "shape"), [*RULES, TREES[0]], ids=ids)
+def test_saguaro(kind: type[Rule], shape: TreeShape, support: int, scale: float) -> None:
+    world = WORLDS["V=3"]
+    drawn = distribution(world, support=support, scale=scale, count=1)
+    assert error(kind(shape), world, 3, first=laws.drawn_trees(shape, drawn)) <= EXACT
+
+
+@pytest.mark.parametrize(("kind", "shape"), RULES + TREES, ids=ids)
+@pytest.mark.parametrize("world", [WORLDS["V=3"], WORLDS["holes"]], ids=["V=3", "holes"])
+def test_named_candidates(kind: type[Rule], shape: TreeShape, world: World) -> None:
+    """A deterministic draft: its best tokens at every node, no probabilities at all."""
+    assert error(kind(shape), world, 3, first=laws.named_trees(shape, ranked(world))) <= EXACT
+
+
+@pytest.mark.parametrize("kind", [RejectionRule, BlockRule], ids=ids)
+def test_a_point_mass_spelled_out_is_a_named_candidate(kind: type[Rule]) -> None:
+    world, rule = WORLDS["V=3"], kind(CHAIN2)
+    (named,) = laws.named_trees(CHAIN2, ranked(world))(START)
+    spelled = Proposal(weight=1, tokens=named.tokens, draft=DraftProbs.point(torch.tensor(named.tokens[1:])))
+    one, other = (laws.round_law(rule, world.target, START, [proposal]) for proposal in (named, spelled))
+    assert one == other
+    assert {node for _, node, _ in one} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("budget", [2, 4])
+@pytest.mark.parametrize("fallback", ["jit", "none", "ngram"])
+@pytest.mark.parametrize(("kind", "shape"), [*RULES[::2], TREES[0]], ids=ids)
+def test_hits_and_misses(kind: type[Rule], shape: TreeShape, fallback: str, budget: int) -> None:
+    """Rounds after hits and after misses, forecast by the pipeline's own code, Saguaro scaled: the
+    forecast depends on the candidates, and the next candidates on whether it hit."""
+    world, rule = WORLDS["V=3"], kind(shape)
+    forecast = Forecast.plan(fan_out(shape, budget))
+    guesses = laws.forecast_guesses(shape, forecast, world.draft)
+    hit = laws.drawn_trees(shape, distribution(world, scale=0.3, count=1))
+    miss = {
+        "jit": laws.drawn_trees(shape, distribution(world, support=2)),
+        "none": laws.nothing_proposed(shape),
+        "ngram": laws.named_trees(shape, ngram),
+    }[fallback]
+    happened = set()
+
+    def seen(proposer: laws.Proposer, kind: str) -> laws.Proposer:
+        def propose(prefix: Prefix) -> list[Proposal]:
+            happened.add(kind)
+            return proposer(prefix)
+
+        return propose
+
+    wrong = error(rule, world, 4, first=miss, hit=seen(hit, "hit"), miss=seen(miss, "miss"), guesses=guesses)
+    assert wrong <= EXACT
+    assert happened == {"hit", "miss"}
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5])
+@pytest.mark.parametrize(("kind", "shape"), RULES + TREES[:1], ids=ids)
+def test_early_stop(kind: type[Rule], shape: TreeShape, threshold: float) -> None:
+    """Drafting ends after a token of low confidence, which is still verified: the stop may depend
+    on the very token."""
+    world = WORLDS["V=3"]
+
+    def stop(_prefix: Prefix, prob: float) -> bool:
+        return prob < threshold
+
+    proposer = laws.drawn_trees(shape, distribution(world), stop_after=stop)
+    lengths = {sum(token != ABSENT for token in proposal.tokens) for proposal in proposer(START)}
+    assert len(lengths) > 1
+    assert error(kind(shape), world, 3, first=proposer) <= EXACT
+
+
+def accepted(rule: Rule, world: World, proposer: laws.Proposer) -> float:
+    law = laws.round_law(rule, world.target, START, proposer(START))
+    return sum(rule.shape.depths[node] * chance for (_, node, _), chance in law.items())
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_block_accepts_no_less(world: World) -> None:
+    """Sun et al. 2024, Theorem 2: optimal for chains."""
+    proposer = laws.drawn_trees(CHAIN3, distribution(world))
+    token_wise, block = (accepted(kind(CHAIN3), world, proposer) for kind in (RejectionRule, BlockRule))
+    assert block >= token_wise - EXACT
+    alpha = float(torch.minimum(world.target(START), world.draft(START)).sum())
+    assert accepted(RejectionRule(TreeShape.comb(1)), world, laws.drawn_trees(TreeShape.comb(1), distribution(world))) == (
+        pytest.approx(alpha)
+    )
+
+
+def test_block_accepts_more_somewhere() -> None:
+    world = WORLDS["V=4"]
+    proposer = laws.drawn_trees(CHAIN3, distribution(world))
+    assert accepted(BlockRule(CHAIN3), world, proposer) > accepted(RejectionRule(CHAIN3), world, proposer) + 0.01
+
+
+def test_saguaro_moves_the_bonus_onto_the_forecast() -> None:
+    """More hits after a rejection, fewer acceptances: what it is for."""
+    world, shape = WORLDS["V=4"], TreeShape.comb(1)
+    best = int(world.draft(START).argmax())
+    hits, taken = [], []
+    for scale in (1.0, 0.3, 0.01):
+        proposals = laws.drawn_trees(shape, distribution(world, scale=scale, count=1))(START)
+        law = laws.round_law(RejectionRule(shape), world.target, START, proposals)
+        hits.append(sum(p for (_, node, bonus), p in law.items() if node == 0 and bonus == best))
+        taken.append(sum(p for (_, node, _), p in law.items() if node == 1))
+    assert hits == sorted(hits) and hits[0] < hits[-1] - 0.05
+    assert taken == sorted(taken, reverse=True) and taken[0] > taken[-1] + 0.05
+
+
+# The mistakes. Each is a rule or a proposer with one thing wrong.
+
+
+def mistaken(rule: Rule, change: Callable[..., BonusLaw]) -> Rule:
+    """``change(target_probs, tokens, draft, outcome)`` instead of the outcome."""
+    verify = rule.verify
+
+    def wrong(target_probs: Tensor, tokens: Tensor, draft: DraftProbs, uniforms: Tensor) -> BonusLaw:
+        return change(target_probs, tokens, draft, verify(target_probs, tokens, draft, uniforms))
+
+    rule.verify = wrong  # type: ignore[method-assign]
+    return rule
+
+
+@pytest.mark.parametrize("kind", [RejectionRule, BlockRule], ids=ids)
+@pytest.mark.parametrize("by", [-1, 1])
+def test_mistake_residual_off_by_one(kind: type[Rule], by: int) -> None:
+    """The residual of the node before, or after, the one it belongs to."""
+
+    def change(target_probs: Tensor, tokens: Tensor, draft: DraftProbs, outcome: BonusLaw) -> BonusLaw:
+        rows = torch.arange(len(tokens))
+        node = (outcome.node + by).clamp(0, draft.tokens.shape[1] - 1)
+        residual = (target_probs[rows, node] - draft.dense(3)[rows, node]).clamp(min=0)
+        residual /= residual.sum(-1, keepdim=True).clamp(min=1e-300)
+        return outcome._replace(probs=torch.where(outcome.own[:, None], outcome.probs, residual))
+
+    world = WORLDS["V=3"]
+    proposer = laws.drawn_trees(CHAIN3, distribution(world))
+    found = laws.sequence_law(mistaken(kind(CHAIN3), change), world.target, START, 2, first=proposer)
+    assert laws.error(found, laws.target_law(world.target, START, 2)) > WRONG
+
+
+@pytest.mark.parametrize("kind", [RejectionRule, BlockRule], ids=ids)
+def test_mistake_bonus_from_the_target_after_a_rejection(kind: type[Rule]) -> None:
+    def change(target_probs: Tensor, tokens: Tensor, _draft: DraftProbs, outcome: BonusLaw) -> BonusLaw:
+        return outcome._replace(probs=target_probs[torch.arange(len(tokens)), outcome.node])
+
+    world = WORLDS["V=3"]
+    proposer = laws.drawn_trees(CHAIN2, distribution(world))
+    assert error(mistaken(kind(CHAIN2), change), world, 2, first=proposer) > WRONG
+
+
+@pytest.mark.parametrize("kind", [RejectionRule, BlockRule], ids=ids)
+def test_mistake_temperature_on_one_side(kind: type[Rule]) -> None:
+    """Drawn at one temperature, judged by the probabilities at another."""
+    world = WORLDS["V=3"]
+
+    def at_half(prefix: Prefix) -> DraftProbs:
+        return DraftProbs.of_logits(world.draft_logits(prefix) / 0.5, 99)
+
+    wrong = laws.drawn_trees(CHAIN2, at_half, judged_by=distribution(world))
+    assert error(kind(CHAIN2), world, 2, first=wrong) > WRONG
+    right = laws.drawn_trees(CHAIN2, at_half)
+    assert error(kind(CHAIN2), world, 2, first=right) <= EXACT
+
+
+@pytest.mark.parametrize("kind", [RejectionRule, BlockRule], ids=ids)
+def test_mistake_the_scaled_row_stays_at_home(kind: type[Rule]) -> None:
+    """Saguaro's scaled row is drawn from, and the verifier is told the unscaled one."""
+    world = WORLDS["V=3"]
+    scaled, plain = distribution(world, scale=0.3, count=1), distribution(world)
+    assert error(kind(CHAIN2), world, 2, first=laws.drawn_trees(CHAIN2, scaled, judged_by=plain)) > WRONG
+
+
+@pytest.mark.parametrize("kind", [RejectionRule, BlockRule], ids=ids)
+def test_mistake_the_support_is_not_renormalised(kind: type[Rule]) -> None:
+    """Drawn from the top m, judged by the whole row."""
+    world = WORLDS["V=4"]
+    compact, whole = distribution(world, support=2), distribution(world)
+    assert error(kind(CHAIN2), world, 2, first=laws.drawn_trees(CHAIN2, compact, judged_by=whole)) > WRONG
+
+
+@pytest.mark.parametrize("kind", [RejectionRule, BlockRule], ids=ids)
+def test_mistake_the_unlikely_token_is_thrown_away(kind: type[Rule]) -> None:
+    """Stopping *before* a token because of which it is: what is left was selected."""
+    world, shape = WORLDS["V=3"], CHAIN2
+    honest = laws.drawn_trees(shape, distribution(world))
+
+    def discarding(prefix: Prefix) -> list[Proposal]:
+        changed = []
+        for proposal in honest(prefix):
+            tokens = list(proposal.tokens)
+            for depth in (1, 2):
+                probs = dict(zip(proposal.draft.tokens[depth - 1].tolist(), proposal.draft.probs[depth - 1], strict=True))
+                if tokens[depth] == ABSENT or probs[tokens[depth]] < 0.3:
+                    tokens[depth:] = [ABSENT] * (3 - depth)
+                    break
+            changed.append(Proposal(weight=proposal.weight, tokens=tuple(tokens), draft=proposal.draft))
+        return changed
+
+    assert error(kind(shape), world, 2, first=discarding) > WRONG
+
+
+def test_mistake_named_siblings_judged_as_drawn() -> None:
+    """The draft's top ranks at a node, judged by its soft probabilities."""
+    world, soft = WORLDS["V=3"], distribution(WORLDS["V=3"])
+    named = laws.named_trees(COMB, ranked(world))
+
+    def propose(prefix: Prefix) -> list[Proposal]:
+        (proposal,) = named(prefix)
+        rows = [soft((*prefix, *(proposal.tokens[n] for n in COMB.path(node)))) for node in inner_nodes(COMB)]
+        told = DraftProbs(torch.stack([row.tokens for row in rows]), torch.stack([row.probs for row in rows]))
+        return [Proposal(weight=1, tokens=proposal.tokens, draft=told)]
+
+    assert error(RejectionRule(COMB), world, 2, first=propose) > 0.05
+
+
+def test_mistake_siblings_drawn_independently() -> None:
+    """Two draws with replacement, judged as two without."""
+    world, shape = WORLDS["V=3"], TreeShape.comb(1, siblings=1)
+
+    def propose(prefix: Prefix) -> list[Proposal]:
+        law = distribution(world)(prefix)
+        told = DraftProbs(law.tokens[None], law.probs[None])
+        return [
+            Proposal(weight=float(law.probs[a] * law.probs[b]), tokens=(prefix[-1], a, b), draft=told)
+            for a in range(3)
+            for b in range(3)
+        ]
+
+    assert error(RejectionRule(shape), world, 1, first=propose) > WRONG
+
+
+def test_mistake_siblings_tried_out_of_order() -> None:
+    world = WORLDS["V=3"]
+    honest = laws.drawn_trees(TreeShape.comb(1, siblings=1), distribution(world))
+
+    def swapped(prefix: Prefix) -> list[Proposal]:
+        return [
+            Proposal(weight=p.weight, tokens=(p.tokens[0], p.tokens[2], p.tokens[1]), draft=p.draft)
+            for p in honest(prefix)
+        ]
+
+    assert error(RejectionRule(TreeShape.comb(1, siblings=1)), world, 1, first=swapped) > WRONG
+
+
+def test_mistake_one_uniform_for_the_whole_chain() -> None:
+    """Candidates accepted by the same number: the later ones pass too often."""
+    world, rule = WORLDS["V=3"], RejectionRule(CHAIN2)
+    proposals = laws.drawn_trees(CHAIN2, distribution(world))(START)
+    cells, law = 4000, dict.fromkeys(laws.target_law(world.target, START, 2), 0.0)
+    for proposal in proposals:
+        rows = torch.stack([world.target((*START, *proposal.tokens[1 : 1 + n])) for n in range(3)])
+        uniforms = ((torch.arange(cells) + 0.5) / cells)[:, None].expand(-1, 2).double()
+        outcome = rule.verify(
+            rows.expand(cells, -1, -1),
+            torch.tensor(proposal.tokens).expand(cells, -1),
+            DraftProbs(proposal.draft.tokens.expand(cells, -1, -1), proposal.draft.probs.expand(cells, -1, -1)),
+            uniforms,
+        )
+        for node in range(3):
+            probs = outcome.probs[outcome.node == node].sum(0) * proposal.weight / cells
+            for bonus, value in enumerate(probs.tolist()):
+                emitted = (*proposal.tokens[1 : 1 + node], bonus)
+                rest = {(): 1.0} if len(emitted) >= 2 else laws.target_law(world.target, (*START, *emitted), 1)
+                for tail, chance in rest.items():
+                    law[(*emitted, *tail)[:2]] += value * chance
+    assert laws.error(law, laws.target_law(world.target, START, 2)) > WRONG
