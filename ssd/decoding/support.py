@@ -14,7 +14,7 @@ without weight was not drawn but named.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -59,6 +59,10 @@ class DraftProbs:
         else:
             logits, tokens = logits.topk(support, dim=-1)
         return cls(tokens, logits.softmax(-1))
+
+    def __getitem__(self, index: Any) -> Self:
+        """Some of them; ``index`` is over R."""
+        return type(self)(self.tokens[index], self.probs[index])
 
     def dense(self, vocabulary: int) -> Tensor:
         """Whole rows ``[*R, V]``, each of sum 1 or 0.

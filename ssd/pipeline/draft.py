@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..decoding.forecast import Forecast, bonus_guesses
+from ..decoding.support import DraftProbs
 from ..decoding.tree import ABSENT, TreeShape
 from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner
@@ -17,6 +18,7 @@ from .chooser import Chooser
 from .frames import OutcomeFrame, RowState, SpeculationSet
 from .lookup import lookup
 from .messages import Admit
+from .rules import CandidateSampler, stacked
 
 
 @dataclass(slots=True)
@@ -50,6 +52,10 @@ class DraftWorker:
         self._step = RowPlan.sequential("jit", 1)
         self._branches = branch_plans(shape, forecast)
         self._width = 1 + self._siblings
+        self.sampler: CandidateSampler | None = None
+        """Under ``rejection`` and ``block``: draws the candidates."""
+        self.drafted_from: DraftProbs | None = None
+        """What ``draft_now``'s last trees were drawn from ``[B, I, m]``, if they were."""
         self._in_glue: set[int] = set()
         self._whole: Callable[..., tuple[Tensor, Tensor]] | None = None
         self._silence = torch.zeros(batch, 2 * shape.depth + 1, runner.vocabulary, device=device)
@@ -87,11 +93,14 @@ class DraftWorker:
         tokens = self.trees.to(self.runner.device)
         self._in_glue = {slot for slot, row in enumerate(self.rows) if row is not None}
         forecasting = torch.tensor([row is not None and row.forecasts for row in self.rows])
+        draft = self.sampler.nothing(batch, branches) if self.sampler is not None else None
         if forecasting.any():
             # Compiled for the shortest context only: it takes the compiler half a minute.
             short = longest + self.shape.depth < self.runner.contexts[0]
             at_once = self.runner.compile and short and not self.chooser.params.filtered
-            if at_once:
+            if self.sampler is not None and self.chooser.params.random:
+                guesses, trees, draft = self._grow_sampled(self.sampler, tokens, lengths, longest)
+            elif at_once:
                 guesses, trees = self._grow_at_once(tokens, lengths)
             else:
                 guesses, trees = self._grow_stepwise(tokens, lengths, longest)
@@ -101,21 +110,28 @@ class DraftWorker:
             return SpeculationSet(
                 guesses=torch.full((batch, branches), ABSENT),
                 trees=torch.full((batch, branches, self.shape.nodes - 1), ABSENT),
+                draft=draft,
             )
         absent = ~forecasting[:, None]
         return SpeculationSet(
             guesses=guesses.cpu().masked_fill(absent, ABSENT),
             trees=trees.cpu().masked_fill(absent[..., None], ABSENT),
+            draft=draft,
         )
 
     def _grow(
-        self, forward: Callable[[RowPlan, Tensor], Tensor], score: Callable[[Tensor, Tensor], Tensor], tokens: Tensor
+        self,
+        forward: Callable[[RowPlan, Tensor], Tensor],
+        score: Callable[[Tensor, Tensor], Tensor],
+        tokens: Tensor,
+        pick: Callable[[Tensor, int], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The draft's half of a round: glue, forecast, K branch steps.
 
         Args:
             forward: plan and row tokens ``[B, R]`` to logits ``[B, R, V]``. score: logits and how
-                far ahead of L each row's noise is ``[R]`` to scores. tokens: ``[B, W]``.
+                far ahead of L each row's noise is ``[R]`` to scores. tokens: ``[B, W]``. pick:
+                logits and step to candidates ``[B, N, 1 + s]``; by default the best scores.
 
         Returns: guesses ``[B, N]`` and trees ``[B, N, W - 1]``.
         """
@@ -123,8 +139,11 @@ class DraftWorker:
         guesses = bonus_guesses(scores, tokens, self._parents, self._nodes, self._ranks, max(self.forecast.ranks) + 1)
         ranked, fed = [], guesses
         for step, plan in enumerate(self._branches):
-            scores = score(forward(plan, fed), self._depths[self._nodes] + 1 + step)
-            ranked.append(_best(scores, self._width))
+            logits = forward(plan, fed)
+            if pick is None:
+                ranked.append(_best(score(logits, self._depths[self._nodes] + 1 + step), self._width))
+            else:
+                ranked.append(pick(logits, step))
             fed = ranked[-1][..., 0]
         return guesses, _comb_tokens(ranked)
 
@@ -135,6 +154,27 @@ class DraftWorker:
             lambda logits, ahead: self.chooser.scores(logits, None if noise is None else noise[:, ahead]),
             tokens,
         )
+
+    def _grow_sampled(
+        self, sampler: CandidateSampler, tokens: Tensor, lengths: Tensor, longest: int
+    ) -> tuple[Tensor, Tensor, DraftProbs]:
+        """Branches drawn rather than matched, and what from ``[B, N, I, m]``. The guesses are
+        ranked as ever: with plain decoding's noise, by which the bonus token is drawn too."""
+        noise, drawn = self.chooser.noise(lengths), []
+        roots = lengths[:, None] + self._depths[self._nodes] + 1
+
+        def pick(logits: Tensor, step: int) -> Tensor:
+            found, draft = sampler.children(logits, self.chooser.params, roots, step)
+            drawn.append(draft)
+            return found
+
+        guesses, trees = self._grow(
+            lambda plan, rows: self.runner.forward(plan, rows, lengths, longest=longest),
+            lambda logits, ahead: self.chooser.scores(logits, None if noise is None else noise[:, ahead]),
+            tokens,
+            pick,
+        )
+        return guesses, trees, stacked(drawn)
 
     @torch.no_grad()
     def _grow_at_once(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,12 +232,19 @@ class DraftWorker:
         self._catch_up()
         lengths, longest = self._lengths()
         noise = self.chooser.noise(lengths)
-        fed, ranked = self.trees[:, :1].clamp(min=0).to(self.runner.device), []
+        fed, ranked, drawn = self.trees[:, :1].clamp(min=0).to(self.runner.device), [], []
         for step in range(self.shape.depth):
             logits = self.runner.forward(self._step, fed, lengths + step, longest=longest + step)
-            scores = self.chooser.scores(logits, None if noise is None else noise[:, step : step + 1])
-            ranked.append(_best(scores, self._width))
+            if self.sampler is None or noise is None:
+                scores = self.chooser.scores(logits, None if noise is None else noise[:, step : step + 1])
+                ranked.append(_best(scores, self._width))
+            else:
+                found, draft = self.sampler.children(logits, self.chooser.params, lengths[:, None], step)
+                ranked.append(found)
+                drawn.append(draft)
             fed = ranked[-1][..., 0]
+        if self.sampler is not None:
+            self.drafted_from = stacked(drawn)[:, 0] if drawn else self.sampler.nothing(len(self.rows))
         drafted = _comb_tokens(ranked)[:, 0].cpu().masked_fill(~missed[:, None], ABSENT)
         self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
         return drafted

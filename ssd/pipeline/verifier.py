@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..decoding.forecast import Forecast
+from ..decoding.support import DraftProbs
 from ..decoding.tree import ABSENT, TreeShape
 from ..decoding.verify import Outcome, verify_coupled
 from ..models.rows import RowPlan
@@ -21,6 +22,7 @@ from .chooser import Chooser
 from .frames import RowState, SpeculationSet
 from .lookup import lookup
 from .messages import Admit, Submit
+from .rules import Judge
 from .sequence import Sequence
 
 
@@ -78,6 +80,8 @@ class VerifierWorker:
         self.rows: list[Sequence | None] = [None] * runner.batch
         self.drafting = True
         """False once the draft is lost: everything decodes plainly from then on."""
+        self.judge: Judge | None = None
+        """Under ``rejection`` and ``block``: verifies the rows that sample."""
         self.trees = torch.full((runner.batch, shape.nodes), ABSENT)
         self.chooser = Chooser(
             runner.batch, runner.vocabulary, runner.device, horizon=shape.depth + 1, compile=runner.compile
@@ -179,6 +183,8 @@ class VerifierWorker:
         outcome = verify_coupled(
             tokens, chosen, self._parents[:rows], self._depths[:rows], self._ancestors[:rows, :rows]
         )
+        if self.judge is not None and noise is not None and rows > 1:
+            outcome = self.judge.decide(outcome, chosen, tokens, logits, lengths, noise, self.chooser.params)
         states, commits = self._commit(outcome, lengths_list)
         return Verdict(outcome=outcome, states=states, commits=commits, forward_s=forward_s)
 
@@ -191,6 +197,8 @@ class VerifierWorker:
         missed = torch.zeros(len(self.rows), dtype=torch.bool)
         if speculation is not None:
             trees, hit = lookup(verdict.outcome.node, bonus, speculation, self._plan_nodes)
+            if self.judge is not None:
+                self.judge.take(verdict.outcome.node, bonus, speculation, self._plan_nodes)
             for slot, row in enumerate(self.rows):
                 if row is None or not self.speculates(row):
                     continue
@@ -202,9 +210,12 @@ class VerifierWorker:
         self.trees = trees.masked_fill(~active[:, None], ABSENT)
         return missed
 
-    def fill(self, missed: Tensor, drafted: Tensor) -> None:
-        """Trees drafted now, ``[B, W - 1]``, for the rows that missed."""
+    def fill(self, missed: Tensor, drafted: Tensor, draft: DraftProbs | None = None) -> None:
+        """Trees drafted now, ``[B, W - 1]``, for the rows that missed; under rules that need it,
+        what they were drawn from ``[B, I, m]``."""
         self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
+        if self.judge is not None and draft is not None:
+            self.judge.fill(missed, draft)
 
     def lose_draft(self) -> None:
         """Go on plainly. Losslessness does not depend on the draft: only speed is lost."""

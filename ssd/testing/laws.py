@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +24,13 @@ from ..decoding.support import DraftProbs
 from ..decoding.tree import ABSENT, TreeShape
 
 Prefix = tuple[int, ...]
-Law = Callable[[Prefix], Tensor]
-"""From a prefix to the probabilities ``[V]`` float64 of the next token."""
+Law = Callable[[Prefix], Sequence[float]]
+"""From a prefix to the probabilities ``[V]`` of the next token."""
+Weights = tuple[Sequence[int], Sequence[float]]
+"""Tokens ``[m]`` and their probabilities ``[m]``: a row of ``DraftProbs``."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Proposal:
     """One candidate tree that can be drawn after a prefix."""
 
@@ -36,8 +38,8 @@ class Proposal:
     """Its probability."""
     tokens: tuple[int, ...]
     """``[W]``, the root's first."""
-    draft: DraftProbs
-    """``[I, m]``: what each inner node's children are judged by."""
+    draft: tuple[Weights, ...]
+    """``[I]``: what each inner node's children are judged by."""
 
 
 Proposer = Callable[[Prefix], list[Proposal]]
@@ -86,9 +88,9 @@ class BlockRule(Rule):
 
 def drawn_trees(
     shape: TreeShape,
-    distribution: Callable[[Prefix], DraftProbs],
+    distribution: Callable[[Prefix], Weights],
     *,
-    judged_by: Callable[[Prefix], DraftProbs] | None = None,
+    judged_by: Callable[[Prefix], Weights] | None = None,
     stop_after: Callable[[Prefix, float], bool] = lambda _prefix, _prob: False,
 ) -> Proposer:
     """Trees whose children are drawn without replacement.
@@ -130,7 +132,7 @@ def named_trees(shape: TreeShape, ranked: Callable[[Prefix], list[int]]) -> Prop
             for place, child in enumerate(shape.children(node)):
                 tokens[child] = names[place] if place < len(names) else ABSENT
         row = tuple(tokens[node] for node in range(shape.nodes))
-        return [Proposal(weight=1.0, tokens=row, draft=DraftProbs.nothing(len(inner_nodes(shape)), 1))]
+        return [Proposal(weight=1.0, tokens=row, draft=(((0,), (0.0,)),) * len(inner_nodes(shape)))]
 
     return propose
 
@@ -140,31 +142,37 @@ def nothing_proposed(shape: TreeShape) -> Proposer:
     return named_trees(shape, lambda _prefix: [])
 
 
-def round_law(rule: Rule, target: Law, prefix: Prefix, proposals: Iterable[Proposal]) -> dict[tuple, float]:
+def round_law(rule: Rule, target: Law, prefix: Prefix, proposals: Sequence[Proposal]) -> dict[tuple, float]:
     """Joint law of one round: ``(proposal index, node u, bonus t)`` to probability."""
-    proposals = list(proposals)
     shape = rule.shape
-    rows = torch.stack([_target_rows(shape, target, prefix, proposal.tokens) for proposal in proposals])
     tokens = torch.tensor([proposal.tokens for proposal in proposals])
+    rows = _rows(shape, target, prefix, proposals)
     draft = DraftProbs(
-        torch.stack([proposal.draft.tokens for proposal in proposals]),
-        torch.stack([proposal.draft.probs for proposal in proposals]),
+        torch.tensor([[row[0] for row in proposal.draft] for proposal in proposals]),
+        torch.tensor([[row[1] for row in proposal.draft] for proposal in proposals], dtype=torch.float64),
     )
-    chances = rule.chances(rows, tokens, draft)
-    law: dict[tuple, float] = defaultdict(float)
     weights = torch.tensor([proposal.weight for proposal in proposals], dtype=torch.float64)
-    for passes in itertools.product((True, False), repeat=shape.nodes - 1):
-        passing = torch.tensor(passes)
-        cell = torch.where(passing, chances, 1 - chances).prod(-1) * weights
-        # The middle of the cell: below the threshold, or above it.
-        uniforms = torch.where(passing, chances / 2, (1 + chances) / 2)
-        outcome = rule.verify(rows, tokens, draft, uniforms)
-        mass = cell[:, None] * outcome.probs
-        for index in cell.nonzero().flatten().tolist():
-            for token, value in enumerate(mass[index].tolist()):
-                if value:
-                    law[index, int(outcome.node[index]), token] += value
-    return law
+    chances = rule.chances(rows, tokens, draft)
+    # All patterns of passing and failing, the pattern as outer dimension.
+    passing = torch.tensor(list(itertools.product((True, False), repeat=shape.nodes - 1)))[:, None]
+    cells = len(passing)
+    mass = (torch.where(passing, chances, 1 - chances).prod(-1) * weights).flatten()
+    # The middle of the cell: below the threshold, or above it.
+    uniforms = torch.where(passing, chances / 2, (1 + chances) / 2).flatten(0, 1)
+    repeated = DraftProbs(draft.tokens.repeat(cells, 1, 1), draft.probs.repeat(cells, 1, 1))
+    outcome = rule.verify(rows.repeat(cells, 1, 1), tokens.repeat(cells, 1), repeated, uniforms)
+    law = torch.zeros(len(proposals), shape.nodes, rows.shape[-1], dtype=torch.float64)
+    index = torch.arange(len(proposals)).repeat(cells)
+    law.index_put_((index, outcome.node), mass[:, None] * outcome.probs, accumulate=True)
+    found = law.nonzero().tolist()
+    return {(i, n, t): p for (i, n, t), p in zip(found, law[law != 0].tolist(), strict=True)}
+
+
+Guesses = Callable[[Prefix, Sequence[Proposal]], list[set[tuple[int, int]]]]
+
+
+def _no_guesses(_prefix: Prefix, proposals: Sequence[Proposal]) -> list[set[tuple[int, int]]]:
+    return [set()] * len(proposals)
 
 
 def sequence_law(
@@ -176,14 +184,14 @@ def sequence_law(
     first: Proposer,
     hit: Proposer | None = None,
     miss: Proposer | None = None,
-    guesses: Callable[[Prefix, Proposal], set[tuple[int, int]]] = lambda _prefix, _proposal: set(),
+    guesses: Guesses = _no_guesses,
 ) -> dict[Prefix, float]:
     """Joint law of the next ``count`` tokens over as many rounds as they take.
 
     Args:
         first: proposes for the first round; hit: for rounds whose outcome had been forecast;
             miss: for the others (both ``first`` by default).
-        guesses: the forecast, of the tree under verification: the outcomes (u, t) prepared for.
+        guesses: the forecast, of each tree under verification: the outcomes (u, t) prepared for.
     """
     law: dict[Prefix, float] = defaultdict(float)
     open_: dict[tuple[Prefix, str], float] = {(start, "first"): 1.0}
@@ -192,7 +200,7 @@ def sequence_law(
         grown: dict[tuple[Prefix, str], float] = defaultdict(float)
         for (prefix, kind), weight in open_.items():
             proposals = proposers[kind](prefix)
-            prepared = [guesses(prefix, proposal) for proposal in proposals]
+            prepared = guesses(prefix, proposals)
             for (index, node, bonus), chance in round_law(rule, target, prefix, proposals).items():
                 path = tuple(proposals[index].tokens[n] for n in rule.shape.path(node))
                 emitted = (*prefix[len(start) :], *path, bonus)
@@ -212,7 +220,7 @@ def target_law(target: Law, start: Prefix, count: int) -> dict[Prefix, float]:
         law = {
             (*tokens, token): weight * chance
             for tokens, weight in law.items()
-            for token, chance in enumerate(target((*start, *tokens)).tolist())
+            for token, chance in enumerate(target((*start, *tokens)))
             if chance > 0
         }
     return law
@@ -223,17 +231,15 @@ def error(law: dict[Prefix, float], expected: dict[Prefix, float]) -> float:
     return max(abs(law.get(key, 0.0) - expected.get(key, 0.0)) for key in law.keys() | expected.keys())
 
 
-def forecast_guesses(
-    shape: TreeShape, forecast: Forecast, draft: Law
-) -> Callable[[Prefix, Proposal], set[tuple[int, int]]]:
+def forecast_guesses(shape: TreeShape, forecast: Forecast, draft: Law) -> Guesses:
     """The pipeline's own forecast over a toy draft's probabilities."""
     parents, nodes, ranks = shape.parent_index(), torch.tensor(forecast.nodes), torch.tensor(forecast.ranks)
 
-    def guesses(prefix: Prefix, proposal: Proposal) -> set[tuple[int, int]]:
-        scores = _target_rows(shape, draft, prefix, proposal.tokens).log()[None]
-        tokens = torch.tensor([proposal.tokens])
+    def guesses(prefix: Prefix, proposals: Sequence[Proposal]) -> list[set[tuple[int, int]]]:
+        scores = _rows(shape, draft, prefix, proposals).log()
+        tokens = torch.tensor([proposal.tokens for proposal in proposals])
         found = bonus_guesses(scores, tokens, parents, nodes, ranks, max(forecast.ranks) + 1)
-        return set(zip(forecast.nodes, found[0].tolist(), strict=True))
+        return [set(zip(forecast.nodes, row, strict=True)) for row in found.tolist()]
 
     return guesses
 
@@ -243,13 +249,13 @@ def _prefix_of(shape: TreeShape, prefix: Prefix, tokens: dict[int, int], node: i
     return None if ABSENT in path else (*prefix, *path)
 
 
-def _probability(distribution: DraftProbs, token: int) -> float:
-    return float(distribution.probs[distribution.tokens == token].sum())
+def _probability(distribution: Weights, token: int) -> float:
+    return dict(zip(*distribution, strict=True)).get(token, 0.0)
 
 
-def _draws(distribution: DraftProbs, count: int) -> list[tuple[float, tuple[int, ...]]]:
+def _draws(distribution: Weights, count: int) -> list[tuple[float, tuple[int, ...]]]:
     """Ordered draws of ``count`` different tokens, and their probabilities."""
-    weights = {t: p for t, p in zip(distribution.tokens.tolist(), distribution.probs.tolist(), strict=True) if p > 0}
+    weights = {t: p for t, p in zip(*distribution, strict=True) if p > 0}
     drawn: list[tuple[float, tuple[int, ...]]] = [(1.0, ())]
     for _ in range(count):
         grown = []
@@ -264,16 +270,19 @@ def _draws(distribution: DraftProbs, count: int) -> list[tuple[float, tuple[int,
 
 
 def _proposal(
-    shape: TreeShape, prefix: Prefix, weight: float, tokens: dict[int, int], told: Callable[[Prefix], DraftProbs]
+    shape: TreeShape, prefix: Prefix, weight: float, tokens: dict[int, int], told: Callable[[Prefix], Weights]
 ) -> Proposal:
     known = [_prefix_of(shape, prefix, tokens, node) for node in inner_nodes(shape)]
     # Where nothing stands, anything may be said.
-    laws = [told(here if here is not None else prefix) for here in known]
-    draft = DraftProbs(torch.stack([law.tokens for law in laws]), torch.stack([law.probs for law in laws]))
+    draft = tuple(told(here if here is not None else prefix) for here in known)
     return Proposal(weight=weight, tokens=tuple(tokens[node] for node in range(shape.nodes)), draft=draft)
 
 
-def _target_rows(shape: TreeShape, target: Law, prefix: Prefix, tokens: tuple[int, ...]) -> Tensor:
-    """``[W, V]``: the law after every node (after absent ones: some law)."""
-    known = [_prefix_of(shape, prefix, dict(enumerate(tokens)), node) for node in range(shape.nodes)]
-    return torch.stack([target(here if here is not None else prefix) for here in known])
+def _rows(shape: TreeShape, law: Law, prefix: Prefix, proposals: Sequence[Proposal]) -> Tensor:
+    """``[P, W, V]``: the law after every node of every proposal (after absent ones: some law)."""
+    rows = []
+    for proposal in proposals:
+        tokens = dict(enumerate(proposal.tokens))
+        known = [_prefix_of(shape, prefix, tokens, node) for node in range(shape.nodes)]
+        rows.append([law(here if here is not None else prefix) for here in known])
+    return torch.tensor(rows, dtype=torch.float64)
