@@ -177,7 +177,9 @@ def derive(seeds: Tensor, *words: int | Tensor) -> Tensor:
         int64, of the common shape; any 64 bits.
     """
     for word in words:
-        seeds = _mix64(_mix64(seeds) + (word + 1) * _DERIVE)
+        # A Python product must be brought into 64 bits by hand; a tensor's wraps.
+        step = _wrap((word + 1) * _DERIVE % 2**64, 64) if isinstance(word, int) else (word + 1) * _DERIVE
+        seeds = _mix64(_mix64(seeds) + step)
     return seeds
 
 
