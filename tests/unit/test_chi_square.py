@@ -21,6 +21,8 @@ import torch
 from ssd import SamplingParams
 from ssd.config import load_config
 from ssd.decoding.sampling import SamplingTensors, filter_logits
+from ssd.pipeline import draft as draft_module
+from ssd.pipeline import rules
 from ssd.pipeline.build import Plan, build_draft, build_verifier
 from ssd.testing.rounds import History, Source, play
 from ssd.testing.tiny import save_tiny, tiny_model
@@ -29,6 +31,7 @@ VOCABULARY, START, COUNT = 24, 7, 5
 PARAMS = SamplingParams(temperature=2.5, top_k=3, max_tokens=COUNT, ignore_eos=True)
 SHAPE: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 32, "vocab_size": VOCABULARY}
 P_VALUE = 1e-3
+SAMPLES = 1280
 Prefix = tuple[int, ...]
 CASES: dict[str, dict[str, Any]] = {
     "rejection": {"verify": "rejection", "support": 99},
@@ -156,7 +159,7 @@ def sources(histories: list[History]) -> Counter[Source]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_joint_law(case: str, pair: tuple[Path, Path]) -> None:
-    histories = sampled(pair, 2048, **CASES[case])
+    histories = sampled(pair, SAMPLES, **CASES[case])
     results = check(histories, target_law(), 60)
     assert {"all", "from round 1 on, tree hit", "from round 1 on, tree jit"} <= results.keys()
     assert {depth for depth in range(3) if any(f"after {depth} acc" in name for name in results)} >= {0, 1}
@@ -172,18 +175,58 @@ def test_joint_law_of_many(case: str, fallback: str, pair: tuple[Path, Path]) ->
     assert min(results.values()) > P_VALUE, results
 
 
-def test_it_would_be_noticed(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same samples against the law at a slightly other temperature, and a verifier that draws
-    the bonus token from the target's law after a rejection."""
-    histories = sampled(pair, 2048, **CASES["rejection"])
-    assert check(histories, target_law(), 60)["all"] > P_VALUE
-    assert check(histories, target_law(PARAMS.temperature * 1.15), 60)["all"] < P_VALUE
-    from ssd.pipeline import rules
+def careless_bonus(rules: Any) -> tuple[str, Any]:
+    """The bonus token drawn from the target's law after a rejection too."""
+    verify = rules.verify_rejection
 
     def careless(target_probs: torch.Tensor, *rest: Any) -> Any:
         law = verify(target_probs, *rest)
         return law._replace(probs=target_probs[torch.arange(len(law.node)), law.node])
 
-    verify: Callable[..., Any] = rules.verify_rejection
-    monkeypatch.setattr(rules, "verify_rejection", careless)
-    assert min(check(sampled(pair, 2048, **CASES["rejection"]), target_law(), 60).values()) < P_VALUE
+    return "verify_rejection", careless
+
+
+def one_noise_for_all(rules: Any) -> tuple[str, Any]:
+    """Candidates drawn with the noise of the bonus tokens."""
+    gumbel_at, derive = rules.gumbel_at, rules.derive
+
+    def plain(seeds: torch.Tensor, *words: Any) -> torch.Tensor:
+        # Candidates are keyed by stream and root; acceptances by their stream.
+        return (seeds << 8) + words[1] if len(words) > 1 else derive(seeds, *words)
+
+    def at(seeds: torch.Tensor, depths: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return gumbel_at(seeds >> 8, (seeds & 255) + depths + 1, tokens)
+
+    rules.derive = plain
+    return "gumbel_at", at
+
+
+def unscaled_story(rules: Any) -> tuple[str, Any]:
+    """The scaled row is drawn from; another one is sent."""
+    stacked = rules.stacked
+
+    def lying(steps: list[Any]) -> Any:
+        honest = stacked(steps)
+        return type(honest)(honest.tokens, honest.probs.sqrt())
+
+    return "stacked", lying
+
+
+@pytest.mark.parametrize("mistake", [careless_bonus, one_noise_for_all, unscaled_story], ids=lambda m: m.__name__)
+def test_mistakes_show(mistake: Callable[[Any], tuple[str, Any]], pair: tuple[Path, Path]) -> None:
+    """The tests above can fail: the same number of samples of a pipeline with one mistake."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (rules, draft_module):
+            for name in {"verify_rejection", "gumbel_at", "derive", "stacked"} & vars(module).keys():
+                patch.setattr(module, name, getattr(module, name))  # put back whatever is replaced
+        name, wrong = mistake(rules)
+        for module in (rules, draft_module):
+            if name in vars(module):
+                setattr(module, name, wrong)
+        results = check(sampled(pair, SAMPLES, **CASES["rejection"]), target_law(), 60)
+    assert min(results.values()) < P_VALUE / 100, results
+
+
+def test_another_temperature_shows(pair: tuple[Path, Path]) -> None:
+    histories = sampled(pair, SAMPLES, **CASES["rejection"])
+    assert check(histories, target_law(PARAMS.temperature * 1.2), 60)["all"] < P_VALUE
