@@ -82,7 +82,7 @@ class Judge:
     def __init__(self, rule: str, shape: TreeShape, probs: ProbsLayout, *, batch: int, device: torch.device | str):
         self.rule, self._device = rule, device
         self._siblings = Siblings(shape, device)
-        self._draft = DraftProbs.nothing(batch, probs.inner, probs.size)
+        self._draft = DraftProbs.nothing(batch, probs.inner, probs.size)  # on the host, where frames arrive
 
     def take(self, nodes: Tensor, bonus: Tensor, speculation: SpeculationSet, plan_nodes: Tensor) -> None:
         """The next trees are those looked up: keep their distributions."""

@@ -434,18 +434,20 @@ def test_mistake_noise_used_twice(keyed_by: str) -> None:
     assert statistic < 26.1 if keyed_by == "root" else statistic > 100  # 26.1: p = 0.001
 
 
-@pytest.mark.parametrize("picked_by", ["probability", "noise"])
-def test_mistake_scaling_by_the_noise_of_the_bonus(picked_by: str) -> None:
-    """Saguaro's scaled token: the draft's most probable one, or the one the forecast will guess.
-    The guess is ranked with the noise the bonus token is drawn with, so the latter is wrong."""
+@pytest.mark.parametrize("with_the_bonus", ["nothing", "scaled token", "candidate"])
+def test_mistake_noise_shared_with_the_bonus(with_the_bonus: str) -> None:
+    """Saguaro's scaled token: the draft's most probable one, or (wrong) the one the forecast will
+    guess, which it ranks with the noise the bonus token is drawn with. And (wrong) a candidate drawn
+    with that noise itself."""
     world, seeds = World(3, 14), torch.arange(DRAWS)
     target, draft = table(world.target), table(world.draft)
     plain = gumbel(seeds, torch.zeros_like(seeds), 3)
     logits = draft[0].log().expand(DRAWS, 3)
-    ranking = plain if picked_by == "noise" else torch.zeros_like(plain)
+    ranking = plain if with_the_bonus == "scaled token" else torch.zeros_like(plain)
     scaled = downscale(logits + ranking, 1, 0.05) - ranking
     law = DraftProbs.of_logits(scaled, 3)
-    candidate = law.draw(gumbel(derive(seeds, DRAFT_STREAM), torch.zeros_like(seeds), 3))
+    own = gumbel(derive(seeds, DRAFT_STREAM), torch.zeros_like(seeds), 3)
+    candidate = law.draw(plain if with_the_bonus == "candidate" else own)
     rows = torch.stack([target[0].expand(DRAWS, 3), target[1][candidate[:, 0]]], 1)
     outcome = verify_block(
         rows, candidate, law[:, None], uniform(derive(seeds, ACCEPT_STREAM), torch.zeros_like(seeds), 1)
@@ -455,7 +457,7 @@ def test_mistake_scaling_by_the_noise_of_the_bonus(picked_by: str) -> None:
     first = torch.where(outcome.node > 0, candidate[:, 0], last)
     second = torch.where(outcome.node > 0, last, (target[1][first].log() + ahead).argmax(-1))
     statistic = two_tokens(first, second, world)
-    assert statistic < 26.1 if picked_by == "probability" else statistic > 100
+    assert statistic < 26.1 if with_the_bonus == "nothing" else statistic > 100
 
 
 def test_mistake_accepting_at_ratio_zero() -> None:
