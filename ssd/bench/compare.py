@@ -16,6 +16,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..decoding.sampling import GREEDY_BELOW
 from ..errors import RequestError
 from ..params import METHODS, Method, RequestOutput, SamplingParams, SpeculationRecord
 from .prompts import Prompt
@@ -83,6 +84,14 @@ class Comparison:
     timings_ms: dict[str, dict[str, float | None]]
     """By method: medians over the requests."""
     mismatches: tuple[Mismatch, ...]
+    verify: str = "coupled"
+    """The verification rule."""
+
+    @property
+    def identity_promised(self) -> bool:
+        """Whether the methods' tokens must be equal. ``rejection`` and ``block`` promise that at
+        temperature 0 only: above it their tokens have plain decoding's law and are others."""
+        return self.verify == "coupled" or self.temperature < GREEDY_BELOW
 
     def identical(self, method: str) -> bool:
         """Whether the method's tokens equal plain decoding's, for every prompt and repeat."""
@@ -108,6 +117,8 @@ class Comparison:
         generated over all prompts; counts and times are medians over the repeats."""
         return {
             "identical_all": self.identical_all,
+            "identity_promised": self.identity_promised,
+            "verify": self.verify,
             "prompts": len(self.prompts),
             "tokens": sum(len(output.token_ids) for output in self.references.values()),
             "seed": self.seed,
@@ -204,6 +215,7 @@ def compare(
         seed=seed,
         temperature=temperature,
         lookahead=llm.config.speculation.lookahead,
+        verify=llm.config.speculation.verify,
         references=references,
         tallies=dict(tallies),
         timings_ms={method: {name: _median(samples[method, name]) for name in TIMINGS} for method in order},

@@ -95,6 +95,8 @@ class Forecast(Protocol):
 
     budget: int
     """N, the number of branches."""
+    fan_out: tuple[int, ...]
+    """F_u of every node ``[W]``, or about how many each gets."""
 
     def outcomes(self, scores: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Nodes u and bonus tokens t, ``[B, N]`` int64 each, no pair twice.
@@ -116,7 +118,7 @@ class FanOutForecast:
     def __init__(self, shape: TreeShape, counts: tuple[int, ...], device: torch.device | str = "cpu"):
         pairs = [(node, rank) for node, count in enumerate(counts) for rank in range(count)]
         self.nodes, self.ranks = tuple(n for n, _ in pairs), tuple(r for _, r in pairs)
-        self.budget = len(pairs)
+        self.budget, self.fan_out = len(pairs), counts
         self._parents = shape.parent_index(device)
         self._nodes, self._ranks = torch.tensor(self.nodes, device=device), torch.tensor(self.ranks, device=device)
 
@@ -140,6 +142,7 @@ class ConfidenceForecast:
 
     def __init__(self, shape: TreeShape, budget: int, sharpness: float, device: torch.device | str = "cpu"):
         self.budget, self._sharpness = budget, sharpness
+        self.fan_out = fan_out(shape, budget, kind="uniform")
         self._parents, self._above = shape.parent_index(device), shape.ancestors(device).float().T
 
     def outcomes(self, scores: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +156,7 @@ class ConfidenceForecast:
         accepted = self._sharpness * scores[batch, self._parents, child] - total[:, self._parents]
         accepted = accepted.masked_fill(tokens == ABSENT, IMPOSSIBLE)
         accepted[:, 0] = 0.0
-        reached = accepted @ self._above
+        reached = accepted @ self._above.to(accepted.dtype)
         best = exclude_children(scores, tokens, self._parents).topk(ranks, dim=-1)
         likely = (reached - total)[..., None] + self._sharpness * best.values
         chosen = likely.flatten(1).topk(self.budget, dim=-1).indices

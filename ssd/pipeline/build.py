@@ -16,7 +16,8 @@ from ..errors import ConfigError
 from ..models.loading import lay_out_for_cpu, load_model
 from ..models.runner import ForwardRunner, can_compile
 from .draft import DraftWorker, scratch_slots
-from .frames import Frames
+from .frames import Frames, ProbsLayout
+from .rules import CandidateSampler, Judge, probs_layout
 from .verifier import VerifierWorker
 
 
@@ -43,9 +44,18 @@ class Plan:
     def jit(self) -> bool:
         return self.config.speculation.fallback == "jit"
 
+    @property
+    def probs(self) -> ProbsLayout | None:
+        """How the draft's distributions travel; None under ``coupled``."""
+        wanted = self.config.speculation
+        return probs_layout(wanted.verify, self.shape, wanted.support, self.vocabulary)
+
     def frames(self) -> Frames:
         return Frames(
-            batch=self.config.engine.max_batch, branches=self.config.speculation.forecast.budget, nodes=self.shape.nodes
+            batch=self.config.engine.max_batch,
+            branches=self.config.speculation.forecast.budget,
+            nodes=self.shape.nodes,
+            probs=self.probs,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,6 +120,10 @@ def build_verifier(plan: Plan) -> tuple[VerifierWorker, dict[str, Any]]:
         ends=frozenset(plan.ends),
         max_model_len=config.engine.max_model_len,
     )
+    if plan.probs is not None:
+        worker.judge = Judge(
+            config.speculation.verify, plan.shape, plan.probs, batch=runner.batch, device=runner.device
+        )
     return worker, _warm(worker, config.target)
 
 
@@ -118,7 +132,10 @@ def build_draft(plan: Plan) -> tuple[DraftWorker, dict[str, Any]]:
     config = plan.config
     assert config.draft is not None
     runner = _runner(plan, config.draft, scratch=scratch_slots(plan.shape, config.speculation.forecast.budget))
-    worker = DraftWorker(runner, shape=plan.shape, forecast=plan.forecast(config.draft.device))
+    forecast = plan.forecast(config.draft.device)
+    worker = DraftWorker(runner, shape=plan.shape, forecast=forecast)
+    if plan.probs is not None:
+        worker.sampler = CandidateSampler(plan.shape, forecast, plan.probs, scale=config.speculation.saguaro_c)
     return worker, _warm(worker, config.draft)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..decoding.forecast import Forecast
 from ..decoding.processors import TreePaths
-from ..decoding.sampling import perturbed
+from ..decoding.sampling import perturbed, scores
+from ..decoding.support import DraftProbs
 from ..decoding.tree import ABSENT, TreeShape
 from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner, Layout
@@ -19,6 +20,7 @@ from .chooser import Chooser
 from .frames import OutcomeFrame, RowState, SpeculationSet
 from .lookup import lookup
 from .messages import Admit
+from .rules import CandidateSampler, stacked
 
 
 @dataclass(slots=True)
@@ -53,6 +55,10 @@ class DraftWorker:
         self._step = RowPlan.sequential("jit", 1)
         self._branches = BranchSteps(shape, forecast.budget, device)
         self._width = 1 + self._siblings
+        self.sampler: CandidateSampler | None = None
+        """Under ``rejection`` and ``block``: draws the candidates."""
+        self.drafted_from: DraftProbs | None = None
+        """What ``draft_now``'s last trees were drawn from ``[B, I, m]``, if they were."""
         self._in_glue: set[int] = set()
         self._whole: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
         self._silence = torch.zeros(batch, 2 * shape.depth + 1, runner.vocabulary, device=device)
@@ -60,6 +66,12 @@ class DraftWorker:
     @property
     def _siblings(self) -> int:
         return (self.shape.nodes - 1) // self.shape.depth - 1
+
+    @property
+    def _samples(self) -> bool:
+        """Whether candidates are drawn, not matched: some row samples, under a rule that compares
+        probabilities."""
+        return self.sampler is not None and self.chooser.params.random
 
     def warm_up(self) -> None:
         """Compile every form a round needs."""
@@ -101,15 +113,17 @@ class DraftWorker:
         tokens = self.trees.to(self.runner.device)
         self._in_glue = {slot for slot, row in enumerate(self.rows) if row is not None}
         forecasting = torch.tensor([row is not None and row.forecasts for row in self.rows])
+        draft = self.sampler.nothing(batch, branches) if self.sampler is not None else None
         if forecasting.any():
             # Compiled for the shortest context only: it takes the compiler half a minute.
             short = longest + self.shape.depth < self.runner.contexts[0]
-            plain = not (self.chooser.params.filtered or self.chooser.processors.active)
+            plain = not (self.chooser.params.filtered or self.chooser.processors.active or self._samples)
             at_once = self.runner.compile and short and plain
             if at_once:
                 nodes, guesses, trees = self._grow_at_once(tokens, lengths)
             else:
-                nodes, guesses, trees = self._grow_stepwise(tokens, lengths, longest)
+                nodes, guesses, trees, drawn = self._grow_stepwise(tokens, lengths, longest)
+                draft = drawn if drawn is not None else draft
         else:
             # The accepted part of the tree will be needed all the same.
             self.runner.forward(self._glue, tokens.clamp(min=0), lengths, longest=longest)
@@ -118,12 +132,14 @@ class DraftWorker:
                 nodes=nothing,
                 guesses=nothing,
                 trees=torch.full((batch, branches, self.shape.nodes - 1), ABSENT),
+                draft=draft,
             )
         absent = ~forecasting[:, None]
         return SpeculationSet(
             nodes=nodes.cpu(),
             guesses=guesses.cpu().masked_fill(absent, ABSENT),
             trees=trees.cpu().masked_fill(absent[..., None], ABSENT),
+            draft=draft,
         )
 
     def _grow(
@@ -152,28 +168,41 @@ class DraftWorker:
             fed = ranked[-1][..., 0]
         return nodes, guesses, _comb_tokens(ranked)
 
-    def _grow_stepwise(self, tokens: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:
-        noise = self.chooser.noise(lengths)
-        choose, at_nodes = self.chooser, self._paths.of(tokens) if self.chooser.processors.active else None
-        paths = at_nodes
+    def _grow_stepwise(
+        self, tokens: Tensor, lengths: Tensor, longest: int
+    ) -> tuple[Tensor, Tensor, Tensor, DraftProbs | None]:
+        """Any parameters and rules. The last of the four: what the branches were drawn from
+        ``[B, N, I, m]``, if they were. Guesses are ranked with plain decoding's noise under every
+        rule: the bonus token is drawn with it too."""
+        noise, sampler, drawn = self.chooser.noise(lengths), self.sampler if self._samples else None, []
+        params, processors = self.chooser.params, self.chooser.processors
+        paths = above = self._paths.of(tokens) if processors.active else None
 
         def score(logits: Tensor, ahead: Tensor) -> Tensor:
-            return choose.scores(logits, None if noise is None else _at(noise, ahead), paths)
+            if processors.active:
+                logits = processors.apply(logits, paths)
+            return scores(logits, params, None if noise is None else _at(noise, ahead))
 
         def pick(logits: Tensor, ahead: Tensor, nodes: Tensor, fed: Tensor, step: int) -> Tensor:
             nonlocal paths
-            if at_nodes is not None:  # the path to a branch's node, its guess, its own tokens so far
-                assert paths is not None
-                above = paths if step else at_nodes.gather(1, nodes[..., None].expand(-1, -1, at_nodes.shape[2]))
-                paths = torch.cat([above, fed[..., None]], dim=-1)
-            return _best(score(logits, ahead), self._width)
+            if above is not None and paths is not None:  # the path to a branch's node, its guess, its tokens so far
+                before = paths if step else above.gather(1, nodes[..., None].expand(-1, -1, above.shape[2]))
+                paths = torch.cat([before, fed[..., None]], dim=-1)
+            if sampler is None:
+                return _best(score(logits, ahead), self._width)
+            if processors.active:
+                logits = processors.apply(logits, paths)
+            found, draft = sampler.children(logits, params, lengths[:, None] + ahead - step, step)
+            drawn.append(draft)
+            return found
 
-        return self._grow(
+        grown = self._grow(
             lambda plan, rows, layout: self.runner.forward(plan, rows, lengths, longest=longest, layout=layout),
             score,
             pick,
             tokens,
         )
+        return *grown, stacked(drawn) if drawn else None
 
     @torch.no_grad()
     def _grow_at_once(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,15 +268,23 @@ class DraftWorker:
         self._catch_up()
         lengths, longest = self._lengths()
         noise = self.chooser.noise(lengths)
-        fed, ranked = self.trees[:, :1].clamp(min=0).to(self.runner.device), []
+        fed, ranked, drawn = self.trees[:, :1].clamp(min=0).to(self.runner.device), [], []
         paths = fed.new_empty(len(fed), 1, 0)
         for step in range(self.shape.depth):
             logits = self.runner.forward(self._step, fed, lengths + step, longest=longest + step)
-            scores = self.chooser.scores(logits, None if noise is None else noise[:, step : step + 1], paths)
-            ranked.append(_best(scores, self._width))
-            fed = ranked[-1][..., 0]
             if self.chooser.processors.active:
-                paths = torch.cat([paths, fed[..., None]], dim=-1)
+                logits = self.chooser.processors.apply(logits, paths)
+            if self._samples and self.sampler is not None:
+                found, draft = self.sampler.children(logits, self.chooser.params, lengths[:, None], step)
+                ranked.append(found)
+                drawn.append(draft)
+            else:
+                ahead = None if noise is None else noise[:, step : step + 1]
+                ranked.append(_best(scores(logits, self.chooser.params, ahead), self._width))
+            fed = ranked[-1][..., 0]
+            paths = torch.cat([paths, fed[..., None]], dim=-1)
+        if self.sampler is not None:
+            self.drafted_from = stacked(drawn)[:, 0] if drawn else self.sampler.nothing(len(self.rows))
         drafted = _comb_tokens(ranked)[:, 0].cpu().masked_fill(~missed[:, None], ABSENT)
         self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
         return drafted

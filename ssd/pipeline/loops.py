@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..decoding.support import DraftProbs
 from ..errors import LinkError, PipelineError
 from ..params import SpeculationRecord
 from .control import ControlLane
@@ -46,7 +47,8 @@ def draft_loop(
         LinkError: the verifier vanished in mid-round.
         PipelineError: an announced message did not come.
     """
-    frames = Frames(batch=len(worker.rows), branches=worker.forecast.budget, nodes=worker.shape.nodes)
+    probs = worker.sampler.probs if worker.sampler is not None else None
+    frames = Frames(batch=len(worker.rows), branches=worker.forecast.budget, nodes=worker.shape.nodes, probs=probs)
     incoming = frames.new(frames.outcome_size)
     applied = round_number = 0
 
@@ -90,7 +92,7 @@ def draft_loop(
                 began = time.perf_counter()
                 drafted = worker.draft_now(missed)
                 spent_us = int((time.perf_counter() - began) * 1e6)
-                link.send(frames.pack_trees(drafted, round_number, spent_us))
+                link.send(frames.pack_trees(drafted, round_number, spent_us, worker.drafted_from))
         round_number += 1
 
 
@@ -153,11 +155,12 @@ class DraftSide:
         self._waited_s += time.perf_counter() - began - busy_s
         return self.frames.unpack_speculation(self._speculation, self.round)
 
-    def receive_trees(self) -> tuple[torch.Tensor, int]:
+    def receive_trees(self) -> tuple[torch.Tensor, DraftProbs | None]:
         began = time.perf_counter()
         self.link.receive(self._trees)
         self._waited_s += time.perf_counter() - began
-        return self.frames.unpack_trees(self._trees, self.round)
+        trees, _ = self.frames.unpack_trees(self._trees, self.round)
+        return trees, self.frames.unpack_tree_probs(self._trees)
 
     def take_waited_s(self) -> float:
         """Seconds spent waiting for the draft since the last call."""
@@ -266,8 +269,7 @@ def _finish_round(
     draft.in_round = next_ is Next.ROUND
     waiting = bool(missed.any())
     if waiting and draft.in_round:
-        drafted, _ = draft.receive_trees()
-        worker.fill(missed, drafted)
+        worker.fill(missed, *draft.receive_trees())
     draft.round += 1
     return not waiting and worker.speculating
 

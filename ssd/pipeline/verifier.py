@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..decoding.logprobs import Logprobs, token_logprobs
 from ..decoding.processors import TreePaths
-from ..decoding.sampling import perturbed
+from ..decoding.sampling import perturbed, scores
+from ..decoding.support import DraftProbs
 from ..decoding.tree import ABSENT, TreeShape
 from ..decoding.verify import Outcome, verify_coupled
 from ..models.rows import RowPlan
@@ -24,6 +25,7 @@ from .frames import RowState, SpeculationSet
 from .governor import Governor, Round
 from .lookup import lookup
 from .messages import Admit, Submit
+from .rules import Judge
 from .sequence import Sequence
 
 
@@ -88,6 +90,8 @@ class VerifierWorker:
         self.rows: list[Sequence | None] = [None] * runner.batch
         self.drafting = True
         """False once the draft is lost: everything decodes plainly from then on."""
+        self.judge: Judge | None = None
+        """Under ``rejection`` and ``block``: verifies the rows that sample."""
         self.trees = torch.full((runner.batch, shape.nodes), ABSENT)
         self.chooser = Chooser(
             runner.batch, runner.vocabulary, runner.device, horizon=shape.depth + 1, compile=runner.compile
@@ -243,12 +247,26 @@ class VerifierWorker:
         noise = self.chooser.noise(lengths)
         quiet = self._silence if noise is None else noise
         logits, node, bonus = decide(tokens, lengths, self.chooser.params.temperature, quiet)
-        processed = self.chooser.processors.active
-        if processed or self.chooser.params.filtered:
-            paths = self._paths.of(self.trees.to(tokens.device))[:, : plan.rows] if processed else None
-            rows = None if noise is None else noise[:, self._depths[: plan.rows]]
-            node, bonus = self._verify(tokens, self.chooser.scores(logits, rows, paths).argmax(-1))
-        return logits, Outcome(node.cpu(), bonus.cpu())
+        outcome = Outcome(node.cpu(), bonus.cpu())
+        judge = self.judge if noise is not None and plan.rows > 1 else None
+        if judge is not None or self.chooser.processors.active or self.chooser.params.filtered:
+            outcome = self._decide_anew(plan, tokens, lengths, logits, noise, judge)
+        return logits, outcome
+
+    def _decide_anew(
+        self, plan: RowPlan, tokens: Tensor, lengths: Tensor, logits: Tensor, noise: Tensor | None, judge: Judge | None
+    ) -> Outcome:
+        """The outcome with processors, filters and the rule."""
+        if self.chooser.processors.active:
+            paths = self._paths.of(self.trees.to(tokens.device))[:, : plan.rows]
+            logits = self.chooser.processors.apply(logits, paths)
+        ahead = None if noise is None else noise[:, self._depths[: plan.rows]]
+        chosen = scores(logits, self.chooser.params, ahead).argmax(-1)
+        matched = Outcome(*(t.cpu() for t in self._verify(tokens, chosen)))
+        if judge is None:
+            return matched
+        assert ahead is not None
+        return judge.decide(matched, chosen.cpu(), tokens.cpu(), logits, lengths, ahead, self.chooser.params)
 
     def _decider(self, plan: RowPlan, context: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         runner, verify, ahead = self.runner, self._verify, self._depths[: plan.rows]
@@ -276,6 +294,8 @@ class VerifierWorker:
         missed = torch.zeros(len(self.rows), dtype=torch.bool)
         if speculation is not None:
             trees, hit = lookup(verdict.outcome.node, bonus, speculation)
+            if self.judge is not None:
+                self.judge.take(verdict.outcome.node, bonus, speculation)
             for slot, row in enumerate(self.rows):
                 if row is None or not self.speculates(row):
                     continue
@@ -287,9 +307,12 @@ class VerifierWorker:
         self.trees = trees.masked_fill(~active[:, None], ABSENT)
         return missed
 
-    def fill(self, missed: Tensor, drafted: Tensor) -> None:
-        """Trees drafted now, ``[B, W - 1]``, for the rows that missed."""
+    def fill(self, missed: Tensor, drafted: Tensor, draft: DraftProbs | None = None) -> None:
+        """Trees drafted now, ``[B, W - 1]``, for the rows that missed; under rules that need it,
+        what they were drawn from ``[B, I, m]``."""
         self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
+        if self.judge is not None and draft is not None:
+            self.judge.fill(missed, draft)
 
     def lose_draft(self) -> None:
         """Go on plainly. Losslessness does not depend on the draft: only speed is lost."""
