@@ -62,6 +62,7 @@ class ForwardRunner:
             device=model.device,
         )
         self.compile = compile
+        self.parameters = sum(weight.numel() for weight in model.parameters())
         # On a CPU, half of a small model's time is that of calling its kernels: call them from C++.
         self._options: dict[str, Any] = {"guard_filter_fn": _no_guards, "cpp_wrapper": self.device.type == "cpu"}
         self._prefill = RowPlan.sequential("prefill", prefill_chunk)

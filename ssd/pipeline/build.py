@@ -13,12 +13,16 @@ from ..config import Config, ModelConfig, resolve_model_path
 from ..decoding.forecast import ConfidenceForecast, FanOutForecast, Forecast, fan_out
 from ..decoding.tree import TreeShape
 from ..errors import ConfigError
+from ..models import rows_linear
 from ..models.loading import lay_out_for_cpu, load_model
 from ..models.runner import ForwardRunner, can_compile
 from .draft import DraftWorker, scratch_slots
 from .frames import Frames, ProbsLayout
 from .rules import CandidateSampler, Judge, probs_layout
 from .verifier import VerifierWorker
+
+
+PACK_ABOVE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,10 +147,8 @@ def _runner(plan: Plan, wanted: ModelConfig, *, scratch: int) -> ForwardRunner:
     folder = resolve_model_path(wanted.model)
     engine = plan.config.engine
     model = load_model(folder, dtype=wanted.dtype, device=wanted.device, max_positions=engine.max_model_len)
-    if torch.device(wanted.device).type == "cpu" and wanted.dtype == "float32":
-        lay_out_for_cpu(model)
     compile_ = can_compile() if wanted.compile == "auto" else wanted.compile
-    return ForwardRunner(
+    runner = ForwardRunner(
         model,
         batch=engine.max_batch,
         capacity=engine.max_model_len,
@@ -155,6 +157,13 @@ def _runner(plan: Plan, wanted: ModelConfig, *, scratch: int) -> ForwardRunner:
         vocabulary=plan.vocabulary,
         compile=compile_,
     )
+    if torch.device(wanted.device).type == "cpu" and wanted.dtype == "float32":
+        # Weights that stay in a core's own cache gain nothing.
+        if compile_ and runner.parameters * 4 > PACK_ABOVE_BYTES and rows_linear.available():
+            rows_linear.pack_linears(model)
+        else:
+            lay_out_for_cpu(model)
+    return runner
 
 
 def _warm(worker: VerifierWorker | DraftWorker, wanted: ModelConfig) -> dict[str, Any]:
@@ -164,7 +173,7 @@ def _warm(worker: VerifierWorker | DraftWorker, wanted: ModelConfig) -> dict[str
         worker.warm_up()
     return {
         "model": wanted.model,
-        "parameters": sum(p.numel() for p in runner.model.parameters()),
+        "parameters": runner.parameters,
         "dtype": wanted.dtype,
         "device": str(runner.device),
         "compiled": runner.compile,
