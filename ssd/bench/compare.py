@@ -16,7 +16,6 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..decoding.sampling import GREEDY_BELOW
 from ..errors import RequestError
 from ..params import METHODS, Method, RequestOutput, SamplingParams, SpeculationRecord
 from .prompts import Prompt
@@ -91,6 +90,8 @@ class Comparison:
     def identity_promised(self) -> bool:
         """Whether the methods' tokens must be equal. ``rejection`` and ``block`` promise that at
         temperature 0 only: above it their tokens have plain decoding's law and are others."""
+        from ..decoding.sampling import GREEDY_BELOW  # torch: only when it is there anyway
+
         return self.verify == "coupled" or self.temperature < GREEDY_BELOW
 
     def identical(self, method: str) -> bool:

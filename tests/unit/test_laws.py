@@ -326,8 +326,9 @@ def test_mistake_named_siblings_judged_as_drawn() -> None:
     assert error(RejectionRule(COMB), world, 2, first=propose) > 0.05
 
 
-def test_mistake_siblings_drawn_independently() -> None:
-    """Two draws with replacement, judged as two without."""
+def test_a_repeated_sibling_is_a_waste_and_no_mistake() -> None:
+    """Two draws with replacement: the second of two equal ones has nothing left to be accepted by,
+    and one that differs has the law of a draw without replacement."""
     world, shape = WORLDS["V=3"], TreeShape.comb(1, siblings=1)
 
     def propose(prefix: Prefix) -> list[Proposal]:
@@ -338,7 +339,7 @@ def test_mistake_siblings_drawn_independently() -> None:
             for b in range(3)
         ]
 
-    assert error(RejectionRule(shape), world, 1, first=propose) > WRONG
+    assert error(RejectionRule(shape), world, 2, first=propose) <= EXACT
 
 
 def test_mistake_siblings_tried_out_of_order() -> None:
