@@ -214,14 +214,14 @@ class DraftWorker:
         lengths, longest = self._lengths()
         noise = self.chooser.noise(lengths)
         fed, ranked = self.trees[:, :1].clamp(min=0).to(self.runner.device), []
-        paths = fed.new_empty(len(fed), 1, 0)
+        paths: Tensor | None = None
         for step in range(self.shape.depth):
             logits = self.runner.forward(self._step, fed, lengths + step, longest=longest + step)
             scores = self.chooser.scores(logits, None if noise is None else noise[:, step : step + 1], paths)
             ranked.append(_best(scores, self._width))
             fed = ranked[-1][..., 0]
             if self.chooser.processors.active:
-                paths = torch.cat([paths, fed[..., None]], dim=-1)
+                paths = fed[..., None] if paths is None else torch.cat([paths, fed[..., None]], dim=-1)
         drafted = _comb_tokens(ranked)[:, 0].cpu().masked_fill(~missed[:, None], ABSENT)
         self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
         return drafted
