@@ -21,7 +21,6 @@ from .frames import Frames, ProbsLayout
 from .rules import CandidateSampler, Judge, probs_layout
 from .verifier import VerifierWorker
 
-
 PACK_ABOVE_BYTES = 16 << 20
 
 

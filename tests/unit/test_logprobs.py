@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ssd import LLM, RequestOutput, SamplingParams
+from ssd import LLM, RequestOutput, SamplingParams, SpeculationRecord, TokenLogprob
 from ssd.pipeline.launch import InprocPipeline
 
 ASKED = [[9, 30, 77], [5], list(range(20, 50)), [40, 41]]
@@ -79,3 +79,24 @@ def test_bfloat16_targets_report_float32(tiny_config: Callable[..., Any]) -> Non
         assert token.logprob == token.top[0][1] and token.rank == 1
         assert [value for _, value in token.top] == sorted((value for _, value in token.top), reverse=True)
         assert 0.5 < sum(2.718281828**value for _, value in token.top) <= 1.0001
+
+
+def test_outputs_cross_an_actor_call() -> None:
+    """As plain data, as ``PipelineActor`` answers, and back."""
+    from ssd.cluster.client import read_output
+
+    token = TokenLogprob(token_id=4, logprob=-0.5, rank=2, top=((7, -0.25), (4, -0.5)))
+    other = RequestOutput(
+        prompt="a",
+        prompt_token_ids=(1,),
+        text="b",
+        token_ids=(4,),
+        finish_reason="stop",
+        speculation=SpeculationRecord(rounds=1, accepted_histogram=[1]),
+        decode_s=0.5,
+        stop_reason=4,
+        logprobs=(token,),
+        index=1,
+    )
+    first = replace(other, index=0, logprobs=None, others=(other,), stop_reason="b")
+    assert read_output(asdict(first)) == first

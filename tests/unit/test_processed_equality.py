@@ -3,6 +3,7 @@ of transformers' own processors, step by step."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -123,6 +124,8 @@ def test_every_parameter(
             "forecast": {"budget": 4 * (1 + lookahead)},
         },
     )
+    if batch == 1:  # one after another takes its time: half of them for each tree
+        cases = cases[siblings // 2 :: 2]
     asked, params, expected = map(list, zip(*cases, strict=True))
     # Rows of all kinds side by side, and a slot's next request another kind.
     with LLM(config, launch=InprocPipeline) as llm:
@@ -142,8 +145,8 @@ def test_a_draft_that_is_the_target_is_always_right(tiny_config: Configure, case
     """So it applies the same processors: in glue, branches and what it drafts on a miss."""
     config = tiny_config(draft="target", speculation={"lookahead": 4, "forecast": {"budget": 15}})
     with LLM(config, launch=InprocPipeline) as llm:
-        for method in ("sd", "ssd"):
-            for prompt, p, expected in cases:
+        for method, some in (("ssd", cases), ("sd", cases[1::3])):
+            for prompt, p, expected in some:
                 (output,) = llm.generate([prompt], replace(p, method=method))
                 assert list(output.token_ids) == expected
                 record = output.speculation
@@ -155,12 +158,14 @@ def test_a_draft_that_is_the_target_is_always_right(tiny_config: Configure, case
 
 def test_the_compiled_tree_is_not_taken(tiny_config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     """It knows no processors. Which way is taken follows the batch, round by round."""
-    taken: list[str] = []
+    taken: dict[int, set[str]] = defaultdict(set)
     stepwise = DraftWorker._grow_stepwise
     for name in ("_grow_stepwise", "_grow_at_once"):
 
         def noting(self: DraftWorker, tokens: Tensor, lengths: Tensor, longest: int = 0, name: str = name) -> Any:
-            taken.append(name)
+            # By seed: the draft's last round may run on after the front has its answer.
+            taken[int(self.chooser.params.seed[0])].add(name)
+            self.runner.compile = False  # only the choice is of interest
             return stepwise(self, tokens, lengths, longest)
 
         monkeypatch.setattr(DraftWorker, name, noting)
@@ -175,18 +180,19 @@ def test_the_compiled_tree_is_not_taken(tiny_config: Configure, monkeypatch: pyt
             self.runner.compile = False
 
     monkeypatch.setattr(DraftWorker, "speculate", as_if_compiled)
+    ways: list[tuple[dict[str, Any], str]] = [
+        ({}, "_grow_at_once"),
+        ({"presence_penalty": 1.0}, "_grow_stepwise"),
+        ({"min_tokens": 16}, "_grow_stepwise"),
+        ({"temperature": 1.0, "logprobs": 2}, "_grow_at_once"),
+        ({"temperature": 1.0, "top_k": 9}, "_grow_stepwise"),
+        ({"logprobs": 1}, "_grow_at_once"),
+    ]
     with LLM(tiny_config(), launch=InprocPipeline) as llm:
-        for given, expected in (
-            ({}, {"_grow_at_once"}),
-            ({"presence_penalty": 1.0}, {"_grow_stepwise"}),
-            ({"min_tokens": 16}, {"_grow_stepwise"}),
-            ({"temperature": 1.0, "logprobs": 2}, {"_grow_at_once"}),
-            ({"temperature": 1.0, "top_k": 9}, {"_grow_stepwise"}),
-            ({"logprobs": 1}, {"_grow_at_once"}),
-        ):
-            taken.clear()
-            llm.generate([[9, 30]], replace(BASE, **given))
-            assert set(taken) == expected, given
+        for seed, (given, _) in enumerate(ways, start=1):
+            llm.generate([[9, 30]], replace(BASE, seed=seed, **given))
+        assert llm.degraded is None
+    assert taken == {seed: {way} for seed, (_, way) in enumerate(ways, start=1)}
 
 
 def test_completions(tiny_config: Configure) -> None:
