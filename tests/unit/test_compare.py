@@ -61,6 +61,7 @@ class ScriptedLLM:
         self.closed = False
         self.degraded: str | None = None
         self.config = load_config("embedded")
+        self.tokenizer = None
 
     def __enter__(self) -> ScriptedLLM:
         return self
@@ -120,7 +121,7 @@ def test_json_has_the_promised_names() -> None:
 def test_figures() -> None:
     data = run(ScriptedLLM(), seed=3, temperature=0.8).to_json()
     assert (data["prompts"], data["tokens"], data["seed"], data["temperature"]) == (2, 40, 3, 0.8)
-    assert data["lookahead"] == 4
+    assert data["lookahead"] == load_config("embedded").speculation.lookahead
     fast, none, sd, ssd_row = data["methods"].values()
     assert fast["speedup"] == 1.0
     assert fast["tokens_per_second"] == pytest.approx(40 / 4.0)
