@@ -125,8 +125,8 @@ def test_distributions_travel_bit_for_bit(size: int) -> None:
     frames = Frames(batch=3, branches=4, nodes=3, probs=layout)
     generator = torch.Generator().manual_seed(size)
     draft = DraftProbs.of_logits(torch.randn(3, 4, 2, 7, generator=generator), size)
-    guesses, trees = torch.randint(0, 7, (3, 4)), torch.randint(-1, 7, (3, 4, 2))
-    raw = frames.pack_speculation(SpeculationSet(guesses=guesses, trees=trees, draft=draft), 5, 17)
+    nodes, guesses, trees = torch.randint(0, 3, (3, 4)), torch.randint(0, 7, (3, 4)), torch.randint(-1, 7, (3, 4, 2))
+    raw = frames.pack_speculation(SpeculationSet(nodes=nodes, guesses=guesses, trees=trees, draft=draft), 5, 17)
     assert (raw.dtype, raw.shape) == (torch.int32, (frames.speculation_size,))
     back, spent = frames.unpack_speculation(raw, 5)
     assert back.draft is not None and spent == 17
@@ -241,7 +241,7 @@ def test_a_lying_draft_cannot_break_it(tiny_config: Configure, monkeypatch: pyte
         bits = torch.randint(-(2**31), 2**31 - 1, shape, generator=generator, dtype=torch.int32).view(torch.float32)
         tokens = torch.randint(-(2**31), 2**31 - 1, shape, generator=generator)
         trees = torch.randint(-1, 128, honest.trees.shape, generator=generator)
-        return SpeculationSet(guesses=honest.guesses, trees=trees, draft=DraftProbs(tokens, bits))
+        return replace(honest, trees=trees, draft=DraftProbs(tokens, bits))
 
     monkeypatch.setattr(DraftWorker, "speculate", lying)
     config = tiny_config(engine={"max_batch": 2}, speculation={"verify": "rejection", "siblings": 1})
