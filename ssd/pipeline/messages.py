@@ -13,7 +13,7 @@ from typing import Any, cast
 import msgpack
 
 from ..errors import PipelineError
-from ..params import FinishReason, SamplingParams, SpeculationRecord
+from ..params import FinishReason, Origin, SamplingParams, SpeculationRecord
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 
@@ -75,6 +75,39 @@ class Committed:
     request: int
     tokens: list[int]
     accepted: int
+    drafted: int = 0
+    """Draft tokens the round verified for it."""
+    origin: Origin = "plain"
+    committed_s: float = 0.0
+    """On the verifier's monotonic clock."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Watch:
+    """Front → verifier: report rounds from now on, or no longer."""
+
+    on: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundReport:
+    """Verifier → front, while it watches: where the time of one round went. Seconds."""
+
+    began_s: float
+    """Of the verification, on the verifier's monotonic clock."""
+    forward_s: float
+    wait_s: float | None
+    """In the exchange; None if no draft took part."""
+    draft_s: float | None
+    """The draft's own time for this round's speculation set: it ends within the exchange."""
+    jit_s: float | None
+    """Waiting for trees drafted after a miss."""
+    round_s: float
+    """From the beginning of this verification to where the next one may begin."""
+    rows: int
+    """Sequences in the round."""
+    lookups: int
+    hits: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +155,20 @@ class Welcome:
 
 
 Message = (
-    Submit | Cancel | Admit | Shutdown | GetTimings | Timings | Committed | Finished | Ready | Failed | Hello | Welcome
+    Submit
+    | Cancel
+    | Admit
+    | Shutdown
+    | GetTimings
+    | Timings
+    | Watch
+    | RoundReport
+    | Committed
+    | Finished
+    | Ready
+    | Failed
+    | Hello
+    | Welcome
 )
 _TYPES = {cls.__name__: cls for cls in Message.__args__}
 _NESTED = {"params": SamplingParams, "record": SpeculationRecord}

@@ -16,7 +16,7 @@ from ..decoding.tree import ABSENT, TreeShape
 from ..decoding.verify import Outcome, verify_coupled
 from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner
-from ..params import FinishReason, Method
+from ..params import FinishReason, Method, Origin
 from .chooser import Chooser
 from .frames import RowState, SpeculationSet
 from .lookup import lookup
@@ -31,6 +31,8 @@ class Commit:
     request: int
     tokens: list[int]
     accepted: int
+    drafted: int
+    origin: Origin
     finished: FinishReason | None
     sequence: Sequence
 
@@ -79,6 +81,10 @@ class VerifierWorker:
         self.drafting = True
         """False once the draft is lost: everything decodes plainly from then on."""
         self.trees = torch.full((runner.batch, shape.nodes), ABSENT)
+        self.origins: list[Origin] = ["plain"] * runner.batch
+        """Of the candidates in ``trees``."""
+        self.lookups = self.hits = 0
+        """Of the round before."""
         self.chooser = Chooser(
             runner.batch, runner.vocabulary, runner.device, horizon=shape.depth + 1, compile=runner.compile
         )
@@ -189,6 +195,7 @@ class VerifierWorker:
         trees = torch.full_like(self.trees, ABSENT)
         trees[:, 0] = bonus
         missed = torch.zeros(len(self.rows), dtype=torch.bool)
+        self.lookups = self.hits = 0
         if speculation is not None:
             trees, hit = lookup(verdict.outcome.node, bonus, speculation, self._plan_nodes)
             for slot, row in enumerate(self.rows):
@@ -197,6 +204,9 @@ class VerifierWorker:
                 if row.method == "ssd":
                     row.record.lookups += 1
                     row.record.hits += bool(hit[slot])
+                    self.lookups += 1
+                    self.hits += bool(hit[slot])
+                self.origins[slot] = "hit" if hit[slot] else "miss"
                 missed[slot] = not hit[slot] and (self.jit or row.method == "sd")
         active = torch.tensor([row is not None for row in self.rows])
         self.trees = trees.masked_fill(~active[:, None], ABSENT)
@@ -227,13 +237,16 @@ class VerifierWorker:
                 continue
             tree = self.trees[slot].tolist()
             depth, chain = self.shape.depths[node], self.shape.depth
-            row.observe(sum(token != ABSENT for token in tree[1 : chain + 1]), depth)
+            drafted = sum(token != ABSENT for token in tree[1 : chain + 1])
+            row.observe(drafted, depth)
             tokens, finished = row.commit([tree[n] for n in self.shape.path(node)], bonus)
             commits.append(
                 Commit(
                     request=row.request,
                     tokens=tokens,
                     accepted=min(depth, len(tokens)),
+                    drafted=drafted,
+                    origin=self.origins[slot] if drafted or depth else "plain",
                     finished=finished,
                     sequence=row,
                 )
