@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from . import __version__, cli_serving
+from . import __version__, cli_remote, cli_serving
 from .errors import PipelineError, RequestError, UsageError
 from .params import RequestOutput, SamplingParams
 
@@ -305,7 +305,7 @@ def _count_parameters(folder: Path) -> int:
     return count
 
 
-for _command in cli_serving.COMMANDS:
+for _command in (*cli_serving.COMMANDS, *cli_remote.COMMANDS):
     app.command()(_reports_errors(_command))
 
 
