@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .config import Config, load_config, resolve_model_path
+if TYPE_CHECKING:
+    from .config import Config
+
 
 ConfigOption = Annotated[
     str, typer.Option("--config", "-c", help="A YAML file, or the name of a shipped configuration.")
@@ -102,6 +104,8 @@ def batch(
 
 def _settings(config: str, overrides: list[str] | None, extra: tuple[str, ...] = ()) -> Config:
     """The checked configuration; missing models are found before anything is started."""
+    from .config import load_config, resolve_model_path
+
     settings = load_config(config, [*(overrides or ()), *extra])
     for model in (settings.target, settings.draft):
         if model is not None:

@@ -61,7 +61,7 @@ async def serve(
     server = Server(
         uvicorn.Config(
             app,
-            log_level="warning",
+            log_level="info" if access_log else "warning",
             access_log=access_log,
             lifespan="off",
             timeout_graceful_shutdown=GRACE_S,
