@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -237,7 +237,7 @@ class AsyncEngine:
             self._perform(taken(self._front.book.cancel(number)))
         self._end_watching()
 
-    async def rounds(self) -> AsyncIterator[RoundReport]:
+    async def rounds(self) -> AsyncGenerator[RoundReport, None]:
         """Reports of rounds from now on; the verifier makes them while anybody listens or observes."""
         self._check()
         mine: asyncio.Queue[RoundReport | None] = asyncio.Queue(ROUNDS_KEPT)

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -148,7 +148,7 @@ class AsyncClient:
 
     async def stream(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None
-    ) -> AsyncIterator[StreamEvent]:
+    ) -> AsyncGenerator[StreamEvent, None]:
         """As ``LLM.stream``. Closing the iterator cancels.
 
         Raises: RequestError, OverloadedError: the server refuses. PipelineError: it is gone.
@@ -349,7 +349,7 @@ class Client:
                     return
         finally:
             if self._client is not None:
-                self._run(events.aclose())  # pyright: ignore[reportAttributeAccessIssue]
+                self._run(events.aclose())
 
     async def _open(self, endpoint: str, options: dict[str, Any]) -> AsyncClient:
         return await AsyncClient(endpoint, **options).__aenter__()

@@ -85,9 +85,9 @@ class LaneServer:
             folder = Path(keys).expanduser()
             socket.curve_publickey, socket.curve_secretkey = server_keys(folder)
             socket.curve_server = True
-            self._authenticator = AsyncioAuthenticator(self._context)
-            self._authenticator.start()
-            self._authenticator.configure_curve(domain="*", location=str(folder / "clients"))
+            self._authenticator = authenticator = AsyncioAuthenticator(self._context)
+            authenticator.start()
+            authenticator.configure_curve(domain="*", location=str(folder / "clients"))
         elif kind != "ipc" or not rest:
             raise ConfigError(f"server.lane={endpoint} must look like ipc:///path/of/a/socket or tcp://host:port")
         before = os.umask(0o177)  # only this user may connect

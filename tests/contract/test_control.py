@@ -26,9 +26,11 @@ from ssd.pipeline.messages import (
     Hello,
     Message,
     Ready,
+    RoundReport,
     Shutdown,
     Submit,
     Timings,
+    Watch,
     Welcome,
     decode,
     encode,
@@ -56,6 +58,11 @@ EVERY: list[Message] = [
     GetTimings(reset=True),
     Timings(round_ms=1.5, hit_round_ms=None, forward_ms=0.25, draft_ms=None),
     Committed(request=3, tokens=[9, 8], accepted=1),
+    Committed(request=3, tokens=[9, 8], accepted=1, drafted=4, origin="hit", committed_s=7.5),
+    Watch(on=True),
+    RoundReport(
+        began_s=1.5, forward_s=0.1, wait_s=None, draft_s=0.2, jit_s=None, round_s=0.3, rows=2, lookups=2, hits=1
+    ),
     Finished(request=3, reason="length", record=RECORD, decode_s=0.5),
     Ready(role="draft", info={"contexts": [256, 512], "compiled": False, "dtype": "float32", "none": None}),
     Failed(role="verifier", message="ü\nline", usage=True),

@@ -184,3 +184,22 @@ def test_a_shard_cut_anywhere(cut: int, garbage: bytes, tmp_path_factory: pytest
     for path in (out, again.errors):
         path.unlink(missing_ok=True)
     folder.rmdir()
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from ssd.cli import app
+
+    monkeypatch.setattr("ssd.serving.batch.Batch", partial(Batch, launch=ScriptedPipeline))
+    source, out = write(tmp_path / "in.jsonl", plain(5)), tmp_path / "out.jsonl"
+    answer = CliRunner().invoke(app, ["batch", str(source), str(out), "--set", "engine.max_batch=2"])
+    assert answer.exit_code == 0, answer.output
+    assert f"5 requests, 0 failed, 0 done before, {5 + 6 + 7 + 8 + 9} tokens now" in answer.output
+    assert len(read(out)) == 5
+    assert CliRunner().invoke(app, ["batch", str(source), str(out)]).exit_code == 2
+    write(source, [*plain(2), "bad"])
+    answer = CliRunner().invoke(app, ["batch", str(source), str(out), "--restart"])
+    assert answer.exit_code == 1 and "out.jsonl.errors" in answer.output
+    keys = CliRunner().invoke(app, ["lane-keys", str(tmp_path / "keys"), "bob"])
+    assert keys.exit_code == 0 and (tmp_path / "keys" / "clients" / "bob.key").is_file()
