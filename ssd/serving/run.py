@@ -13,6 +13,8 @@ import uvicorn
 from ..config import Config
 from ..engine.async_engine import AsyncEngine
 from ..errors import SSDError, UsageError
+from ..pipeline.build import Plan
+from ..pipeline.launch import LocalPipeline, Pipeline
 from .app import build_app
 from .lane import LaneServer
 from .metrics import Metrics
@@ -41,19 +43,20 @@ async def serve(
     started: Callable[[str], None] = lambda _url: None,
     ready: Callable[[], None] = lambda: None,
     access_log: bool = False,
+    launch: Callable[[Plan], Pipeline] = LocalPipeline,
 ) -> None:
     """Serve until told to stop (SIGINT, SIGTERM; a second time: at once). Nothing is left behind then.
 
     Args:
         started: called with the URL once the port is bound; the models still load then.
-        ready: called once they are.
+        ready: called once they are. launch: from a plan to a running pipeline.
 
     Raises:
         UsageError: the configuration, or an address that cannot be bound.
         PipelineError: the workers did not come up, or the pipeline broke.
     """
     metrics = Metrics()
-    engine = AsyncEngine(config, observer=metrics)
+    engine = AsyncEngine(config, launch=launch, observer=metrics)
     model = config.server.model_name or config.target.model.rstrip("/").rpartition("/")[2]
     app = build_app(engine, metrics, model=model)
     listener = _listen(config.server.host, config.server.port)
@@ -66,8 +69,7 @@ async def serve(
             lifespan="off",
             timeout_graceful_shutdown=GRACE_S,
             server_header=False,
-        ),
-        engine,
+        )
     )
     started(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
