@@ -135,5 +135,6 @@ def _listen(host: str, port: int) -> socket.socket:
         raise UsageError(
             f"cannot listen on {host}:{port}: {error}; choose another server.host or server.port"
         ) from None
+    listener.listen(1024)
     listener.setblocking(False)
     return listener
