@@ -220,7 +220,7 @@ class AsyncClient:
 
     def _send(self, message: wire.FromClient) -> None:
         if self._socket is not None:
-            sent = self._socket.send(wire.encode(message), zmq.NOBLOCK)
+            sent: Any = self._socket.send(wire.encode(message), zmq.NOBLOCK)
             # What cannot be sent is not missed: a server that reads nothing is soon found silent.
             sent.add_done_callback(lambda future: future.cancelled() or future.exception())
 
