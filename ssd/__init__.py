@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         UsageError,
         WorkerError,
     )
-    from .params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent
+    from .params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent, TokenLogprob
     from .serving.client import AsyncClient, Client
 
 __version__ = "0.1.0"
@@ -47,6 +47,7 @@ _HOMES = {
     "SamplingParams": "params",
     "SpeculationRecord": "params",
     "StreamEvent": "params",
+    "TokenLogprob": "params",
     "ConfigError": "errors",
     "LinkError": "errors",
     "ModelError": "errors",
@@ -75,6 +76,7 @@ __all__ = [
     "SamplingParams",
     "SpeculationRecord",
     "StreamEvent",
+    "TokenLogprob",
     "UsageError",
     "WorkerError",
     "__version__",

@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -19,7 +19,7 @@ import typer
 
 from . import __version__, cli_remote, cli_serving
 from .errors import PipelineError, RequestError, UsageError
-from .params import RequestOutput, SamplingParams
+from .params import RequestOutput, SamplingParams, StreamEvent
 
 if TYPE_CHECKING:
     from .bench.compare import Comparison
@@ -102,9 +102,29 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
     min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: fewer tokens of prompt and output again.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Taken off the logit of tokens of the output.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, for every time they came.")] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=BIAS", help="Added to a token's logit; repeatable.")
+    ] = None,
+    bad_words: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Not in the output; repeatable.")] = None,
+    allowed_token_ids: Annotated[
+        str | None, typer.Option(metavar="ID,ID,...", help="Choose from these tokens only.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", "-n", help="Completions; printed one after another.")] = 1,
     max_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 256,
+    min_tokens: Annotated[int, typer.Option(help="Do not stop before so many tokens.")] = 0,
     seed: SeedOption = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; repeatable.")] = None,
+    stop_token_ids: Annotated[str | None, typer.Option(metavar="ID,ID,...", help="Stop at these tokens.")] = None,
+    include_stop_str_in_output: Annotated[
+        bool, typer.Option("--include-stop-str-in-output", help="Show the stop text too.")
+    ] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after end-of-text.")] = False,
+    logprobs: Annotated[
+        int | None, typer.Option(help="List every token's log-probability, and so many of the likeliest.")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="none, sd or ssd; by default as configured.")] = None,
 ) -> None:
     """Continue PROMPT, printing text as it becomes certain."""
@@ -113,9 +133,21 @@ def generate(
         top_p=top_p,
         top_k=top_k,
         min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=dict(_bias(given) for given in logit_bias or ()),
+        bad_words=tuple(bad_words or ()),
+        allowed_token_ids=None if allowed_token_ids is None else _ids(allowed_token_ids, "--allowed-token-ids"),
+        n=n,
         max_tokens=max_tokens,
+        min_tokens=min_tokens,
         seed=seed,
         stop=tuple(stop or ()),
+        stop_token_ids=() if stop_token_ids is None else _ids(stop_token_ids, "--stop-token-ids"),
+        include_stop_str_in_output=include_stop_str_in_output,
+        ignore_eos=ignore_eos,
+        logprobs=logprobs,
         method=method,  # type: ignore[arg-type]
     )
     if not prompt:
@@ -124,17 +156,20 @@ def generate(
 
     from ssd import LLM
 
-    output: RequestOutput | None = None
     with LLM(settings) as llm:
-        for event in llm.stream(prompt, params):
-            sys.stdout.write(event.text)
-            sys.stdout.flush()
-            output = event.output or output
+        if n == 1:
+            outputs = _print_as_it_comes(llm.stream(prompt, params))
+        else:
+            outputs = list(llm.generate(prompt, params)[0].outputs)
+            for output in outputs:
+                sys.stdout.write(f"--- {output.index + 1} of {n}\n{output.text}\n")
+        sys.stdout.flush()
         degraded = llm.degraded
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+        tokenizer = llm.tokenizer
+    for output in outputs:
+        _print_logprobs(output, tokenizer)
     _warn(degraded)
-    if output is not None:
+    for output in outputs:
         typer.echo(_statistics(output), err=True)
 
 
@@ -200,7 +235,7 @@ def compare(
     _warn(degraded)
     if json_file is not None:
         json_file.write_text(json.dumps(comparison.to_json(), indent=2) + "\n", encoding="utf-8")
-    if not comparison.identical_all:
+    if comparison.identity_promised and not comparison.identical_all:
         raise typer.Exit(EXIT_DIFFERENT)
 
 
@@ -232,6 +267,40 @@ def info(config: ConfigOption = "embedded", overrides: SetOption = None) -> None
         f"{speculation.forecast.shape} forecast of {speculation.forecast.budget}, fallback {speculation.fallback}",
     )
     _row("numerics", settings.numerics)
+
+
+def _print_as_it_comes(events: Iterable[StreamEvent]) -> list[RequestOutput]:
+    outputs = []
+    for event in events:
+        sys.stdout.write(event.text)
+        sys.stdout.flush()
+        if event.output is not None:
+            outputs.append(event.output)
+    sys.stdout.write("\n")
+    return outputs
+
+
+def _print_logprobs(output: RequestOutput, tokenizer: Any) -> None:
+    """One line a token on stderr: log-probability, rank, token; then the likeliest."""
+    for token in output.logprobs or ():
+        best = "  ".join(f"{tokenizer.decode([token_id])!r} {value:.3f}" for token_id, value in token.top)
+        text = repr(tokenizer.decode([token.token_id]))
+        typer.echo(f"{token.logprob:9.3f} {token.rank:5} {text:<16} {best}".rstrip(), err=True)
+
+
+def _bias(given: str) -> tuple[int, float]:
+    token, _, bias = given.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise RequestError(f"--logit-bias {given!r} must look like ID=BIAS, for example 42=-1.5") from None
+
+
+def _ids(given: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(token) for token in given.split(","))
+    except ValueError:
+        raise RequestError(f"{option} {given!r} must be token ids with commas between, for example 13,198") from None
 
 
 def _settings(config: str, overrides: list[str] | None, *, models_needed: bool = True) -> Config:

@@ -48,7 +48,10 @@ class ForecastConfig(_Section):
 
     budget: int = Field(default=12, ge=1, le=256)
     """Branches N = ΣF_u the draft prepares each round."""
-    shape: Literal["uniform", "geometric"] = "geometric"
+    shape: Literal["uniform", "geometric", "confidence"] = "confidence"
+    """``confidence``: the N likeliest outcomes of each round; the others: F_u the same each round."""
+    sharpness: Number = Field(default=1.4, gt=0)
+    """How far ``confidence`` trusts the draft's ranking (β on its scores)."""
     acceptance: Number = Field(default=0.7, gt=0, lt=1)
     """Prior acceptance of a draft token, by which ``geometric`` weighs the nodes."""
     power: Number = Field(default=1.5, gt=0)
@@ -66,7 +69,16 @@ class SpeculationConfig(_Section):
     forecast: ForecastConfig = ForecastConfig()
     fallback: Literal["jit", "none"] = "jit"
     """What a missed row verifies: a speculation drafted now, or the bonus token alone."""
-    verify: Literal["coupled"] = "coupled"
+    verify: Literal["coupled", "rejection", "block"] = "coupled"
+    """``coupled``: plain decoding's very tokens. ``rejection``, ``block``: tokens of the same law
+    (at temperature 0 the same tokens), higher acceptance, the draft's probabilities on the link."""
+    support: int = Field(default=64, ge=1)
+    """Tokens the draft samples from under ``rejection`` and ``block``: its most probable ones; a
+    number beyond the vocabulary keeps them all."""
+    saguaro_c: Number = Field(default=1.0, gt=0, le=1)
+    """Saguaro sampling: the forecast's top tokens are drafted with this share of their weight."""
+    governor: bool = True
+    """Decode plainly while that is measured to be faster, and try again now and then."""
 
 
 class EngineConfig(_Section):
@@ -151,7 +163,21 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
             f"{where}draft is missing; speculation.method={config.speculation.method} needs a draft model "
             "(or set speculation.method=none)"
         )
+    _check_rule(config.speculation, where)
     return config
+
+
+def _check_rule(speculation: SpeculationConfig, where: str) -> None:
+    if speculation.verify == "block" and speculation.siblings:
+        raise ConfigError(
+            f"{where}speculation.verify=block verifies chains only; set speculation.siblings=0 "
+            "(or speculation.verify=rejection)"
+        )
+    if speculation.verify == "coupled" and speculation.saguaro_c != 1:
+        raise ConfigError(
+            f"{where}speculation.saguaro_c={speculation.saguaro_c:g} needs speculation.verify=rejection or block: "
+            "coupled candidates are not drawn from a distribution that could be scaled"
+        )
 
 
 def shipped_configs() -> list[str]:

@@ -71,7 +71,7 @@ def tiny_config(folder_of: Callable[..., Path]) -> Callable[..., dict[str, Any]]
         return {
             "target": worker("target", 0),
             **({"draft": worker(draft, 1)} if draft else {}),
-            "speculation": {"lookahead": 3, **(speculation or {})},
+            "speculation": {"lookahead": 3, "governor": False, **(speculation or {})},
             "engine": {"max_model_len": 128, "prefill_chunk": 16, "start_timeout_s": 120.0, **(engine or {})},
         }
 

@@ -52,8 +52,8 @@ GENERATIONS = (
     Generation(
         name="full",
         units={"target": 1920, "draft": 768},
-        target=Stage(steps=600, rows=16, muon_lr=0.015, adamw_lr=2e-3, decay_share=0.6, first_step=600),
-        draft=Stage(steps=1500, rows=6, muon_lr=0.015, adamw_lr=2e-3, decay_share=0.6, save_every=100, first_step=1000),
+        target=Stage(steps=440, rows=16, muon_lr=0.015, adamw_lr=2e-3, decay_share=0.6, first_step=600),
+        draft=Stage(steps=1600, rows=6, muon_lr=0.015, adamw_lr=2e-3, decay_share=0.6, save_every=100, first_step=1000),
         samples=2048,
     ),
 )

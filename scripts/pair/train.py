@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from ssd.testing.widen import widen
 
 from .data import KINDS, Batches, heldout_windows
-
 from .recipe import SEED, SEQUENCE, Recipe, Stage, model_config
 
 LOGIT_CHUNK = 2048  # rows whose logits are held at once
@@ -197,7 +196,9 @@ def write_samples(recipe: Recipe, device: str) -> None:
     rows: list[torch.Tensor] = []
     with Progress() as progress:
         bar = progress.add_task("samples", total=recipe.generation.samples)
-        for index, temperature in zip(range(recipe.generation.samples // 64), _cycle((0.0, 0.7, 1.0, 0.0)), strict=False):
+        for index, temperature in zip(
+            range(recipe.generation.samples // 64), _cycle((0.0, 0.7, 1.0, 0.0)), strict=False
+        ):
             prompts = batches.step(first + index)[:, :48].to(device)
             sampling = (
                 {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}

@@ -83,6 +83,16 @@ class Comparison:
     timings_ms: dict[str, dict[str, float | None]]
     """By method: medians over the requests."""
     mismatches: tuple[Mismatch, ...]
+    verify: str = "coupled"
+    """The verification rule."""
+
+    @property
+    def identity_promised(self) -> bool:
+        """Whether the methods' tokens must be equal. ``rejection`` and ``block`` promise that at
+        temperature 0 only: above it their tokens have plain decoding's law and are others."""
+        from ..decoding.sampling import GREEDY_BELOW  # torch: only when it is there anyway
+
+        return self.verify == "coupled" or self.temperature < GREEDY_BELOW
 
     def identical(self, method: str) -> bool:
         """Whether the method's tokens equal plain decoding's, for every prompt and repeat."""
@@ -108,6 +118,8 @@ class Comparison:
         generated over all prompts; counts and times are medians over the repeats."""
         return {
             "identical_all": self.identical_all,
+            "identity_promised": self.identity_promised,
+            "verify": self.verify,
             "prompts": len(self.prompts),
             "tokens": sum(len(output.token_ids) for output in self.references.values()),
             "seed": self.seed,
@@ -204,6 +216,7 @@ def compare(
         seed=seed,
         temperature=temperature,
         lookahead=llm.config.speculation.lookahead,
+        verify=llm.config.speculation.verify,
         references=references,
         tallies=dict(tallies),
         timings_ms={method: {name: _median(samples[method, name]) for name in TIMINGS} for method in order},

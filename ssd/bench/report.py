@@ -35,7 +35,8 @@ def comparison_table(comparison: Comparison) -> Table:
             number(row["round_ms"], 2),
             number(row["forward_ms"], 2),
             number(row["draft_ms"], 2),
-            ("yes" if row["identical"] else "no") + (" (not counted)" if method == BASELINE else ""),
+            ("yes" if row["identical"] else "no")
+            + (" (not counted)" if method == BASELINE or not comparison.identity_promised else ""),
         )
     return table
 
@@ -71,6 +72,12 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     categories = category_table(comparison)
     if categories.row_count and len(comparison.categories) > 1:
         console.print(categories)
+    if not comparison.identity_promised:
+        console.print(
+            f"identical: not promised by speculation.verify={comparison.verify} at temperature "
+            f"{comparison.temperature:g}: the tokens have plain decoding's law and are others"
+        )
+        return
     counted = [mismatch for mismatch in comparison.mismatches if mismatch.method != BASELINE]
     for mismatch in counted[:SHOWN_MISMATCHES]:
         console.print(

@@ -14,7 +14,7 @@ import ray
 
 from ..config import Config, load_config
 from ..errors import PipelineError, WorkerError
-from ..params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent
+from ..params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent, TokenLogprob
 from ..pipeline.launch import LEAVE_S
 from .actors import PipelineActor
 from .placement import reason, release_abandoned
@@ -69,8 +69,8 @@ class PipelineClient:
         fields = dataclasses.asdict(params or SamplingParams())
         for ref in self._running().stream.remote(prompt, fields):
             event = _get(ref)
-            output = event["output"]
-            yield StreamEvent(**{**event, "output": output and read_output(output)})
+            output, logprobs = event["output"], read_logprobs(event["logprobs"])
+            yield StreamEvent(**{**event, "output": output and read_output(output), "logprobs": logprobs})
 
     def timings(self, *, reset: bool = False) -> dict[str, float | None]:
         """As ``LLM.timings``."""
@@ -107,7 +107,16 @@ class PipelineClient:
 
 def read_output(fields: dict[str, Any]) -> RequestOutput:
     """A ``RequestOutput`` from the plain data a ``PipelineActor`` answers with."""
-    return RequestOutput(**{**fields, "speculation": SpeculationRecord(**fields["speculation"])})
+    read = {
+        "speculation": SpeculationRecord(**fields["speculation"]),
+        "logprobs": read_logprobs(fields["logprobs"]),
+        "others": tuple(read_output(other) for other in fields["others"]),
+    }
+    return RequestOutput(**{**fields, **read})
+
+
+def read_logprobs(fields: Sequence[dict[str, Any]] | None) -> tuple[TokenLogprob, ...] | None:
+    return None if fields is None else tuple(TokenLogprob(**token) for token in fields)
 
 
 def _get(ref: ray.ObjectRef) -> Any:

@@ -9,12 +9,18 @@ nothing is left to reject, w_K = a^K.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .tree import ABSENT, TreeShape
+
+IMPOSSIBLE = -1e9
+"""Logarithm of a probability that is none; finite, so that 0 · it is 0."""
+
+CONSIDERED_RANKS = 16
+"""Guesses considered after one node by :class:`ConfidenceForecast`."""
 
 SIBLING_SHARE = 0.35
 """Prior chance that, the chain's token having failed, the best sibling is the target's token."""
@@ -70,24 +76,6 @@ def fan_out(
     return tuple(counts)
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """A static plan: branch n guesses the bonus token of rank ``ranks[n]`` after ``nodes[n]``."""
-
-    nodes: tuple[int, ...]
-    ranks: tuple[int, ...]
-
-    @classmethod
-    def plan(cls, counts: tuple[int, ...]) -> Forecast:
-        pairs = [(node, rank) for node, count in enumerate(counts) for rank in range(count)]
-        return cls(tuple(n for n, _ in pairs), tuple(r for _, r in pairs))
-
-    @property
-    def budget(self) -> int:
-        """N, the number of branches."""
-        return len(self.nodes)
-
-
 def exclude_children(scores: Tensor, tokens: Tensor, parents: Tensor) -> Tensor:
     """Scores ``[B, W, V]`` with every node's own children set to -inf.
 
@@ -102,13 +90,74 @@ def exclude_children(scores: Tensor, tokens: Tensor, parents: Tensor) -> Tensor:
     return scores.index_put((batch, parents[1:].expand_as(child), child.clamp(min=0)), drop, accumulate=True)
 
 
-def bonus_guesses(scores: Tensor, tokens: Tensor, parents: Tensor, nodes: Tensor, ranks: Tensor, width: int) -> Tensor:
-    """The forecast's guesses ``[B, N]`` int64.
+class Forecast(Protocol):
+    """Chooses the outcomes (u, t) to prepare for."""
+
+    budget: int
+    """N, the number of branches."""
+    fan_out: tuple[int, ...]
+    """F_u of every node ``[W]``, or about how many each gets."""
+
+    def outcomes(self, scores: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Nodes u and bonus tokens t, ``[B, N]`` int64 each, no pair twice.
+
+        Args:
+            scores: ``[B, W, V]`` draft scores (noise included) after each node of the tree.
+            tokens: ``[B, W]`` int64, its tokens; ``ABSENT`` where there is none.
+        """
+        ...
+
+
+class FanOutForecast:
+    """F_u guesses after node u in every round: branch n guesses the bonus of rank ``ranks[n]``
+    after ``nodes[n]``.
+
+    Args: counts: F_u for every node ``[W]``, as from :func:`fan_out`.
+    """
+
+    def __init__(self, shape: TreeShape, counts: tuple[int, ...], device: torch.device | str = "cpu"):
+        pairs = [(node, rank) for node, count in enumerate(counts) for rank in range(count)]
+        self.nodes, self.ranks = tuple(n for n, _ in pairs), tuple(r for _, r in pairs)
+        self.budget, self.fan_out = len(pairs), counts
+        self._parents = shape.parent_index(device)
+        self._nodes, self._ranks = torch.tensor(self.nodes, device=device), torch.tensor(self.ranks, device=device)
+
+    def outcomes(self, scores: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        best = exclude_children(scores, tokens, self._parents).topk(max(self.ranks) + 1, dim=-1).indices
+        return self._nodes.expand(len(tokens), -1), best[:, self._nodes, self._ranks]
+
+
+class ConfidenceForecast:
+    """The N most likely outcomes of this round, by the draft's own confidence.
+
+    Let the target's scores be the draft's plus independent Gumbel errors of scale 1/β, in units
+    of logits. Then the target's token after a node is t with probability softmax(β · scores)[t],
+    at any temperature (the noise is in the scores, and shared). An outcome (u, t) has the
+    product of that along u's path, times that of t after u. A branch goes where it is likely to
+    be used: none after a node that will not be reached, many where the draft hesitates.
 
     Args:
-        scores: ``[B, W, V]`` draft scores (noise included) after each node.
-        tokens: ``[B, W]`` node tokens.
-        parents: ``[W]``; nodes, ranks: ``[N]`` int64 of the plan; width: 1 + the largest rank.
+        sharpness: β. Higher trusts the draft's ranking more.
     """
-    best = exclude_children(scores, tokens, parents).topk(width, dim=-1).indices
-    return best[:, nodes, ranks]
+
+    def __init__(self, shape: TreeShape, budget: int, sharpness: float, device: torch.device | str = "cpu"):
+        self.budget, self._sharpness = budget, sharpness
+        self.fan_out = fan_out(shape, budget, kind="uniform")
+        self._parents, self._above = shape.parent_index(device), shape.ancestors(device).float().T
+
+    def outcomes(self, scores: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        # Enough ranks to spend the budget, and beyond that a few more than any node is worth.
+        _, nodes, vocabulary = scores.shape
+        ranks = min(vocabulary, self.budget, max(CONSIDERED_RANKS, -(-self.budget // nodes)))
+        total = torch.logsumexp(self._sharpness * scores, dim=-1)
+        child = tokens.clamp(min=0)
+        batch = torch.arange(len(tokens), device=tokens.device)[:, None]
+        # log P(node accepted | its parent is); the root is certain, what is not there impossible.
+        accepted = self._sharpness * scores[batch, self._parents, child] - total[:, self._parents]
+        accepted = accepted.masked_fill(tokens == ABSENT, IMPOSSIBLE)
+        accepted[:, 0] = 0.0
+        reached = accepted @ self._above.to(accepted.dtype)
+        best = exclude_children(scores, tokens, self._parents).topk(ranks, dim=-1)
+        likely = (reached - total)[..., None] + self._sharpness * best.values
+        chosen = likely.flatten(1).topk(self.budget, dim=-1).indices
+        return chosen // ranks, best.indices.flatten(1).gather(1, chosen)

@@ -9,6 +9,10 @@ and no probabilities need to be exchanged (Gumbel coupling; Daliri, Musco, Sures
 *position* is the index in the sequence (prompt included, counted from 0) of the token being
 chosen: the logits after a sequence of length n choose position n. All nodes of a candidate tree
 at one depth choose the same position and share their noise.
+
+Rules that compare probabilities (``rejection``, ``block``) need more than one independent source:
+:func:`derive` makes the seed of another stream. What each stream is for, and why its noise is
+independent of all that is known when it is used, stands in ``docs/verification.md``.
 """
 
 from __future__ import annotations
@@ -35,6 +39,13 @@ _MIX32_B = _wrap(0xD35A2D97, 32)
 _TOKEN_A = _wrap(0xED5AD4BB, 32)
 _TOKEN_B = _wrap(0xAC4C1B51, 32)
 _TOKEN_C = _wrap(0x31848BAB, 32)
+# Another odd counter increment, so that derived seeds are no outputs of the seed's own SplitMix64.
+_DERIVE = _wrap(0xD1342543DE82EF95, 64)
+
+DRAFT_STREAM = 1
+"""The draft's own samples, under rules that need them independent of everything else."""
+ACCEPT_STREAM = 2
+"""The uniforms a candidate's acceptance is decided with."""
 
 
 def _shift(x: Tensor, by: int, width: int) -> Tensor:
@@ -57,9 +68,8 @@ def _low_word(z: Tensor) -> Tensor:
     return (low - ((low >> 31) << 32)).to(torch.int32)
 
 
-def _token_words(vocabulary: int, device: torch.device) -> Tensor:
-    """One well mixed int32 per token [V], the same for every row: paid once per call, not per row."""
-    x = torch.arange(vocabulary, dtype=torch.int32, device=device)
+def _mix_tokens(x: Tensor) -> Tensor:
+    """One well mixed int32 per token (int32, any shape)."""
     x = (x ^ _shift(x, 17, 32)) * _TOKEN_A
     x = (x ^ _shift(x, 11, 32)) * _TOKEN_B
     x = (x ^ _shift(x, 15, 32)) * _TOKEN_C
@@ -90,8 +100,14 @@ def uniform_bits(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
         raise ValueError(f"seeds and positions must be int64, not {seeds.dtype} and {positions.dtype}")
     if not 1 <= vocabulary < 2**31:
         raise ValueError(f"vocabulary must be in [1, 2**31), not {vocabulary}")
+    # The tokens' words are the same for every row: paid once per call, not per row.
+    return _bits(seeds, positions, torch.arange(vocabulary, dtype=torch.int32, device=seeds.device))
+
+
+def _bits(seeds: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+    """``uniform_bits`` of the tokens given (int32, broadcast with ``[*R, 1]``)."""
     key = _mix64(_mix64(seeds) + (positions + 1) * _STEP).unsqueeze(-1)
-    x = _token_words(vocabulary, key.device) ^ _low_word(key)
+    x = _mix_tokens(tokens) ^ _low_word(key)
     # In place: outside a compiled graph every line is a pass over [*R, V].
     x ^= _shift(x, 16, 32)
     x *= _MIX32_A
@@ -118,10 +134,60 @@ def gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
 
     Source: Gumbel-max trick; used as a coupling by Daliri, Musco, Suresh 2024, arXiv 2408.07978.
     """
+    return _gumbel(uniform_bits(seeds, positions, vocabulary))
+
+
+def gumbel_at(seeds: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+    """:func:`gumbel` of some tokens only: for a draft that samples from few of them.
+
+    Args:
+        seeds, positions: as for :func:`uniform_bits`, of common shape R.
+        tokens: int64 [*R, m], ids in [0, 2**31).
+
+    Returns:
+        float32 [*R, m].
+    """
+    return _gumbel(_bits(seeds, positions, tokens.to(torch.int32)))
+
+
+def uniform(seeds: Tensor, positions: Tensor, count: int) -> Tensor:
+    """``count`` uniform numbers per (seed, position), in the open interval (0, 1).
+
+    Args:
+        seeds, positions: as for :func:`uniform_bits`. count: how many, >= 1.
+
+    Returns:
+        float64 [*R, count]; never 0, so that ``uniform < ratio`` never accepts at ratio 0, and
+        never 1, so that it always does at ratio 1.
+
+    Raises:
+        ValueError: as :func:`uniform_bits`.
+    """
+    return (uniform_bits(seeds, positions, count).to(torch.float64) + 0.5) * 2.0**-BITS
+
+
+def derive(seeds: Tensor, *words: int | Tensor) -> Tensor:
+    """Seeds of another stream: a function of the seed and the words, unrelated to the seed's own noise.
+
+    Args:
+        seeds: int64 [...]. words: numbers, or int64 tensors that broadcast with ``seeds``; their
+            order counts.
+
+    Returns:
+        int64, of the common shape; any 64 bits.
+    """
+    for word in words:
+        # A Python product must be brought into 64 bits by hand; a tensor's wraps.
+        step = _wrap((word + 1) * _DERIVE % 2**64, 64) if isinstance(word, int) else (word + 1) * _DERIVE
+        seeds = _mix64(_mix64(seeds) + step)
+    return seeds
+
+
+def _gumbel(bits: Tensor) -> Tensor:
     # We take v = 1 - u, not u, from the bits: the large noise that decides an argmax comes from u
     # near 1, where float32 has steps of 2**-24 (ties between tokens at large V); near v = 0 the
     # steps are as fine as the bits. The half keeps v > 0. Float rounding would make the top 64
     # values of the bits v = 1; the clamp keeps v < 1.
-    v = (uniform_bits(seeds, positions, vocabulary).to(torch.float32) + 0.5) * 2.0**-BITS
+    v = (bits.to(torch.float32) + 0.5) * 2.0**-BITS
     v.clamp_(max=1 - 2.0**-24)
     return v.neg_().log1p_().neg_().log_().neg_()

@@ -177,6 +177,16 @@ def filter_logits(logits: Tensor, params: SamplingTensors) -> Tensor:
     return scaled.masked_fill(dropped, -torch.inf)
 
 
+def perturbed(logits: Tensor, noise: Tensor, temperature: Tensor) -> Tensor:
+    """``logits + T · noise``, all ``[B, W, V]`` but ``temperature`` ``[B]``.
+
+    argmax(logits / T + noise) is the argmax of this, without a division, and rows of temperature
+    0 come out as they were, whatever else is in the batch. Two operations, not a fused multiply-add,
+    so that compiled and eager code give the same bits.
+    """
+    return logits + noise * _per_row(temperature)
+
+
 def scores(logits: Tensor, params: SamplingTensors, noise: Tensor | None) -> Tensor:
     """Scores whose argmax is the chosen token; their ranking is the draft's list of guesses.
 
@@ -203,9 +213,7 @@ def scores(logits: Tensor, params: SamplingTensors, noise: Tensor | None) -> Ten
         raise ValueError("noise is needed: some row has temperature > 0")
     if noise.shape != logits.shape:
         raise ValueError(f"noise must have the shape of the logits {tuple(logits.shape)}, not {tuple(noise.shape)}")
-    # argmax(logits / T + noise) is argmax(logits + T * noise): one operation, and rows of
-    # temperature 0 come out as they were, whatever else is in the batch.
-    chosen = torch.addcmul(logits.to(torch.float32), noise, _per_row(params.temperature))
+    chosen = perturbed(logits.to(torch.float32), noise, params.temperature)
     if params.filtered:
         chosen.masked_fill_(filter_logits(logits, params) == float("-inf"), float("-inf"))
     return chosen

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..config import Config
-from ..errors import PipelineError, SSDError, WorkerError
+from ..errors import OverloadedError, PipelineError, SSDError, WorkerError
 from ..params import RequestOutput, SamplingParams, StreamEvent
 from ..pipeline.async_lane import AsyncLane
 from ..pipeline.build import Plan
@@ -36,7 +37,8 @@ class Observer(Protocol):
 
 
 class RequestStream:
-    """The events of one request: ``async for event in stream``. The last one carries the output.
+    """The events of one request: ``async for event in stream``. The last one carries the output; with
+    ``n`` > 1 every completion has a last one, and their events mix (``event.index``).
 
     Leaving its ``async with`` block, or ``cancel``, gives the request up; its slot is free within a
     round. What has been committed is never held back for a slow reader: it waits here, and is no
@@ -45,10 +47,11 @@ class RequestStream:
     Raises (iterating): PipelineError if the pipeline broke.
     """
 
-    def __init__(self, engine: AsyncEngine, request: Request):
-        self._engine, self.request = engine, request
+    def __init__(self, engine: AsyncEngine, requests: list[Request]):
+        self._engine, self.requests = engine, requests
         self._events: asyncio.Queue[StreamEvent | SSDError] = asyncio.Queue()
-        self._over = False
+        self._left = len(requests)
+        """Completions whose last event its reader does not have."""
 
     async def __aenter__(self) -> RequestStream:
         return self
@@ -60,26 +63,32 @@ class RequestStream:
         return self
 
     async def __anext__(self) -> StreamEvent:
-        if self._over:
+        if not self._left:
             raise StopAsyncIteration
         event = await self._events.get()
         if isinstance(event, SSDError):
-            self._over = True
+            self._left = 0
             raise event
-        self._over = event.output is not None
+        self._left -= event.output is not None
         return event
 
+    @property
+    def request(self) -> Request:
+        """The first completion."""
+        return self.requests[0]
+
     async def output(self) -> RequestOutput:
-        """Wait for the end. Cancels the request if the waiting is cancelled."""
+        """Wait for the end; as ``LLM.generate`` gives it. Cancels the request if the waiting is
+        cancelled."""
         async with self:
-            async for event in self:
-                if event.output is not None:
-                    return event.output
-        raise PipelineError("the request ended without an output")
+            outputs = [event.output async for event in self if event.output is not None]
+        first, *others = sorted(outputs, key=lambda output: output.index)
+        return replace(first, others=tuple(others)) if others else first
 
     def cancel(self) -> None:
         """Give the request up, if it is not over. Its last event still comes."""
-        self._engine._cancel(self.request)
+        for request in self.requests:
+            self._engine._cancel(request)
 
     def _put(self, event: StreamEvent | SSDError) -> None:
         self._events.put_nowait(event)
@@ -214,8 +223,7 @@ class AsyncEngine:
             PipelineError: the engine is not running.
         """
         self._check()
-        request = self._front.make(prompt, params, client)
-        return self._add(request)
+        return self._add(self._front.make(prompt, params, client))
 
     async def generate(self, prompt: str | Sequence[int], params: SamplingParams) -> RequestOutput:
         """One request, to its end. Cancelling the call cancels the request."""
@@ -260,10 +268,16 @@ class AsyncEngine:
         if not self.ready:
             raise PipelineError("the engine is not running; await start() first")
 
-    def _add(self, request: Request) -> RequestStream:
-        step = self._front.book.add(request)
-        stream = self._streams[request.number] = RequestStream(self, request)
-        self._perform(taken(step))
+    def _add(self, requests: list[Request]) -> RequestStream:
+        stream = RequestStream(self, requests)
+        try:
+            for request in requests:
+                step = self._front.book.add(request)
+                self._streams[request.number] = stream
+                self._perform(taken(step))
+        except OverloadedError:
+            stream.cancel()  # all completions or none
+            raise
         return stream
 
     def _cancel(self, request: Request) -> None:
@@ -311,7 +325,7 @@ class AsyncEngine:
         self.failure = error
         self._front.book.fail()
         streams, self._streams = self._streams, {}
-        for stream in streams.values():
+        for stream in dict.fromkeys(streams.values()):
             stream._put(PipelineError(str(error)))
         self._end_watching()
         self._broken.set()

@@ -1,7 +1,8 @@
 """The book of requests: where each one stands, as a state machine without I/O.
 
 Fronts (``LLM``, ``AsyncEngine``) put requests in and the verifier's messages; out come events for
-the requests' owners and messages for the verifier. Every request gets exactly one last event.
+the requests' owners and messages for the verifier. Every request gets exactly one last event: when
+the verifier has let go of it, or, where the front finds a stop string, at once.
 
 ::
 
@@ -15,12 +16,21 @@ the requests' owners and messages for the verifier. Every request gets exactly o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Any
 
 from ..errors import OverloadedError, PipelineError
-from ..params import FinishReason, Provenance, RequestOutput, SamplingParams, SpeculationRecord, StreamEvent
+from ..params import (
+    FinishReason,
+    Provenance,
+    RequestOutput,
+    SamplingParams,
+    SpeculationRecord,
+    StreamEvent,
+    TokenLogprob,
+)
 from ..pipeline.messages import Cancel, Committed, Finished, Submit
 from .detokenize import Detokenizer
 from .queue import FairQueue
@@ -35,9 +45,10 @@ class State(Enum):
     """The verifier has it; no token yet."""
     DECODING = auto()
     STOPPED = auto()
-    """A stop string is complete; the verifier was told, its account of the request is due."""
+    """A stop string is complete and the last event is out; the verifier was told, and has the request
+    until it answers."""
     CANCELLED = auto()
-    """Its owner gave up; the same."""
+    """Its owner gave up; the verifier was told, its account of the request is due."""
     DONE = auto()
 
 
@@ -99,7 +110,12 @@ class Limits:
 
 
 class Request:
-    """One request on the front's side. Times are the front's monotonic clock, seconds."""
+    """One completion on the front's side. Times are the front's monotonic clock, seconds.
+
+    Args:
+        params: resolved (``resolve``). ends: token ids that end it; they are none of its text.
+        index: which of its prompt's completions it is.
+    """
 
     def __init__(
         self,
@@ -110,12 +126,17 @@ class Request:
         params: SamplingParams,
         detokenizer: Detokenizer,
         context_limit: int,
+        ends: frozenset[int] = frozenset(),
+        index: int = 0,
         client: str = "",
     ):
         self.number, self.prompt, self.prompt_ids, self.params = number, prompt, prompt_ids, params
-        self.detokenizer, self.client = detokenizer, client
+        self.detokenizer, self.ends, self.index, self.client = detokenizer, ends, index, client
         self.state = State.QUEUED
         self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+        self.record = SpeculationRecord()
+        """Of the rounds heard of: what counts where only the front knows the end."""
         self.steps = Steps()
         self.output: RequestOutput | None = None
         self.added_s = 0.0
@@ -123,6 +144,62 @@ class Request:
         self.first_s: float | None = None
         self.cost = min(len(prompt_ids) + params.max_tokens, context_limit)
         """Tokens it may come to occupy."""
+
+    def commit(self, message: Committed) -> StreamEvent:
+        """Take in a round's tokens, to the one that completes a stop string (``detokenizer.stopped``)."""
+        self.record.count_round(drafted=message.drafted, accepted=message.depth)
+        if message.hit is not None:
+            self.record.count_lookup(message.hit)
+        # One at a time: tokens after the one that completed a stop string do not count.
+        pieces: list[str] = []
+        for token in message.tokens:
+            # The token that ends a request is none of its text, as in vLLM.
+            said = token not in self.ends or self.params.include_stop_str_in_output
+            pieces.append(self.detokenizer.add([token]) if said else "")
+            if self.detokenizer.stopped:
+                break
+        kept = tuple(message.tokens[: len(pieces)])
+        accepted = min(message.accepted, len(kept))
+        rest: Provenance = "plain" if message.origin == "plain" else "bonus"
+        self.token_ids.extend(kept)
+        self.steps.add(message.drafted, message.accepted)
+        logprobs = None
+        if self.logprobs is not None and message.logprobs is not None:
+            logprobs = read_logprobs(kept, message.logprobs)
+            self.logprobs.extend(logprobs)
+        return StreamEvent(
+            text="".join(pieces),
+            token_ids=kept,
+            accepted=accepted,
+            pieces=tuple(pieces),
+            provenance=tuple(message.origin if i < accepted else rest for i in range(len(kept))),
+            drafted=message.drafted,
+            committed_s=message.committed_s,
+            logprobs=logprobs,
+            index=self.index,
+        )
+
+    def end(self, reason: FinishReason, record: SpeculationRecord, decode_s: float) -> StreamEvent:
+        """The last event, with the output."""
+        text = self.detokenizer.finish()
+        # Bytes held back may complete a stop string at the very end.
+        if self.detokenizer.stopped and reason != "cancelled":
+            reason = "stop"
+        last = self.token_ids[-1] if self.token_ids else None
+        stopped_by = self.detokenizer.found or (last if last in self.params.stop_token_ids else None)
+        self.output = RequestOutput(
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_ids,
+            text=self.detokenizer.text,
+            token_ids=tuple(self.token_ids),
+            finish_reason=reason,
+            speculation=record,
+            decode_s=decode_s,
+            stop_reason=stopped_by if reason == "stop" else None,
+            logprobs=None if self.logprobs is None else tuple(self.logprobs),
+            index=self.index,
+        )
+        return StreamEvent(text=text, token_ids=(), accepted=0, output=self.output, index=self.index)
 
     def move(self, what: Input) -> None:
         try:
@@ -152,7 +229,7 @@ class RequestBook:
     def __init__(self, limits: Limits | None = None, clock: Callable[[], float] = time.perf_counter):
         self.limits, self._clock = limits or Limits(), clock
         self.live: dict[int, Request] = {}
-        """Without a last event yet."""
+        """Waiting, or known to the verifier."""
         self._queue = FairQueue()
         self.tokens = 0
         """What ``limits.tokens`` bounds."""
@@ -192,7 +269,7 @@ class RequestBook:
         request.move(Input.CANCEL)
         if request.state is State.DONE:
             self._queue.remove(request.client, number)
-            return Step(events=[self._end(request, "cancelled", SpeculationRecord(), 0.0)], send=self._dispatch())
+            return Step(events=self._close(request, "cancelled", SpeculationRecord(), 0.0), send=self._dispatch())
         return Step(send=[Cancel(request=number)] if before in (State.SENT, State.DECODING) else [])
 
     def handle(self, message: Committed | Finished) -> Step:
@@ -206,10 +283,9 @@ class RequestBook:
             return Step()
         if isinstance(message, Committed):
             return self._commit(request, message)
-        cancelled = request.state is State.CANCELLED
-        reason = "cancelled" if cancelled else "stop" if request.state is State.STOPPED else message.reason
+        reason = "cancelled" if request.state is State.CANCELLED else message.reason
         request.move(Input.FINISH)
-        return Step(events=[self._end(request, reason, message.record, message.decode_s)], send=self._dispatch())
+        return Step(events=self._close(request, reason, message.record, message.decode_s), send=self._dispatch())
 
     def fail(self) -> list[Request]:
         """The pipeline is gone: forget all requests, none gets another event. Returns them."""
@@ -234,45 +310,29 @@ class RequestBook:
             return Step()
         if request.first_s is None:
             request.first_s = self._clock()
-        # One at a time: tokens after the one that completed a stop string do not count.
-        pieces: list[str] = []
-        for token in message.tokens:
-            pieces.append(request.detokenizer.add([token]))
-            if request.detokenizer.stopped:
-                break
-        kept = message.tokens[: len(pieces)]
-        accepted = min(message.accepted, len(kept))
-        rest: Provenance = "plain" if message.origin == "plain" else "bonus"
-        request.token_ids.extend(kept)
-        request.steps.add(message.drafted, message.accepted)
-        event = StreamEvent(
-            text="".join(pieces),
-            token_ids=tuple(kept),
-            accepted=accepted,
-            pieces=tuple(pieces),
-            provenance=tuple(message.origin if i < accepted else rest for i in range(len(kept))),
-            drafted=message.drafted,
-            committed_s=message.committed_s,
-        )
+        event = request.commit(message)
         if request.detokenizer.stopped:
+            # The rest of the block, and what the verifier decodes until it hears of it, does not count.
             request.move(Input.STOP)
-            return Step(events=[(request, event)], send=[Cancel(request=request.number)])
+            last = request.end("stop", request.record, message.decode_s)
+            return Step(events=[(request, event), (request, last)], send=[Cancel(request=request.number)])
         return Step(events=[(request, event)])
 
-    def _end(
+    def _close(
         self, request: Request, reason: FinishReason, record: SpeculationRecord, decode_s: float
-    ) -> tuple[Request, StreamEvent]:
+    ) -> list[tuple[Request, StreamEvent]]:
+        """Nobody has the request any more. Its last event, if that is not out."""
         del self.live[request.number]
         self.tokens -= request.cost
-        text = request.detokenizer.finish()
-        request.output = RequestOutput(
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_ids,
-            text=request.detokenizer.text,
-            token_ids=tuple(request.token_ids),
-            # Bytes held back may complete a stop string at the very end.
-            finish_reason="stop" if request.detokenizer.stopped and reason != "cancelled" else reason,
-            speculation=record,
-            decode_s=decode_s or self._clock() - (request.first_s or request.added_s),
-        )
-        return request, StreamEvent(text=text, token_ids=(), accepted=0, output=request.output)
+        if request.output is not None:
+            return []
+        decode_s = decode_s or self._clock() - (request.first_s or request.added_s)
+        return [(request, request.end(reason, record, decode_s))]
+
+
+def read_logprobs(tokens: Sequence[int], columns: Sequence[Sequence[Any]]) -> tuple[TokenLogprob, ...]:
+    """Of the first tokens of a ``Committed`` message, from its ``logprobs``."""
+    return tuple(
+        TokenLogprob(token_id=token, logprob=value, rank=rank, top=tuple(zip(ids, values, strict=True)))
+        for token, value, rank, ids, values in zip(tokens, *columns, strict=False)
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ from ..config import Config, load_config, resolve_model_path
 from ..errors import RequestError, UsageError, WorkerError
 from ..models.loading import load_tokenizer, read_config
 from ..models.vocabulary import shared_vocabulary
-from ..params import SamplingParams, StreamEvent
+from ..params import SamplingParams, StreamEvent, completion_seed
 from ..pipeline.build import Plan, check_sizes
 from ..pipeline.launch import roles
 from ..pipeline.messages import Committed, Failed, Finished, Hello, Message, Ready, RoundReport, Timings, Welcome
 from .book import Limits, Request, RequestBook, Step
 from .detokenize import Detokenizer
+from .resolve import resolve
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,16 +76,15 @@ class Front:
     def tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=True)["input_ids"])
 
-    def make(self, prompt: str | Sequence[int], params: SamplingParams, client: str = "") -> Request:
-        """A request, checked, not yet in the book.
+    def make(self, prompt: str | Sequence[int], params: SamplingParams, client: str = "") -> list[Request]:
+        """The requests of a prompt, one for each completion, checked, not yet in the book.
 
         Raises: RequestError.
         """
         if isinstance(prompt, str):
             text, ids = prompt, self.tokenize(prompt)
         else:
-            ids = [int(token) for token in prompt]
-            text = ""
+            text, ids = None, [int(token) for token in prompt]
         if not ids:
             raise RequestError("the prompt is empty; give at least one token")
         limit = self.config.engine.max_model_len
@@ -97,15 +97,28 @@ class Front:
             raise RequestError(f"prompt token ids must be in [0, {size})")
         if params.method in ("sd", "ssd") and self.config.draft is None:
             raise RequestError(f"method {params.method} needs a draft; this configuration has none")
-        return Request(
-            number=next(self._numbers),
-            prompt=text if isinstance(prompt, str) else self.tokenizer.decode(ids),
-            prompt_ids=tuple(ids),
-            params=params,
-            detokenizer=Detokenizer(self.tokenizer, params.stop),
-            context_limit=limit,
-            client=client,
-        )
+        text = self.tokenizer.decode(ids) if text is None else text
+        params = resolve(params, self.tokenizer, vocabulary=self.plan.vocabulary, ends=self.plan.ends)
+        ends = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.plan.ends)
+        return [
+            Request(
+                number=next(self._numbers),
+                index=index,
+                prompt=text,
+                prompt_ids=tuple(ids),
+                params=replace(params, n=1, seed=completion_seed(params.seed, index)) if params.n > 1 else params,
+                ends=ends,
+                detokenizer=Detokenizer(
+                    self.tokenizer,
+                    params.stop,
+                    include_stop=params.include_stop_str_in_output,
+                    min_tokens=params.min_tokens,
+                ),
+                context_limit=limit,
+                client=client,
+            )
+            for index in range(params.n)
+        ]
 
     def take(self, role: str, message: Message) -> Taken:
         """Raises: UsageError or WorkerError: the worker cannot go on; PipelineError: it is out of turn."""

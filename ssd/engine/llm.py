@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ class LLM:
     ):
         self._front = Front(config, overrides=overrides)
         self.config, self.tokenizer = self._front.config, self._front.tokenizer
-        self._events: dict[int, list[StreamEvent]] = {}
+        self._events: dict[int, deque[StreamEvent]] = {}
         """Not yet given out, of the requests being streamed."""
         self._pipeline = launch(self._front.plan)
         try:
@@ -73,7 +75,8 @@ class LLM:
         prompts: str | Sequence[str] | Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Complete every prompt (text, or token ids), in order.
+        """Complete every prompt (text, or token ids), in order. With ``n`` > 1 an output is the
+        prompt's first completion and ``outputs`` are all of them.
 
         Raises:
             RequestError: an empty prompt, one too long for the context, or as many parameters
@@ -87,7 +90,8 @@ class LLM:
             each = list(params)
         if len(each) != len(listed):
             raise RequestError(f"{len(listed)} prompts but {len(each)} sampling parameters")
-        requests = [self._front.make(prompt, p) for prompt, p in zip(listed, each, strict=True)]
+        groups = [self._front.make(prompt, p) for prompt, p in zip(listed, each, strict=True)]
+        requests = [request for group in groups for request in group]
         try:
             for request in requests:
                 self._perform(taken(self._front.book.add(request)))
@@ -95,12 +99,14 @@ class LLM:
                 self._pump()
         finally:
             self._abandon(requests)
-        return [request.output for request in requests if request.output is not None]
+        outputs = [[request.output for request in group if request.output is not None] for group in groups]
+        return [replace(first, others=tuple(others)) if others else first for first, *others in outputs]
 
     def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[StreamEvent]:
-        """Events as tokens commit; the last one carries the output. Closing the iterator cancels."""
-        request = self._front.make(prompt, params or SamplingParams())
-        return self._stream(request)
+        """Events as tokens commit; a completion's last one carries its output. Closing the iterator
+        cancels."""
+        requests = self._front.make(prompt, params or SamplingParams())
+        return self._stream(requests)
 
     def timings(self, *, reset: bool = False) -> dict[str, float | None]:
         """Medians over recent rounds in ms: ``round_ms``, ``hit_round_ms``, ``forward_ms``, ``draft_ms``."""
@@ -131,17 +137,20 @@ class LLM:
                 raise self._front.late
             self._pump(starting=True)
 
-    def _stream(self, request: Request) -> Iterator[StreamEvent]:
-        events = self._events[request.number] = []
+    def _stream(self, requests: list[Request]) -> Iterator[StreamEvent]:
+        events: deque[StreamEvent] = deque()
         try:
-            self._perform(taken(self._front.book.add(request)))
-            while request.output is None:
+            for request in requests:
+                self._events[request.number] = events
+                self._perform(taken(self._front.book.add(request)))
+            while any(request.output is None for request in requests):
                 self._pump()
                 while events:
-                    yield events.pop(0)
+                    yield events.popleft()
         finally:
-            del self._events[request.number]
-            self._abandon([request])
+            for request in requests:
+                self._events.pop(request.number, None)
+            self._abandon(requests)
 
     def _abandon(self, requests: list[Request]) -> None:
         """Those still running are cancelled."""

@@ -62,9 +62,12 @@ class ForwardRunner:
             device=model.device,
         )
         self.compile = compile
+        self.parameters = sum(weight.numel() for weight in model.parameters())
+        # On a CPU, half of a small model's time is that of calling its kernels: call them from C++.
+        self._options: dict[str, Any] = {"guard_filter_fn": _no_guards, "cpp_wrapper": self.device.type == "cpu"}
         self._prefill = RowPlan.sequential("prefill", prefill_chunk)
-        self._decode: dict[tuple, Callable[[Tensor, Tensor, _Layout], Tensor]] = {}
-        self._layouts: dict[RowPlan, _Layout] = {}
+        self._decode: dict[tuple, Callable[[Tensor, Tensor, Layout], Tensor]] = {}
+        self._layouts: dict[RowPlan, Layout] = {}
         self._view = self.cache.all_rows()
         self._compiled = 0
         slots, tier = self.cache.main_slots, FIRST_CONTEXT
@@ -79,34 +82,39 @@ class ForwardRunner:
         return next((context for context in self.contexts if context >= longest), self.contexts[-1])
 
     @torch.no_grad()
-    def forward(self, plan: RowPlan, tokens: Tensor, lengths: Tensor, *, longest: int) -> Tensor:
+    def forward(
+        self, plan: RowPlan, tokens: Tensor, lengths: Tensor, *, longest: int, layout: Layout | None = None
+    ) -> Tensor:
         """One decode forward of all slots.
 
         Args:
             tokens: ``[B, R]`` int64. lengths: ``[B]`` int64, L of every slot.
             longest: host-side maximum of ``lengths``.
+            layout: the plan's own by default; another one moves its rows (limits up to the plan's).
 
         Returns:
             logits ``[B, R, V]`` float32.
         """
         context = self.context_for(longest + max(plan.limits) + 1)
-        layout = self._layout(plan)
+        layout = layout or self._layout(plan)
         # Plans of one form (the steps of a draft tree) share one compiled shape.
         form = (plan.rows, plan.in_place, layout.mask is None, context)
         run = self._decode.get(form)
         if run is None:
             in_place = plan.in_place
 
-            def decode(tokens: Tensor, lengths: Tensor, layout: _Layout) -> Tensor:
+            def decode(tokens: Tensor, lengths: Tensor, layout: Layout) -> Tensor:
                 return self._logits(tokens, lengths, layout, in_place, context)
 
             run = self._decode[form] = self.compiled(decode)
         return run(tokens, lengths, layout)
 
-    def logits(self, plan: RowPlan, tokens: Tensor, lengths: Tensor, context: int) -> Tensor:
+    def logits(
+        self, plan: RowPlan, tokens: Tensor, lengths: Tensor, context: int, layout: Layout | None = None
+    ) -> Tensor:
         """``forward`` for a given context tier and never compiled by itself: for bodies handed to
         ``compiled``."""
-        return self._logits(tokens, lengths, self._layout(plan), plan.in_place, context)
+        return self._logits(tokens, lengths, layout or self._layout(plan), plan.in_place, context)
 
     def compiled(self, body: Callable[..., Any]) -> Callable[..., Any]:
         """``body`` compiled, if this runner compiles. Its arguments must always have the shapes of
@@ -119,7 +127,9 @@ class ForwardRunner:
         self._compiled += 1
         code = body.__code__.replace(co_name=f"{body.__name__}_{self._compiled}")
         own = FunctionType(code, body.__globals__, body.__name__, None, body.__closure__)
-        return torch.compile(own, fullgraph=True, dynamic=False, options={"guard_filter_fn": _no_guards})
+        return torch.compile(
+            own, fullgraph=True, dynamic=False, options={"guard_filter_fn": _no_guards, **self._options}
+        )
 
     @torch.no_grad()
     def prefill(self, slot: int, tokens: Sequence[int], start: int = 0) -> None:
@@ -142,21 +152,21 @@ class ForwardRunner:
             # The head runs on one row for nothing: transformers offers no "none".
             self.model(input_ids=ids.to(self.device), logits_to_keep=1, **inputs)
 
-    def warm_up(self, plans: Sequence[RowPlan]) -> None:
+    def warm_up(self, plans: Sequence[RowPlan], layout: Layout | None = None) -> None:
         """Run (and compile) every plan at every context once."""
         lengths = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
         for plan in plans:
             tokens = torch.zeros(self.batch, plan.rows, dtype=torch.int64, device=self.device)
             for context in self.contexts:
-                self.forward(plan, tokens, lengths, longest=context - max(plan.limits) - 1)
+                self.forward(plan, tokens, lengths, longest=context - max(plan.limits) - 1, layout=layout)
 
-    def _layout(self, plan: RowPlan) -> _Layout:
+    def _layout(self, plan: RowPlan) -> Layout:
         layout = self._layouts.get(plan)
         if layout is None:
-            layout = self._layouts[plan] = _Layout.of(plan, self.device)
+            layout = self._layouts[plan] = Layout.of(plan, self.device)
         return layout
 
-    def _logits(self, tokens: Tensor, lengths: Tensor, layout: _Layout, in_place: int, context: int) -> Tensor:
+    def _logits(self, tokens: Tensor, lengths: Tensor, layout: Layout, in_place: int, context: int) -> Tensor:
         logits = self.model(input_ids=tokens, **_inputs(self._view, layout, in_place, lengths, context)).logits
         return logits[..., : self.vocabulary].float()
 
@@ -165,20 +175,20 @@ def _no_guards(guards: list) -> list[bool]:
     return [False] * len(guards)
 
 
-class _Layout(NamedTuple):
-    """A ``RowPlan`` as tensors."""
+class Layout(NamedTuple):
+    """A ``RowPlan`` as tensors, the same for all sequences or (``[B, ..]``) each its own."""
 
     offsets: Tensor
-    """``[R]``"""
+    """``[R]`` or ``[B, R]``"""
     limits: Tensor
-    """``[R]``"""
+    """``[R]`` or ``[B, R]``"""
     scratch_slots: Tensor
     """``[R - in_place]``"""
     mask: Tensor | None
-    """``[R, X]``"""
+    """``[R, X]`` or ``[B, R, X]``"""
 
     @classmethod
-    def of(cls, plan: RowPlan, device: torch.device) -> _Layout:
+    def of(cls, plan: RowPlan, device: torch.device) -> Layout:
         spare = plan.rows - plan.in_place
         return cls(
             torch.tensor(plan.offsets, device=device),
@@ -188,7 +198,7 @@ class _Layout(NamedTuple):
         )
 
 
-def _inputs(view: CacheView, layout: _Layout, in_place: int, lengths: Tensor, context: int) -> dict[str, Any]:
+def _inputs(view: CacheView, layout: Layout, in_place: int, lengths: Tensor, context: int) -> dict[str, Any]:
     """Positions, mask and cache view of a forward, as the model's keyword arguments."""
     # Rows beyond the capacity mean nothing; they land on its last slot, which nothing attends.
     positions = (lengths[:, None] + layout.offsets).clamp(max=view.capacity - 1)

@@ -10,14 +10,18 @@ from typing import Any
 import torch
 
 from ..config import Config, ModelConfig, resolve_model_path
-from ..decoding.forecast import Forecast, fan_out
+from ..decoding.forecast import ConfidenceForecast, FanOutForecast, Forecast, fan_out
 from ..decoding.tree import TreeShape
 from ..errors import ConfigError
+from ..models import rows_linear
 from ..models.loading import lay_out_for_cpu, load_model
 from ..models.runner import ForwardRunner, can_compile
 from .draft import DraftWorker, scratch_slots
-from .frames import Frames
+from .frames import Frames, ProbsLayout
+from .rules import CandidateSampler, Judge, probs_layout
 from .verifier import VerifierWorker
+
+PACK_ABOVE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,18 +36,30 @@ class Plan:
     def shape(self) -> TreeShape:
         return TreeShape.comb(self.config.speculation.lookahead, self.config.speculation.siblings)
 
-    @property
-    def forecast(self) -> Forecast:
+    def forecast(self, device: str) -> Forecast:
         wanted = self.config.speculation.forecast
+        if wanted.shape == "confidence":
+            return ConfidenceForecast(self.shape, wanted.budget, wanted.sharpness, device)
         counts = fan_out(self.shape, wanted.budget, kind=wanted.shape, acceptance=wanted.acceptance, power=wanted.power)
-        return Forecast.plan(counts)
+        return FanOutForecast(self.shape, counts, device)
 
     @property
     def jit(self) -> bool:
         return self.config.speculation.fallback == "jit"
 
+    @property
+    def probs(self) -> ProbsLayout | None:
+        """How the draft's distributions travel; None under ``coupled``."""
+        wanted = self.config.speculation
+        return probs_layout(wanted.verify, self.shape, wanted.support, self.vocabulary)
+
     def frames(self) -> Frames:
-        return Frames(batch=self.config.engine.max_batch, branches=self.forecast.budget, nodes=self.shape.nodes)
+        return Frames(
+            batch=self.config.engine.max_batch,
+            branches=self.config.speculation.forecast.budget,
+            nodes=self.shape.nodes,
+            probs=self.probs,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {"config": self.config.model_dump(), "vocabulary": self.vocabulary, "ends": list(self.ends)}
@@ -100,13 +116,17 @@ def build_verifier(plan: Plan) -> tuple[VerifierWorker, dict[str, Any]]:
     worker = VerifierWorker(
         runner,
         shape=plan.shape,
-        forecast=plan.forecast,
         method=config.speculation.method,
         jit=plan.jit,
         strict=config.numerics == "strict",
+        governed=config.speculation.governor,
         ends=frozenset(plan.ends),
         max_model_len=config.engine.max_model_len,
     )
+    if plan.probs is not None:
+        worker.judge = Judge(
+            config.speculation.verify, plan.shape, plan.probs, batch=runner.batch, device=runner.device
+        )
     return worker, _warm(worker, config.target)
 
 
@@ -114,8 +134,11 @@ def build_draft(plan: Plan) -> tuple[DraftWorker, dict[str, Any]]:
     """The draft worker, warm, and what to tell about it. Raises: UsageError."""
     config = plan.config
     assert config.draft is not None
-    runner = _runner(plan, config.draft, scratch=scratch_slots(plan.shape, plan.forecast.budget))
-    worker = DraftWorker(runner, shape=plan.shape, forecast=plan.forecast)
+    runner = _runner(plan, config.draft, scratch=scratch_slots(plan.shape, config.speculation.forecast.budget))
+    forecast = plan.forecast(config.draft.device)
+    worker = DraftWorker(runner, shape=plan.shape, forecast=forecast)
+    if plan.probs is not None:
+        worker.sampler = CandidateSampler(plan.shape, forecast, plan.probs, scale=config.speculation.saguaro_c)
     return worker, _warm(worker, config.draft)
 
 
@@ -123,10 +146,8 @@ def _runner(plan: Plan, wanted: ModelConfig, *, scratch: int) -> ForwardRunner:
     folder = resolve_model_path(wanted.model)
     engine = plan.config.engine
     model = load_model(folder, dtype=wanted.dtype, device=wanted.device, max_positions=engine.max_model_len)
-    if torch.device(wanted.device).type == "cpu" and wanted.dtype == "float32":
-        lay_out_for_cpu(model)
     compile_ = can_compile() if wanted.compile == "auto" else wanted.compile
-    return ForwardRunner(
+    runner = ForwardRunner(
         model,
         batch=engine.max_batch,
         capacity=engine.max_model_len,
@@ -135,6 +156,13 @@ def _runner(plan: Plan, wanted: ModelConfig, *, scratch: int) -> ForwardRunner:
         vocabulary=plan.vocabulary,
         compile=compile_,
     )
+    if torch.device(wanted.device).type == "cpu" and wanted.dtype == "float32":
+        # Weights that stay in a core's own cache gain nothing.
+        if compile_ and runner.parameters * 4 > PACK_ABOVE_BYTES and rows_linear.available():
+            rows_linear.pack_linears(model)
+        else:
+            lay_out_for_cpu(model)
+    return runner
 
 
 def _warm(worker: VerifierWorker | DraftWorker, wanted: ModelConfig) -> dict[str, Any]:
@@ -144,7 +172,7 @@ def _warm(worker: VerifierWorker | DraftWorker, wanted: ModelConfig) -> dict[str
         worker.warm_up()
     return {
         "model": wanted.model,
-        "parameters": sum(p.numel() for p in runner.model.parameters()),
+        "parameters": runner.parameters,
         "dtype": wanted.dtype,
         "device": str(runner.device),
         "compiled": runner.compile,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..decoding.noise import gumbel
+from ..decoding.processors import Processors, ProcessorSettings
 from ..decoding.sampling import SamplingTensors, scores
 from ..params import SamplingParams
 
@@ -25,6 +26,7 @@ class Chooser:
 
     def __init__(self, batch: int, vocabulary: int, device: torch.device | str, *, horizon: int, compile: bool = False):
         self.params = SamplingTensors.empty(batch, device)
+        self.processors = Processors(batch, vocabulary, device)
         self._ahead = torch.arange(1, horizon + 1, device=device)
         self._vocabulary = vocabulary
         self._gumbel: Callable[..., Tensor] = torch.compile(gumbel, dynamic=False) if compile else gumbel
@@ -39,6 +41,28 @@ class Chooser:
             seed=params.seed,
         )
 
+    def process(
+        self, slot: int, params: SamplingParams, *, prompt: Sequence[int], output: Sequence[int], ends: Iterable[int]
+    ) -> None:
+        """Set the slot's logits processors, if its request asks for any. ``prompt`` and ``output``:
+        all its certain tokens. ``ends``: what ``min_tokens`` holds off."""
+        if not params.processed:
+            return
+        words = [word for word in params.bad_words if not isinstance(word, str)]
+        if len(words) < len(params.bad_words):
+            raise ValueError("bad_words reach the workers as token ids; the front resolves texts")
+        settings = ProcessorSettings(
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            logit_bias=tuple(dict(params.logit_bias).items()),
+            bad_words=tuple(words),
+            allowed_token_ids=params.allowed_token_ids,
+            min_tokens=params.min_tokens,
+            end_ids=tuple(token for token in ends if 0 <= token < self._vocabulary),
+        )
+        self.processors.set(slot, settings, prompt=prompt, output=output)
+
     def warm_up(self) -> None:
         """Compile the noise before a request needs it."""
         kept, self.params = self.params, self.params.with_row(0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
@@ -47,6 +71,7 @@ class Chooser:
 
     def clear(self, slot: int) -> None:
         self.set(slot, SamplingParams())
+        self.processors.clear(slot)
 
     def noise(self, lengths: Tensor) -> Tensor | None:
         """Noise ``[B, horizon, V]`` for the tokens at positions L + 1, L + 2, .. of every slot;
@@ -55,6 +80,9 @@ class Chooser:
             return None
         return self._gumbel(self.params.seed[:, None], lengths[:, None] + self._ahead, self._vocabulary)
 
-    def scores(self, logits: Tensor, noise: Tensor | None) -> Tensor:
-        """``[B, R, V]``; ``noise`` as many rows, or None."""
+    def scores(self, logits: Tensor, noise: Tensor | None, paths: Tensor | None = None) -> Tensor:
+        """``[B, R, V]``; ``noise`` as many rows, or None. ``paths`` as for ``Processors.apply``:
+        needed only while ``processors.active``."""
+        if self.processors.active:
+            logits = self.processors.apply(logits, paths)
         return scores(logits, self.params, noise)

@@ -9,14 +9,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..decoding.forecast import Forecast, bonus_guesses
+from ..decoding.forecast import Forecast
+from ..decoding.processors import TreePaths
+from ..decoding.sampling import perturbed, scores
+from ..decoding.support import DraftProbs
 from ..decoding.tree import ABSENT, TreeShape
 from ..models.rows import RowPlan
-from ..models.runner import ForwardRunner
+from ..models.runner import ForwardRunner, Layout
 from .chooser import Chooser
 from .frames import OutcomeFrame, RowState, SpeculationSet
 from .lookup import lookup
 from .messages import Admit
+from .rules import CandidateSampler, stacked
 
 
 @dataclass(slots=True)
@@ -41,40 +45,62 @@ class DraftWorker:
         self.runner, self.shape, self.forecast = runner, shape, forecast
         batch, device = runner.batch, runner.device
         self.rows: list[_Row | None] = [None] * batch
+        self._left: list[list[int]] = [[] for _ in range(batch)]
+        """Tokens whose keys and values the slot's last sequence left behind."""
         self.trees = torch.full((batch, shape.nodes), ABSENT)
         self.chooser = Chooser(batch, runner.vocabulary, device, horizon=2 * shape.depth + 1, compile=runner.compile)
         self._parents, self._depths = shape.parent_index(device), shape.depth_index(device)
-        self._nodes = torch.tensor(forecast.nodes, device=device)
-        self._ranks = torch.tensor(forecast.ranks, device=device)
+        self._paths = TreePaths(shape, device)
         self._glue = RowPlan.tree("glue", shape)
         self._step = RowPlan.sequential("jit", 1)
-        self._branches = branch_plans(shape, forecast)
+        self._branches = BranchSteps(shape, forecast.budget, device)
         self._width = 1 + self._siblings
+        self.sampler: CandidateSampler | None = None
+        """Under ``rejection`` and ``block``: draws the candidates."""
+        self.drafted_from: DraftProbs | None = None
+        """What ``draft_now``'s last trees were drawn from ``[B, I, m]``, if they were."""
         self._in_glue: set[int] = set()
-        self._whole: Callable[..., tuple[Tensor, Tensor]] | None = None
+        self._whole: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
         self._silence = torch.zeros(batch, 2 * shape.depth + 1, runner.vocabulary, device=device)
 
     @property
     def _siblings(self) -> int:
         return (self.shape.nodes - 1) // self.shape.depth - 1
 
+    @property
+    def _samples(self) -> bool:
+        """Whether candidates are drawn, not matched: some row samples, under a rule that compares
+        probabilities."""
+        return self.sampler is not None and self.chooser.params.random
+
     def warm_up(self) -> None:
         """Compile every form a round needs."""
-        self.runner.warm_up([self._glue, self._branches[0], self._step])
+        self.runner.warm_up([self._glue, self._step])
+        nodes = torch.zeros(len(self.rows), self.forecast.budget, dtype=torch.int64, device=self.runner.device)
+        self.runner.warm_up([self._branches.plans[0]], self._branches.layout(0, nodes))
         self.chooser.warm_up()
         lengths = torch.zeros(len(self.rows), dtype=torch.int64, device=self.runner.device)
         if self.runner.compile:
             self._grow_at_once(self.trees.to(lengths.device), lengths)
 
     def admit(self, message: Admit) -> None:
-        self.rows[message.slot] = _Row(list(message.tokens[:-1]), 0, message.forecasts)
+        self.release(message.slot)
+        tokens = list(message.tokens[:-1])
+        # A sequence that comes back after a time of plain decoding finds its keys where they were.
+        known = _common_prefix(tokens, self._left[message.slot])
+        self.rows[message.slot] = _Row(tokens, known, message.forecasts)
         self._in_glue.discard(message.slot)
         self.trees[message.slot] = ABSENT
         self.trees[message.slot, 0] = message.tokens[-1]
         self.chooser.set(message.slot, message.params)
+        length = len(message.tokens) if message.prompt_length is None else message.prompt_length
+        prompt, output = message.tokens[:length], message.tokens[length:]
+        self.chooser.processors.clear(message.slot)
+        self.chooser.process(message.slot, message.params, prompt=prompt, output=output, ends=message.ends)
 
     def release(self, slot: int) -> None:
-        if self.rows[slot] is not None:
+        if (row := self.rows[slot]) is not None:
+            self._left[slot] = row.tokens[: row.cached]
             self.rows[slot] = None
             self.trees[slot] = ABSENT
             self.chooser.clear(slot)
@@ -87,66 +113,114 @@ class DraftWorker:
         tokens = self.trees.to(self.runner.device)
         self._in_glue = {slot for slot, row in enumerate(self.rows) if row is not None}
         forecasting = torch.tensor([row is not None and row.forecasts for row in self.rows])
+        draft = self.sampler.nothing(batch, branches) if self.sampler is not None else None
         if forecasting.any():
             # Compiled for the shortest context only: it takes the compiler half a minute.
             short = longest + self.shape.depth < self.runner.contexts[0]
-            at_once = self.runner.compile and short and not self.chooser.params.filtered
+            plain = not (self.chooser.params.filtered or self.chooser.processors.active or self._samples)
+            at_once = self.runner.compile and short and plain
             if at_once:
-                guesses, trees = self._grow_at_once(tokens, lengths)
+                nodes, guesses, trees = self._grow_at_once(tokens, lengths)
             else:
-                guesses, trees = self._grow_stepwise(tokens, lengths, longest)
+                nodes, guesses, trees, drawn = self._grow_stepwise(tokens, lengths, longest)
+                draft = drawn if drawn is not None else draft
         else:
             # The accepted part of the tree will be needed all the same.
             self.runner.forward(self._glue, tokens.clamp(min=0), lengths, longest=longest)
+            nothing = torch.full((batch, branches), ABSENT)
             return SpeculationSet(
-                guesses=torch.full((batch, branches), ABSENT),
+                nodes=nothing,
+                guesses=nothing,
                 trees=torch.full((batch, branches, self.shape.nodes - 1), ABSENT),
+                draft=draft,
             )
         absent = ~forecasting[:, None]
         return SpeculationSet(
+            nodes=nodes.cpu(),
             guesses=guesses.cpu().masked_fill(absent, ABSENT),
             trees=trees.cpu().masked_fill(absent[..., None], ABSENT),
+            draft=draft,
         )
 
     def _grow(
-        self, forward: Callable[[RowPlan, Tensor], Tensor], score: Callable[[Tensor, Tensor], Tensor], tokens: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        forward: Callable[[RowPlan, Tensor, Layout | None], Tensor],
+        score: Callable[[Tensor, Tensor], Tensor],
+        pick: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor],
+        tokens: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The draft's half of a round: glue, forecast, K branch steps.
 
         Args:
-            forward: plan and row tokens ``[B, R]`` to logits ``[B, R, V]``. score: logits and how
-                far ahead of L each row's noise is ``[R]`` to scores. tokens: ``[B, W]``.
+            forward: plan, row tokens ``[B, R]`` and layout to logits ``[B, R, V]``. score: logits
+                and how far ahead of L each row's noise is ``[B, R]`` to scores. pick: logits, how
+                far ahead, the branches' nodes, the tokens fed and the step to the next candidates
+                ``[B, N, 1 + s]``, the chain's first. tokens: ``[B, W]``.
 
-        Returns: guesses ``[B, N]`` and trees ``[B, N, W - 1]``.
+        Returns: nodes and guesses ``[B, N]``, and trees ``[B, N, W - 1]``.
         """
-        scores = score(forward(self._glue, tokens.clamp(min=0)), self._depths)
-        guesses = bonus_guesses(scores, tokens, self._parents, self._nodes, self._ranks, max(self.forecast.ranks) + 1)
-        ranked, fed = [], guesses
-        for step, plan in enumerate(self._branches):
-            scores = score(forward(plan, fed), self._depths[self._nodes] + 1 + step)
-            ranked.append(_best(scores, self._width))
+        scores = score(forward(self._glue, tokens.clamp(min=0), None), self._depths.expand(len(tokens), -1))
+        nodes, guesses = self.forecast.outcomes(scores, tokens)
+        ranked, fed, depths = [], guesses, self._depths[nodes]
+        for step, plan in enumerate(self._branches.plans):
+            logits = forward(plan, fed, self._branches.layout(step, nodes))
+            ranked.append(pick(logits, depths + 1 + step, nodes, fed, step))
             fed = ranked[-1][..., 0]
-        return guesses, _comb_tokens(ranked)
+        return nodes, guesses, _comb_tokens(ranked)
 
-    def _grow_stepwise(self, tokens: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-        noise = self.chooser.noise(lengths)
-        return self._grow(
-            lambda plan, rows: self.runner.forward(plan, rows, lengths, longest=longest),
-            lambda logits, ahead: self.chooser.scores(logits, None if noise is None else noise[:, ahead]),
+    def _grow_stepwise(
+        self, tokens: Tensor, lengths: Tensor, longest: int
+    ) -> tuple[Tensor, Tensor, Tensor, DraftProbs | None]:
+        """Any parameters and rules. The last of the four: what the branches were drawn from
+        ``[B, N, I, m]``, if they were. Guesses are ranked with plain decoding's noise under every
+        rule: the bonus token is drawn with it too."""
+        noise, sampler, drawn = self.chooser.noise(lengths), self.sampler if self._samples else None, []
+        params, processors = self.chooser.params, self.chooser.processors
+        paths = above = self._paths.of(tokens) if processors.active else None
+
+        def score(logits: Tensor, ahead: Tensor) -> Tensor:
+            if processors.active:
+                logits = processors.apply(logits, paths)
+            return scores(logits, params, None if noise is None else _at(noise, ahead))
+
+        def pick(logits: Tensor, ahead: Tensor, nodes: Tensor, fed: Tensor, step: int) -> Tensor:
+            nonlocal paths
+            if above is not None and paths is not None:  # the path to a branch's node, its guess, its tokens so far
+                before = paths if step else above.gather(1, nodes[..., None].expand(-1, -1, above.shape[2]))
+                paths = torch.cat([before, fed[..., None]], dim=-1)
+            if sampler is None:
+                return _best(score(logits, ahead), self._width)
+            if processors.active:
+                logits = processors.apply(logits, paths)
+            found, draft = sampler.children(logits, params, lengths[:, None] + ahead - step, step)
+            drawn.append(draft)
+            return found
+
+        grown = self._grow(
+            lambda plan, rows, layout: self.runner.forward(plan, rows, lengths, longest=longest, layout=layout),
+            score,
+            pick,
             tokens,
         )
+        return *grown, stacked(drawn) if drawn else None
 
     @torch.no_grad()
-    def _grow_at_once(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def _grow_at_once(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same as one compiled function: the small draft's time is mostly that of being
-        called. Noise is zero while nothing samples; filters it cannot do."""
+        called. Noise is zero while nothing samples; filters and processors it cannot do."""
         if self._whole is None:
-            grow, runner, context = self._grow, self.runner, self.runner.contexts[0]
+            grow, runner, context, width = self._grow, self.runner, self.runner.contexts[0], self._width
 
-            def tree(tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+            def tree(
+                tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor
+            ) -> tuple[Tensor, Tensor, Tensor]:
+                def score(logits: Tensor, ahead: Tensor) -> Tensor:
+                    return perturbed(logits, _at(noise, ahead), temperature)
+
                 return grow(
-                    lambda plan, rows: runner.logits(plan, rows, lengths, context),
-                    lambda logits, ahead: torch.addcmul(logits, noise[:, ahead], temperature[:, None, None]),
+                    lambda plan, rows, layout: runner.logits(plan, rows, lengths, context, layout),
+                    score,
+                    lambda logits, ahead, nodes, fed, step: _best(score(logits, ahead), width),
                     tokens,
                 )
 
@@ -166,6 +240,8 @@ class DraftWorker:
             path = [0, *self.shape.path(node)]
             start = len(row.tokens)
             row.tokens.extend(self.trees[slot, path].tolist())
+            if self.chooser.processors.active:
+                self.chooser.processors.commit(slot, [*row.tokens[start + 1 :], int(frame.bonus[slot])])
             if slot in self._in_glue:
                 row.cached = len(row.tokens)
                 if node > self.shape.depth:  # off the chain: its keys stand in scratch
@@ -173,7 +249,7 @@ class DraftWorker:
         if moves:
             slots, scratch, positions = (torch.tensor(column) for column in zip(*moves, strict=True))
             self.runner.cache.keep(slots, scratch, positions)
-        trees, hit = lookup(frame.nodes, frame.bonus, speculation, self._nodes.cpu())
+        trees, hit = lookup(frame.nodes, frame.bonus, speculation)
         active = frame.states == RowState.ACTIVE
         self.trees = trees.masked_fill(~active[:, None], ABSENT)
         return hit & active
@@ -192,19 +268,35 @@ class DraftWorker:
         self._catch_up()
         lengths, longest = self._lengths()
         noise = self.chooser.noise(lengths)
-        fed, ranked = self.trees[:, :1].clamp(min=0).to(self.runner.device), []
+        fed, ranked, drawn = self.trees[:, :1].clamp(min=0).to(self.runner.device), [], []
+        paths = fed.new_empty(len(fed), 1, 0)
         for step in range(self.shape.depth):
             logits = self.runner.forward(self._step, fed, lengths + step, longest=longest + step)
-            scores = self.chooser.scores(logits, None if noise is None else noise[:, step : step + 1])
-            ranked.append(_best(scores, self._width))
+            if self.chooser.processors.active:
+                logits = self.chooser.processors.apply(logits, paths)
+            if self._samples and self.sampler is not None:
+                found, draft = self.sampler.children(logits, self.chooser.params, lengths[:, None], step)
+                ranked.append(found)
+                drawn.append(draft)
+            else:
+                ahead = None if noise is None else noise[:, step : step + 1]
+                ranked.append(_best(scores(logits, self.chooser.params, ahead), self._width))
             fed = ranked[-1][..., 0]
+            paths = torch.cat([paths, fed[..., None]], dim=-1)
+        if self.sampler is not None:
+            self.drafted_from = stacked(drawn)[:, 0] if drawn else self.sampler.nothing(len(self.rows))
         drafted = _comb_tokens(ranked)[:, 0].cpu().masked_fill(~missed[:, None], ABSENT)
         self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
         return drafted
 
     def _lengths(self) -> tuple[Tensor, int]:
-        lengths = [len(row.tokens) if row is not None else 0 for row in self.rows]
-        return torch.tensor(lengths, device=self.runner.device), max(lengths)
+        """L of every slot, and the longest in use. Rows of an empty slot are computed and mean
+        nothing: they land behind what its last sequence left."""
+        lengths = [
+            len(row.tokens if row is not None else left) for row, left in zip(self.rows, self._left, strict=True)
+        ]
+        longest = max((len(row.tokens) for row in self.rows if row is not None), default=0)
+        return torch.tensor(lengths, device=self.runner.device), longest
 
     def _catch_up(self) -> None:
         """Prefill what was committed without going through here."""
@@ -214,41 +306,64 @@ class DraftWorker:
                 row.cached = len(row.tokens)
 
 
-def branch_plans(shape: TreeShape, forecast: Forecast) -> list[RowPlan]:
+class BranchSteps:
     """The K steps of all N branches. Step s feeds every branch its s-th token.
 
-    Branch n continues node u: its rows attend the main slots of u's chain part, u's scratch
-    slot if u is a leaf off the chain, and the branch's own earlier steps. Scratch slots: leaves
-    of the tree first (as ``RowPlan.tree`` places them), then N for each step.
+    A branch that continues node u attends the main slots of u's chain part, u's scratch slot if
+    u is a leaf off the chain, and the branch's own earlier steps. Scratch slots: leaves of the
+    tree first (as ``RowPlan.tree`` places them), then N for each step. Which nodes the branches
+    continue is data: shapes, and compiled code, are the same in every round.
     """
-    chain, leaves, budget = shape.depth + 1, shape.nodes - shape.depth - 1, forecast.budget
-    scratch = leaves + budget * (shape.depth - 1)
-    plans = []
-    for step in range(shape.depth):
-        mask = []
-        for branch, node in enumerate(forecast.nodes):
-            attended = {leaves + earlier * budget + branch for earlier in range(step)}
-            if node >= chain:
-                attended.add(node - chain)
-            mask.append(tuple(slot in attended for slot in range(scratch + budget)))
-        depths = [shape.depths[node] for node in forecast.nodes]
-        plans.append(
+
+    def __init__(self, shape: TreeShape, budget: int, device: torch.device):
+        self._chain, self._leaves = shape.depth + 1, shape.nodes - shape.depth - 1
+        self._depths = shape.depth_index(device)
+        slots, deepest = self._leaves + budget * shape.depth, shape.depth
+        self._slots = torch.arange(slots, device=device)
+        own = torch.zeros(deepest, budget, slots, dtype=torch.bool)
+        for step in range(deepest):
+            for earlier in range(step):
+                start = self._leaves + earlier * budget
+                own[step, :, start : start + budget] = torch.eye(budget, dtype=torch.bool)
+        self._own = own.to(device)
+        self.plans = [
             RowPlan(
                 name=f"branch {step}",
-                offsets=tuple(depth + 1 + step for depth in depths),
-                # A leaf's own key stands in scratch, so main ends before its position.
-                limits=tuple(d + (node < chain) for d, node in zip(depths, forecast.nodes, strict=True)),
+                offsets=(deepest + 1 + step,) * budget,
+                limits=(deepest + 1,) * budget,
                 in_place=0,
-                scratch_start=leaves + step * budget,
-                scratch_mask=tuple(mask),
+                scratch_start=self._leaves + step * budget,
+                scratch_mask=tuple(tuple(row) for row in own[step].tolist()),
             )
-        )
-    return plans
+            for step in range(deepest)
+        ]
+        self._places = [
+            torch.arange(plan.scratch_start, plan.scratch_start + budget, device=device) for plan in self.plans
+        ]
+
+    def layout(self, step: int, nodes: Tensor) -> Layout:
+        """Of step ``step`` for branches that continue ``nodes [B, N]``."""
+        depths, leaf = self._depths[nodes], nodes >= self._chain
+        mask = self._own[step].expand(len(nodes), -1, -1)
+        if self._leaves:
+            mask = mask | (leaf[..., None] & (self._slots == (nodes - self._chain)[..., None]))
+        # A leaf's own key stands in scratch, so main ends before its position.
+        return Layout(depths + 1 + step, depths + (~leaf).long(), self._places[step], mask)
 
 
 def scratch_slots(shape: TreeShape, budget: int) -> int:
     """Scratch slots the draft's cache needs per sequence."""
     return shape.nodes - shape.depth - 1 + budget * shape.depth
+
+
+def _at(noise: Tensor, ahead: Tensor) -> Tensor:
+    """Rows ``ahead [B, R]`` of noise ``[B, horizon, V]``."""
+    return noise[torch.arange(len(noise), device=noise.device)[:, None], ahead]
+
+
+def _common_prefix(one: list[int], other: list[int]) -> int:
+    length = min(len(one), len(other))
+    return next((i for i in range(length) if one[i] != other[i]), length)
 
 
 def _best(scores: Tensor, width: int) -> Tensor:

@@ -3,8 +3,12 @@
 ::
 
     outcome frame (verifier → draft)      header(4) · rows [B, 3]: state, node u, bonus t
-    speculation frame (draft → verifier)  header(4) · guesses [B, N] · trees [B, N, W - 1]
+    speculation frame (draft → verifier)  header(4) · nodes, guesses [B, N] · trees [B, N, W - 1]
     tree frame (draft → verifier, jit)    header(4) · trees [B, W - 1]
+
+Under verification rules that need them (``rejection``, ``block``), the draft's frames end with what
+each inner node's children were drawn from: ``[B, N, I]`` (``[B, I]`` in a tree frame) distributions
+as ``ProbsLayout`` lays them out.
 
 The header is magic, round, and two words of the frame's own: the outcome frame carries how many
 control messages must have been applied and what comes next, the draft's frames carry how long
@@ -19,6 +23,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from ..decoding.support import DraftProbs
 from ..errors import LinkError
 
 MAGIC = 0x55D00001
@@ -46,6 +51,39 @@ class RowState(IntEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ProbsLayout:
+    """How the draft's distributions of a tree travel: per inner node, m token ids and the bits of
+    m float32 weights; of whole rows the weights only."""
+
+    inner: int
+    """I, nodes with children."""
+    size: int
+    """m <= V."""
+    vocabulary: int
+
+    @property
+    def whole(self) -> bool:
+        return self.size == self.vocabulary
+
+    @property
+    def words(self) -> int:
+        """Of one tree."""
+        return self.inner * self.size * (1 if self.whole else 2)
+
+    def pack(self, draft: DraftProbs) -> Tensor:
+        """Flat int32 of ``[*R, I, m]``."""
+        bits = draft.probs.to(torch.float32).contiguous().view(torch.int32)
+        return (bits if self.whole else torch.cat([draft.tokens.to(torch.int32), bits], dim=-1)).flatten()
+
+    def unpack(self, raw: Tensor, *shape: int) -> DraftProbs:
+        """``[*shape, I, m]``; checked by ``DraftProbs.dense`` only, since anything may come."""
+        rows = raw.view(*shape, self.inner, -1)
+        bits = rows[..., -self.size :].contiguous().view(torch.float32)
+        tokens = torch.arange(self.size).expand(bits.shape) if self.whole else rows[..., : self.size].long()
+        return DraftProbs(tokens, bits)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OutcomeFrame:
     round: int
     control_count: int
@@ -60,23 +98,28 @@ class OutcomeFrame:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeculationSet:
-    """A speculation per forecast outcome. Guess and tree of branch n answer node ``nodes[n]`` of
-    the forecast plan, which both sides know."""
+    """A speculation per forecast outcome: branch n prepares for (``nodes[n]``, ``guesses[n]``)."""
 
+    nodes: Tensor
+    """``[B, N]`` int64 nodes u of the tree under verification."""
     guesses: Tensor
     """``[B, N]`` int64 bonus tokens; ``ABSENT`` where no branch was prepared."""
     trees: Tensor
     """``[B, N, W - 1]`` int64 node tokens below the bonus; ``ABSENT`` where there is none."""
+    draft: DraftProbs | None = None
+    """``[B, N, I, m]``, what inner nodes' children were drawn from; under rules that need it."""
 
 
 class Frames:
-    """Packs and unpacks the frames of one pipeline: batch B, branches N, tree nodes W."""
+    """Packs and unpacks the frames of one pipeline: batch B, branches N, tree nodes W; ``probs``:
+    how the draft's distributions go along, if they do."""
 
-    def __init__(self, *, batch: int, branches: int, nodes: int):
-        self.batch, self.branches, self.nodes = batch, branches, nodes
+    def __init__(self, *, batch: int, branches: int, nodes: int, probs: ProbsLayout | None = None):
+        self.batch, self.branches, self.nodes, self.probs = batch, branches, nodes, probs
+        words = probs.words if probs is not None else 0
         self.outcome_size = HEADER + batch * 3
-        self.speculation_size = HEADER + batch * branches * nodes
-        self.tree_size = HEADER + batch * (nodes - 1)
+        self.speculation_size = HEADER + batch * branches * (nodes + 1 + words)
+        self.tree_size = HEADER + batch * (nodes - 1 + words)
 
     def new(self, size: int) -> Tensor:
         return torch.zeros(size, dtype=torch.int32)
@@ -102,30 +145,47 @@ class Frames:
         )
 
     def pack_speculation(self, speculation: SpeculationSet, round: int, spent_us: int) -> Tensor:
-        body = torch.cat([speculation.guesses.flatten(), speculation.trees.flatten()])
-        return _pack(body, round, spent_us, 0)
+        body = torch.cat([t.flatten() for t in (speculation.nodes, speculation.guesses, speculation.trees)])
+        return _pack(body, round, spent_us, 0, self._packed(speculation.draft))
 
     def unpack_speculation(self, raw: Tensor, round: int) -> tuple[SpeculationSet, int]:
         """The set and the draft's time in µs."""
         spent_us, _ = _check(raw, round)
-        body, cut = raw[HEADER:].long(), self.batch * self.branches
+        cut, end = self.batch * self.branches, HEADER + self.batch * self.branches * (self.nodes + 1)
+        body = raw[HEADER:end].long()
         return SpeculationSet(
-            guesses=body[:cut].view(self.batch, self.branches),
-            trees=body[cut:].view(self.batch, self.branches, self.nodes - 1),
+            nodes=body[:cut].view(self.batch, self.branches),
+            guesses=body[cut : 2 * cut].view(self.batch, self.branches),
+            trees=body[2 * cut :].view(self.batch, self.branches, self.nodes - 1),
+            draft=self.probs.unpack(raw[end:], self.batch, self.branches) if self.probs is not None else None,
         ), spent_us
 
-    def pack_trees(self, trees: Tensor, round: int, spent_us: int) -> Tensor:
-        return _pack(trees, round, spent_us, 0)
+    def pack_trees(self, trees: Tensor, round: int, spent_us: int, draft: DraftProbs | None = None) -> Tensor:
+        """``draft`` ``[B, I, m]`` under rules that need it."""
+        return _pack(trees, round, spent_us, 0, self._packed(draft))
 
     def unpack_trees(self, raw: Tensor, round: int) -> tuple[Tensor, int]:
         """``[B, W - 1]`` int64 and the draft's time in µs."""
         spent_us, _ = _check(raw, round)
-        return raw[HEADER:].view(self.batch, self.nodes - 1).long(), spent_us
+        end = HEADER + self.batch * (self.nodes - 1)
+        return raw[HEADER:end].view(self.batch, self.nodes - 1).long(), spent_us
+
+    def unpack_tree_probs(self, raw: Tensor) -> DraftProbs | None:
+        """Of a tree frame: ``[B, I, m]``, under rules that need it."""
+        if self.probs is None:
+            return None
+        return self.probs.unpack(raw[HEADER + self.batch * (self.nodes - 1) :], self.batch)
+
+    def _packed(self, draft: DraftProbs | None) -> Tensor | None:
+        if self.probs is None:
+            return None
+        assert draft is not None, "this rule's trees travel with what they were drawn from"
+        return self.probs.pack(draft)
 
 
-def _pack(body: Tensor, round: int, first: int, second: int) -> Tensor:
+def _pack(body: Tensor, round: int, first: int, second: int, probs: Tensor | None = None) -> Tensor:
     header = torch.tensor([MAGIC_INT32, round & 0x7FFFFFFF, min(first, 2**31 - 1), second], dtype=torch.int32)
-    return torch.cat([header, body.flatten().to(torch.int32)])
+    return torch.cat([header, body.flatten().to(torch.int32), *([] if probs is None else [probs])])
 
 
 def _check(raw: Tensor, round: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..decoding.support import DraftProbs
 from ..errors import LinkError, PipelineError
 from ..params import SpeculationRecord
 from .control import ControlLane
@@ -58,7 +59,8 @@ def draft_loop(
         LinkError: the verifier vanished in mid-round.
         PipelineError: an announced message did not come.
     """
-    frames = Frames(batch=len(worker.rows), branches=worker.forecast.budget, nodes=worker.shape.nodes)
+    probs = worker.sampler.probs if worker.sampler is not None else None
+    frames = Frames(batch=len(worker.rows), branches=worker.forecast.budget, nodes=worker.shape.nodes, probs=probs)
     incoming = frames.new(frames.outcome_size)
     applied = round_number = 0
 
@@ -102,7 +104,7 @@ def draft_loop(
                 began = time.perf_counter()
                 drafted = worker.draft_now(missed)
                 spent_us = int((time.perf_counter() - began) * 1e6)
-                link.send(frames.pack_trees(drafted, round_number, spent_us))
+                link.send(frames.pack_trees(drafted, round_number, spent_us, worker.drafted_from))
         round_number += 1
 
 
@@ -151,6 +153,7 @@ class DraftSide:
         self.link, self.lane, self.frames = link, lane, frames
         self.in_round = False
         self.round = self.told = 0
+        self._waited_s = 0.0
         self._speculation = frames.new(frames.speculation_size)
         self._trees = frames.new(frames.tree_size)
 
@@ -170,12 +173,30 @@ class DraftSide:
             nodes=verdict.outcome.node,
             bonus=verdict.outcome.bonus,
         )
-        self.link.exchange(self.frames.pack_outcome(frame), self._speculation, meanwhile)
+        busy_s = 0.0
+
+        def timed() -> None:
+            nonlocal busy_s
+            began = time.perf_counter()
+            meanwhile()
+            busy_s = time.perf_counter() - began
+
+        began = time.perf_counter()
+        self.link.exchange(self.frames.pack_outcome(frame), self._speculation, timed)
+        self._waited_s += time.perf_counter() - began - busy_s
         return self.frames.unpack_speculation(self._speculation, self.round)
 
-    def receive_trees(self) -> tuple[torch.Tensor, int]:
+    def receive_trees(self) -> tuple[torch.Tensor, DraftProbs | None]:
+        began = time.perf_counter()
         self.link.receive(self._trees)
-        return self.frames.unpack_trees(self._trees, self.round)
+        self._waited_s += time.perf_counter() - began
+        trees, _ = self.frames.unpack_trees(self._trees, self.round)
+        return trees, self.frames.unpack_tree_probs(self._trees)
+
+    def take_waited_s(self) -> float:
+        """Seconds spent waiting for the draft since the last call."""
+        waited_s, self._waited_s = self._waited_s, 0.0
+        return waited_s
 
     def stop(self) -> None:
         with contextlib.suppress(PipelineError):  # it may be gone already
@@ -207,20 +228,20 @@ def verifier_loop(
             message = front.receive(0)
         if not alive():
             return
-        admitted = worker.admit()
+        admitted, told = worker.admit(), worker.introduce()
         try:
-            for _, told in admitted:
-                if told is not None and draft is not None:
-                    draft.tell(told)
+            for message in told:
+                assert draft is not None
+                draft.tell(message)
         except PipelineError as error:
             draft = _lose(worker, front, draft, error)
-        for slot, _ in admitted:  # after telling the draft: both prefill side by side
+        for slot in admitted:  # after telling the draft: both prefill side by side
             worker.prefill(slot)
         if worker.idle and not (draft is not None and draft.in_round):
             last_end = None
             continue
-        if admitted:
-            last_end = None
+        if admitted or told:
+            last_end = None  # prefills are no part of a round
         began = worker.clock()
         verdict = worker.verify()
         timer.add("forward", verdict.forward_s)
@@ -232,9 +253,13 @@ def verifier_loop(
             worker.advance(verdict, None)
         now = worker.clock()
         if last_end is not None:
+            waited_s = draft.take_waited_s() if draft is not None else 0.0
+            worker.observe(verdict, seconds=now - last_end, waited_s=waited_s)
             timer.add("round", now - last_end)
             if all_hit:
                 timer.add("hit_round", now - last_end)
+        elif draft is not None:
+            draft.take_waited_s()
         last_end = now
         if timer.watching is not None:
             front.send(timer.report(began, now, len(verdict.commits), worker))
@@ -281,8 +306,7 @@ def _finish_round(
     waiting = bool(missed.any())
     if waiting and draft.in_round:
         began = worker.clock()
-        drafted, _ = draft.receive_trees()
-        worker.fill(missed, drafted)
+        worker.fill(missed, *draft.receive_trees())
         timer.add("jit", worker.clock() - began)
     draft.round += 1
     return not waiting and worker.speculating
@@ -291,24 +315,29 @@ def _finish_round(
 def _report(front: ControlLane, verdict: Verdict, worker: VerifierWorker) -> None:
     now = worker.clock()
     for commit in verdict.commits:
+        sequence = commit.sequence
+        decode_s = now - sequence.started_s
         front.send(
             Committed(
                 request=commit.request,
                 tokens=commit.tokens,
                 accepted=commit.accepted,
+                depth=commit.depth,
                 drafted=commit.drafted,
+                hit=commit.hit,
                 origin=commit.origin,
                 committed_s=now,
+                decode_s=decode_s,
+                logprobs=None if commit.logprobs is None else list(commit.logprobs),
             )
         )
         if commit.finished is not None:
-            sequence = commit.sequence
             front.send(
                 Finished(
                     request=commit.request,
                     reason=commit.finished,
                     record=sequence.record,
-                    decode_s=worker.clock() - sequence.started_s,
+                    decode_s=decode_s,
                 )
             )
 

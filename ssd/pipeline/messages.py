@@ -7,7 +7,7 @@ bounded before anything is allocated; nothing is pickled.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import msgpack
@@ -44,6 +44,10 @@ class Admit:
     params: SamplingParams
     forecasts: bool
     """Prepare for its outcomes (``ssd``), or only draft when it waits (``sd``)."""
+    prompt_length: int | None = None
+    """How many of the tokens are the prompt; None: all."""
+    ends: list[int] = field(default_factory=list)
+    """Token ids that may not come before ``min_tokens``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,16 +74,26 @@ class Timings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Committed:
-    """Verifier → front: tokens that became certain in one round."""
+    """Verifier → front: tokens that became certain in one round, and what the round was: where the
+    front finds a stop string, it alone knows with which round the request ended."""
 
     request: int
     tokens: list[int]
     accepted: int
+    """How many of the tokens were drafted."""
+    depth: int = 0
+    """How many drafted ones the round accepted, before any cut."""
     drafted: int = 0
     """Draft tokens the round verified for it."""
+    hit: bool | None = None
+    """Whether the round's tree was found prepared; None if none was looked up."""
     origin: Origin = "plain"
     committed_s: float = 0.0
     """On the verifier's monotonic clock."""
+    decode_s: float = 0.0
+    """Seconds since the end of prefill."""
+    logprobs: list[list] | None = None
+    """The four fields of ``decoding.logprobs.Logprobs`` for these tokens, if asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

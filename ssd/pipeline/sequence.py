@@ -22,11 +22,20 @@ class Sequence:
     ends: frozenset[int]
     """Token ids that end it."""
     started_s: float = 0.0
+    at_draft: bool = False
+    """Whether the draft has it."""
+    hit: bool | None = None
+    """Whether the tree now under verification was found prepared; None if none was looked up."""
     record: SpeculationRecord = field(default_factory=SpeculationRecord)
 
     @property
     def generated(self) -> int:
         return len(self.tokens) + 1 - self.prompt_length
+
+    def prompt_and_output(self) -> tuple[list[int], list[int]]:
+        """All certain tokens, the root among them."""
+        certain = [*self.tokens, self.root]
+        return certain[: self.prompt_length], certain[self.prompt_length :]
 
     def commit(self, path: list[int], bonus: int) -> tuple[list[int], FinishReason | None]:
         """Append a round's tokens: accepted ones and the bonus.
@@ -44,14 +53,3 @@ class Sequence:
             if self.generated >= self.params.max_tokens or len(self.tokens) + 1 >= self.context_limit:
                 return emitted, "length"
         return emitted, None
-
-    def observe(self, drafted: int, accepted: int) -> None:
-        """Count one round."""
-        record = self.record
-        record.rounds += 1
-        record.tokens += accepted + 1
-        record.drafted += drafted
-        record.accepted += accepted
-        missing = accepted + 1 - len(record.accepted_histogram)
-        record.accepted_histogram.extend([0] * missing)
-        record.accepted_histogram[accepted] += 1

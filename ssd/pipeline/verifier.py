@@ -11,7 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..decoding.forecast import Forecast
+from ..decoding.logprobs import Logprobs, token_logprobs
+from ..decoding.processors import TreePaths
+from ..decoding.sampling import perturbed, scores
+from ..decoding.support import DraftProbs
 from ..decoding.tree import ABSENT, TreeShape
 from ..decoding.verify import Outcome, verify_coupled
 from ..models.rows import RowPlan
@@ -19,8 +22,10 @@ from ..models.runner import ForwardRunner
 from ..params import FinishReason, Method, Origin
 from .chooser import Chooser
 from .frames import RowState, SpeculationSet
+from .governor import Governor, Round
 from .lookup import lookup
 from .messages import Admit, Submit
+from .rules import Judge
 from .sequence import Sequence
 
 
@@ -31,9 +36,13 @@ class Commit:
     request: int
     tokens: list[int]
     accepted: int
+    depth: int
+    """Drafted tokens the round accepted, before any cut."""
     drafted: int
+    hit: bool | None
     origin: Origin
     finished: FinishReason | None
+    logprobs: Logprobs | None
     sequence: Sequence
 
 
@@ -56,7 +65,7 @@ class VerifierWorker:
         method: of requests that do not choose one. jit: whether missed ``ssd`` rows wait for the
             draft (fallback ``jit``) or go on plainly (``none``).
         strict: every decode forward has the same rows, plain decoding too. Otherwise plain
-            rounds run one row a sequence.
+            rounds run one row a sequence. governed: decode plainly while speculation does not pay.
         ends: end-of-text ids. max_model_len: tokens of a sequence, prompt included.
     """
 
@@ -65,21 +74,25 @@ class VerifierWorker:
         runner: ForwardRunner,
         *,
         shape: TreeShape,
-        forecast: Forecast,
         method: Method,
         jit: bool,
         strict: bool,
+        governed: bool,
         ends: frozenset[int],
         max_model_len: int,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.runner, self.shape, self.jit = runner, shape, jit
         self.method: Method = method
+        self.governed = governed
+        self.governors: dict[Method, Governor] = {"sd": Governor(), "ssd": Governor()}
         self.strict, self.ends, self.max_model_len, self.clock = strict, ends, max_model_len, clock
         self.waiting: deque[Sequence] = deque()
         self.rows: list[Sequence | None] = [None] * runner.batch
         self.drafting = True
         """False once the draft is lost: everything decodes plainly from then on."""
+        self.judge: Judge | None = None
+        """Under ``rejection`` and ``block``: verifies the rows that sample."""
         self.trees = torch.full((runner.batch, shape.nodes), ABSENT)
         self.origins: list[Origin] = ["plain"] * runner.batch
         """Of the candidates in ``trees``."""
@@ -88,22 +101,42 @@ class VerifierWorker:
         self.chooser = Chooser(
             runner.batch, runner.vocabulary, runner.device, horizon=shape.depth + 1, compile=runner.compile
         )
-        self._parents, self._depths = shape.parent_index(), shape.depth_index()
-        self._ancestors = shape.ancestors()
-        self._plan_nodes = torch.tensor(forecast.nodes)
+        device = runner.device
+        self._parents, self._depths = shape.parent_index(device), shape.depth_index(device)
+        self._ancestors, self._paths = shape.ancestors(device), TreePaths(shape, device)
+        self._silence = torch.zeros(runner.batch, shape.depth + 1, runner.vocabulary, device=device)
+        self._deciders: dict[tuple[RowPlan, int], Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
         self._tree, self._one = RowPlan.tree("verify", shape), RowPlan.sequential("one", 1)
 
     def warm_up(self) -> None:
         """Compile every form a round needs."""
-        self.runner.warm_up([self._tree] if self.strict else [self._tree, self._one])
         self.chooser.warm_up()
+        lengths = torch.zeros(self.runner.batch, dtype=torch.int64, device=self.runner.device)
+        for plan in [self._tree] if self.strict else [self._tree, self._one]:
+            for context in self.runner.contexts:
+                self._decide(plan, context, self.trees[:, : plan.rows].to(lengths.device), lengths)
+        if not self.strict:
+            saving_s = self._forward_s(self._tree) - self._forward_s(self._one)
+            self.governors = {method: Governor(saving_s=saving_s) for method in self.governors}
+
+    def _forward_s(self, plan: RowPlan) -> float:
+        """Seconds of a forward: the best of a few."""
+        lengths = torch.zeros(self.runner.batch, dtype=torch.int64, device=self.runner.device)
+        best = float("inf")
+        for _ in range(5):
+            began = self.clock()
+            self._decide(plan, self.runner.contexts[0], self.trees[:, : plan.rows].to(lengths.device), lengths)
+            best = min(best, self.clock() - began)
+        return best
 
     @property
     def idle(self) -> bool:
         return not self.waiting and not any(self.rows)
 
     def speculates(self, row: Sequence | None) -> bool:
-        return self.drafting and row is not None and row.method in ("sd", "ssd")
+        if row is None or not self.drafting or row.method not in self.governors:
+            return False
+        return self.governors[row.method].speculating or not self.governed
 
     @property
     def speculating(self) -> bool:
@@ -140,20 +173,53 @@ class VerifierWorker:
                 return row
         return None
 
-    def admit(self) -> list[tuple[int, Admit | None]]:
-        """Give free slots to waiting requests: their slots, and what to tell the draft."""
-        admitted: list[tuple[int, Admit | None]] = []
+    def admit(self) -> list[int]:
+        """Give free slots to waiting requests; returns those slots."""
+        admitted = []
         for slot, row in enumerate(self.rows):
             if row is None and self.waiting:
                 row = self.rows[slot] = self.waiting.popleft()
                 self.chooser.set(slot, row.params)
                 self.trees[slot] = ABSENT
                 self.trees[slot, 0] = row.root
-                told = Admit(
-                    slot=slot, tokens=[*row.tokens, row.root], params=row.params, forecasts=row.method == "ssd"
-                )
-                admitted.append((slot, told if self.speculates(row) else None))
+                prompt, output = row.prompt_and_output()
+                self.chooser.process(slot, row.params, prompt=prompt, output=output, ends=self._held_off(row))
+                admitted.append(slot)
         return admitted
+
+    def introduce(self) -> list[Admit]:
+        """What to tell the draft of sequences that speculate from now on: new ones, and those that
+        decoded plainly for a while."""
+        told = []
+        for slot, row in enumerate(self.rows):
+            if row is not None and self.speculates(row) and not row.at_draft:
+                row.at_draft = True
+                told.append(
+                    Admit(
+                        slot=slot,
+                        tokens=[*row.tokens, row.root],
+                        params=row.params,
+                        forecasts=row.method == "ssd",
+                        prompt_length=row.prompt_length,
+                        ends=self._held_off(row),
+                    )
+                )
+        return told
+
+    def _held_off(self, row: Sequence) -> list[int]:
+        """Ids that may not come before ``min_tokens``. ``ignore_eos`` lets the output go on after
+        an end-of-text id; ``min_tokens`` holds the id off all the same (as in vLLM)."""
+        return sorted({*row.params.stop_token_ids, *self.ends}) if row.params.min_tokens else []
+
+    def observe(self, verdict: Verdict, *, seconds: float, waited_s: float) -> None:
+        """Show the governor how a round went. ``waited_s``: of it, for the draft."""
+        if not self.governed:
+            return
+        methods: set[Method] = {commit.sequence.method for commit in verdict.commits}
+        # A mixed batch says little about any one method.
+        if len(methods) == 1 and (governor := self.governors.get(methods.pop())) is not None:
+            tokens = sum(len(commit.tokens) for commit in verdict.commits)
+            governor.observe(Round(tokens=tokens, rows=len(verdict.commits), seconds=seconds, waited_s=waited_s))
 
     def prefill(self, slot: int) -> None:
         row = self.rows[slot]
@@ -167,26 +233,62 @@ class VerifierWorker:
         lengths_list = [len(row.tokens) if row is not None else 0 for row in self.rows]
         lengths = torch.tensor(lengths_list, device=self.runner.device)
         plan = self._plan()
-        tokens = self.trees[:, : plan.rows]
+        context = self.runner.context_for(max(lengths_list) + max(plan.limits) + 1)
+        tokens = self.trees[:, : plan.rows].to(self.runner.device)
         began = self.clock()
-        logits = self.runner.forward(
-            # A draft may send anything: what is no token is fed as some token, and never accepted.
-            plan,
-            tokens.clamp(0, self.runner.vocabulary - 1).to(self.runner.device),
-            lengths,
-            longest=max(lengths_list),
-        )
+        logits, outcome = self._decide(plan, context, tokens, lengths)
         forward_s = self.clock() - began
-        noise = self.chooser.noise(lengths)
-        if noise is not None:
-            noise = noise[:, list(plan.offsets)]
-        chosen = self.chooser.scores(logits, noise).argmax(-1).cpu()
-        rows = plan.rows
-        outcome = verify_coupled(
-            tokens, chosen, self._parents[:rows], self._depths[:rows], self._ancestors[:rows, :rows]
-        )
-        states, commits = self._commit(outcome, lengths_list)
+        states, commits = self._commit(outcome, lengths_list, logits)
         return Verdict(outcome=outcome, states=states, commits=commits, forward_s=forward_s)
+
+    @torch.no_grad()
+    def _decide(self, plan: RowPlan, context: int, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Outcome]:
+        """Forward, choice and verification as one compiled function: a round's many small
+        operations would cost as much as a layer. Filters and processors, which it cannot do, choose
+        anew. Returns logits ``[B, R, V]`` and the outcome."""
+        decide = self._deciders.get((plan, context))
+        if decide is None:
+            decide = self._deciders[plan, context] = self.runner.compiled(self._decider(plan, context))
+        noise = self.chooser.noise(lengths)
+        quiet = self._silence if noise is None else noise
+        logits, node, bonus = decide(tokens, lengths, self.chooser.params.temperature, quiet)
+        outcome = Outcome(node.cpu(), bonus.cpu())
+        judge = self.judge if noise is not None and plan.rows > 1 else None
+        if judge is not None or self.chooser.processors.active or self.chooser.params.filtered:
+            outcome = self._decide_anew(plan, tokens, lengths, logits, noise, judge)
+        return logits, outcome
+
+    def _decide_anew(
+        self, plan: RowPlan, tokens: Tensor, lengths: Tensor, logits: Tensor, noise: Tensor | None, judge: Judge | None
+    ) -> Outcome:
+        """The outcome with processors, filters and the rule."""
+        if self.chooser.processors.active:
+            paths = self._paths.of(self.trees.to(tokens.device))[:, : plan.rows]
+            logits = self.chooser.processors.apply(logits, paths)
+        ahead = None if noise is None else noise[:, self._depths[: plan.rows]]
+        chosen = scores(logits, self.chooser.params, ahead).argmax(-1)
+        matched = Outcome(*(t.cpu() for t in self._verify(tokens, chosen)))
+        if judge is None:
+            return matched
+        assert ahead is not None
+        return judge.decide(matched, chosen.cpu(), tokens.cpu(), logits, lengths, ahead, self.chooser.params)
+
+    def _decider(self, plan: RowPlan, context: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        runner, verify, ahead = self.runner, self._verify, self._depths[: plan.rows]
+
+        def decide(
+            tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            # A draft may send anything: what is no token is fed as some token, and never accepted.
+            logits = runner.logits(plan, tokens.clamp(0, runner.vocabulary - 1), lengths, context)
+            node, bonus = verify(tokens, perturbed(logits, noise[:, ahead], temperature).argmax(-1))
+            return logits, node, bonus
+
+        return decide
+
+    def _verify(self, tokens: Tensor, chosen: Tensor) -> Outcome:
+        rows = tokens.shape[1]
+        return verify_coupled(tokens, chosen, self._parents[:rows], self._depths[:rows], self._ancestors[:rows, :rows])
 
     def advance(self, verdict: Verdict, speculation: SpeculationSet | None) -> Tensor:
         """Next trees by lookup (``None``: no draft took part). Returns the rows ``[B]`` bool that
@@ -197,24 +299,29 @@ class VerifierWorker:
         missed = torch.zeros(len(self.rows), dtype=torch.bool)
         self.lookups = self.hits = 0
         if speculation is not None:
-            trees, hit = lookup(verdict.outcome.node, bonus, speculation, self._plan_nodes)
+            trees, hit = lookup(verdict.outcome.node, bonus, speculation)
+            if self.judge is not None:
+                self.judge.take(verdict.outcome.node, bonus, speculation)
             for slot, row in enumerate(self.rows):
                 if row is None or not self.speculates(row):
                     continue
                 if row.method == "ssd":
-                    row.record.lookups += 1
-                    row.record.hits += bool(hit[slot])
+                    row.hit = bool(hit[slot])
+                    row.record.count_lookup(row.hit)
                     self.lookups += 1
-                    self.hits += bool(hit[slot])
+                    self.hits += row.hit
                 self.origins[slot] = "hit" if hit[slot] else "miss"
                 missed[slot] = not hit[slot] and (self.jit or row.method == "sd")
         active = torch.tensor([row is not None for row in self.rows])
         self.trees = trees.masked_fill(~active[:, None], ABSENT)
         return missed
 
-    def fill(self, missed: Tensor, drafted: Tensor) -> None:
-        """Trees drafted now, ``[B, W - 1]``, for the rows that missed."""
+    def fill(self, missed: Tensor, drafted: Tensor, draft: DraftProbs | None = None) -> None:
+        """Trees drafted now, ``[B, W - 1]``, for the rows that missed; under rules that need it,
+        what they were drawn from ``[B, I, m]``."""
         self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
+        if self.judge is not None and draft is not None:
+            self.judge.fill(missed, draft)
 
     def lose_draft(self) -> None:
         """Go on plainly. Losslessness does not depend on the draft: only speed is lost."""
@@ -228,7 +335,7 @@ class VerifierWorker:
             return self._one
         return self._tree
 
-    def _commit(self, outcome: Outcome, lengths: list[int]) -> tuple[Tensor, list[Commit]]:
+    def _commit(self, outcome: Outcome, lengths: list[int], logits: Tensor) -> tuple[Tensor, list[Commit]]:
         states, commits = torch.zeros(len(self.rows), dtype=torch.int64), []
         moves: list[tuple[int, int, int]] = []
         for slot, (node, bonus) in enumerate(zip(outcome.node.tolist(), outcome.bonus.tolist(), strict=True)):
@@ -237,21 +344,31 @@ class VerifierWorker:
                 continue
             tree = self.trees[slot].tolist()
             depth, chain = self.shape.depths[node], self.shape.depth
-            drafted = sum(token != ABSENT for token in tree[1 : chain + 1])
-            row.observe(drafted, depth)
-            tokens, finished = row.commit([tree[n] for n in self.shape.path(node)], bonus)
+            drafted, path = sum(token != ABSENT for token in tree[1 : chain + 1]), self.shape.path(node)
+            row.record.count_round(drafted=drafted, accepted=depth)
+            tokens, finished = row.commit([tree[n] for n in path], bonus)
+            self.chooser.processors.commit(slot, tokens)
+            logprobs = None
+            if row.params.logprobs is not None:
+                rows = logits[slot, [0, *path][: len(tokens)]]
+                logprobs = token_logprobs(rows, tokens, row.params.logprobs)
             commits.append(
                 Commit(
                     request=row.request,
                     tokens=tokens,
                     accepted=min(depth, len(tokens)),
+                    depth=depth,
                     drafted=drafted,
+                    hit=row.hit,
                     origin=self.origins[slot] if drafted or depth else "plain",
                     finished=finished,
+                    logprobs=logprobs,
                     sequence=row,
                 )
             )
-            if self.speculates(row):
+            row.hit = None
+            row.at_draft = row.at_draft and self.speculates(row)
+            if row.at_draft:
                 states[slot] = RowState.FINISHED if finished else RowState.ACTIVE
             if finished:
                 self._free(slot)

@@ -10,7 +10,9 @@ import contextlib
 import itertools
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,31 +34,35 @@ class _Asked:
     def __init__(self, number: int, prompt: str | list[int], params: SamplingParams):
         self.number, self.prompt, self.params = number, prompt, params
         self.events: asyncio.Queue[StreamEvent | SSDError] = asyncio.Queue()
-        self.received = 0
-        """Tokens its reader was given."""
-        self.skip = 0
+        self.received: Counter[int] = Counter()
+        """Tokens its reader was given, by completion."""
+        self.skip: Counter[int] = Counter()
         """Tokens still to come that the reader knows: after asking again."""
+        self.ended: set[int] = set()
+        """Completions whose last event its reader was given."""
         self.over = False
 
     def put(self, event: StreamEvent) -> None:
         """Pass on what is new of an event."""
-        known = min(self.skip, len(event.token_ids))
-        self.skip -= known
-        if known and known == len(event.token_ids) and event.output is None:
+        index = event.index
+        known = min(self.skip[index], len(event.token_ids))
+        self.skip[index] -= known
+        if index in self.ended or (known and known == len(event.token_ids) and event.output is None):
             return
         if known:
-            event = StreamEvent(
+            event = replace(
+                event,
                 text="".join(event.pieces[known:]),
                 token_ids=event.token_ids[known:],
                 accepted=max(0, event.accepted - known),
-                output=event.output,
                 pieces=event.pieces[known:],
                 provenance=event.provenance[known:],
-                drafted=event.drafted,
-                committed_s=event.committed_s,
+                logprobs=None if event.logprobs is None else event.logprobs[known:],
             )
-        self.received += len(event.token_ids)
-        self.over = self.over or event.output is not None
+        self.received[index] += len(event.token_ids)
+        if event.output is not None:
+            self.ended.add(index)
+        self.over = self.over or len(self.ended) == self.params.n
         self.events.put_nowait(event)
 
     def fail(self, error: SSDError) -> None:
@@ -159,16 +165,16 @@ class AsyncClient:
         asked = _Asked(next(self._numbers), text, params or SamplingParams())
         self._asked[asked.number] = asked
         self._ask(asked)
+        left = asked.params.n
         try:
-            while True:
+            while left:
                 event = await asked.events.get()
                 if isinstance(event, SSDError):
                     raise event
-                if event.output is None:
+                left -= event.output is not None
+                if left:
                     self._send(wire.Credit(number=asked.number, events=1))
                 yield event
-                if event.output is not None:
-                    return
         finally:
             del self._asked[asked.number]
             if not asked.over:
@@ -188,10 +194,9 @@ class AsyncClient:
 
         async def one(prompt: str | Sequence[int], p: Any) -> RequestOutput:
             async with contextlib.aclosing(self.stream(prompt, p)) as events:
-                async for event in events:
-                    if event.output is not None:
-                        return event.output
-            raise PipelineError("the stream ended without an output")
+                outputs = [event.output async for event in events if event.output is not None]
+            first, *others = sorted(outputs, key=lambda output: output.index)
+            return replace(first, others=tuple(others)) if others else first
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -225,7 +230,7 @@ class AsyncClient:
             sent.add_done_callback(lambda future: future.cancelled() or future.exception())
 
     def _ask(self, asked: _Asked) -> None:
-        asked.skip = asked.received
+        asked.skip = asked.received.copy()
         self._send(wire.Ask(number=asked.number, prompt=asked.prompt, params=asked.params, credit=wire.CREDIT))
 
     async def _listen(self) -> None:

@@ -164,7 +164,8 @@ class LaneServer:
         elif isinstance(message, wire.Drop):
             if (stream := client.streams.get(message.number)) is not None:
                 stream.cancel()
-                client.credit[message.number].release()  # its last event may go out
+                for _ in stream.requests:
+                    client.credit[message.number].release()  # the last events may go out
         elif isinstance(message, wire.Ask):
             await self._ask(identity, client, message)
 

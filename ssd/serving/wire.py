@@ -26,7 +26,7 @@ from typing import Any, cast
 import msgpack
 
 from ..errors import OverloadedError, PipelineError, RequestError, SSDError, UsageError
-from ..params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent
+from ..params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent, TokenLogprob
 
 VERSION = 1
 MAX_MESSAGE_BYTES = 8 * 2**20
@@ -87,7 +87,7 @@ class Tokens:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Done:
-    """The last event, with the output."""
+    """A last event, with its output; one for every completion."""
 
     number: int
     event: StreamEvent
@@ -149,10 +149,17 @@ def decode(raw: bytes, expected: Any) -> Any:
 def _event(fields: dict[str, Any]) -> StreamEvent:
     output = fields["output"]
     if output is not None:
-        ids = {name: tuple(output[name]) for name in ("prompt_token_ids", "token_ids")}
-        output = RequestOutput(**{**output, **ids, "speculation": SpeculationRecord(**output["speculation"])})
+        read = {name: tuple(output[name]) for name in ("prompt_token_ids", "token_ids")}
+        read |= {"speculation": SpeculationRecord(**output["speculation"]), "logprobs": _logprobs(output["logprobs"])}
+        output = RequestOutput(**{**output, **read, "others": ()})  # each completion has its own last event
     lists = {name: tuple(fields[name]) for name in ("token_ids", "pieces", "provenance")}
-    return StreamEvent(**{**fields, **lists, "output": output})
+    return StreamEvent(**{**fields, **lists, "output": output, "logprobs": _logprobs(fields["logprobs"])})
+
+
+def _logprobs(fields: list[dict[str, Any]] | None) -> tuple[TokenLogprob, ...] | None:
+    if fields is None:
+        return None
+    return tuple(TokenLogprob(**{**token, "top": tuple(map(tuple, token["top"]))}) for token in fields)
 
 
 def _check(message: Any) -> None:

@@ -58,6 +58,17 @@ def test_missing_configuration(command: list[str]) -> None:
         (["--seed", "-1"], "seed must be"),
         (["--stop", ""], "stop strings"),
         (["--method", "magic"], "method must be one of"),
+        (["--repetition-penalty", "0"], "repetition_penalty must be"),
+        (["--presence-penalty", "3"], "presence_penalty and"),
+        (["--frequency-penalty", "-2.5"], "frequency_penalty must be"),
+        (["--logit-bias", "4"], "must look like ID=BIAS"),
+        (["--logit-bias", "4=101"], "logit_bias must"),
+        (["--bad-words", ""], "bad_words must be"),
+        (["--allowed-token-ids", "1,x"], "--allowed-token-ids '1,x' must be token ids"),
+        (["--stop-token-ids", ""], "--stop-token-ids '' must be token ids"),
+        (["--n", "2"], "temperature above 0"),
+        (["--min-tokens", "257"], "min_tokens must be"),
+        (["--logprobs", "21"], "logprobs must be"),
     ],
 )
 def test_bad_sampling_parameters(options: list[str], message: str) -> None:

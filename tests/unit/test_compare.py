@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import ssd
-from ssd.bench.compare import compare, count_ngrams, first_difference, parse_methods
+from ssd.bench.compare import Comparison, Mismatch, compare, count_ngrams, first_difference, parse_methods
 from ssd.bench.prompts import DEMO_PROMPTS, Prompt, load_prompts
 from ssd.bench.report import print_comparison
 from ssd.cli import app
@@ -38,6 +39,8 @@ METHOD_KEYS = {
 }
 TOP_KEYS = {
     "identical_all",
+    "identity_promised",
+    "verify",
     "prompts",
     "tokens",
     "seed",
@@ -320,3 +323,28 @@ def test_empty_prompt_file(tmp_path: Path) -> None:
 def test_demo_prompts_are_code_and_prose() -> None:
     assert [prompt.category for prompt in DEMO_PROMPTS] == ["code"] * 4 + ["prose"] * 2
     assert len({prompt.name for prompt in DEMO_PROMPTS}) == len(DEMO_PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("verify", "temperature", "promised"),
+    [("coupled", 1.0, True), ("rejection", 0.0, True), ("rejection", 0.7, False), ("block", 1.0, False)],
+)
+def test_identity_is_counted_where_it_is_promised(verify: str, temperature: float, promised: bool) -> None:
+    found = Comparison(
+        prompts=(),
+        methods=(),
+        seed=0,
+        temperature=temperature,
+        lookahead=3,
+        references={},
+        tallies={},
+        timings_ms={},
+        mismatches=(Mismatch(method="ssd", prompt="p", repeat=0, position=1),),
+        verify=verify,
+    )
+    console = Console(file=io.StringIO(), width=200)
+    print_comparison(found, console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert found.identity_promised == found.to_json()["identity_promised"] == promised
+    assert ("not promised" in said) == (not promised)
+    assert ("ssd differs" in said) == promised

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from ssd import LLM, RequestOutput, SamplingParams
+from ssd.pipeline.governor import Governor
 from ssd.pipeline.launch import InprocPipeline
 from ssd.testing.tiny import ARCHITECTURES
 
@@ -72,15 +73,15 @@ def total(outputs: list[RequestOutput], name: str) -> int:
 # K, siblings, budget, shape, fallback, batch, dtype: every value, and every pair that has once broken something.
 COVER = [
     (1, 0, 1, "uniform", "jit", 1, "float32"),
-    (2, 2, 12, "geometric", "none", 4, "float32"),
+    (2, 2, 12, "confidence", "none", 4, "float32"),
     (3, 1, 7, "geometric", "jit", 4, "bfloat16"),
-    (4, 0, 12, "uniform", "none", 1, "bfloat16"),
+    (4, 0, 12, "confidence", "none", 1, "bfloat16"),
     (5, 2, 30, "uniform", "jit", 1, "bfloat16"),
-    (6, 0, 24, "geometric", "jit", 4, "float32"),
-    (7, 1, 3, "uniform", "none", 4, "bfloat16"),
-    (8, 2, 48, "geometric", "jit", 4, "float32"),
+    (6, 0, 24, "confidence", "jit", 4, "float32"),
+    (7, 1, 3, "confidence", "none", 4, "bfloat16"),
+    (8, 2, 48, "confidence", "jit", 4, "float32"),
     (8, 0, 5, "geometric", "none", 1, "float32"),
-    (1, 2, 64, "geometric", "jit", 4, "bfloat16"),
+    (1, 2, 64, "confidence", "jit", 4, "bfloat16"),
 ]
 
 
@@ -258,3 +259,27 @@ def test_records_add_up(tiny_config: Configure) -> None:
         assert record.tokens - 4 <= len(output.token_ids) <= record.tokens
         assert record.hits <= record.lookups <= record.rounds
         assert record.drafted <= 4 * record.rounds
+
+
+@pytest.mark.parametrize("draft", ["noisy", "adversary"])
+@pytest.mark.parametrize("numerics", ["strict", "fast"])
+def test_governor_in_and_out(
+    draft: str, numerics: str, tiny_config: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A governor that changes its mind all the time: sequences leave the draft and come back."""
+    for name, value in {"MEMORY": 3, "TRIAL": 2, "REST": 2, "LONGEST_REST": 2}.items():
+        monkeypatch.setattr(f"ssd.pipeline.governor.{name}", value)
+    monkeypatch.setattr(Governor, "gain", property(lambda self: 0.0))
+    config = tiny_config(draft=draft, engine={"max_batch": 2}, speculation={"governor": True})
+    params = [replace(p, max_tokens=40) for p in (GREEDY, WARM, HOT)]
+    asked = prompts(3)
+    with LLM({**config, "numerics": numerics}, launch=InprocPipeline) as llm:
+        outputs = {method: run(llm, asked, params, method) for method in ("none", "ssd", "sd")}
+        assert llm.degraded is None
+    for method in ("ssd", "sd"):
+        if numerics == "strict":
+            assert [o.token_ids for o in outputs[method]] == [o.token_ids for o in outputs["none"]]
+        assert all(len(output.token_ids) == 40 for output in outputs[method])
+        for output in outputs[method]:
+            assert 3 * 2 <= output.speculation.drafted < 3 * output.speculation.rounds * 0.9
+    assert 0 < total(outputs["ssd"], "lookups") < total(outputs["ssd"], "rounds") * 0.9

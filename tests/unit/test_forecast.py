@@ -7,7 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd.decoding.forecast import SIBLING_SHARE, Forecast, bonus_guesses, exclude_children, fan_out, outcome_weights
+from ssd.decoding.forecast import (
+    SIBLING_SHARE,
+    ConfidenceForecast,
+    FanOutForecast,
+    exclude_children,
+    fan_out,
+    outcome_weights,
+)
 from ssd.decoding.tree import ABSENT, TreeShape
 
 rates = st.floats(0.05, 0.97)
@@ -44,7 +51,7 @@ def test_budget_is_spent(shape: TreeShape, budget: int, kind: str, acceptance: f
     assert len(counts) == shape.nodes
     assert sum(counts) == budget
     assert min(counts) >= 0
-    forecast = Forecast.plan(counts)
+    forecast = FanOutForecast(shape, counts)
     assert forecast.budget == budget
     assert [forecast.nodes.count(node) for node in range(shape.nodes)] == list(counts)
     assert len({*zip(forecast.nodes, forecast.ranks, strict=True)}) == budget
@@ -76,7 +83,7 @@ def test_unknown_kind() -> None:
 
 
 def test_plan_order() -> None:
-    forecast = Forecast.plan((2, 0, 3))
+    forecast = FanOutForecast(TreeShape.comb(2), (2, 0, 3))
     assert (forecast.nodes, forecast.ranks) == ((0, 0, 2, 2, 2), (0, 1, 0, 1, 2))
 
 
@@ -84,18 +91,16 @@ def test_plan_order() -> None:
 def test_guesses_equal_the_reference(data: st.DataObject, shape: TreeShape, vocabulary: int, batch: int) -> None:
     counts = [data.draw(st.integers(0, 4)) for _ in range(shape.nodes)]
     counts[0] += not sum(counts)
-    forecast = Forecast.plan(tuple(counts))
+    forecast = FanOutForecast(shape, tuple(counts))
     token = st.integers(ABSENT, vocabulary - 1)
     tokens = [[data.draw(token) for _ in range(shape.nodes)] for _ in range(batch)]
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     scores = torch.stack([torch.randperm(shape.nodes * vocabulary, generator=generator) for _ in range(batch)]).float()
     scores = scores.view(batch, shape.nodes, vocabulary)
     before = scores.clone()
-    parents, width = shape.parent_index(), 1 + max(forecast.ranks)
-    got = bonus_guesses(
-        scores, torch.tensor(tokens), parents, torch.tensor(forecast.nodes), torch.tensor(forecast.ranks), width
-    )
-    excluded = exclude_children(scores, torch.tensor(tokens), parents)
+    nodes, got = forecast.outcomes(scores, torch.tensor(tokens))
+    assert nodes.tolist() == [list(forecast.nodes)] * batch
+    excluded = exclude_children(scores, torch.tensor(tokens), shape.parent_index())
     assert torch.equal(scores, before)  # the caller's scores are not written to
     for row in range(batch):
         for node in range(shape.nodes):
@@ -105,3 +110,37 @@ def test_guesses_equal_the_reference(data: st.DataObject, shape: TreeShape, voca
             expected = left[: counts[node]]
             mine = [int(g) for g, n in zip(got[row], forecast.nodes, strict=True) if n == node]
             assert mine[: len(expected)] == expected
+
+
+@given(st.data(), st.builds(TreeShape.comb, st.integers(1, 3), st.integers(0, 2)), st.integers(1, 3))
+def test_the_likeliest_outcomes(data: st.DataObject, shape: TreeShape, batch: int) -> None:
+    """Against all outcomes and their probabilities under the confidence model, one by one."""
+    vocabulary, sharpness = 9, data.draw(st.sampled_from([0.5, 1.0, 2.0]))
+    budget = data.draw(st.integers(1, 9))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    scores = torch.randn(batch, shape.nodes, vocabulary, generator=generator, dtype=torch.float64)
+    tokens = torch.empty(batch, shape.nodes, dtype=torch.int64)
+    tokens[:, 0] = 0
+    for parent in range(shape.nodes):  # children of a node differ, some are absent
+        for row in range(batch):
+            children = list(shape.children(parent))
+            tokens[row, children] = torch.randperm(vocabulary, generator=generator)[: len(children)]
+    tokens[:, 1:][torch.rand(batch, shape.nodes - 1, generator=generator) < 0.2] = ABSENT
+    nodes, guesses = ConfidenceForecast(shape, budget, sharpness).outcomes(scores.float(), tokens)
+    law = (sharpness * scores).softmax(-1)
+    for row in range(batch):
+        likely: dict[tuple[int, int], float] = {}
+        for node in range(shape.nodes):
+            path = shape.path(node)
+            if any(tokens[row, n] == ABSENT for n in path):
+                continue
+            reached = 1.0
+            for step in path:
+                reached *= float(law[row, shape.parents[step - 1], tokens[row, step]])
+            below = {int(tokens[row, child]) for child in shape.children(node)}
+            for token in set(range(vocabulary)) - below:
+                likely[node, token] = reached * float(law[row, node, token])
+        assert sum(likely.values()) == pytest.approx(1)  # every outcome is counted, once
+        chosen = [likely[pair] for pair in zip(nodes[row].tolist(), guesses[row].tolist(), strict=True)]
+        assert len({*zip(nodes[row].tolist(), guesses[row].tolist(), strict=True)}) == budget
+        assert chosen == pytest.approx(sorted(likely.values(), reverse=True)[:budget], rel=1e-4)

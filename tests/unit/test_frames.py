@@ -36,11 +36,12 @@ def test_outcome(data: st.DataObject, frames: Frames, round: int, count: int, ne
 
 @given(st.data(), frames_of, ROUND, st.integers(0, 2**31 - 1))
 def test_speculation(data: st.DataObject, frames: Frames, round: int, spent_us: int) -> None:
-    guesses = tensor(data, frames.batch, frames.branches)
+    nodes, guesses = (tensor(data, frames.batch, frames.branches) for _ in range(2))
     trees = tensor(data, frames.batch, frames.branches, frames.nodes - 1)
-    raw = frames.pack_speculation(SpeculationSet(guesses=guesses, trees=trees), round, spent_us)
+    raw = frames.pack_speculation(SpeculationSet(nodes=nodes, guesses=guesses, trees=trees), round, spent_us)
     assert (raw.dtype, raw.shape) == (torch.int32, (frames.speculation_size,))
     back, spent = frames.unpack_speculation(raw, round)
+    assert torch.equal(back.nodes, nodes)
     assert torch.equal(back.guesses, guesses)
     assert torch.equal(back.trees, trees)
     assert spent == spent_us
@@ -105,11 +106,11 @@ def test_lookup_equals_the_reference(data: st.DataObject, batch: int, branches: 
         values = data.draw(st.lists(small, min_size=count, max_size=count))
         return torch.tensor(values, dtype=torch.int64).reshape(shape)
 
-    plan, nodes, bonus, guesses = draw(branches), draw(batch), draw(batch), draw(batch, branches) - 1
+    plan, nodes, bonus, guesses = draw(batch, branches), draw(batch), draw(batch), draw(batch, branches) - 1
     trees = torch.arange(batch * branches * below).view(batch, branches, below)
-    found, hit = lookup(nodes, bonus, SpeculationSet(guesses=guesses, trees=trees), plan)
+    found, hit = lookup(nodes, bonus, SpeculationSet(nodes=plan, guesses=guesses, trees=trees))
     for row in range(batch):
-        right = [n for n in range(branches) if plan[n] == nodes[row] and guesses[row, n] == bonus[row]]
+        right = [n for n in range(branches) if plan[row, n] == nodes[row] and guesses[row, n] == bonus[row]]
         expected = trees[row, right[0]].tolist() if right else [-1] * below
         assert bool(hit[row]) == bool(right)
         assert found[row].tolist() == [int(bonus[row]), *expected]

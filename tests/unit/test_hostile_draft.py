@@ -57,7 +57,8 @@ def test_tokens_out_of_the_air(
         batch, branches, below = len(self.rows), self.forecast.budget, self.shape.nodes - 1
         # Guesses over the whole vocabulary, so that some hit and the trees are verified.
         guesses = torch.randint(0, 128, (batch, branches), generator=generator)
-        return SpeculationSet(guesses=guesses, trees=random(batch, branches, below))
+        nodes = torch.randint(-1, self.shape.nodes + 1, (batch, branches), generator=generator)
+        return SpeculationSet(nodes=nodes, guesses=guesses, trees=random(batch, branches, below))
 
     def draft_now(self: DraftWorker, missed: Tensor) -> Tensor:
         trees = random(len(self.rows), self.shape.nodes - 1)
@@ -76,7 +77,7 @@ def test_trees_of_another_outcome(config: dict[str, Any], monkeypatch: pytest.Mo
 
     def shifted(self: DraftWorker) -> SpeculationSet:
         honest = speculate(self)
-        return SpeculationSet(guesses=honest.guesses, trees=honest.trees.roll(1, dims=1))
+        return replace(honest, trees=honest.trees.roll(1, dims=1))
 
     monkeypatch.setattr(DraftWorker, "speculate", shifted)
     assert check(config)[0] is None
@@ -89,7 +90,7 @@ def test_short_branches(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
     def holey(self: DraftWorker) -> SpeculationSet:
         honest = speculate(self)
         holes = torch.rand(honest.trees.shape, generator=generator) < 0.3
-        return SpeculationSet(guesses=honest.guesses, trees=honest.trees.masked_fill(holes, -1))
+        return replace(honest, trees=honest.trees.masked_fill(holes, -1))
 
     monkeypatch.setattr(DraftWorker, "speculate", holey)
     degraded, accepted = check(config)

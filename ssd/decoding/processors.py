@@ -1,0 +1,274 @@
+"""Logits processors: penalties, biases and bans, the same at every position a token is chosen.
+
+The order is vLLM's (``vllm/v1/sample/sampler.py``): tokens not allowed and bad words are
+excluded, end ids before ``min_tokens`` too, ``logit_bias`` is added, then come the penalties, and
+after them temperature, filters and noise (``sampling.py``). Excluded is a logit of -inf.
+
+A candidate's row chooses the token after its *own* path: penalties count the candidates above it,
+and bad words and ``min_tokens`` see them, just as if they had been decoded one by one. Counts are
+integers and every operation is per element, so a row's numbers are the same bits however its
+history splits into tokens committed and tokens on the path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .tree import ABSENT, TreeShape
+
+_EXCLUDED = float("-inf")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProcessorSettings:
+    """What one sequence asks for; ids below the vocabulary size. The defaults do nothing."""
+
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    min_tokens: int = 0
+    end_ids: tuple[int, ...] = ()
+    """Excluded from the first ``min_tokens`` tokens."""
+
+    @property
+    def penalizes(self) -> bool:
+        return self.repetition_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty)
+
+    @property
+    def biases(self) -> bool:
+        """Whether some tokens' logits change by the same amount at every position."""
+        return bool(self.logit_bias) or self.allowed_token_ids is not None or any(len(w) == 1 for w in self.bad_words)
+
+
+class _Words:
+    """Bad words of two tokens or more: ``N`` words, prefixes of at most T tokens."""
+
+    def __init__(self, words: Sequence[tuple[int, ...]], device: torch.device | str):
+        self.length = max(len(word) for word in words) - 1
+        padded = [[ABSENT] * (self.length - len(word) + 1) + list(word[:-1]) for word in words]
+        self.prefixes = torch.tensor(padded, device=device)  # [N, T], to the right
+        self.last = torch.tensor([word[-1] for word in words], device=device)  # [N]
+
+    def exclude(self, logits: Tensor, tails: Tensor) -> None:
+        """In place. logits ``[R, V]``; tails ``[R, T]``: the last tokens before each choice."""
+        complete = ((tails[:, None] == self.prefixes) | (self.prefixes == ABSENT)).all(-1)
+        # Added, not assigned: two words may end in the same token.
+        logits.index_add_(1, self.last, torch.zeros_like(complete, dtype=logits.dtype).masked_fill(complete, _EXCLUDED))
+
+
+class _Row:
+    """Host-side state of a slot."""
+
+    def __init__(self, settings: ProcessorSettings, output: Sequence[int], device: torch.device | str):
+        self.settings = settings
+        longer = [word for word in settings.bad_words if len(word) > 1]
+        self.words = _Words(longer, device) if longer else None
+        self.ends = torch.tensor(sorted(set(settings.end_ids)), dtype=torch.int64, device=device)
+        self.generated, self.tail = 0, []
+        self.extend(output)
+
+    def extend(self, output: Sequence[int]) -> None:
+        self.generated += len(output)
+        if self.words is not None:
+            self.tail = [*self.tail, *output][-self.words.length :]
+
+    @property
+    def too_short(self) -> bool:
+        """Whether its next token may not be its last."""
+        return self.generated < self.settings.min_tokens and len(self.ends) > 0
+
+    @property
+    def active(self) -> bool:
+        return self.settings.penalizes or self.settings.biases or self.words is not None or self.too_short
+
+
+class Processors:
+    """The processors of B slots. A batch in which no sequence needs any pays one attribute check.
+
+    Args:
+        vocabulary: V. Memory is taken when a sequence first needs it: 5 bytes per slot and token
+            of the vocabulary for penalties, 4 for biases.
+    """
+
+    def __init__(self, batch: int, vocabulary: int, device: torch.device | str):
+        self._batch, self._vocabulary, self._device = batch, vocabulary, device
+        self._rows: list[_Row | None] = [None] * batch
+        self._slots: list[int] = []
+        self._index = torch.empty(0, dtype=torch.int64, device=device)
+        self._counts: Tensor | None = None
+        """``[B, V]`` int32: how often a token is in the output."""
+        self._in_prompt: Tensor | None = None
+        """``[B, V]`` bool."""
+        self._bias: Tensor | None = None
+        """``[B, V]`` float32, -inf for tokens never chosen."""
+        self._penalties = torch.tensor([[1.0], [0.0], [0.0]], device=device).repeat(1, batch)
+        """Repetition, presence, frequency ``[3, B]`` float32; neutral where nothing is penalized."""
+        self._penalizes = self._biases = False
+        self.active = False
+        """Whether ``apply`` has anything to do."""
+
+    def set(self, slot: int, settings: ProcessorSettings, *, prompt: Sequence[int], output: Sequence[int] = ()) -> None:
+        """Begin a sequence. ``prompt`` and ``output``: all its certain tokens."""
+        self.clear(slot)
+        row = _Row(settings, output, self._device)
+        self._rows[slot] = row
+        if settings.penalizes:
+            self._set_penalties(slot, settings, prompt, output)
+        if settings.biases:
+            self._set_bias(slot, settings)
+        self._list_active()
+
+    def clear(self, slot: int) -> None:
+        row = self._rows[slot]
+        if row is None:
+            return
+        self._rows[slot] = None
+        if row.settings.penalizes:
+            self._penalties[:, slot] = torch.tensor([1.0, 0.0, 0.0])
+        if self._bias is not None and row.settings.biases:
+            self._bias[slot] = 0
+        self._list_active()
+
+    def commit(self, slot: int, tokens: Sequence[int]) -> None:
+        """Tokens of the output that became certain."""
+        row = self._rows[slot]
+        if row is None or not row.active:
+            return
+        row.extend(tokens)
+        if self._counts is not None and row.settings.penalizes:
+            self._counts[slot] += self._count(tokens)
+        if not row.active:
+            self._list_active()
+
+    def apply(self, logits: Tensor, paths: Tensor | None = None) -> Tensor:
+        """Processed logits; the argument is left as it is.
+
+        Args:
+            logits: float ``[B, R, V]``.
+            paths: int64 ``[B, R, D]``: what a row has before its choice beyond the certain tokens,
+                to the right, ``ABSENT`` before it; None: nothing.
+
+        Returns:
+            float32 ``[B, R, V]``; rows of slots without settings unchanged.
+        """
+        if not self.active:
+            return logits.to(torch.float32)
+        if paths is None:
+            paths = torch.empty(*logits.shape[:2], 0, dtype=torch.int64, device=logits.device)
+        paths = paths[self._index]
+        # What is no token belongs to a candidate that is never accepted.
+        paths.masked_fill_(paths >= self._vocabulary, ABSENT)
+        present = paths >= 0
+        rows = logits[self._index].to(torch.float32)
+        if self._biases:
+            assert self._bias is not None
+            rows += self._bias[self._index][:, None]
+        for at, slot in enumerate(self._slots):
+            row = self._rows[slot]
+            assert row is not None
+            if row.words is not None:
+                row.words.exclude(rows[at], _tails(row.tail, row.words.length, paths[at], present[at]))
+            if row.too_short:
+                short = row.generated + present[at].sum(-1) < row.settings.min_tokens
+                _exclude(rows[at], row.ends, short)
+        if self._penalizes:
+            self._penalize(rows, paths, present)
+        if len(self._slots) == self._batch:
+            return rows
+        return logits.to(torch.float32).index_copy(0, self._index, rows)
+
+    def _penalize(self, rows: Tensor, paths: Tensor, present: Tensor) -> None:
+        """In place, ``[A, R, V]``: repetition over prompt and output, presence and frequency over
+        the output (``vllm.model_executor.layers.utils.apply_penalties``; repetition: Keskar et al.
+        2019, arXiv 1909.05858, as in transformers)."""
+        assert self._counts is not None and self._in_prompt is not None
+        counts = self._counts[self._index][:, None].repeat(1, rows.shape[1], 1)
+        counts.scatter_add_(2, paths.clamp(min=0), present.to(counts.dtype))
+        repetition, presence, frequency = self._penalties[:, self._index, None, None]
+        in_output = counts > 0
+        seen = in_output | self._in_prompt[self._index][:, None]
+        penalized = torch.where(rows > 0, rows / repetition, rows * repetition)
+        rows.copy_(torch.where(seen, penalized, rows))
+        rows -= frequency * counts
+        rows -= presence * in_output
+
+    def _set_penalties(
+        self, slot: int, settings: ProcessorSettings, prompt: Iterable[int], output: Iterable[int]
+    ) -> None:
+        if self._counts is None or self._in_prompt is None:
+            shape = self._batch, self._vocabulary
+            self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
+            self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self._device)
+        self._counts[slot] = self._count(output)
+        self._in_prompt[slot] = self._count(prompt) > 0
+        self._penalties[:, slot] = torch.tensor(
+            [settings.repetition_penalty, settings.presence_penalty, settings.frequency_penalty]
+        )
+
+    def _set_bias(self, slot: int, settings: ProcessorSettings) -> None:
+        if self._bias is None:
+            self._bias = torch.zeros(self._batch, self._vocabulary, device=self._device)
+        bias = torch.zeros(self._vocabulary)
+        for token, value in settings.logit_bias:
+            bias[token] = value
+        if settings.allowed_token_ids is not None:
+            dropped = torch.ones(self._vocabulary, dtype=torch.bool)
+            dropped[list(settings.allowed_token_ids)] = False
+            bias[dropped] = _EXCLUDED
+        for word in settings.bad_words:
+            if len(word) == 1:
+                bias[word[0]] = _EXCLUDED
+        self._bias[slot] = bias.to(self._device)
+
+    def _count(self, tokens: Iterable[int]) -> Tensor:
+        counts = torch.bincount(torch.tensor(list(tokens), dtype=torch.int64), minlength=self._vocabulary)
+        return counts[: self._vocabulary].to(self._device, torch.int32)
+
+    def _list_active(self) -> None:
+        rows = [(slot, row) for slot, row in enumerate(self._rows) if row is not None and row.active]
+        slots = [slot for slot, _ in rows]
+        if slots != self._slots:
+            self._slots, self._index = slots, torch.tensor(slots, dtype=torch.int64, device=self._device)
+        self._penalizes = any(row.settings.penalizes for _, row in rows)
+        self._biases = any(row.settings.biases for _, row in rows)
+        self.active = bool(slots)
+
+
+class TreePaths:
+    """Node tokens of a tree to the paths its rows have before their choice."""
+
+    def __init__(self, shape: TreeShape, device: torch.device | str = "cpu"):
+        depth, nodes = shape.depth, shape.nodes
+        # To the right; what lies before a path is read from a column of ABSENT behind the nodes.
+        rows = [[nodes] * (depth - shape.depths[node]) + list(shape.path(node)) for node in range(nodes)]
+        self._index = torch.tensor(rows, dtype=torch.int64, device=device).reshape(nodes, depth)
+
+    def of(self, tokens: Tensor) -> Tensor:
+        """``[B, W, K]`` for node tokens ``[B, W]``. The root is certain, so on no path."""
+        absent = torch.full_like(tokens[:, :1], ABSENT)
+        return torch.cat([tokens, absent], dim=1)[:, self._index]
+
+
+def _exclude(logits: Tensor, tokens: Tensor, where: Tensor) -> None:
+    """In place. logits ``[R, V]``, tokens ``[E]`` different ones, where ``[R]`` bool."""
+    logits.index_copy_(1, tokens, logits[:, tokens].masked_fill(where[:, None], _EXCLUDED))
+
+
+def _tails(output: Sequence[int], length: int, paths: Tensor, present: Tensor) -> Tensor:
+    """The last ``length`` tokens before each row's choice, ``[R, length]``, ``ABSENT`` where the
+    output is shorter. ``output``: its end. paths, present: ``[R, D]``."""
+    certain = torch.tensor([ABSENT] * (length - len(output)) + list(output), dtype=torch.int64, device=paths.device)
+    both = torch.cat([certain.expand(len(paths), -1), paths], dim=1)
+    depth = present.sum(-1, keepdim=True)
+    back = torch.arange(length, 0, -1, device=paths.device)  # how far before the choice
+    width = both.shape[1]
+    # Between the certain tokens and a path that is not full lies a gap.
+    gap = torch.where(back > depth, paths.shape[1] - depth, 0)
+    return both.gather(1, width - back - gap)

@@ -1,0 +1,60 @@
+"""Sampling parameters against a vocabulary: token ids checked, bad words turned into ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from ..errors import RequestError
+from ..params import SamplingParams
+
+
+def resolve(params: SamplingParams, tokenizer: Any, *, vocabulary: int, ends: Iterable[int]) -> SamplingParams:
+    """The parameters as the workers take them.
+
+    Args:
+        vocabulary: V. ends: end-of-text ids.
+
+    Raises:
+        RequestError: a token id beyond the vocabulary; a bad word that no token spells; bans that
+            could leave nothing to choose from.
+    """
+    if not (params.processed or params.stop_token_ids):
+        return params
+    words = tuple(ids for word in params.bad_words for ids in _ids(word, tokenizer))
+    named = {
+        "stop_token_ids": params.stop_token_ids,
+        "logit_bias": dict(params.logit_bias),
+        "allowed_token_ids": params.allowed_token_ids or (),
+        "bad_words": [token for word in words for token in word],
+    }
+    for name, ids in named.items():
+        if wrong := [token for token in ids if token >= vocabulary]:
+            raise RequestError(f"{name} has token id {wrong[0]}; this model's token ids are below {vocabulary}")
+    # A longer bad word excludes its last token only now and then, but it could at the wrong time.
+    excluded = {word[-1] for word in words}
+    if params.min_tokens:
+        excluded |= {*ends, *params.stop_token_ids}
+    allowed = range(vocabulary) if params.allowed_token_ids is None else params.allowed_token_ids
+    if excluded and all(token in excluded for token in allowed):
+        raise RequestError(
+            "bad_words and min_tokens could exclude every token that may be chosen; widen allowed_token_ids or ban less"
+        )
+    return replace(params, bad_words=words)
+
+
+def _ids(word: str | tuple[int, ...], tokenizer: Any) -> list[tuple[int, ...]]:
+    """Token sequences a bad word stands for.
+
+    A text as vLLM reads it: at the beginning of a text, and, where that is a word of as many
+    tokens and another first one, after a space.
+    """
+    if not isinstance(word, str):
+        return [word]
+    text = word.lstrip()
+    bare = tuple(tokenizer.encode(text, add_special_tokens=False)) if text else ()
+    if not bare:
+        raise RequestError(f"bad_words: {word!r} is no token; give a text with more than spaces, or token ids")
+    spaced = tuple(tokenizer.encode(" " + text, add_special_tokens=False))
+    return [bare, spaced] if len(spaced) == len(bare) and spaced[0] != bare[0] else [bare]
