@@ -73,7 +73,7 @@ class ZmqLane:
 
     def fileno(self) -> int:
         """Becomes readable when something may have changed (edge-triggered): ``receive`` until None then."""
-        return self._socket.getsockopt(zmq.FD)
+        return int(self._socket.getsockopt(zmq.FD))
 
     def send(self, message: Message, *, wait: bool = True) -> None:
         """``wait=False``: fail at once if nobody is there."""

@@ -260,6 +260,7 @@ def _success(line: Line, answer: dict[str, Any]) -> dict[str, Any]:
         "id": line.id,
         "text": choice["text"],
         "finish_reason": choice["finish_reason"],
+        **({"logprobs": choice["logprobs"]} if choice["logprobs"] else {}),
         "usage": answer["usage"],
         "metrics": answer["metrics"],
     }

@@ -7,16 +7,27 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..engine.async_engine import AsyncEngine, RequestStream
-from ..errors import SSDError
-from ..params import RequestOutput, SamplingParams, StreamEvent
+from ..errors import RequestError, SSDError
+from ..params import RequestOutput, SamplingParams, StreamEvent, TokenLogprob
 from .chat import ChatTemplate
+from .logprobs import TokenBytes, chat_logprobs, completion_logprobs
 from .openai_errors import APIError, as_api_error
-from .protocol import COMPLETION_MAX_TOKENS, MAX_CHOICES, ChatBody, CompletionBody, read_body, sampling_params, seeds
+from .protocol import (
+    COMPLETION_MAX_TOKENS,
+    MAX_CHOICES,
+    ChatBody,
+    CompletionBody,
+    read_body,
+    refused,
+    sampling_params,
+    seeds,
+)
 
 AHEAD = 64
 """Events of all choices made ready for a reader; what follows waits with the requests."""
@@ -117,16 +128,23 @@ class Generation:
     """The requests of a job, running.
 
     Raises:
-        RequestError, OverloadedError, PipelineError: as ``AsyncEngine.submit``; none of them runs then.
+        APIError: the engine refuses a parameter. OverloadedError, PipelineError: as
+            ``AsyncEngine.submit``. None of them runs then.
     """
 
     def __init__(self, engine: AsyncEngine, job: Job, client: str):
         self.job = job
         self._lookahead = engine.config.speculation.lookahead if engine.config.draft is not None else 0
+        self._texts = TokenBytes(engine.tokenizer)
+        self._characters: Counter[int] = Counter()
+        """By choice, of the tokens whose log-probabilities went out."""
         self.streams: list[RequestStream] = []
         try:
             for prompt, params in job.choices:
                 self.streams.append(engine.submit(job.prompts[prompt], params, client=client))
+        except RequestError as error:
+            self.cancel()
+            raise refused(error) from None
         except SSDError:
             self.cancel()
             raise
@@ -154,7 +172,8 @@ class Generation:
                     if self.job.chat
                     else {"text": output.text}
                 )
-                choice = {"index": index, **text, "logprobs": None, "finish_reason": output.finish_reason}
+                logprobs = self._logprobs(index, output.logprobs)
+                choice = {"index": index, **text, "logprobs": logprobs, "finish_reason": output.finish_reason}
                 choices.append({**choice, "provenance": tokens} if self.job.provenance else choice)
         finally:
             self.cancel()
@@ -181,10 +200,11 @@ class Generation:
                 index, event = await events.get()
                 if isinstance(event, Exception):
                     raise event
-                if event.text or (self.job.provenance and event.token_ids):
+                logprobs = self._logprobs(index, event.logprobs)
+                if event.text or logprobs or (self.job.provenance and event.token_ids):
                     extra = {"provenance": _told(event), "drafted": event.drafted} if self.job.provenance else {}
                     text = {"delta": {"content": event.text}} if self.job.chat else {"text": event.text}
-                    yield self._chunk(index, {**text, **extra}, None)
+                    yield self._chunk(index, {**text, **extra}, None, logprobs)
                 if event.output is not None:
                     _check_end(event.output)
                     outputs[index] = event.output
@@ -205,8 +225,20 @@ class Generation:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _chunk(self, index: int, content: dict[str, Any], finish_reason: str | None) -> bytes:
-        choice = {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
+    def _logprobs(self, index: int, tokens: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+        """Of the next tokens of a choice."""
+        if not tokens:
+            return None
+        if self.job.chat:
+            return chat_logprobs(tokens, self._texts)
+        offset = self._characters[index]
+        self._characters[index] += sum(self._texts.characters(token.token_id) for token in tokens)
+        return completion_logprobs(tokens, self._texts, offset)
+
+    def _chunk(
+        self, index: int, content: dict[str, Any], finish_reason: str | None, logprobs: dict[str, Any] | None = None
+    ) -> bytes:
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
         usage = {"usage": None} if self.job.usage else {}
         return sse({**self.job.head, "choices": [choice], **usage})
 

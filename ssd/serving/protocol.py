@@ -6,7 +6,6 @@ fields that say nothing about the answer (``user``, ``metadata``).
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -15,10 +14,12 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from ..errors import RequestError
-from ..params import MAX_SEED, SamplingParams
-from .openai_errors import APIError
+from ..params import MAX_LOGPROBS, MAX_SEED, SamplingParams, completion_seed
+from .openai_errors import APIError, as_api_error
 
 MAX_STOPS = 16
+MAX_NAMED = 1024
+"""Entries of ``logit_bias`` and ``bad_words``."""
 MAX_CHOICES = 128
 """Prompts × n of one request."""
 COMPLETION_MAX_TOKENS = 16
@@ -46,6 +47,14 @@ PARAMETERS = (
     Parameter("stop", Stop),
     Parameter("stop_token_ids", list[int]),
     Parameter("ignore_eos", bool),
+    Parameter("include_stop_str_in_output", bool),
+    Parameter("min_tokens", int),
+    Parameter("presence_penalty", float),
+    Parameter("frequency_penalty", float),
+    Parameter("repetition_penalty", float),
+    Parameter("logit_bias", Annotated[dict[str, float], Field(max_length=MAX_NAMED)]),
+    Parameter("bad_words", Annotated[list[str | list[int]], Field(max_length=MAX_NAMED)]),
+    Parameter("allowed_token_ids", list[int]),
     Parameter("method", Literal["none", "sd", "ssd"]),
     Parameter("seed", Annotated[int, Field(ge=-(2**63), le=MAX_SEED)]),
 )
@@ -56,17 +65,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": NOTHING,
     "best_of": (None, 1),
     "echo": (None, False),
-    "frequency_penalty": (None, 0),
     "function_call": (None, "none"),
     "functions": (None, []),
-    "logit_bias": (None, {}),
-    "logprobs": (None, False),
     "modalities": (None, ["text"]),
     "parallel_tool_calls": (None, False, True),
     "prediction": NOTHING,
-    "presence_penalty": (None, 0),
     "reasoning_effort": (None, "none"),
-    "repetition_penalty": (None, 1),
     "response_format": (None, {"type": "text"}),
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
@@ -118,14 +122,30 @@ class Common(_Body):
     safety_identifier: str | None = None
     metadata: dict[str, str] | None = None
 
+    @property
+    def logprobs_asked(self) -> int | None:
+        """How many of the likeliest tokens to report for each; None for no report at all."""
+        raise NotImplementedError
+
 
 class _Completion(Common):
     prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def logprobs_asked(self) -> int | None:
+        return self.logprobs
 
 
 class _Chat(Common):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def logprobs_asked(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 _SAMPLING: dict[str, Any] = {p.name: (p.type | None, None) for p in PARAMETERS}
@@ -162,6 +182,8 @@ def read_body(cls: type[Body], raw: Any) -> Body:
         raise APIError(400, f"{at}: {first['msg']}", param=str(first["loc"][0]), code="invalid_value") from None
     if body.stream_options is not None and not body.stream:
         raise APIError(400, "stream_options is only allowed when stream is true", param="stream_options")
+    if getattr(body, "top_logprobs", None) and body.logprobs_asked is None:
+        raise APIError(400, "top_logprobs is only allowed when logprobs is true", param="top_logprobs")
     return body
 
 
@@ -176,26 +198,24 @@ def sampling_params(body: Common, *, max_tokens: int, seed: int) -> SamplingPara
         value = parameter.default if value is None else value
         if value is not None:
             fields[parameter.sampling or parameter.name] = value
-    fields["seed"] = seed
+    fields["seed"], fields["logprobs"] = seed, body.logprobs_asked
     if fields.get("top_k") == -1:  # as vLLM says "all"
         fields["top_k"] = 0
     try:
         return SamplingParams(**fields)
     except RequestError as error:
-        name = str(error).split()[0]
-        raise APIError(400, str(error), param=name if name in _SAMPLING else None, code="invalid_value") from None
+        raise refused(error) from None
+
+
+def refused(error: RequestError) -> APIError:
+    """An error of the engine's about sampling parameters, which names the field first; others as always."""
+    name = str(error).split()[0].rstrip(":")
+    return APIError(400, str(error), param=name, code="invalid_value") if name in _SAMPLING else as_api_error(error)
 
 
 def seeds(body: Common, count: int) -> list[int]:
-    """A seed for each choice: the request's own for the first, derived ones for the others; random
-    ones if it gives none."""
+    """A seed for each choice, as ``LLM`` gives them to its completions; random ones if the request
+    gives none."""
     given = cast(int | None, getattr(body, "seed", None))
     first = secrets.randbelow(MAX_SEED) if given is None else given % (MAX_SEED + 1)
-    return [first, *(derived_seed(first, choice) for choice in range(1, count))]
-
-
-def derived_seed(seed: int, choice: int) -> int:
-    """Far from the seeds people choose: neighbouring seeds would make one request's second answer
-    another's first."""
-    digest = hashlib.blake2b(f"{seed}/{choice}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") & MAX_SEED
+    return [completion_seed(first, choice) for choice in range(count)]

@@ -32,6 +32,12 @@ def scripted_token(prompt: list[int] | tuple[int, ...], seed: int, position: int
     return 1 + (7 * sum(prompt) + 13 * seed + 31 * position) % (vocabulary - 1)
 
 
+def scripted_logprobs(tokens: list[int], count: int) -> list[list]:
+    """Columns of ``Committed.logprobs``: each token is the second likeliest, after its successor."""
+    top = [[token + 1, token, 0][:count] for token in tokens]
+    return [[-1.5] * len(tokens), [2] * len(tokens), top, [[-0.5, -1.5, float("-inf")][:count] for _ in tokens]]
+
+
 @dataclass(kw_only=True, slots=True)
 class _Slot:
     submit: Submit
@@ -130,7 +136,9 @@ class ScriptedPipeline:
                     request=submit.request,
                     tokens=tokens,
                     accepted=accepted,
+                    depth=accepted,
                     drafted=drafted,
+                    logprobs=None if params.logprobs is None else scripted_logprobs(tokens, params.logprobs),
                     origin="plain" if not drafted else "hit" if slot.done % 2 else "miss",
                     committed_s=time.perf_counter(),
                 )

@@ -15,8 +15,9 @@ import pytest
 
 from ssd.config import load_config
 from ssd.errors import ConfigError
+from ssd.params import SamplingParams, completion_seed
 from ssd.serving.guard import Guard
-from ssd.serving.protocol import PARAMETERS, UNSUPPORTED, derived_seed
+from ssd.serving.protocol import PARAMETERS, UNSUPPORTED
 from ssd.testing.served import Served
 
 KEY = "a-key-of-at-least-16"
@@ -77,7 +78,7 @@ def test_no_usage_chunk_unless_asked(served: Served) -> None:
 def test_choices_have_seeds_of_their_own(served: Served) -> None:
     answer = served.client().completions.create(model="tiny", prompt=["x", "yz"], n=2, max_tokens=6, seed=3)
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
-    second = derived_seed(3, 1)
+    second = completion_seed(3, 1)
     expected = [served.text(p, s, 6) for p in ("x", "yz") for s in (3, second)]
     assert [choice.text for choice in answer.choices] == expected
     assert answer.usage is not None and answer.usage.completion_tokens == 24
@@ -142,9 +143,17 @@ def test_provenance(served: Served) -> None:
         ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
         ({"stream": True, "stream_options": {"chunky": True}}, 400, "stream_options"),
         ({"temprature": 1}, 400, "temprature"),
-        ({"logprobs": 1}, 400, "logprobs"),
-        ({"logit_bias": {"5": 1}}, 400, "logit_bias"),
-        ({"presence_penalty": 0.5}, 400, "presence_penalty"),
+        ({"logprobs": 21}, 400, "logprobs"),
+        ({"logprobs": True}, 400, "logprobs"),
+        ({"top_logprobs": 2}, 400, "top_logprobs"),
+        ({"logit_bias": {"5": 101}}, 400, "logit_bias"),
+        ({"logit_bias": {"five": 1}}, 400, "logit_bias"),
+        ({"logit_bias": {"99999999": 1}}, 400, "logit_bias"),
+        ({"presence_penalty": 2.5}, 400, "presence_penalty"),
+        ({"repetition_penalty": 0}, 400, "repetition_penalty"),
+        ({"bad_words": [" "]}, 400, "bad_words"),
+        ({"allowed_token_ids": []}, 400, "allowed_token_ids"),
+        ({"min_tokens": 3}, 400, "min_tokens"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
         ({"echo": True}, 400, "echo"),
         ({"seed": 1.5}, 400, "seed"),
@@ -164,6 +173,73 @@ def test_parameters_that_ask_for_nothing(served: Served) -> None:
     neutral = {name: values[-1] for name, values in UNSUPPORTED.items()}
     assert served.ask("POST", "/v1/completions", {**neutral, **body})[0] == 200
     assert not {p.name for p in PARAMETERS} & UNSUPPORTED.keys()
+
+
+def test_sampling_parameters_reach_the_verifier(served: Served) -> None:
+    asked = {
+        "presence_penalty": 0.5,
+        "frequency_penalty": -1,
+        "repetition_penalty": 1.25,
+        "logit_bias": {"7": -100, "5": 1.5},
+        "bad_words": [[4, 5]],
+        "allowed_token_ids": [3, 4, 5],
+        "min_tokens": 2,
+        "include_stop_str_in_output": True,
+        "stop": "zz",
+    }
+    seen: list[SamplingParams] = []
+    make = served.engine._front.make
+
+    def noting(prompt: Any, params: SamplingParams, client: str = "") -> Any:
+        seen.append(params)
+        return make(prompt, params, client)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(served.engine._front, "make", noting)
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 3, "seed": 1, **asked}
+        assert served.ask("POST", "/v1/completions", body)[0] == 200
+    expected = SamplingParams(**{"temperature": 1.0, "max_tokens": 3, "seed": 1, **asked})  # type: ignore[arg-type]
+    assert seen == [expected]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_completions(served: Served, stream: bool) -> None:
+    asked = {"model": "tiny", "prompt": "def", "max_tokens": 9, "seed": 4, "logprobs": 2}
+    answer = served.client().completions.create(**asked, stream=stream)
+    parts = [choice.logprobs for one in (answer if stream else [answer]) for choice in one.choices if choice.logprobs]
+    tokens = [token for part in parts for token in part.tokens]
+    text = served.text("def", 4, 9)
+    if "\ufffd" not in text:
+        assert "".join(tokens) == text
+    assert [value for part in parts for value in part.token_logprobs] == [-1.5] * 9
+    offsets = [offset for part in parts for offset in part.text_offset]
+    assert offsets[0] == 0 and offsets == sorted(offsets)
+    assert all(text[at:].startswith(token) for at, token in zip(offsets, tokens, strict=True))
+    top = [likely for part in parts for likely in part.top_logprobs]
+    assert all(list(likely.values()) == [-0.5, -1.5] for likely in top)
+    assert all(token in likely for token, likely in zip(tokens, top, strict=True))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_chat(served: Served, stream: bool) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    answer = served.client().chat.completions.create(
+        model="tiny", messages=messages, max_tokens=7, seed=1, logprobs=True, top_logprobs=3, stream=stream
+    )
+    parts = [choice.logprobs for one in (answer if stream else [answer]) for choice in one.choices if choice.logprobs]
+    content = [token for part in parts for token in part.content]
+    assert [token.logprob for token in content] == [-1.5] * 7
+    whole = served.client().chat.completions.create(model="tiny", messages=messages, max_tokens=7, seed=1)
+    assert whole.choices[0].logprobs is None
+    said = b"".join(bytes(token.bytes) for token in content)
+    assert said.decode(errors="replace") == whole.choices[0].message.content
+    for token in content:
+        assert [likely.logprob for likely in token.top_logprobs] == [-0.5, -1.5, -9999.0]  # JSON has no infinity
+        assert token.top_logprobs[1].token == token.token
+    status, _, text = served.ask(
+        "POST", "/v1/chat/completions", {"model": "tiny", "messages": messages, "top_logprobs": 3}
+    )
+    assert status == 400 and json.loads(text)["error"]["param"] == "top_logprobs"
 
 
 def test_openai_raises_its_own_errors(served: Served) -> None:

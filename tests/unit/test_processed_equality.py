@@ -216,7 +216,7 @@ def test_completions(tiny_config: Configure) -> None:
         stream = llm.stream(PROMPTS[0], replace(hot, n=3, max_tokens=100))
         next(stream)
         stream.close()
-        llm.generate(PROMPTS[0], BASE)  # by then the verifier has answered
+        llm.generate([PROMPTS[0]], BASE)  # by then the verifier has answered
         assert llm._front.book.live == {}
 
 
