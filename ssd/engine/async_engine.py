@@ -136,6 +136,7 @@ class AsyncEngine:
         self._watched = False
         self._guard: asyncio.Task[None] | None = None
         self._changed, self._broken = asyncio.Event(), asyncio.Event()
+        self._refusal: str | None = None
         self.failure: SSDError | None = None
         """Why the pipeline is gone, if it is."""
 
@@ -239,6 +240,10 @@ class AsyncEngine:
         assert self.failure is not None
         return self.failure
 
+    def take_no_more(self, why: str) -> None:
+        """From now on ``submit`` raises; what is in flight goes on."""
+        self._refusal = why
+
     def cancel_all(self) -> None:
         """Give up every request, and end what ``rounds`` tells."""
         for number in list(self._front.book.live):
@@ -267,6 +272,8 @@ class AsyncEngine:
             raise PipelineError(str(self.failure)) from self.failure
         if not self.ready:
             raise PipelineError("the engine is not running; await start() first")
+        if self._refusal is not None:
+            raise PipelineError(self._refusal)
 
     def _add(self, requests: list[Request]) -> RequestStream:
         stream = RequestStream(self, requests)

@@ -245,6 +245,8 @@ def _settings(config: Config) -> dict[str, Any]:
         "dtype": config.target.dtype,
         "device": config.target.device,
         "numerics": config.numerics,
+        # Under the other rules what is sampled depends on what was drafted.
+        "rule": None if config.speculation.verify == "coupled" else config.model_dump(include={"speculation", "draft"}),
         "max_model_len": config.engine.max_model_len,
         "model_name": config.server.model_name,
         "chat_template": config.server.chat_template,

@@ -258,7 +258,7 @@ class AsyncClient:
             self._session = message.session
             self._greeted.set()
             if not first:
-                self._ask_again()
+                self._ask_again(message.repeats)
         elif isinstance(message, wire.Pong):
             if self._session is not None and message.session != self._session:
                 self._session = None
@@ -271,10 +271,11 @@ class AsyncClient:
         elif (asked := self._asked.get(message.number)) is not None and not asked.over:
             asked.put(message.event)
 
-    def _ask_again(self) -> None:
+    def _ask_again(self, repeats: bool) -> None:
         for asked in self._asked.values():
             if not asked.over:
-                if self._reconnect:
+                broken_off = asked.received.total() > 0 and asked.params.temperature > 0
+                if self._reconnect and (repeats or not broken_off):
                     self._ask(asked)
                 else:
                     asked.fail(PipelineError("the server was restarted; the request is lost"))

@@ -153,6 +153,7 @@ class LaneServer:
                     session=self.session,
                     model=self._model,
                     max_model_len=self._engine.config.engine.max_model_len,
+                    repeats=self._engine.config.speculation.verify == "coupled",
                 ),
             )
         elif isinstance(message, wire.Ping):

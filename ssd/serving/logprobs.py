@@ -79,17 +79,20 @@ def completion_logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes, offse
     for token in tokens:
         offsets.append(offset)
         offset += texts.characters(token.token_id)
-    # The token itself is always among its likeliest: up to one more than asked for, as OpenAI says.
-    top = [
-        {_shown(texts[id]): max(value, LEAST) for id, value in reversed((*t.top, (t.token_id, t.logprob)))}
-        for t in tokens
-    ]
     return {
         "text_offset": offsets,
         "tokens": [_shown(texts[token.token_id]) for token in tokens],
         "token_logprobs": [max(token.logprob, LEAST) for token in tokens],
-        "top_logprobs": [dict(reversed(likely.items())) for likely in top],
+        "top_logprobs": [_likeliest(token, texts) for token in tokens],
     }
+
+
+def _likeliest(token: TokenLogprob, texts: TokenBytes) -> dict[str, float]:
+    """Best first, the token itself always among them: up to one more than asked for, as OpenAI says."""
+    told: dict[str, float] = {}
+    for id, value in (*token.top, (token.token_id, token.logprob)):
+        told.setdefault(_shown(texts[id]), max(value, LEAST))
+    return told
 
 
 def _shown(raw: bytes) -> str:

@@ -75,7 +75,9 @@ async def serve(
 
     def stop() -> None:
         server.stop()
-        engine.cancel_all()  # no stream keeps us
+        # No stream keeps us, nor a request that a connection kept open brings after the others.
+        engine.take_no_more("the server is shutting down")
+        engine.cancel_all()
         starting.cancel()
 
     loop = asyncio.get_running_loop()

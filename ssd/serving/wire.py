@@ -14,7 +14,8 @@
             ◄─────────────────────────────────── Pong: session
 
 A session is one life of the server: when it changes, requests in flight are asked again, and the
-tokens known already are skipped (the answer is a function of prompt and parameters).
+tokens known already are skipped (the answer is a function of prompt and parameters; where it is not,
+see ``Hi.repeats``, a request that has tokens fails instead).
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ class Hi:
     session: str
     model: str
     max_model_len: int
+    repeats: bool = True
+    """Whether a sampled answer is a function of prompt and parameters, so that it can go on after a
+    restart; under the rules ``rejection`` and ``block`` only greedy ones are."""
     version: int = VERSION
 
 

@@ -20,10 +20,10 @@ from ssd import SamplingParams
 from ssd.config import ServerConfig
 from ssd.engine.async_engine import AsyncEngine
 from ssd.errors import ConfigError, OverloadedError, PipelineError, RequestError, UsageError
-from ssd.params import RequestOutput, SpeculationRecord, StreamEvent
+from ssd.params import RequestOutput, SpeculationRecord, StreamEvent, completion_seed
 from ssd.pipeline.build import Plan
 from ssd.serving import wire
-from ssd.serving.client import AsyncClient, Client
+from ssd.serving.client import AsyncClient, Client, _Asked
 from ssd.serving.keys import make_keys
 from ssd.serving.lane import LaneServer
 from ssd.testing.scripted import ScriptedPipeline, scripted_token
@@ -99,6 +99,48 @@ def test_streams_and_generates(tmp_path: Path) -> None:
         assert not (tmp_path / "lane").exists()
 
     run(body())
+
+
+def test_completions_and_logprobs(tmp_path: Path) -> None:
+    """``n`` > 1 as over ``LLM``: completion i has its own seed, and every one its last event."""
+    params = SamplingParams(max_tokens=90, seed=5, n=3, temperature=1.0, logprobs=2, logit_bias={3: 1.5})
+
+    async def body() -> None:
+        async with served(tmp_path) as (server, client):
+            expected = [
+                server.tokens([4, 9], SamplingParams(max_tokens=90, seed=completion_seed(5, index)))
+                for index in range(3)
+            ]
+            events = [event async for event in client.stream([4, 9], params)]
+            assert sorted(e.output.index for e in events if e.output is not None) == [0, 1, 2]
+            for index, tokens in enumerate(expected):
+                mine = [event for event in events if event.index == index]
+                assert tuple(token for event in mine for token in event.token_ids) == tokens
+                output = mine[-1].output
+                assert output is not None and output.token_ids == tokens
+                assert output.logprobs == tuple(token for event in mine for token in event.logprobs or ())
+                assert [(t.token_id, t.logprob, t.rank) for t in output.logprobs] == [(t, -1.5, 2) for t in tokens]
+                assert output.logprobs[0].top == ((tokens[0] + 1, -0.5), (tokens[0], -1.5))
+            outputs = await client.generate([[4, 9], [1]], params)
+            assert [o.token_ids for o in outputs[0].outputs] == expected
+            # More events than credit: giving up while none is left ends it all the same.
+            async for _ in (stream := client.stream([4, 9], SamplingParams(max_tokens=400, n=3, temperature=1.0))):
+                break
+            await stream.aclose()
+            await server.until(lambda: server.pipeline.busy == server.engine.running == 0)
+
+    run(body())
+
+
+@pytest.mark.parametrize(("temperature", "repeats", "goes_on"), [(0, False, True), (1, True, True), (1, False, False)])
+def test_what_is_asked_again(temperature: float, repeats: bool, goes_on: bool) -> None:
+    """A sampled answer that would come out another way does not go on with other tokens."""
+    client = AsyncClient("ipc:///nowhere")
+    asked = _Asked(0, [1], SamplingParams(temperature=temperature))
+    client._asked[0] = asked
+    asked.put(StreamEvent(text="a", token_ids=(1,), accepted=0, pieces=("a",), provenance=("bonus",)))
+    client._ask_again(repeats)
+    assert asked.over is not goes_on and asked.skip.total() == goes_on
 
 
 def test_the_blocking_client(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from ssd import SamplingParams
 from ssd.engine.async_engine import AsyncEngine
 from ssd.engine.book import Limits
 from ssd.errors import OverloadedError, PipelineError, RequestError, WorkerError
+from ssd.params import completion_seed
 from ssd.pipeline.build import Plan
 from ssd.testing.scripted import ScriptedPipeline, scripted_token
 
@@ -117,6 +119,35 @@ def test_a_cancelled_request_that_waited() -> None:
         assert bench.engine.tokens_in_flight == 0
 
     run(body, max_batch=1)
+
+
+def test_taking_no_more() -> None:
+    async def body(bench: Bench) -> None:
+        stream = bench.engine.submit([4], SamplingParams(max_tokens=20))
+        bench.engine.take_no_more("closing time")
+        with pytest.raises(PipelineError, match="closing time"):
+            bench.engine.submit([4], LONG)
+        assert (await stream.output()).finish_reason == "length"
+
+    run(body)
+
+
+def test_completions() -> None:
+    params = SamplingParams(max_tokens=9, seed=2, n=3, temperature=1.0)
+
+    async def body(bench: Bench) -> None:
+        output = await bench.engine.generate([4], params)
+        expected = [bench.expected([4], completion_seed(2, index), 9) for index in range(3)]
+        assert [one.token_ids for one in output.outputs] == expected
+        bench.engine.submit([4], replace(params, max_tokens=300)).cancel()
+        await bench.until(lambda: bench.engine.running == bench.engine.queued == bench.pipeline.busy == 0)
+        bench.engine._front.book.limits = Limits(sent=1, queue=1)
+        with pytest.raises(OverloadedError):
+            bench.engine.submit([4], params)  # all of them or none
+        await bench.until(lambda: bench.engine.running == bench.engine.queued == bench.pipeline.busy == 0)
+        assert not bench.engine._streams
+
+    run(body)
 
 
 def test_limits() -> None:
