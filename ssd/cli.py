@@ -205,7 +205,8 @@ def compare(
     workload = list(DEMO_PROMPTS) if prompts is None else load_prompts(prompts)
     if json_file is not None and not json_file.parent.is_dir():
         raise UsageError(f"--json {json_file}: the folder {str(json_file.parent)!r} does not exist; create it first")
-    settings = _settings(config, overrides)
+    # Methods are compared as such: a governor would turn them into plain decoding where they do not pay.
+    settings = _settings(config, ["speculation.governor=false", *(overrides or ())])
 
     from ssd import LLM
 

@@ -158,7 +158,7 @@ def _runner(plan: Plan, wanted: ModelConfig, *, scratch: int) -> ForwardRunner:
     )
     if torch.device(wanted.device).type == "cpu" and wanted.dtype == "float32":
         # Weights that stay in a core's own cache gain nothing.
-        if compile_ and runner.parameters * 4 > PACK_ABOVE_BYTES and rows_linear.available():
+        if runner.parameters * 4 > PACK_ABOVE_BYTES and rows_linear.available():
             rows_linear.pack_linears(model)
         else:
             lay_out_for_cpu(model)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -16,7 +17,8 @@ from transformers.generation.logits_process import (
 )
 
 from ssd.decoding.noise import gumbel
-from ssd.decoding.sampling import SamplingTensors, choose, filter_logits, scores
+from ssd.decoding.sampling import SamplingTensors, choose, filter_logits, perturbed, scores
+from ssd.models.runner import can_compile
 
 PLAIN: dict[str, Any] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
 
@@ -201,3 +203,21 @@ def test_one_graph(rows: list[dict[str, Any]]):
     noise = gumbel(params.seed[:, None], torch.arange(2)[None], 30)
     compiled = torch.compile(choose, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(logits, params, noise), choose(logits, params, noise))
+
+
+@pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
+def test_perturbed_is_the_same_compiled() -> None:
+    """A round's compiled choice and the eager one (filters, processors) meet in one batch: same bits."""
+
+    def body(logits: Tensor, noise: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+        scores = perturbed(logits, noise, temperature)
+        return scores, scores.argmax(-1)
+
+    generator = torch.Generator().manual_seed(3)
+    logits = 7 * torch.randn(3, 5, 1003, generator=generator)
+    noise = gumbel(torch.tensor([[1], [2], [3]]), torch.arange(5).expand(3, 5), 1003)
+    temperature = torch.tensor([0.0, 0.7, 1.3])
+    compiled = torch.compile(body, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+    for eager, got in zip(body(logits, noise, temperature), compiled(logits, noise, temperature), strict=True):
+        assert torch.equal(eager, got)
+    assert torch.equal(body(logits, noise, temperature)[0][0], logits[0])
