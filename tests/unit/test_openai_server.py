@@ -39,10 +39,10 @@ def test_completion(served: Served) -> None:
     prompt = len(served.engine.tokenize("def"))
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (prompt, 9)
     told = answer.model_dump()["metrics"]["speculative_decoding"]
-    assert told["num_spec_tokens"] == 4
+    assert told["num_spec_tokens"] == (lookahead := served.engine.config.speculation.lookahead)
     assert sum(told["acceptance_histogram"]) == told["num_spec_steps"] > 0
     assert told["num_accepted_draft_tokens"] == sum(j * n for j, n in enumerate(told["acceptance_histogram"]))
-    assert told["num_draft_tokens"] == 4 * told["num_spec_steps"]
+    assert told["num_draft_tokens"] == lookahead * told["num_spec_steps"]
     assert told["mean_acceptance_length"] == 1 + told["num_accepted_draft_tokens"] / told["num_spec_steps"]
 
 
