@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import Config, load_config
+    from .engine.async_engine import AsyncEngine
     from .engine.llm import LLM
     from .errors import (
         ConfigError,
         LinkError,
         ModelError,
+        OverloadedError,
         PipelineError,
         RequestError,
         SSDError,
@@ -30,12 +32,16 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from .params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent, TokenLogprob
+    from .serving.client import AsyncClient, Client
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Config": "config",
     "load_config": "config",
+    "AsyncClient": "serving.client",
+    "AsyncEngine": "engine.async_engine",
+    "Client": "serving.client",
     "LLM": "engine.llm",
     "RequestOutput": "params",
     "SamplingParams": "params",
@@ -45,6 +51,7 @@ _HOMES = {
     "ConfigError": "errors",
     "LinkError": "errors",
     "ModelError": "errors",
+    "OverloadedError": "errors",
     "PipelineError": "errors",
     "RequestError": "errors",
     "SSDError": "errors",
@@ -54,10 +61,14 @@ _HOMES = {
 
 __all__ = [
     "LLM",
+    "AsyncClient",
+    "AsyncEngine",
+    "Client",
     "Config",
     "ConfigError",
     "LinkError",
     "ModelError",
+    "OverloadedError",
     "PipelineError",
     "RequestError",
     "RequestOutput",

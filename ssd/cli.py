@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from . import __version__
+from . import __version__, cli_remote, cli_serving
 from .errors import PipelineError, RequestError, UsageError
 from .params import RequestOutput, SamplingParams, StreamEvent
 
@@ -373,6 +373,10 @@ def _count_parameters(folder: Path) -> int:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         count += sum(prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
     return count
+
+
+for _command in (*cli_serving.COMMANDS, *cli_remote.COMMANDS):
+    app.command()(_reports_errors(_command))
 
 
 if __name__ == "__main__":

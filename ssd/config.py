@@ -92,6 +92,34 @@ class EngineConfig(_Section):
     start_timeout_s: Number = Field(default=600.0, gt=0)
 
 
+class ServerConfig(_Section):
+    """``ssd serve``: where it listens, whom it lets in, and how much at once."""
+
+    host: str = Field(default="127.0.0.1", min_length=1)
+    """Address to bind. Off loopback an API key is required."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """0 takes a free one."""
+    model_name: str | None = Field(default=None, min_length=1)
+    """What clients call the model; by default the target's name."""
+    api_key_file: str | None = Field(default=None, min_length=1)
+    """One key a line; clients send one of them as a bearer token."""
+    chat_template: str | None = Field(default=None, min_length=1)
+    """A Jinja file for models whose tokenizer has no chat template."""
+    allowed_hosts: list[Annotated[str, Field(min_length=1)]] = []
+    """Host names, beside the bound address, by which browsers and clients may call."""
+    allowed_origins: list[Annotated[str, Field(min_length=1)]] = []
+    """Web origins, beside the server's own, whose pages may call."""
+    max_body_bytes: int = Field(default=2**20, ge=1024, le=2**28)
+    max_queue: int = Field(default=256, ge=0)
+    """Requests that wait for a slot; beyond, clients get 429."""
+    max_tokens_in_flight: int = Field(default=2**18, ge=16)
+    """Prompt and answer tokens of all requests, waiting or running; beyond, clients get 429."""
+    lane: str | None = Field(default=None, min_length=1)
+    """Where ``ssd.Client`` connects: ``ipc://PATH``, or ``tcp://HOST:PORT`` with keys. None: nowhere."""
+    lane_keys: str | None = Field(default=None, min_length=1)
+    """Folder of CURVE keys for a tcp lane, made by ``ssd lane-keys``."""
+
+
 class Config(_Section):
     """A target–draft pairing and how to run it."""
 
@@ -101,6 +129,7 @@ class Config(_Section):
     speculation: SpeculationConfig = SpeculationConfig()
     numerics: Literal["strict", "fast"] = "strict"
     engine: EngineConfig = EngineConfig()
+    server: ServerConfig = ServerConfig()
 
 
 def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
@@ -356,7 +385,8 @@ def _describe(schema: dict[str, Any]) -> str:
         limits = [f"{words} {schema[bound]:g}" for bound, words in bounds if bound in schema]
         return " ".join([noun, " and ".join(limits)]).strip()
     if kind == "array":
-        return "a list of integers >= 0, at least one"
+        texts = schema["items"].get("type") == "string"
+        return "a list of non-empty texts" if texts else "a list of integers >= 0, at least one"
     if kind == "object":
         return "a mapping with the keys " + ", ".join(schema["properties"])
     return {"string": "a non-empty text", "boolean": "true or false", "null": "null"}[kind]

@@ -7,6 +7,7 @@
     │   ├── ConfigError                   a configuration file or ``--set`` override
     │   ├── ModelError                    a model that cannot be loaded or paired
     │   └── RequestError                  a prompt or its sampling parameters
+    ├── OverloadedError                   too much is in flight; the same request works later
     └── PipelineError (also RuntimeError) the machinery failed
         ├── LinkError                     the exchange between draft and verifier broke
         └── WorkerError                   a worker process died or did not start
@@ -33,6 +34,10 @@ class ModelError(UsageError):
 
 class RequestError(UsageError):
     """A prompt or its sampling parameters are wrong."""
+
+
+class OverloadedError(SSDError):
+    """A limit on what is in flight is reached (HTTP 429); nothing is wrong with the request."""
 
 
 class PipelineError(SSDError, RuntimeError):

@@ -12,6 +12,13 @@ from .errors import RequestError
 METHODS = ("none", "none_fast", "sd", "ssd")
 Method = Literal["none", "none_fast", "sd", "ssd"]
 FinishReason = Literal["stop", "length", "cancelled"]
+Origin = Literal["hit", "miss", "plain"]
+"""Where the candidates of a round came from: the speculation set of the round before (``hit``), a
+draft made while the verifier waited (``miss``: after one, or in every round of ``sd``), nowhere
+(``plain``: nothing was drafted)."""
+Provenance = Literal["hit", "miss", "bonus", "plain"]
+"""How a token came to be: drafted and accepted in a round of origin ``hit`` or ``miss``, the
+target's own token after the accepted ones (``bonus``), or decoded without speculation (``plain``)."""
 MAX_SEED = 2**63 - 1
 MAX_COMPLETIONS = 128
 MAX_LOGPROBS = 20
@@ -297,6 +304,15 @@ class StreamEvent:
     accepted: int
     """How many of the tokens were drafted and accepted (the rest are the target's own)."""
     output: RequestOutput | None = None
+    pieces: tuple[str, ...] = ()
+    """Text that became certain with each token (``""`` while held back); together ``text``, but for
+    what the end of the request releases."""
+    provenance: tuple[Provenance, ...] = ()
+    """Of each token."""
+    drafted: int = 0
+    """Draft tokens the round verified."""
+    committed_s: float = 0.0
+    """When the round committed, on the verifier's monotonic clock: only differences mean something."""
     logprobs: tuple[TokenLogprob, ...] | None = None
     """One for every token, if asked for."""
     index: int = 0

@@ -71,9 +71,14 @@ class ZmqLane:
         socket.connect(endpoint)
         return cls(socket)
 
-    def send(self, message: Message) -> None:
+    def fileno(self) -> int:
+        """Becomes readable when something may have changed (edge-triggered): ``receive`` until None then."""
+        return int(self._socket.getsockopt(zmq.FD))
+
+    def send(self, message: Message, *, wait: bool = True) -> None:
+        """``wait=False``: fail at once if nobody is there."""
         try:
-            self._socket.send(encode(message))
+            self._socket.send(encode(message), 0 if wait else zmq.NOBLOCK)
         except zmq.Again:
             raise PipelineError("nobody is at the other end of the control lane") from None
 

@@ -21,7 +21,19 @@ from .control import ControlLane
 from .draft import DraftWorker
 from .frames import Frames, Next, OutcomeFrame, RowState, SpeculationSet
 from .link import Link
-from .messages import Admit, Cancel, Committed, Failed, Finished, GetTimings, Shutdown, Submit, Timings
+from .messages import (
+    Admit,
+    Cancel,
+    Committed,
+    Failed,
+    Finished,
+    GetTimings,
+    RoundReport,
+    Shutdown,
+    Submit,
+    Timings,
+    Watch,
+)
 from .verifier import Verdict, VerifierWorker
 
 IDLE_POLL_S = 0.5
@@ -101,9 +113,28 @@ class RoundTimer:
 
     def __init__(self) -> None:
         self._seconds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=TIMED_ROUNDS))
+        self.watching: dict[str, float] | None = None
+        """Durations of the round under way, while a front watches."""
 
     def add(self, name: str, seconds: float) -> None:
         self._seconds[name].append(seconds)
+        if self.watching is not None:
+            self.watching[name] = seconds
+
+    def report(self, began_s: float, now_s: float, rows: int, worker: VerifierWorker) -> RoundReport:
+        """Of the round that ends now; a new one begins. Only while watching."""
+        spent, self.watching = self.watching or {}, {}
+        return RoundReport(
+            began_s=began_s,
+            forward_s=spent.get("forward", 0.0),
+            wait_s=spent.get("exchange"),
+            draft_s=spent.get("draft"),
+            jit_s=spent.get("jit"),
+            round_s=now_s - began_s,
+            rows=rows,
+            lookups=worker.lookups,
+            hits=worker.hits,
+        )
 
     def take(self, *, reset: bool) -> Timings:
         medians = {
@@ -211,6 +242,7 @@ def verifier_loop(
             continue
         if admitted or told:
             last_end = None  # prefills are no part of a round
+        began = worker.clock()
         verdict = worker.verify()
         timer.add("forward", verdict.forward_s)
         all_hit = False
@@ -229,6 +261,8 @@ def verifier_loop(
         elif draft is not None:
             draft.take_waited_s()
         last_end = now
+        if timer.watching is not None:
+            front.send(timer.report(began, now, len(verdict.commits), worker))
 
 
 def _lose(worker: VerifierWorker, front: ControlLane, draft: DraftSide | None, error: PipelineError) -> None:
@@ -259,25 +293,30 @@ def _finish_round(
         reported = True
         report()
 
+    began = worker.clock()
     try:
         speculation, spent_us = draft.exchange(verdict, next_, meanwhile)
     finally:
         if not reported:
             report()
+    timer.add("exchange", worker.clock() - began)
     timer.add("draft", spent_us / 1e6)
     missed = worker.advance(verdict, speculation)
     draft.in_round = next_ is Next.ROUND
     waiting = bool(missed.any())
     if waiting and draft.in_round:
+        began = worker.clock()
         worker.fill(missed, *draft.receive_trees())
+        timer.add("jit", worker.clock() - began)
     draft.round += 1
     return not waiting and worker.speculating
 
 
 def _report(front: ControlLane, verdict: Verdict, worker: VerifierWorker) -> None:
+    now = worker.clock()
     for commit in verdict.commits:
         sequence = commit.sequence
-        decode_s = worker.clock() - sequence.started_s
+        decode_s = now - sequence.started_s
         front.send(
             Committed(
                 request=commit.request,
@@ -286,6 +325,8 @@ def _report(front: ControlLane, verdict: Verdict, worker: VerifierWorker) -> Non
                 depth=commit.depth,
                 drafted=commit.drafted,
                 hit=commit.hit,
+                origin=commit.origin,
+                committed_s=now,
                 decode_s=decode_s,
                 logprobs=None if commit.logprobs is None else list(commit.logprobs),
             )
@@ -306,6 +347,8 @@ def _answer(worker: VerifierWorker, front: ControlLane, timer: RoundTimer, messa
         worker.submit(message)
     elif isinstance(message, GetTimings):
         front.send(timer.take(reset=message.reset))
+    elif isinstance(message, Watch):
+        timer.watching = {} if message.on else None
     elif isinstance(message, Cancel):
         row = worker.cancel(message.request)
         record = row.record if row is not None else SpeculationRecord()

@@ -13,7 +13,7 @@ from typing import Any, cast
 import msgpack
 
 from ..errors import PipelineError
-from ..params import FinishReason, SamplingParams, SpeculationRecord
+from ..params import FinishReason, Origin, SamplingParams, SpeculationRecord
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 
@@ -84,12 +84,44 @@ class Committed:
     depth: int = 0
     """How many drafted ones the round accepted, before any cut."""
     drafted: int = 0
+    """Draft tokens the round verified for it."""
     hit: bool | None = None
     """Whether the round's tree was found prepared; None if none was looked up."""
+    origin: Origin = "plain"
+    committed_s: float = 0.0
+    """On the verifier's monotonic clock."""
     decode_s: float = 0.0
     """Seconds since the end of prefill."""
     logprobs: list[list] | None = None
     """The four fields of ``decoding.logprobs.Logprobs`` for these tokens, if asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Watch:
+    """Front → verifier: report rounds from now on, or no longer."""
+
+    on: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundReport:
+    """Verifier → front, while it watches: where the time of one round went. Seconds."""
+
+    began_s: float
+    """Of the verification, on the verifier's monotonic clock."""
+    forward_s: float
+    wait_s: float | None
+    """In the exchange; None if no draft took part."""
+    draft_s: float | None
+    """The draft's own time for this round's speculation set: it ends within the exchange."""
+    jit_s: float | None
+    """Waiting for trees drafted after a miss."""
+    round_s: float
+    """From the beginning of this verification to where the next one may begin."""
+    rows: int
+    """Sequences in the round."""
+    lookups: int
+    hits: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +169,20 @@ class Welcome:
 
 
 Message = (
-    Submit | Cancel | Admit | Shutdown | GetTimings | Timings | Committed | Finished | Ready | Failed | Hello | Welcome
+    Submit
+    | Cancel
+    | Admit
+    | Shutdown
+    | GetTimings
+    | Timings
+    | Watch
+    | RoundReport
+    | Committed
+    | Finished
+    | Ready
+    | Failed
+    | Hello
+    | Welcome
 )
 _TYPES = {cls.__name__: cls for cls in Message.__args__}
 _NESTED = {"params": SamplingParams, "record": SpeculationRecord}

@@ -19,7 +19,7 @@ from ..decoding.tree import ABSENT, TreeShape
 from ..decoding.verify import Outcome, verify_coupled
 from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner
-from ..params import FinishReason, Method
+from ..params import FinishReason, Method, Origin
 from .chooser import Chooser
 from .frames import RowState, SpeculationSet
 from .governor import Governor, Round
@@ -40,6 +40,7 @@ class Commit:
     """Drafted tokens the round accepted, before any cut."""
     drafted: int
     hit: bool | None
+    origin: Origin
     finished: FinishReason | None
     logprobs: Logprobs | None
     sequence: Sequence
@@ -93,6 +94,10 @@ class VerifierWorker:
         self.judge: Judge | None = None
         """Under ``rejection`` and ``block``: verifies the rows that sample."""
         self.trees = torch.full((runner.batch, shape.nodes), ABSENT)
+        self.origins: list[Origin] = ["plain"] * runner.batch
+        """Of the candidates in ``trees``."""
+        self.lookups = self.hits = 0
+        """Of the round before."""
         self.chooser = Chooser(
             runner.batch, runner.vocabulary, runner.device, horizon=shape.depth + 1, compile=runner.compile
         )
@@ -292,6 +297,7 @@ class VerifierWorker:
         trees = torch.full_like(self.trees, ABSENT)
         trees[:, 0] = bonus
         missed = torch.zeros(len(self.rows), dtype=torch.bool)
+        self.lookups = self.hits = 0
         if speculation is not None:
             trees, hit = lookup(verdict.outcome.node, bonus, speculation)
             if self.judge is not None:
@@ -302,6 +308,9 @@ class VerifierWorker:
                 if row.method == "ssd":
                     row.hit = bool(hit[slot])
                     row.record.count_lookup(row.hit)
+                    self.lookups += 1
+                    self.hits += row.hit
+                self.origins[slot] = "hit" if hit[slot] else "miss"
                 missed[slot] = not hit[slot] and (self.jit or row.method == "sd")
         active = torch.tensor([row is not None for row in self.rows])
         self.trees = trees.masked_fill(~active[:, None], ABSENT)
@@ -351,6 +360,7 @@ class VerifierWorker:
                     depth=depth,
                     drafted=drafted,
                     hit=row.hit,
+                    origin=self.origins[slot] if drafted or depth else "plain",
                     finished=finished,
                     logprobs=logprobs,
                     sequence=row,

@@ -26,9 +26,11 @@ from ssd.pipeline.messages import (
     Hello,
     Message,
     Ready,
+    RoundReport,
     Shutdown,
     Submit,
     Timings,
+    Watch,
     Welcome,
     decode,
     encode,
@@ -67,6 +69,10 @@ EVERY: list[Message] = [
     GetTimings(reset=True),
     Timings(round_ms=1.5, hit_round_ms=None, forward_ms=0.25, draft_ms=None),
     Committed(request=3, tokens=[9, 8], accepted=1),
+    Watch(on=True),
+    RoundReport(
+        began_s=1.5, forward_s=0.1, wait_s=None, draft_s=0.2, jit_s=None, round_s=0.3, rows=2, lookups=2, hits=1
+    ),
     Committed(
         request=3,
         tokens=[9, 8],
@@ -74,6 +80,8 @@ EVERY: list[Message] = [
         depth=1,
         drafted=4,
         hit=False,
+        origin="miss",
+        committed_s=7.5,
         decode_s=0.5,
         logprobs=[[-0.5, float("-inf")], [1, 128], [[9, 1], [4, 9]], [[-0.5, -0.75], [-0.25, -1.0]]],
     ),

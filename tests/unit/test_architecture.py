@@ -25,7 +25,9 @@ ALLOWED = {
     "config": {*BASE},
     # The package's face and its commands stand above everything.
     "__init__": {*BASE, "decoding", *STACK},
-    "cli": {"__init__", *BASE, "decoding", *STACK},
+    "cli": {"__init__", *BASE, "decoding", *STACK, "cli_serving", "cli_remote"},
+    "cli_serving": {"__init__", *BASE, "decoding", *STACK},
+    "cli_remote": {"__init__", *BASE, "decoding", *STACK},
 }
 OPEN = {"ssd.__version__"}
 """Importable from everywhere."""
@@ -34,7 +36,9 @@ FENCED = {
     "zmq": ("ssd/pipeline/", "ssd/serving/"),
     "torch.distributed": ("ssd/pipeline/", "ssd/models/", "launch/"),
     "transformers": ("ssd/models/", "ssd/engine/", "ssd/testing/"),
-    "typer": ("ssd/cli.py",),
+    "typer": ("ssd/cli.py", "ssd/cli_serving.py", "ssd/cli_remote.py"),
+    "fastapi": ("ssd/serving/",),
+    "uvicorn": ("ssd/serving/", "ssd/testing/served.py"),
 }
 DECODING_IMPORTS = {"torch", "ssd"}
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal"}

@@ -21,14 +21,14 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from ssd import LLM, RequestOutput, SamplingParams, SpeculationRecord
-from ssd.engine import llm as llm_module
+from ssd.engine.book import RequestBook, Step
 from ssd.models.rows import RowPlan
 from ssd.pipeline.build import Plan
 from ssd.pipeline.control import InprocLane
 from ssd.pipeline.frames import SpeculationSet
 from ssd.pipeline.launch import InprocPipeline
 from ssd.pipeline.loops import verifier_loop
-from ssd.pipeline.messages import Finished, Ready, Shutdown
+from ssd.pipeline.messages import Committed, Finished, Ready, Shutdown
 from ssd.pipeline.sequence import Sequence
 from ssd.pipeline.verifier import Verdict, VerifierWorker
 from ssd.testing.tiny import save_tiny, tiny_tokenizer
@@ -323,13 +323,14 @@ def test_streams_end_there_too(params: dict[str, Any], scripted: Callable[..., A
 def test_the_fronts_record_is_the_verifiers(tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """It is what counts where only the front knows the end; elsewhere both do."""
     both: list[tuple[SpeculationRecord, SpeculationRecord]] = []
-    finish = llm_module._Request.finish
+    handle = RequestBook.handle
 
-    def noting(self: Any, message: Finished) -> None:
-        both.append((self._record, message.record))
-        finish(self, message)
+    def noting(self: RequestBook, message: Committed | Finished) -> Step:
+        if isinstance(message, Finished):
+            both.append((self.live[message.request].record, message.record))
+        return handle(self, message)
 
-    monkeypatch.setattr(llm_module._Request, "finish", noting)
+    monkeypatch.setattr(RequestBook, "handle", noting)
     params = [
         SamplingParams(max_tokens=12 + i, ignore_eos=True, temperature=0.8 * (i % 2), seed=i, method=method)
         for i, method in enumerate(("ssd", "sd", "none", "ssd", "ssd"))

@@ -1,0 +1,176 @@
+"""What every front shares, without I/O: the pairing, its tokenizer, the book of requests, and what
+the workers said of themselves."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..config import Config, load_config, resolve_model_path
+from ..errors import RequestError, UsageError, WorkerError
+from ..models.loading import load_tokenizer, read_config
+from ..models.vocabulary import shared_vocabulary
+from ..params import SamplingParams, StreamEvent, completion_seed
+from ..pipeline.build import Plan, check_sizes
+from ..pipeline.launch import roles
+from ..pipeline.messages import Committed, Failed, Finished, Hello, Message, Ready, RoundReport, Timings, Welcome
+from .book import Limits, Request, RequestBook, Step
+from .detokenize import Detokenizer
+from .resolve import resolve
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Taken:
+    """What follows from a worker's message."""
+
+    events: list[tuple[Request, StreamEvent]] = field(default_factory=list)
+    send: list[tuple[str, Message]] = field(default_factory=list)
+    """By role, in order."""
+
+
+def taken(step: Step) -> Taken:
+    return Taken(events=step.events, send=[("verifier", message) for message in step.send])
+
+
+class Front:
+    """Reads a configuration, makes requests, takes in the workers' messages.
+
+    Raises:
+        UsageError: configuration, models or their pairing are wrong.
+    """
+
+    def __init__(
+        self,
+        config: Config | str | Path | dict[str, Any],
+        *,
+        overrides: Sequence[str] = (),
+        limits: Limits | None = None,
+    ):
+        self.config = load_config(config, overrides)
+        check_sizes(self.config)
+        self.tokenizer, self.plan = make_plan(self.config)
+        self.book = RequestBook(limits)
+        self.info: dict[str, Any] = {}
+        """What the workers that are ready said of themselves, by role."""
+        self.degraded: str | None = None
+        """Why the draft is no longer there, if it is not."""
+        self.timings: Timings | None = None
+        self.round: RoundReport | None = None
+        self._hellos: dict[str, Hello] = {}
+        self._numbers = itertools.count()
+
+    @property
+    def ready(self) -> bool:
+        return set(self.info) == set(roles(self.plan))
+
+    @property
+    def late(self) -> WorkerError:
+        """What to raise when the workers are not ready in time."""
+        missing = ", ".join(sorted(set(roles(self.plan)) - set(self.info)))
+        limit_s = self.config.engine.start_timeout_s
+        return WorkerError(f"{missing} not ready after {limit_s:g} s (engine.start_timeout_s)")
+
+    def tokenize(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=True)["input_ids"])
+
+    def make(self, prompt: str | Sequence[int], params: SamplingParams, client: str = "") -> list[Request]:
+        """The requests of a prompt, one for each completion, checked, not yet in the book.
+
+        Raises: RequestError.
+        """
+        if isinstance(prompt, str):
+            text, ids = prompt, self.tokenize(prompt)
+        else:
+            text, ids = None, [int(token) for token in prompt]
+        if not ids:
+            raise RequestError("the prompt is empty; give at least one token")
+        limit = self.config.engine.max_model_len
+        if len(ids) >= limit:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens; engine.max_model_len={limit} leaves room for {limit - 1}"
+            )
+        size = len(self.tokenizer)
+        if not all(0 <= token < size for token in ids):
+            raise RequestError(f"prompt token ids must be in [0, {size})")
+        if params.method in ("sd", "ssd") and self.config.draft is None:
+            raise RequestError(f"method {params.method} needs a draft; this configuration has none")
+        text = self.tokenizer.decode(ids) if text is None else text
+        params = resolve(params, self.tokenizer, vocabulary=self.plan.vocabulary, ends=self.plan.ends)
+        ends = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.plan.ends)
+        return [
+            Request(
+                number=next(self._numbers),
+                index=index,
+                prompt=text,
+                prompt_ids=tuple(ids),
+                params=replace(params, n=1, seed=completion_seed(params.seed, index)) if params.n > 1 else params,
+                ends=ends,
+                detokenizer=Detokenizer(
+                    self.tokenizer,
+                    params.stop,
+                    include_stop=params.include_stop_str_in_output,
+                    min_tokens=params.min_tokens,
+                ),
+                context_limit=limit,
+                client=client,
+            )
+            for index in range(params.n)
+        ]
+
+    def take(self, role: str, message: Message) -> Taken:
+        """Raises: UsageError or WorkerError: the worker cannot go on; PipelineError: it is out of turn."""
+        if isinstance(message, Committed | Finished):
+            return taken(self.book.handle(message))
+        if isinstance(message, RoundReport):
+            self.round = message
+        elif isinstance(message, Timings):
+            self.timings = message
+        elif isinstance(message, Hello):
+            self._hellos[role] = message
+            # Only once both are up: until then nobody would take the message.
+            if set(self._hellos) == {"verifier", "draft"}:
+                rendezvous = self._hellos["verifier"].rendezvous
+                assert rendezvous is not None
+                return Taken(send=[("draft", Welcome(rendezvous=rendezvous))])
+        elif isinstance(message, Ready):
+            self.info[role] = message.info
+        elif isinstance(message, Failed):
+            # A draft that fails once all are ready: the verifier notices by itself and goes on.
+            if message.degraded or (role == "draft" and self.ready):
+                self.degraded = message.message
+            elif message.usage:
+                raise UsageError(message.message)
+            else:
+                raise WorkerError(f"the {message.role} worker failed: {message.message}")
+        return Taken()
+
+
+def make_plan(config: Config) -> tuple[Any, Plan]:
+    """Tokenizer and plan of a pairing, checked without loading weights.
+
+    Raises:
+        UsageError: missing models, mismatched tokenizers.
+    """
+    from transformers import GenerationConfig
+
+    target = resolve_model_path(config.target.model)
+    tokenizer = load_tokenizer(target)
+
+    def head(folder: Path) -> int:
+        return read_config(folder).get_text_config().vocab_size
+
+    sizes = [head(target)]
+    other = tokenizer
+    if config.draft is not None:
+        draft = resolve_model_path(config.draft.model)
+        other = load_tokenizer(draft)
+        sizes.append(head(draft))
+    vocabulary = shared_vocabulary(tokenizer, other, sizes[0], sizes[-1])
+    ends = {tokenizer.eos_token_id}
+    if (target / "generation_config.json").is_file():
+        given = GenerationConfig.from_pretrained(target, local_files_only=True).eos_token_id
+        ends |= set(given) if isinstance(given, list) else {given}
+    return tokenizer, Plan(config=config, vocabulary=vocabulary, ends=tuple(sorted(ends - {None})))

@@ -1,0 +1,1 @@
+"""Serving: OpenAI-compatible HTTP, the client lane, the playground page, batch files."""

@@ -1,0 +1,103 @@
+"""Prometheus metrics. Counters follow vLLM's names (``spec_decode_*``), so that rates can be taken."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from ..engine.book import Request
+from ..params import StreamEvent
+from ..pipeline.messages import RoundReport
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Metrics:
+    """Observes an engine; ``text`` is what ``/metrics`` answers. A registry of its own."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self.registry = registry = CollectorRegistry()
+        self._clock, self._last = clock, dict[int, float]()
+
+        def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+            return Counter(f"ssd:{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str) -> Histogram:
+            return Histogram(f"ssd:{name}", text, buckets=SECONDS, registry=registry)
+
+        self.drafts = counter("spec_decode_num_drafts", "Rounds of a sequence that verified draft tokens.")
+        self.draft_tokens = counter("spec_decode_num_draft_tokens", "Draft tokens verified.")
+        self.accepted = counter("spec_decode_num_accepted_tokens", "Draft tokens accepted.")
+        self.accepted_at = counter(
+            "spec_decode_num_accepted_tokens_per_pos", "Rounds that accepted the draft token there.", ("position",)
+        )
+        self.hits = counter("spec_decode_num_forecast_hits", "Outcomes found in the speculation set.")
+        self.misses = counter("spec_decode_num_forecast_misses", "Outcomes looked up and not found.")
+        self.tokens = counter("generation_tokens", "Tokens generated, by how they came to be.", ("provenance",))
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished requests.")
+        self.finished = counter("request_success", "Requests finished.", ("finished_reason",))
+        self.refused = counter("requests_refused", "Requests refused, by HTTP status.", ("status",))
+        self.rounds = counter("rounds", "Rounds of the whole batch.")
+        self.round_s = counter("round_seconds", "Time in rounds.")
+        self.forward_s = counter("verifier_forward_seconds", "The verifier's forwards.")
+        self.forecast_s = counter("draft_forecast_seconds", "The draft's making of speculation sets.")
+        self.wait_s = counter("verifier_wait_seconds", "The verifier waiting in the exchange.")
+        self.jit_s = counter("verifier_jit_wait_seconds", "The verifier waiting for trees drafted after a miss.")
+        self.draft_bubble_s = counter("draft_bubble_seconds", "The draft with nothing to do, within rounds.")
+        self.queue_time = histogram("request_queue_time_seconds", "From arrival to the verifier.")
+        self.first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.")
+        self.between = histogram("inter_token_latency_seconds", "Between the commits of a request.")
+        self.per_token = histogram("request_time_per_output_token_seconds", "Mean time a token after the first.")
+        self.whole = histogram("e2e_request_latency_seconds", "From arrival to the end.")
+
+    def gauges(self, **values: Callable[[], float]) -> None:
+        """Values read when asked for: name to function."""
+        for name, value in values.items():
+            Gauge(f"ssd:{name}", name.replace("_", " "), registry=self.registry).set_function(value)
+
+    @property
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def event(self, request: Request, event: StreamEvent) -> None:
+        """An event of a request."""
+        now = self._clock()
+        if event.token_ids:
+            last = self._last.get(request.number)
+            if last is None:
+                self.queue_time.observe((request.sent_s or now) - request.added_s)
+                self.first_token.observe(now - request.added_s)
+            else:
+                self.between.observe(now - last)
+            self._last[request.number] = now
+            for provenance in event.provenance:
+                self.tokens.labels(provenance).inc()
+            if event.drafted:
+                self.drafts.inc()
+                self.draft_tokens.inc(event.drafted)
+                self.accepted.inc(event.accepted)
+                for position in range(event.accepted):
+                    self.accepted_at.labels(position).inc()
+        if event.output is not None:
+            last = self._last.pop(request.number, None)
+            self.finished.labels(event.output.finish_reason).inc()
+            self.prompt_tokens.inc(len(request.prompt_ids))
+            self.whole.observe(now - request.added_s)
+            later = len(request.token_ids) - 1
+            if last is not None and request.first_s is not None and later > 0:
+                self.per_token.observe((last - request.first_s) / later)
+
+    def round(self, report: RoundReport) -> None:
+        """A round of the batch."""
+        self.rounds.inc()
+        self.round_s.inc(max(0.0, report.round_s))
+        self.forward_s.inc(report.forward_s)
+        self.hits.inc(report.hits)
+        self.misses.inc(report.lookups - report.hits)
+        if report.draft_s is not None:
+            self.forecast_s.inc(report.draft_s)
+            self.wait_s.inc(report.wait_s or 0.0)
+            self.jit_s.inc(report.jit_s or 0.0)
+            self.draft_bubble_s.inc(max(0.0, report.round_s - report.draft_s - (report.jit_s or 0.0)))

@@ -1,0 +1,142 @@
+"""``ssd serve``: the process that owns a pipeline and answers for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from ..config import Config
+from ..engine.async_engine import AsyncEngine
+from ..errors import SSDError, UsageError
+from ..pipeline.build import Plan
+from ..pipeline.launch import LocalPipeline, Pipeline
+from .app import build_app
+from .lane import LaneServer
+from .metrics import Metrics
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+GRACE_S = 3
+"""How long open connections may take once the server is told to stop."""
+
+
+class Server(uvicorn.Server):
+    """Leaves signals to ``serve``, which has more to take down than connections."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def stop(self) -> None:
+        """Finish; at once when told a second time."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+async def serve(
+    config: Config,
+    *,
+    started: Callable[[str], None] = lambda _url: None,
+    ready: Callable[[], None] = lambda: None,
+    access_log: bool = False,
+    launch: Callable[[Plan], Pipeline] = LocalPipeline,
+) -> None:
+    """Serve until told to stop (SIGINT, SIGTERM; a second time: at once). Nothing is left behind then.
+
+    Args:
+        started: called with the URL once the port is bound; the models still load then.
+        ready: called once they are. launch: from a plan to a running pipeline.
+
+    Raises:
+        UsageError: the configuration, or an address that cannot be bound.
+        PipelineError: the workers did not come up, or the pipeline broke.
+    """
+    metrics = Metrics()
+    engine = AsyncEngine(config, launch=launch, observer=metrics)
+    model = config.server.model_name or config.target.model.rstrip("/").rpartition("/")[2]
+    app = build_app(engine, metrics, model=model)
+    listener = _listen(config.server.host, config.server.port)
+    host, port = listener.getsockname()[:2]
+    server = Server(
+        uvicorn.Config(
+            app,
+            log_level="info" if access_log else "warning",
+            access_log=access_log,
+            lifespan="off",
+            timeout_graceful_shutdown=GRACE_S,
+            server_header=False,
+        )
+    )
+    started(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+    def stop() -> None:
+        server.stop()
+        # No stream keeps us, nor a request that a connection kept open brings after the others.
+        engine.take_no_more("the server is shutting down")
+        engine.cancel_all()
+        starting.cancel()
+
+    loop = asyncio.get_running_loop()
+    for number in STOPPING:
+        loop.add_signal_handler(number, stop)
+    serving = asyncio.ensure_future(server.serve([listener]))
+    starting = asyncio.ensure_future(_start(engine, ready))
+    lane: LaneServer | None = None
+    try:
+        if config.server.lane is not None:
+            lane = LaneServer(engine, config.server, model=model)
+        await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done() and not starting.cancelled():
+            starting.result()
+            await _until_over(serving, engine)
+        await serving
+    finally:
+        starting.cancel()
+        with contextlib.suppress(asyncio.CancelledError, SSDError):
+            await starting
+        server.should_exit = True
+        with contextlib.suppress(Exception):
+            await serving
+        listener.close()
+        if lane is not None:
+            await lane.close()
+        await engine.close()
+        for number in STOPPING:
+            loop.remove_signal_handler(number)
+
+
+async def _start(engine: AsyncEngine, ready: Callable[[], None]) -> None:
+    await engine.start()
+    ready()
+
+
+async def _until_over(serving: asyncio.Future[None], engine: AsyncEngine) -> None:
+    """Until the server was told to stop, or the pipeline broke. Raises: what broke it."""
+    failed = asyncio.ensure_future(engine.failed())
+    try:
+        await asyncio.wait({serving, failed}, return_when=asyncio.FIRST_COMPLETED)
+        if failed.done():
+            raise failed.result()
+    finally:
+        failed.cancel()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Raises: UsageError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host.strip("[]"), port))
+    except OSError as error:
+        listener.close()
+        raise UsageError(
+            f"cannot listen on {host}:{port}: {error}; choose another server.host or server.port"
+        ) from None
+    listener.listen(1024)
+    listener.setblocking(False)
+    return listener

@@ -1,0 +1,205 @@
+"""``ssd batch`` over a scripted pipeline: formats, bad lines, and kills at any moment."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssd.config import Config, load_config
+from ssd.errors import UsageError
+from ssd.serving.batch import Batch, Progress, read_lines
+from ssd.serving.journal import Journal
+from ssd.testing.scripted import ScriptedPipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+SLOW_S = 0.02
+RUN = f"""
+import asyncio, sys
+from functools import partial
+from pathlib import Path
+from ssd.config import load_config
+from ssd.serving.batch import Batch
+from ssd.testing.scripted import ScriptedPipeline
+config = load_config("embedded", ["engine.max_batch=3"])
+job = Batch(config, Path(sys.argv[1]), Path(sys.argv[2]), launch=partial(ScriptedPipeline, round_s={SLOW_S}))
+asyncio.run(job.run())
+"""
+
+
+def config_of(*overrides: str) -> Config:
+    return load_config("embedded", ["engine.max_batch=3", *overrides])
+
+
+def write(path: Path, lines: list[Any]) -> Path:
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def perform(source: Path, out: Path, *overrides: str, restart: bool = False) -> Progress:
+    launch = partial(ScriptedPipeline, round_s=0.001)
+    return asyncio.run(Batch(config_of(*overrides), source, out, restart=restart, launch=launch).run())
+
+
+def plain(count: int) -> list[Any]:
+    return [{"id": f"r{n}", "prompt": f"prompt {n}", "max_tokens": 5 + n % 9, "temperature": 0.5} for n in range(count)]
+
+
+def test_both_formats_and_bad_lines(tmp_path: Path) -> None:
+    body = {"model": "embedded", "max_tokens": 4}
+    chat = {**body, "messages": [{"role": "user", "content": "hi"}]}
+    lines: list[Any] = [
+        {"prompt": "one", "max_tokens": 3},
+        "{not json",
+        {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {**body, "prompt": "x", "n": 2}},
+        {"custom_id": "b", "method": "POST", "url": "/v1/chat/completions", "body": chat},
+        "",
+        {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {**body, "prompt": "x"}},
+        {"custom_id": "c", "method": "POST", "url": "/v1/completions", "body": {**body, "prompt": "x", "echo": True}},
+        {"custom_id": "d", "method": "GET", "url": "/v1/completions", "body": {}},
+        {"prompt": "p" * 5000},
+        {"id": "two", "prompt": [5, 6], "max_tokens": 3, "typo": 1},
+        {"id": "three", "prompt": [5, 6], "max_tokens": 3},
+        "[1]",
+    ]
+    source, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    progress = perform(source, out)
+    good, bad = read(out), read(tmp_path / "out.jsonl.errors")
+    assert [r.get("custom_id") or r["id"] for r in good] == ["line-1", "a", "b", "three"]
+    assert [r["line"] for r in bad] == [2, 6, 7, 8, 9, 10, 12]
+    assert (progress.total, progress.done, progress.failed) == (11, 11, 7)
+    assert len(good[1]["response"]["body"]["choices"]) == 2 and good[1]["response"]["status_code"] == 200
+    assert good[2]["response"]["body"]["choices"][0]["message"]["role"] == "assistant"
+    assert "echo" in bad[2]["error"]["message"] and "in use" in bad[1]["error"]["message"]
+    assert "max_model_len" in bad[4]["error"]["message"] and bad[5]["error"]["param"] == "typo"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.errors"]
+
+
+def test_another_run_is_not_mixed_in(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "in.jsonl", plain(3)), tmp_path / "out.jsonl"
+    perform(source, out)
+    with pytest.raises(UsageError, match="--restart"):
+        perform(source, out)
+    assert perform(source, out, restart=True).resumed == 0
+    out.unlink()
+    job = Batch(config_of(), source, out)
+    with pytest.raises(UsageError, match="another process"):
+        Batch(config_of(), source, out)
+    job.journal.add([{"line": 1, "ok": True, "result": {"id": "r0"}}])
+    job.journal.close()
+    with pytest.raises(UsageError, match="another run"):
+        perform(source, out, "numerics=fast")
+    write(source, plain(4))
+    with pytest.raises(UsageError, match="another run"):
+        perform(source, out)
+
+
+def test_files_that_cannot_work(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read"):
+        Batch(config_of(), tmp_path / "none", tmp_path / "out")
+    empty = write(tmp_path / "empty", [""])
+    with pytest.raises(UsageError, match="no lines"):
+        Batch(config_of(), empty, tmp_path / "out")
+    with pytest.raises(UsageError, match="does not exist"):
+        Batch(config_of(), write(tmp_path / "in", plain(1)), tmp_path / "no" / "out")
+
+
+def test_seeds_come_from_the_ids(tmp_path: Path) -> None:
+    seeds = [line.body["seed"] for line in read_lines(write(tmp_path / "in", plain(50)), "m") if line.body]
+    assert len(set(seeds)) == 50
+    assert seeds == [line.body["seed"] for line in read_lines(tmp_path / "in", "m") if line.body]
+
+
+def test_killed_again_and_again(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [*plain(90), "broken"])
+    calm, out = tmp_path / "calm.jsonl", tmp_path / "out.jsonl"
+    perform(source, calm)
+    chance, kills = random.Random(5), 0
+    log = (tmp_path / "log").open("wb")
+    while not out.exists():
+        process = subprocess.Popen([sys.executable, "-c", RUN, str(source), str(out)], cwd=ROOT, stderr=log)
+        try:
+            seen = _records(tmp_path)
+            deadline = time.monotonic() + 120.0
+            while process.poll() is None and _records(tmp_path) == seen and time.monotonic() < deadline:
+                time.sleep(0.01)
+            if kills < 4:
+                time.sleep(chance.uniform(0, 0.3))
+                if process.poll() is None:
+                    os.kill(process.pid, signal.SIGKILL)
+                    kills += 1
+            assert process.wait(120) in (0, -signal.SIGKILL), (tmp_path / "log").read_text()
+        finally:
+            process.kill()
+            process.wait()
+    assert kills >= 2
+
+    def told(path: Path) -> list[tuple[str, str]]:
+        return [(record["id"], record["text"]) for record in read(path)]
+
+    assert told(out) == told(calm)
+    assert len(told(out)) == 90
+    assert read(tmp_path / "out.jsonl.errors") == read(tmp_path / "calm.jsonl.errors")
+    assert not (tmp_path / "out.jsonl.parts").exists()
+
+
+def _records(folder: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in (folder / "out.jsonl.parts").glob("shard-*"))
+
+
+@given(cut=st.integers(0, 400), garbage=st.binary(max_size=20))
+def test_a_shard_cut_anywhere(cut: int, garbage: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("journal")
+    out = folder / "out"
+    journal = Journal(out, "f")
+    journal.add({"line": n, "ok": True, "result": {"n": n, "text": "é" * n}} for n in range(1, 6))
+    journal.close()
+    [shard] = (folder / "out.parts").glob("shard-*")
+    whole = shard.read_bytes()
+    cut = min(cut, len(whole))
+    shard.write_bytes(whole[:cut] + garbage.replace(b"\n", b""))
+    again = Journal(out, "f")
+    kept = whole[:cut].count(b"\n")
+    assert again.done == {n: True for n in range(1, kept + 1)}
+    again.add({"line": n, "ok": n != 4, "result": {"n": n}} for n in range(kept + 1, 6))
+    again.finish()
+    numbers = [record["n"] for record in read(out)] + ([4] if again.errors.exists() else [])
+    assert sorted(numbers) == [1, 2, 3, 4, 5]
+    for path in (out, again.errors):
+        path.unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from ssd.cli import app
+
+    monkeypatch.setattr("ssd.serving.batch.Batch", partial(Batch, launch=ScriptedPipeline))
+    source, out = write(tmp_path / "in.jsonl", plain(5)), tmp_path / "out.jsonl"
+    answer = CliRunner().invoke(app, ["batch", str(source), str(out), "--set", "engine.max_batch=2"])
+    assert answer.exit_code == 0, answer.output
+    assert f"5 requests, 0 failed, 0 done before, {5 + 6 + 7 + 8 + 9} tokens now" in answer.output
+    assert len(read(out)) == 5
+    assert CliRunner().invoke(app, ["batch", str(source), str(out)]).exit_code == 2
+    write(source, [*plain(2), "bad"])
+    answer = CliRunner().invoke(app, ["batch", str(source), str(out), "--restart"])
+    assert answer.exit_code == 1 and "out.jsonl.errors" in answer.output
+    keys = CliRunner().invoke(app, ["lane-keys", str(tmp_path / "keys"), "bob"])
+    assert keys.exit_code == 0 and (tmp_path / "keys" / "clients" / "bob.key").is_file()
