@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..decoding.noise import gumbel
 from ..decoding.processors import Processors, ProcessorSettings
-from ..decoding.sampling import SamplingTensors, scores
+from ..decoding.sampling import SamplingTensors
 from ..params import SamplingParams
 
 
@@ -80,9 +80,7 @@ class Chooser:
             return None
         return self._gumbel(self.params.seed[:, None], lengths[:, None] + self._ahead, self._vocabulary)
 
-    def scores(self, logits: Tensor, noise: Tensor | None, paths: Tensor | None = None) -> Tensor:
-        """``[B, R, V]``; ``noise`` as many rows, or None. ``paths`` as for ``Processors.apply``:
+    def processed(self, logits: Tensor, paths: Tensor | None) -> Tensor:
+        """``[B, R, V]`` with the requests' processors applied. ``paths`` as for ``Processors.apply``:
         needed only while ``processors.active``."""
-        if self.processors.active:
-            logits = self.processors.apply(logits, paths)
-        return scores(logits, self.params, noise)
+        return self.processors.apply(logits, paths) if self.processors.active else logits

@@ -175,12 +175,11 @@ class DraftWorker:
         ``[B, N, I, m]``, if they were. Guesses are ranked with plain decoding's noise under every
         rule: the bonus token is drawn with it too."""
         noise, sampler, drawn = self.chooser.noise(lengths), self.sampler if self._samples else None, []
-        params, processors = self.chooser.params, self.chooser.processors
-        paths = above = self._paths.of(tokens) if processors.active else None
+        params = self.chooser.params
+        paths = above = self._paths.of(tokens) if self.chooser.processors.active else None
 
         def score(logits: Tensor, ahead: Tensor) -> Tensor:
-            if processors.active:
-                logits = processors.apply(logits, paths)
+            logits = self.chooser.processed(logits, paths)
             return scores(logits, params, None if noise is None else _at(noise, ahead))
 
         def pick(logits: Tensor, ahead: Tensor, nodes: Tensor, fed: Tensor, step: int) -> Tensor:
@@ -190,8 +189,7 @@ class DraftWorker:
                 paths = torch.cat([before, fed[..., None]], dim=-1)
             if sampler is None:
                 return _best(score(logits, ahead), self._width)
-            if processors.active:
-                logits = processors.apply(logits, paths)
+            logits = self.chooser.processed(logits, paths)
             found, draft = sampler.children(logits, params, lengths[:, None] + ahead - step, step)
             drawn.append(draft)
             return found
@@ -272,8 +270,7 @@ class DraftWorker:
         paths = fed.new_empty(len(fed), 1, 0)
         for step in range(self.shape.depth):
             logits = self.runner.forward(self._step, fed, lengths + step, longest=longest + step)
-            if self.chooser.processors.active:
-                logits = self.chooser.processors.apply(logits, paths)
+            logits = self.chooser.processed(logits, paths)
             if self._samples and self.sampler is not None:
                 found, draft = self.sampler.children(logits, self.chooser.params, lengths[:, None], step)
                 ranked.append(found)

@@ -263,8 +263,7 @@ class VerifierWorker:
     ) -> Outcome:
         """The outcome with processors, filters and the rule."""
         if self.chooser.processors.active:
-            paths = self._paths.of(self.trees.to(tokens.device))[:, : plan.rows]
-            logits = self.chooser.processors.apply(logits, paths)
+            logits = self.chooser.processed(logits, self._paths.of(self.trees.to(tokens.device))[:, : plan.rows])
         ahead = None if noise is None else noise[:, self._depths[: plan.rows]]
         chosen = scores(logits, self.chooser.params, ahead).argmax(-1)
         matched = Outcome(*(t.cpu() for t in self._verify(tokens, chosen)))

@@ -20,6 +20,7 @@ from transformers.generation.logits_process import (
 
 from ssd import RequestError, SamplingParams
 from ssd.decoding.processors import Processors, ProcessorSettings, TreePaths
+from ssd.decoding.sampling import scores
 from ssd.decoding.tree import ABSENT, TreeShape
 from ssd.engine.resolve import resolve
 from ssd.params import completion_seed
@@ -189,7 +190,7 @@ def test_nothing_asked_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     chooser.process(0, params, prompt=PROMPT, output=[], ends=[0])
     monkeypatch.setattr(Processors, "apply", lambda *_: pytest.fail("processed"))
     logits = logits_of(2, 3, V)
-    chooser.scores(logits, chooser.noise(torch.tensor([4, 4])))
+    scores(chooser.processed(logits, None), chooser.params, chooser.noise(torch.tensor([4, 4])))
     assert not chooser.processors.active
     # And no longer than it is asked for.
     chooser.process(1, SamplingParams(min_tokens=3), prompt=PROMPT, output=[], ends=[0, V + 3])
