@@ -139,7 +139,7 @@ class ScriptedPipeline:
                     depth=accepted,
                     drafted=drafted,
                     logprobs=None if params.logprobs is None else scripted_logprobs(tokens, params.logprobs),
-                    origin="plain" if not drafted else "hit" if slot.done % 2 else "miss",
+                    origin="plain" if not drafted else "hit" if slot.record.rounds % 3 else "miss",
                     committed_s=time.perf_counter(),
                 )
             )
