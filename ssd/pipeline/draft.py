@@ -49,7 +49,7 @@ class DraftWorker:
         """Tokens whose keys and values the slot's last sequence left behind."""
         self.trees = torch.full((batch, shape.nodes), ABSENT)
         self.chooser = Chooser(batch, runner.vocabulary, device, horizon=2 * shape.depth + 1, compile=runner.compile)
-        self._parents, self._depths = shape.parent_index(device), shape.depth_index(device)
+        self._depths = shape.depth_index(device)
         self._paths = TreePaths(shape, device)
         self._glue = RowPlan.tree("glue", shape)
         self._step = RowPlan.sequential("jit", 1)
@@ -279,7 +279,8 @@ class DraftWorker:
                 ahead = None if noise is None else noise[:, step : step + 1]
                 ranked.append(_best(scores(logits, self.chooser.params, ahead), self._width))
             fed = ranked[-1][..., 0]
-            paths = torch.cat([paths, fed[..., None]], dim=-1)
+            if self.chooser.processors.active:
+                paths = torch.cat([paths, fed[..., None]], dim=-1)
         if self.sampler is not None:
             self.drafted_from = stacked(drawn)[:, 0] if drawn else self.sampler.nothing(len(self.rows))
         drafted = _comb_tokens(ranked)[:, 0].cpu().masked_fill(~missed[:, None], ABSENT)

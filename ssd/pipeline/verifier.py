@@ -122,12 +122,8 @@ class VerifierWorker:
     def _forward_s(self, plan: RowPlan) -> float:
         """Seconds of a forward: the best of a few."""
         lengths = torch.zeros(self.runner.batch, dtype=torch.int64, device=self.runner.device)
-        best = float("inf")
-        for _ in range(5):
-            began = self.clock()
-            self._decide(plan, self.runner.contexts[0], self.trees[:, : plan.rows].to(lengths.device), lengths)
-            best = min(best, self.clock() - began)
-        return best
+        tokens = self.trees[:, : plan.rows].to(lengths.device)
+        return min(self._decide(plan, self.runner.contexts[0], tokens, lengths)[2] for _ in range(5))
 
     @property
     def idle(self) -> bool:
@@ -235,28 +231,28 @@ class VerifierWorker:
         plan = self._plan()
         context = self.runner.context_for(max(lengths_list) + max(plan.limits) + 1)
         tokens = self.trees[:, : plan.rows].to(self.runner.device)
-        began = self.clock()
-        logits, outcome = self._decide(plan, context, tokens, lengths)
-        forward_s = self.clock() - began
+        logits, outcome, forward_s = self._decide(plan, context, tokens, lengths)
         states, commits = self._commit(outcome, lengths_list, logits)
         return Verdict(outcome=outcome, states=states, commits=commits, forward_s=forward_s)
 
     @torch.no_grad()
-    def _decide(self, plan: RowPlan, context: int, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Outcome]:
+    def _decide(self, plan: RowPlan, context: int, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Outcome, float]:
         """Forward, choice and verification as one compiled function: a round's many small
         operations would cost as much as a layer. Filters and processors, which it cannot do, choose
-        anew. Returns logits ``[B, R, V]`` and the outcome."""
+        anew. Returns logits ``[B, R, V]``, the outcome, and the seconds of the compiled function alone."""
         decide = self._deciders.get((plan, context))
         if decide is None:
             decide = self._deciders[plan, context] = self.runner.compiled(self._decider(plan, context))
         noise = self.chooser.noise(lengths)
         quiet = self._silence if noise is None else noise
+        began = self.clock()
         logits, node, bonus = decide(tokens, lengths, self.chooser.params.temperature, quiet)
         outcome = Outcome(node.cpu(), bonus.cpu())
+        forward_s = self.clock() - began
         judge = self.judge if noise is not None and plan.rows > 1 else None
         if judge is not None or self.chooser.processors.active or self.chooser.params.filtered:
             outcome = self._decide_anew(plan, tokens, lengths, logits, noise, judge)
-        return logits, outcome
+        return logits, outcome, forward_s
 
     def _decide_anew(
         self, plan: RowPlan, tokens: Tensor, lengths: Tensor, logits: Tensor, noise: Tensor | None, judge: Judge | None
