@@ -21,8 +21,6 @@ from .frames import Frames, ProbsLayout
 from .rules import CandidateSampler, Judge, probs_layout
 from .verifier import VerifierWorker
 
-PACK_ABOVE_BYTES = 16 << 20
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
@@ -157,8 +155,7 @@ def _runner(plan: Plan, wanted: ModelConfig, *, scratch: int) -> ForwardRunner:
         compile=compile_,
     )
     if torch.device(wanted.device).type == "cpu" and wanted.dtype == "float32":
-        # Weights that stay in a core's own cache gain nothing.
-        if runner.parameters * 4 > PACK_ABOVE_BYTES and rows_linear.available():
+        if rows_linear.available():
             rows_linear.pack_linears(model)
         else:
             lay_out_for_cpu(model)
