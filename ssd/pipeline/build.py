@@ -16,7 +16,8 @@ from ..errors import ConfigError
 from ..models import rows_linear
 from ..models.loading import lay_out_for_cpu, load_model
 from ..models.runner import ForwardRunner, can_compile
-from .draft import DraftWorker, scratch_slots
+from .branches import scratch_slots
+from .draft import DraftWorker
 from .frames import Frames, ProbsLayout
 from .rules import CandidateSampler, Judge, probs_layout
 from .verifier import VerifierWorker
