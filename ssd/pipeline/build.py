@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ..config import Config, ModelConfig, resolve_model_path
 from ..decoding.forecast import ConfidenceForecast, FanOutForecast, Forecast, fan_out
@@ -16,7 +15,7 @@ from ..decoding.tree import TreeShape
 from ..errors import ConfigError
 from ..models import rows_linear, tree_attention
 from ..models.graphs import Graphs
-from ..models.loading import lay_out_for_cpu, load_model
+from ..models.loading import PreTrainedModel, lay_out_for_cpu, load_model
 from ..models.runner import ForwardRunner, can_compile
 from .draft import DraftWorker, scratch_slots
 from .frames import Frames, ProbsLayout
