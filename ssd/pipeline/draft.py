@@ -14,6 +14,7 @@ from ..decoding.processors import TreePaths
 from ..decoding.sampling import perturbed, scores
 from ..decoding.support import DraftProbs
 from ..decoding.tree import ABSENT, TreeShape
+from ..models.device import Courier
 from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner, Layout
 from .branches import BranchSteps
@@ -49,7 +50,15 @@ class DraftWorker:
         self._left: list[list[int]] = [[] for _ in range(batch)]
         """Tokens whose keys and values the slot's last sequence left behind."""
         self.trees = torch.full((batch, shape.nodes), ABSENT)
-        self.chooser = Chooser(batch, runner.vocabulary, device, horizon=2 * shape.depth + 1, compile=runner.compile)
+        self._courier = Courier(device)
+        self.chooser = Chooser(
+            batch,
+            runner.vocabulary,
+            device,
+            horizon=2 * shape.depth + 1,
+            compile=runner.compile,
+            graphs=runner.graphs,
+        )
         self._depths = shape.depth_index(device)
         self._paths = TreePaths(shape, device)
         self._glue = RowPlan.tree("glue", shape)
@@ -82,7 +91,7 @@ class DraftWorker:
         self.runner.warm_up([self._branches.plans[0]], self._branches.layout(0, nodes))
         self.chooser.warm_up()
         lengths = torch.zeros(len(self.rows), dtype=torch.int64, device=self.runner.device)
-        if self.runner.compile:
+        if self.runner.fuses:
             self._grow_at_once(self.trees.to(lengths.device), lengths)
             self._draft_at_once(self.trees[:, :1].clamp(min=0).to(lengths.device), lengths)
 
@@ -113,7 +122,7 @@ class DraftWorker:
         self._catch_up()
         batch, branches = len(self.rows), self.forecast.budget
         lengths, longest = self._lengths()
-        tokens = self.trees.to(self.runner.device)
+        tokens = self._courier.place(self.trees)
         self._in_glue = {slot for slot, row in enumerate(self.rows) if row is not None}
         forecasting = [row is not None and row.forecasts for row in self.rows]
         draft = self.sampler.nothing(batch, branches) if self.sampler is not None else None
@@ -133,7 +142,7 @@ class DraftWorker:
                 trees=torch.full((batch, branches, self.shape.nodes - 1), ABSENT),
                 draft=draft,
             )
-        nodes, guesses, trees = nodes.cpu(), guesses.cpu(), trees.cpu()
+        nodes, guesses, trees = self._courier.fetch(nodes, guesses, trees)
         if not all(forecasting):
             absent = ~torch.tensor(forecasting)[:, None]
             guesses, trees = guesses.masked_fill(absent, ABSENT), trees.masked_fill(absent[..., None], ABSENT)
@@ -144,7 +153,7 @@ class DraftWorker:
         context only (it takes the compiler half a minute), and without what only single steps can do."""
         short = longest + self.shape.depth < self.runner.contexts[0]
         params, processors = self.chooser.params, self.chooser.processors
-        return self.runner.compile and short and not (params.filtered or processors.active or self._samples)
+        return self.runner.fuses and short and not (params.filtered or processors.active or self._samples)
 
     def _grow(
         self,
@@ -326,7 +335,7 @@ class DraftWorker:
             len(row.tokens if row is not None else left) for row, left in zip(self.rows, self._left, strict=True)
         ]
         longest = max((len(row.tokens) for row in self.rows if row is not None), default=0)
-        return torch.tensor(lengths, device=self.runner.device), longest
+        return self._courier.place(torch.tensor(lengths)), longest
 
     def _catch_up(self) -> None:
         """Prefill what was committed without going through here."""
