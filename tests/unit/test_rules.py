@@ -15,15 +15,18 @@ from torch import Tensor
 from ssd import LLM, SamplingParams
 from ssd.config import load_config
 from ssd.decoding.noise import ACCEPT_STREAM, DRAFT_STREAM, derive, gumbel, gumbel_at, uniform
+from ssd.decoding.rejection import verify_rejection
 from ssd.decoding.sampling import SamplingTensors
 from ssd.decoding.support import DraftProbs
 from ssd.decoding.tree import ABSENT, TreeShape
+from ssd.decoding.verify import Outcome
 from ssd.errors import ConfigError
+from ssd.pipeline import rules
 from ssd.pipeline.build import Plan
 from ssd.pipeline.draft import DraftWorker
 from ssd.pipeline.frames import Frames, ProbsLayout, SpeculationSet
 from ssd.pipeline.launch import InprocPipeline
-from ssd.pipeline.rules import CandidateSampler, probs_layout, stacked
+from ssd.pipeline.rules import CandidateSampler, Judge, probs_layout, stacked
 
 Configure = Callable[..., dict[str, Any]]
 SEEDS = st.integers(0, 2**63 - 1)
@@ -198,6 +201,31 @@ def test_candidates_are_independent_of_other_noise(tiny_config: Configure) -> No
             seen = torch.bincount(drawn * vocabulary + other, minlength=vocabulary**2).view(vocabulary, -1).double()
             expected = seen.sum(1, keepdim=True) * seen.sum(0) / count
             assert float(((seen - expected) ** 2 / expected).sum()) < 27.9  # 9 degrees: p = 0.001
+
+
+def test_uniforms_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those a round compares with, of different nodes and of different rounds: 20,000 seeds."""
+    count, vocabulary, shape = 20_000, 3, TreeShape.comb(2)
+    layout = probs_layout("rejection", shape, vocabulary, vocabulary)
+    assert layout is not None
+    judge = Judge("rejection", shape, layout, batch=count, device="cpu")
+    empty, logits = SamplingTensors.empty(count, "cpu"), torch.zeros(count, 3, vocabulary)
+    params = replace(empty, temperature=empty.temperature + 1, seed=torch.arange(count), random=True)
+    tokens = torch.zeros(count, 3, dtype=torch.int64)
+    matched, seen = Outcome(tokens[:, 0], tokens[:, 0]), []
+
+    def noting(*given: Any) -> Any:
+        seen.append(given[3])
+        return verify_rejection(*given)
+
+    monkeypatch.setattr(rules, "verify_rejection", noting)
+    for length in (4, 5):
+        judge.decide(matched, tokens, tokens, logits, torch.full((count,), length), logits, params)
+    cells = [(uniforms[:, node] * 8).long() for uniforms in seen for node in (1, 2)]
+    for i, one in enumerate(cells):
+        for other in cells[:i]:
+            counts, expected = torch.bincount(one * 8 + other, minlength=64).double(), count / 64
+            assert float(((counts - expected) ** 2 / expected).sum()) < 120  # 63 degrees: p = 2e-5
 
 
 # Configuration.

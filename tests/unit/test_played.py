@@ -1,4 +1,5 @@
-"""How often the draft is right: mistakes that cost no token, only speed, show here."""
+"""Both workers in one thread, every round seen: the tokens, and how often the draft is right, for
+mistakes that cost only speed."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import torch
 from ssd import SamplingParams
 from ssd.config import load_config
 from ssd.decoding.tree import ABSENT
+from ssd.params import Method
 from ssd.pipeline.build import Plan, build_draft, build_verifier
 from ssd.pipeline.draft import DraftWorker
 from ssd.pipeline.frames import SpeculationSet
@@ -29,11 +31,21 @@ PARAMS = [
 ASKED = [[9, 30, 77], list(range(20, 44)), [5, 100], [60, 61, 62, 63, 64]]
 
 
-def played(config: dict[str, Any]) -> list[History]:
+def played(config: dict[str, Any], method: Method = "ssd") -> list[History]:
     """More requests than slots, every round seen."""
     plan = Plan(config=load_config(config), vocabulary=128, ends=())
     verifier, draft = build_verifier(plan)[0], build_draft(plan)[0]
-    return play(verifier, draft, plan, ASKED, [replace(p, method="ssd") for p in PARAMS])
+    return play(verifier, draft, plan, ASKED, [replace(p, method=method) for p in PARAMS])
+
+
+def test_tokens_are_plain_decodings(tiny_config: Configure) -> None:
+    config = tiny_config(engine={"max_batch": 2}, speculation={"siblings": 2, "forecast": {"budget": 14}})
+    plain, *speculative = (played(config, method) for method in ("none", "ssd", "sd"))
+    for histories in speculative:
+        assert [history.tokens for history in histories] == [history.tokens for history in plain]
+        rounds = [one for history in histories for one in history.rounds]
+        # It had something to be wrong about, and siblings to accept.
+        assert {one.accepted for one in rounds} == {0, 1, 2, 3}
 
 
 def test_a_draft_that_is_the_target_is_never_wrong(tiny_config: Configure) -> None:
