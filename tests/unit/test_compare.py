@@ -12,7 +12,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import ssd
-from ssd.bench.compare import Comparison, Mismatch, compare, count_ngrams, first_difference, parse_methods
+from ssd.bench.arms import count_ngrams
+from ssd.bench.compare import Comparison, Mismatch, compare, first_difference, parse_methods
 from ssd.bench.prompts import DEMO_PROMPTS, Prompt, load_prompts
 from ssd.bench.report import print_comparison
 from ssd.cli import app
@@ -36,6 +37,7 @@ METHOD_KEYS = {
     "draft_ms",
     "repeated_8gram_share",
     "categories",
+    "accepted_histogram",
 }
 TOP_KEYS = {
     "identical_all",
@@ -46,6 +48,7 @@ TOP_KEYS = {
     "seed",
     "temperature",
     "lookahead",
+    "batch",
     "versions",
     "methods",
 }
