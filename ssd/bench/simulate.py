@@ -137,7 +137,7 @@ def _speculating(costs: Costs, content: Replay | Independent, setting: Setting, 
     bare_s = costs.forward(batch * setting.rows, setting.target_devices)
     share = -(-setting.budget // setting.draft_devices)
     draft_s = costs.tree.seconds(depth, batch * share) if ssd else costs.glue
-    overhead_s, jit_s = costs.overhead[setting.method], costs.jit.seconds(depth)
+    overhead_s, jit_s = costs.overhead["ssd" if ssd else "sd"], costs.jit.seconds(depth)
     walks = [content.walk(depth, setting.siblings, row) for row in range(batch)]
     bare = [False] * batch  # rows whose round has no candidates
     done, waited = Simulated(setting=setting), False
