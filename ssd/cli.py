@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from . import __version__, cli_plan, cli_remote, cli_serving, cli_tune
+from . import __version__, cli_bench, cli_plan, cli_remote, cli_serving, cli_tune
 from .errors import PipelineError, RequestError, UsageError
 from .params import RequestOutput, SamplingParams, StreamEvent
 
@@ -375,7 +375,7 @@ def _count_parameters(folder: Path) -> int:
     return count
 
 
-for _command in (*cli_serving.COMMANDS, *cli_remote.COMMANDS, *cli_plan.COMMANDS):
+for _command in (*cli_serving.COMMANDS, *cli_remote.COMMANDS, *cli_bench.COMMANDS, *cli_plan.COMMANDS):
     app.command()(_reports_errors(_command))
 for _command in cli_tune.COMMANDS:
     cli_tune.app.command()(_reports_errors(_command))

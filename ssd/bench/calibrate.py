@@ -49,12 +49,12 @@ class Size:
 
 SIZES = (
     Size(lookahead=2, budget=4),
-    Size(lookahead=4, budget=8),
     Size(lookahead=4, budget=24),
-    Size(lookahead=4, budget=12, siblings=2),
-    Size(lookahead=8, budget=12),
+    Size(lookahead=8, budget=8),
+    Size(lookahead=4, budget=8, siblings=2),
+    Size(lookahead=4, budget=8, batch=4),
 )
-"""Steps, branches and rows each vary while the others stand still."""
+"""Steps, branches, rows and sequences each vary while others stand still."""
 
 
 def measure(
@@ -144,26 +144,29 @@ def point(rounds: Sequence[RoundReport], size: Size, method: Method, temperature
 
 
 def fit(points: Sequence[Point]) -> Costs:
-    """Costs through the points of one temperature (least squares; no coefficient below zero)."""
+    """Costs through the points of one temperature (least squares; no coefficient below zero).
+    Overheads and waits are those of the smallest batch."""
     by_method = {method: [p for p in points if p.method == method] for method in METHODS}
+    smallest = min(point.batch for point in points)
+    single = {method: [p for p in found if p.batch == smallest] for method, found in by_method.items()}
     target: dict[int, list[float]] = {}
     for point in [*by_method["none_fast"], *by_method["ssd"]]:
         target.setdefault(point.rows, []).append(point.forward_s)
     trees = [([1.0, p.lookahead, p.lookahead * p.budget * p.batch], p.draft_s) for p in by_method["ssd"] if p.draft_s]
-    waits = [([1.0, p.lookahead], p.jit_s) for p in [*by_method["sd"], *by_method["ssd"]] if p.jit_s]
+    waits = [([1.0, p.lookahead], p.jit_s) for p in [*single["sd"], *single["ssd"]] if p.jit_s]
     base, per_step, per_row = _least_squares(trees, 3)
     jit_base, jit_step = _least_squares(waits, 2)
     return Costs(
         target={rows: fmean(seconds) for rows, seconds in sorted(target.items())},
         tree=Line(base=base, per_step=per_step, per_row=per_row),
         jit=Line(base=jit_base, per_step=jit_step),
-        glue=_mean([p.draft_s for p in by_method["sd"]]) or 0.0,
+        glue=_mean([p.draft_s for p in single["sd"]]) or 0.0,
         overhead={
-            "none": fmean(p.overhead_s for p in [*by_method["none_fast"], *by_method["none"]]),
-            "sd": fmean(p.overhead_s for p in by_method["sd"]),
-            "ssd": fmean(p.overhead_s for p in by_method["ssd"]),
+            "none": fmean(p.overhead_s for p in [*single["none_fast"], *single["none"]]),
+            "sd": fmean(p.overhead_s for p in single["sd"]),
+            "ssd": fmean(p.overhead_s for p in single["ssd"]),
         },
-        after_wait=max(0.0, _mean([p.after_wait_s for p in by_method["ssd"]]) or 0.0),
+        after_wait=max(0.0, _mean([p.after_wait_s for p in single["ssd"]]) or 0.0),
     )
 
 

@@ -72,15 +72,20 @@ def timeline(rounds: Sequence[RoundReport], title: str) -> bytes:
     return _png(figure)
 
 
-def spans(rounds: Sequence[RoundReport]) -> list[tuple[str, float, float, str]]:
+def kind_after(one: RoundReport) -> str:
+    """What the tree of the next round is: ``hit``, ``miss`` or ``plain``."""
+    return "plain" if one.draft_s is None else "miss" if one.jit_s else "hit" if one.hits else "plain"
+
+
+def spans(rounds: Sequence[RoundReport], first: str = "plain") -> list[tuple[str, float, float, str]]:
     """(lane, began_s, seconds, kind) of everything in the rounds, on the verifier's clock.
 
     Kinds on the verifier's lane: ``hit``, ``miss`` or ``plain`` (what its tree was) and ``wait``;
     on the draft's: ``tree``, ``jit`` and ``wait``. Draft and verifier begin a round together: the
-    draft's tree is drawn from where the verification began.
+    draft's tree is drawn from where the verification began. ``first``: what the first round's tree was.
     """
     found: list[tuple[str, float, float, str]] = []
-    kind = "plain"
+    kind = first
     for one in rounds:
         found.append(("verifier", one.began_s, one.forward_s, kind))
         end = one.began_s + one.round_s
@@ -93,7 +98,7 @@ def spans(rounds: Sequence[RoundReport]) -> list[tuple[str, float, float, str]]:
         if one.jit_s:
             found.append(("verifier", end - one.jit_s, one.jit_s, "wait"))
             found.append(("draft", end - one.jit_s, one.jit_s, "jit"))
-        kind = "plain" if one.draft_s is None else "miss" if one.jit_s else "hit" if one.hits else "plain"
+        kind = kind_after(one)
     return found
 
 

@@ -10,14 +10,16 @@ verification): ``sd`` brings E/(1 + T_SD), ``ssd`` [p E_hit + (1-p) E_miss] / [p
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from ..errors import RequestError
 from ..pipeline.messages import RoundReport
 from .profile import NEVER, Costs, Independent, Profile, Replay
 
-KEPT_ROUNDS = 256
+KEPT_ROUNDS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,55 +48,21 @@ class Setting:
         return self.target_devices + (self.draft_devices if self.method in ("sd", "ssd") else 0)
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Simulated:
     """What a simulation gave."""
 
     setting: Setting
-    tokens: int = 0
-    seconds: float = 0.0
-    count: int = 0
+    tokens: int
+    seconds: float
+    count: int
     """Rounds."""
-    lookups: int = 0
-    hits: int = 0
-    verifier_busy_s: float = 0.0
-    draft_busy_s: float = 0.0
-    rounds: list[RoundReport] = field(default_factory=list)
+    lookups: int
+    hits: int
+    verifier_busy_s: float
+    draft_busy_s: float
+    rounds: list[RoundReport]
     """The first of them, for a timeline."""
-
-    def add(
-        self,
-        *,
-        forward_s: float,
-        round_s: float,
-        tokens: int,
-        draft_s: float | None = None,
-        wait_s: float = 0.0,
-        lookups: int = 0,
-        hits: int = 0,
-    ) -> None:
-        """One round. ``draft_s``: of a draft that took part; ``wait_s``: after misses."""
-        if len(self.rounds) < KEPT_ROUNDS:
-            report = RoundReport(
-                began_s=self.seconds,
-                forward_s=forward_s,
-                wait_s=None if draft_s is None else max(0.0, draft_s - forward_s),
-                draft_s=draft_s,
-                jit_s=wait_s or None,
-                round_s=round_s,
-                rows=self.setting.batch,
-                lookups=lookups,
-                hits=hits,
-                tokens=tokens,
-            )
-            self.rounds.append(report)
-        self.seconds += round_s
-        self.tokens += tokens
-        self.count += 1
-        self.lookups += lookups
-        self.hits += hits
-        self.verifier_busy_s += forward_s
-        self.draft_busy_s += (draft_s or 0.0) + wait_s
 
     @property
     def tokens_per_second(self) -> float:
@@ -110,51 +78,119 @@ class Simulated:
 
 
 def simulate(profile: Profile, setting: Setting, *, tokens: int = 4000) -> Simulated:
-    """Run until so many tokens are there (over all sequences).
-
-    Raises:
-        RequestError: the profile does not know the tree; a setting that cannot be.
-    """
-    if min(setting.target_devices, setting.draft_devices, setting.batch, setting.lookahead) < 1:
-        raise RequestError("devices, batch and lookahead must be at least 1")
-    costs, content = profile.at(setting.temperature)
-    if setting.method in ("none", "none_fast"):
-        return _plainly(costs, setting, tokens)
-    return _speculating(costs, content, setting, tokens)
+    """One setting; see :meth:`Simulator.run`."""
+    return Simulator(profile).run(setting, tokens=tokens)
 
 
-def _plainly(costs: Costs, setting: Setting, tokens: int) -> Simulated:
-    forward_s = costs.forward(setting.batch * setting.rows, setting.target_devices)
-    round_s = forward_s + costs.overhead["none"]
-    done = Simulated(setting=setting)
-    while done.tokens < tokens:
-        done.add(forward_s=forward_s, round_s=round_s, tokens=setting.batch)
-    return done
+class Simulator:
+    """Simulates settings of one profile. What a tree accepts and which budgets hold its outcomes is
+    played once for each tree and batch: budgets, devices and costs only decide how long it takes."""
 
+    def __init__(self, profile: Profile):
+        self.profile = profile
+        self._played: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
 
-def _speculating(costs: Costs, content: Replay | Independent, setting: Setting, tokens: int) -> Simulated:
-    ssd, depth, batch = setting.method == "ssd", setting.lookahead, setting.batch
-    bare_s = costs.forward(batch * setting.rows, setting.target_devices)
-    share = -(-setting.budget // setting.draft_devices)
-    draft_s = costs.tree.seconds(depth, batch * share) if ssd else costs.glue
-    overhead_s, jit_s = costs.overhead["ssd" if ssd else "sd"], costs.jit.seconds(depth)
-    walks = [content.walk(depth, setting.siblings, row) for row in range(batch)]
-    bare = [False] * batch  # rows whose round has no candidates
-    done, waited = Simulated(setting=setting), False
-    while done.tokens < tokens:
-        forward_s = bare_s + (costs.after_wait if waited else 0.0)
-        results = [walk(plain) for walk, plain in zip(walks, bare, strict=True)]
-        hit = [ssd and NEVER < needed <= setting.budget for _, needed in results]
-        bare = [ssd and setting.fallback == "none" and not found for found in hit]
-        waited = not all(hit) and not any(bare)
-        wait_s = jit_s if waited else 0.0
-        done.add(
-            forward_s=forward_s,
-            round_s=max(forward_s, draft_s) + overhead_s + wait_s,
-            tokens=sum(accepted + 1 for accepted, _ in results),
-            draft_s=draft_s,
-            wait_s=wait_s,
-            lookups=batch * ssd,
-            hits=sum(hit),
+    def run(self, setting: Setting, *, tokens: int = 4000) -> Simulated:
+        """Run until so many tokens are there (over all sequences).
+
+        Raises:
+            RequestError: the profile does not know the tree; a setting that cannot be.
+        """
+        if min(setting.target_devices, setting.draft_devices, setting.batch, setting.lookahead) < 1:
+            raise RequestError("devices, batch and lookahead must be at least 1")
+        costs, content = self.profile.at(setting.temperature)
+        bare_s = costs.forward(setting.batch * setting.rows, setting.target_devices)
+        if setting.method in ("none", "none_fast"):
+            count = -(-tokens // setting.batch)
+            made = np.full(count, setting.batch)
+            nothing = np.zeros((count, setting.batch), dtype=bool)
+            return _timed(setting, made, nothing, np.full(count, bare_s), costs.overhead["none"])
+        made, needed = self._play(content, setting, tokens)
+        ssd = setting.method == "ssd"
+        hit = _hits(needed, setting)
+        stalls = not ssd or setting.fallback == "jit"
+        waited: np.ndarray = np.logical_not(hit.all(axis=1)) & stalls
+        after = np.concatenate([[False], waited[:-1]])
+        return _timed(
+            setting,
+            made,
+            hit,
+            bare_s + costs.after_wait * after,
+            costs.overhead["ssd" if ssd else "sd"],
+            draft_s=self._tree_s(costs, setting) if ssd else costs.glue,
+            wait_s=np.where(waited, costs.jit.seconds(setting.lookahead), 0.0),
         )
-    return done
+
+    def _tree_s(self, costs: Costs, setting: Setting) -> float:
+        share = -(-setting.budget // setting.draft_devices)
+        return costs.tree.seconds(setting.lookahead, setting.batch * share)
+
+    def _play(self, content: Replay | Independent, setting: Setting, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of every round ``[R]``, and the budgets that hold its rows' outcomes ``[R, B]``."""
+        # Without a fallback, a row that missed has no candidates: then the budget matters here.
+        plainly = setting.method == "ssd" and setting.fallback == "none"
+        key = (setting.temperature, setting.lookahead, setting.siblings, setting.batch, tokens)
+        key = (*key, setting.budget if plainly else None)
+        if key not in self._played:
+            walks = [content.walk(setting.lookahead, setting.siblings, row) for row in range(setting.batch)]
+            bare = [False] * setting.batch
+            made, needed = [], []
+            total = 0
+            while total < tokens:
+                results = [walk(plain) for walk, plain in zip(walks, bare, strict=True)]
+                made.append(sum(accepted + 1 for accepted, _ in results))
+                needed.append([budget for _, budget in results])
+                total += made[-1]
+                if plainly:
+                    bare = [not NEVER < budget <= setting.budget for budget in needed[-1]]
+            self._played[key] = np.array(made), np.array(needed)
+        return self._played[key]
+
+
+def _hits(needed: np.ndarray, setting: Setting) -> np.ndarray:
+    if setting.method != "ssd":
+        return np.zeros(needed.shape, dtype=bool)
+    return (needed > NEVER) & (needed <= setting.budget)
+
+
+def _timed(
+    setting: Setting,
+    made: np.ndarray,
+    hit: np.ndarray,
+    forward_s: np.ndarray,
+    overhead_s: float,
+    *,
+    draft_s: float | None = None,
+    wait_s: np.ndarray | None = None,
+) -> Simulated:
+    """Rounds on the clock. ``draft_s``: of a draft that takes part; ``wait_s``: after misses ``[R]``."""
+    waits = np.zeros(len(made)) if wait_s is None else wait_s
+    round_s = np.maximum(forward_s, draft_s or 0.0) + overhead_s + waits
+    began_s = np.cumsum(round_s) - round_s
+    lookups = setting.batch * (setting.method == "ssd")
+    kept = [
+        RoundReport(
+            began_s=float(began_s[i]),
+            forward_s=float(forward_s[i]),
+            wait_s=None if draft_s is None else max(0.0, draft_s - float(forward_s[i])),
+            draft_s=draft_s,
+            jit_s=float(waits[i]) or None,
+            round_s=float(round_s[i]),
+            rows=setting.batch,
+            lookups=lookups,
+            hits=int(hit[i].sum()),
+            tokens=int(made[i]),
+        )
+        for i in range(min(len(made), KEPT_ROUNDS))
+    ]
+    return Simulated(
+        setting=setting,
+        tokens=int(made.sum()),
+        seconds=float(round_s.sum()),
+        count=len(made),
+        lookups=lookups * len(made),
+        hits=int(hit.sum()),
+        verifier_busy_s=float(forward_s.sum()),
+        draft_busy_s=len(made) * (draft_s or 0.0) + float(waits.sum()),
+        rounds=kept,
+    )

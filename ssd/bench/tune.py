@@ -16,7 +16,7 @@ from .calibrate import Size
 from .plan import Space, ranked
 from .profile import Profile
 from .prompts import Prompt
-from .simulate import Setting
+from .simulate import Setting, Simulator
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
@@ -41,7 +41,7 @@ class Candidate:
 def shortlist(profile: Profile, temperature: float, count: int, space: Space = Space()) -> list[Candidate]:  # noqa: B008
     """The best few by simulation; of those with the same tree, the smallest budget within ``CLOSE``."""
     best: dict[tuple[int, int], Candidate] = {}
-    for one in ranked(profile, Setting(temperature=temperature), space):
+    for one in ranked(Simulator(profile), Setting(temperature=temperature), space):
         at, rate = one.setting, one.tokens_per_second
         known = best.get((at.lookahead, at.siblings))
         smaller = known is not None and at.budget < known.size.budget and rate > known.simulated * (1 - CLOSE)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
-from ..config import load_config
+from ..config import Config, load_config
 from ..params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent
+from ..pipeline.messages import RoundReport
 
 SECONDS = {"none_fast": 2.0, "none": 2.5, "sd": 1.6, "ssd": 1.0}
 """Of decoding, for each prompt."""
@@ -24,7 +27,7 @@ class ScriptedLLM:
         self.calls: list[tuple[str, str, int]] = []
         self.closed = False
         self.degraded: str | None = None
-        self.config = load_config("embedded")
+        self.config = next((one for one in _ if isinstance(one, Config)), load_config("embedded"))
         self.tokenizer = None
 
     def __enter__(self) -> ScriptedLLM:
@@ -32,6 +35,25 @@ class ScriptedLLM:
 
     def __exit__(self, *_: object) -> None:
         self.closed = True
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[list[RoundReport]]:
+        """Every second round is a hit, the others are drafted for."""
+        yield [
+            RoundReport(
+                began_s=9.0 + i,
+                forward_s=0.5,
+                wait_s=0.2,
+                draft_s=0.6,
+                jit_s=0.3 if i % 2 else None,
+                round_s=1.0,
+                rows=1,
+                lookups=1,
+                hits=1 - i % 2,
+                tokens=2,
+            )
+            for i in range(6)
+        ]
 
     def timings(self, *, reset: bool = False) -> dict[str, float | None]:
         assert reset

@@ -19,10 +19,10 @@ from ssd.bench.plan import Space, advise, ranked, validate
 from ssd.bench.plan_report import plan_pictures, print_advice, print_checks
 from ssd.bench.profile import Costs, Independent, Line, Profile
 from ssd.bench.prompts import Prompt
-from ssd.bench.simulate import Setting, simulate
+from ssd.bench.simulate import Setting, Simulator, simulate
 from ssd.bench.tune import measure_candidates, shortlist, tuned_yaml
 from ssd.cli import app
-from ssd.config import Config, load_config
+from ssd.config import load_config
 from ssd.testing.scripted_llm import ScriptedLLM
 
 PROMPTS = [Prompt(name="f", text="def f", category="code"), Prompt(name="p", text="The", category="prose")]
@@ -41,12 +41,12 @@ def costly(per_row: float = 0.002) -> Profile:
 
 
 def test_the_best_setting_is_where_draft_and_verifier_balance() -> None:
-    found = ranked(costly(), Setting(), SPACE)
+    found = ranked(Simulator(costly()), Setting(), SPACE)
     assert [one.tokens_per_second for one in found] == sorted((o.tokens_per_second for o in found), reverse=True)
     assert len(found) == len(SPACE.lookaheads) * len(SPACE.budgets)
     # A tree of 8 steps takes 1.3 verifications: deeper is not better.
     assert found[0].setting.lookahead == 4
-    free = ranked(costly(per_row=0.0), Setting(), replace(SPACE, lookaheads=(4,)))
+    free = ranked(Simulator(costly(per_row=0.0)), Setting(), replace(SPACE, lookaheads=(4,)))
     assert free[0].setting.budget == 48
 
 
@@ -87,10 +87,6 @@ def test_tuning_measures_and_writes(tmp_path: Path) -> None:
     seen: list[str] = []
 
     class Timed(ScriptedLLM):
-        def __init__(self, config: Config):
-            super().__init__()
-            self.config = config
-
         def answer(self, prompt: str, params: Any) -> Any:
             slow = rates[self.config.speculation.lookahead] if params.method == "ssd" else 1.0
             return replace(super().answer(prompt, params), decode_s=slow)
@@ -119,10 +115,6 @@ def test_tuning_measures_and_writes(tmp_path: Path) -> None:
 
 def test_validation_compares_rates() -> None:
     class Exact(ScriptedLLM):
-        def __init__(self, config: Config):
-            super().__init__()
-            self.config = config
-
         def answer(self, prompt: str, params: Any) -> Any:
             at = self.config.speculation
             setting = Setting(method=params.method, lookahead=at.lookahead, budget=at.forecast.budget)
