@@ -1,6 +1,6 @@
 """The ``ssd`` command.
 
-Exit codes: 0 done; 1 the outputs compared are not identical; 2 the input cannot work;
+Exit codes: 0 done; 1 the outputs compared differ, or a certificate is refused; 2 the input cannot work;
 3 the machinery failed; 130 interrupted.
 """
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from . import __version__, cli_bench, cli_plan, cli_remote, cli_serving, cli_tune
+from . import __version__, cli_bench, cli_certify, cli_plan, cli_remote, cli_serving, cli_tune
 from .errors import PipelineError, RequestError, UsageError
 from .params import RequestOutput, SamplingParams, StreamEvent
 
@@ -375,8 +375,9 @@ def _count_parameters(folder: Path) -> int:
     return count
 
 
-for _command in (*cli_serving.COMMANDS, *cli_remote.COMMANDS, *cli_bench.COMMANDS, *cli_plan.COMMANDS):
-    app.command()(_reports_errors(_command))
+for _module in (cli_serving, cli_remote, cli_certify, cli_bench, cli_plan):
+    for _command in _module.COMMANDS:
+        app.command()(_reports_errors(_command))
 for _command in cli_tune.COMMANDS:
     cli_tune.app.command()(_reports_errors(_command))
 app.add_typer(cli_tune.app)
