@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from ...config import Config, resolve_model_path
 from ...errors import PipelineError, RequestError
 from ...params import RequestOutput, SamplingParams, SpeculationRecord
@@ -41,7 +39,7 @@ class Peer:
     """Another program, started and ready.
 
     Args:
-        batch: the most prompts it completes together.
+        tokenizer: transformers', of the target. batch: the most prompts it completes together.
         python: of the peer's environment.
 
     Raises:
@@ -50,7 +48,7 @@ class Peer:
 
     name: str
     config: Config
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     batch: int = 1
     python: str = sys.executable
     version: str = field(default="", init=False)
