@@ -38,9 +38,12 @@ def tables(folder: Path) -> str:
 
 def _file(file: Path) -> Iterator[str]:
     data = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(data, dict):  # of another command
+        return
     if "checks" in data:
         yield _checks(file.stem, data)
-    for one in data.get("settings", [data] if "methods" in data else []):
+    found = data.get("settings", [data] if isinstance(data.get("methods"), dict) and "lookahead" in data else [])
+    for one in found:
         swept = f", {one['sweep']} = {one['value']}" if one.get("sweep") else ""
         yield _methods(f"{file.stem}{swept}", one)
     for name, reason in data.get("skipped", {}).items():
