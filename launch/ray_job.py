@@ -12,7 +12,6 @@ alone is started, and ends with the command.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,23 +21,14 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from launch.commands import run  # noqa: E402
+from launch.ray_env import join  # noqa: E402
 
 
 def client(*args: Any, **kwargs: Any) -> Any:
     """Join the cluster, or start one, and make the pipeline actor in it."""
-    # Ray reads these when it is imported: only those who hold the token may use the cluster.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray's own default, 15, lets anything else on the machine push the workers aside. It holds for a
-    # cluster started here; elsewhere it is for those who run `ray start`.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    from ssd.cluster import PipelineClient, connect
+    join()
+    from ssd.cluster import PipelineClient
 
-    if "RAY_ADDRESS" in os.environ:
-        connect("auto")
-    else:
-        # Draft and verifier each ask for a CPU; a machine with one still runs both, in turn.
-        connect(cpus=max(2, os.cpu_count() or 1))
     return PipelineClient(*args, **kwargs)
 
 

@@ -1,0 +1,53 @@
+"""A Ray cluster for the tests of a module."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def cluster(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A Ray cluster of this machine with the module's ``CPUS``; no process of it survives the module."""
+    import ray
+
+    from ssd.cluster import connect
+    from ssd.errors import PipelineError
+
+    set_here = {
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    # Ray turns token authentication on by itself, and says so in the environment.
+    before = {name: os.environ.get(name) for name in (*set_here, "RAY_AUTH_MODE")}
+    os.environ.update(set_here)
+    children = set(psutil.Process().children(recursive=True))
+    try:
+        try:
+            connect(cpus=request.module.CPUS)
+        except PipelineError:
+            # Ray gives its own agent 15 s to start; on a crowded machine the second try finds it cached.
+            connect(cpus=request.module.CPUS)
+        started = set(psutil.Process().children(recursive=True)) - children
+        assert started
+        yield
+    finally:
+        started = set(psutil.Process().children(recursive=True)) - children
+        ray.shutdown()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert not alive, [process.cmdline() for process in alive]
