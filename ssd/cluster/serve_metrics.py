@@ -14,8 +14,8 @@ PERIOD_S = 5.0
 
 
 class Bridge:
-    """Counters and gauges of a registry as gauges of Ray, under the same names (``ray_ssd:…``),
-    with the replica's name. Histograms give their sums and counts."""
+    """Counters and gauges of a registry as gauges of Ray, with the replica's name; ``ssd:rounds_total``
+    is ``ray_ssd_rounds_total`` there. Histograms give their sums and counts."""
 
     def __init__(self, metrics: Metrics, replica: str):
         self._registry, self._replica = metrics.registry, replica
@@ -26,10 +26,11 @@ class Bridge:
             for sample in family.samples:
                 if sample.name.endswith(("_bucket", "_created")):
                     continue
-                gauge = self._gauges.get(sample.name)
+                name = sample.name.replace(":", "_")
+                gauge = self._gauges.get(name)
                 if gauge is None:
                     tags = ("replica", *sample.labels)
-                    gauge = self._gauges[sample.name] = Gauge(sample.name, family.documentation, tag_keys=tags)
+                    gauge = self._gauges[name] = Gauge(name, family.documentation, tag_keys=tags)
                 gauge.set(sample.value, {"replica": self._replica, **sample.labels})
 
 

@@ -22,11 +22,11 @@ from ssd.pipeline.launch import InprocPipeline
 from ssd.testing.scripted import ScriptedPipeline, scripted_token
 
 pytest.importorskip("ray.serve")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 CPUS = 8
 NAME = "ssd"
-SOON_S = 120.0
+SOON_S = 300.0
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,15 @@ class Load:
         for thread in self._threads:
             thread.start()
 
+    def __enter__(self) -> Load:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join(SOON_S)
+            assert not thread.is_alive()
+
     def _run(self, port: int, number: int) -> None:
         while not self._over.is_set():
             try:
@@ -121,12 +130,6 @@ class Load:
             except Exception as error:
                 self.errors.append(error)
             number += len(self._threads)
-
-    def stop(self) -> None:
-        self._over.set()
-        for thread in self._threads:
-            thread.join(SOON_S)
-            assert not thread.is_alive()
 
 
 def assert_right(answers: dict[int, str]) -> None:
@@ -143,9 +146,8 @@ def test_replicas_heal_and_roll(port: int, deploy: Callable[[Any], None]) -> Non
     until(lambda: states().get("RUNNING") == 2)
 
     # Both answer.
-    load = Load(port, 12)
-    until(lambda: len(load.answers) >= 60)
-    load.stop()
+    with Load(port, 12) as load:
+        until(lambda: len(load.answers) >= 60)
     assert not load.errors
     assert_right(load.answers)
     counts = {get(port, "/metrics").partition("ssd:generation_tokens_total{")[2][:40] for _ in range(40)}
@@ -160,14 +162,13 @@ def test_replicas_heal_and_roll(port: int, deploy: Callable[[Any], None]) -> Non
     assert ask(port, 1, stream=True)
 
     # A new version under load.
-    load = Load(port, 8)
-    until(lambda: len(load.answers) >= 16)
-    deploy(scripted("engine.max_model_len=480")[1])
-    old = processes("ServeReplica:ssd:Pipeline")
-    until(lambda: states() == {"RUNNING": 2} and not old.keys() & processes("ServeReplica:ssd:Pipeline").keys())
-    count = len(load.answers)
-    until(lambda: len(load.answers) >= count + 16)
-    load.stop()
+    with Load(port, 8) as load:
+        until(lambda: len(load.answers) >= 16)
+        old = processes("ServeReplica:ssd:Pipeline")
+        deploy(scripted("engine.max_model_len=480")[1])
+        until(lambda: states() == {"RUNNING": 2} and not old.keys() & processes("ServeReplica:ssd:Pipeline").keys())
+        count = len(load.answers)
+        until(lambda: len(load.answers) >= count + 16)
     assert not load.errors
     assert_right(load.answers)
     assert json.loads(get(port, "/ssd/info"))["engine"]["max_model_len"] == 480
