@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from ..config import Config
+from ..config import Config, load_config
 from ..engine.llm import LLM
 from ..errors import PipelineError, RequestError, WorkerError
 from ..params import SamplingParams
@@ -45,6 +45,9 @@ class WorkerActor:
 
     def pid(self) -> int:
         return os.getpid()
+
+    def node(self) -> str:
+        return ray.get_runtime_context().get_node_id()
 
     def run(self, role: str, plan: dict[str, Any], front: str, *, one_node: bool, replica: bool) -> None:
         """The worker's whole life; that this call returns, however it does, is the sign of its end.
@@ -198,8 +201,13 @@ class PipelineActor:
         # The front needs no GPU, and one that Ray did not give must not be touched.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         launch = partial(RayPipeline, strategy=strategy, timeout_s=timeout_s, name=name, resources=resources)
-        self._make = partial(LLM, config, overrides=overrides, launch=launch)
+        self._config = load_config(config, overrides)
+        self._make = partial(LLM, self._config, launch=launch)
         self._llm: LLM | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """The configuration, as plain data."""
+        return self._config.model_dump()
 
     def start(self) -> dict[str, Any]:
         """Bring the workers up if they are not yet; what they say of themselves, by role."""

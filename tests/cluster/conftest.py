@@ -14,32 +14,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def cluster(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A Ray cluster of this machine with the module's ``CPUS``; no process of it survives the module."""
+def ray_environment() -> Iterator[None]:
+    """What a cluster of ours is started with; no process of it survives the module."""
     import ray
 
-    from ssd.cluster import connect
-    from ssd.errors import PipelineError
-
     set_here = {
+        "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }
-    # Ray turns token authentication on by itself, and says so in the environment.
-    before = {name: os.environ.get(name) for name in (*set_here, "RAY_AUTH_MODE")}
+    before = {name: os.environ.get(name) for name in set_here}
     os.environ.update(set_here)
     children = set(psutil.Process().children(recursive=True))
     try:
-        try:
-            connect(cpus=request.module.CPUS)
-        except PipelineError:
-            # Ray gives its own agent 15 s to start; on a crowded machine the second try finds it cached.
-            connect(cpus=request.module.CPUS)
-        started = set(psutil.Process().children(recursive=True)) - children
-        assert started
         yield
     finally:
         started = set(psutil.Process().children(recursive=True)) - children
@@ -51,3 +41,16 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[None]:
                 os.environ[name] = value
     _, alive = psutil.wait_procs(started, timeout=20)
     assert not alive, [process.cmdline() for process in alive]
+
+
+@pytest.fixture(scope="module")
+def cluster(request: pytest.FixtureRequest, ray_environment: None) -> None:
+    """A Ray cluster of this machine with the module's ``CPUS``."""
+    from ssd.cluster import connect
+    from ssd.errors import PipelineError
+
+    try:
+        connect(cpus=request.module.CPUS)
+    except PipelineError:
+        # Ray gives its own agent 15 s to start; on a crowded machine the second try finds it cached.
+        connect(cpus=request.module.CPUS)

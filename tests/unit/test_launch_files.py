@@ -22,7 +22,7 @@ jsonschema = pytest.importorskip("jsonschema")
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = sorted((ROOT / "launch").rglob("*.sbatch")) + sorted((ROOT / "launch").rglob("*.sh"))
+SCRIPTS = sorted((ROOT / "launch").rglob("*.sbatch")) + sorted((ROOT / "scripts").rglob("*.sh"))
 KINDS = {"rayjob": "RayJob", "rayservice": "RayService"}
 
 
