@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+START_TRIES = 4
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -49,8 +50,11 @@ def cluster(request: pytest.FixtureRequest, ray_environment: None) -> None:
     from ssd.cluster import connect
     from ssd.errors import PipelineError
 
-    try:
-        connect(cpus=request.module.CPUS)
-    except PipelineError:
-        # Ray gives its own agent 15 s to start; on a crowded machine the second try finds it cached.
-        connect(cpus=request.module.CPUS)
+    for left in reversed(range(START_TRIES)):
+        try:
+            connect(cpus=request.module.CPUS)
+            return
+        except PipelineError:
+            # Ray gives its own processes 15 and 30 s to start; on a crowded machine a later try finds them cached.
+            if not left:
+                raise
