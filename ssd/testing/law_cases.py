@@ -146,7 +146,7 @@ def _compared(rule: str, name: str) -> Iterator[Case]:
                 return lambda prefix: happened.add(origin) or proposer(prefix)
 
             hit, miss = (seen(o, more.get(o, first)) for o in ("hit", "miss"))
-            given = more | {"first": first, "hit": hit, "miss": miss}
+            given: dict[str, Any] = more | {"first": first, "hit": hit, "miss": miss}
             return law_error(kind(shape), WORLDS[world], count, **given), happened
 
         return Case(rule=rule, shape=name, name=of, detail=detail, run=run)
@@ -194,7 +194,8 @@ def _coupled(rule: str, name: str) -> Iterator[Case]:
                 return lambda prefix, noise: happened.add(origin) or proposer(prefix, noise)
 
             hit, miss = (seen(o, more.get(o, first)) for o in ("hit", "miss"))
-            target, given = WORLDS[key].target_counts, more | {"hit": hit, "miss": miss}
+            target = WORLDS[key].target_counts
+            given: dict[str, Any] = more | {"hit": hit, "miss": miss}
             law = coupled_laws.sequence_law(shape, target, START, 3, first=first, **given)
             return coupled_laws.error(law, coupled_laws.target_law(target, START, 3)), happened
 
