@@ -1,18 +1,14 @@
 """What the laws are checked on: toy worlds, and every rule × case with its error.
 
-``python -m ssd.testing.law_cases`` prints the largest error per rule and case as a table;
+``benchmarks/laws.py`` prints the largest error per rule and case as a table;
 ``tests/unit/test_laws.py`` checks each.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -230,23 +226,3 @@ def table(errors: dict[tuple[str, str], dict[str, list[float]]]) -> str:
         lines.append(f"| {rule} | {shape} | " + " | ".join(cell.replace("0.0e+00", "0") for cell in cells) + " |")
     every = [value for row in errors.values() for found in row.values() for value in found]
     return "\n".join([*lines, "", f"{len(every)} laws, largest error {max(every):.1e}."])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write every error here")
-    wanted = parser.parse_args()
-    torch.set_num_threads(1)
-    errors: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    found = []
-    for case in cases():
-        error, _ = case.run()
-        errors[case.rule, case.shape][case.name].append(error)
-        found.append({"rule": case.rule, "shape": case.shape, "case": case.name, "detail": case.detail, "error": error})
-    if wanted.json is not None:
-        wanted.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(table(errors))
-
-
-if __name__ == "__main__":
-    main()

