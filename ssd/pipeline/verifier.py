@@ -17,6 +17,7 @@ from ..decoding.sampling import perturbed, scores
 from ..decoding.support import DraftProbs
 from ..decoding.tree import ABSENT, TreeShape
 from ..decoding.verify import Outcome, verify_coupled
+from ..errors import RequestError
 from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner
 from ..params import FinishReason, Method, Origin
@@ -88,6 +89,8 @@ class VerifierWorker:
         self.governors: dict[Method, Governor] = {"sd": Governor(), "ssd": Governor()}
         self.strict, self.ends, self.max_model_len, self.clock = strict, ends, max_model_len, clock
         self.waiting: deque[Sequence] = deque()
+        self.refused: list[Sequence] = []
+        """Not to be decoded (``Sequence.error``); whoever reports them empties it."""
         self.rows: list[Sequence | None] = [None] * runner.batch
         self.drafting = True
         """False once the draft is lost: everything decodes plainly from then on."""
@@ -173,13 +176,22 @@ class VerifierWorker:
         """Give free slots to waiting requests; returns those slots."""
         admitted = []
         for slot, row in enumerate(self.rows):
-            if row is None and self.waiting:
-                row = self.rows[slot] = self.waiting.popleft()
+            while row is None and self.waiting:
+                row = self.waiting.popleft()
+                prompt, output = row.prompt_and_output()
+                try:
+                    row.constraint = self.chooser.process(
+                        slot, row.params, prompt=prompt, output=output, ends=self._held_off(row)
+                    )
+                except RequestError as error:
+                    row.error = str(error)
+                    self.refused.append(row)
+                    row = None
+                    continue
+                self.rows[slot] = row
                 self.chooser.set(slot, row.params)
                 self.trees[slot] = ABSENT
                 self.trees[slot, 0] = row.root
-                prompt, output = row.prompt_and_output()
-                self.chooser.process(slot, row.params, prompt=prompt, output=output, ends=self._held_off(row))
                 admitted.append(slot)
         return admitted
 

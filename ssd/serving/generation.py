@@ -307,3 +307,5 @@ def _told(event: StreamEvent) -> list[dict[str, Any]]:
 def _check_end(output: RequestOutput) -> None:
     if output.finish_reason == "cancelled":
         raise APIError(503, "the server is shutting down", code="engine_unavailable")
+    if output.finish_reason == "error":
+        raise APIError(500, output.error or "the request failed", code="generation_failed")

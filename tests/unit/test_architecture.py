@@ -14,12 +14,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "ssd"
 MAX_LINES = 400
 
-BASE = ("errors", "params")
+BASE = ("errors", "params", "structured")
 STACK = ("config", "models", "pipeline", "engine", "learning", "cluster", "serving", "bench", "testing")
 """Bottom to top: a layer imports only what stands before it (models also decoding)."""
 ALLOWED = {
     "errors": set(),
-    "params": {"errors"},
+    "structured": {"errors"},
+    "params": {"errors", "structured"},
     "decoding": {*BASE},
     **{layer: {*BASE, "decoding", *STACK[:index]} for index, layer in enumerate(STACK)},
     "config": {*BASE},
@@ -35,6 +36,7 @@ FENCED = {
     "ray": ("ssd/cluster/", "launch/"),
     "zmq": ("ssd/pipeline/", "ssd/serving/"),
     "torch.distributed": ("ssd/pipeline/", "ssd/models/", "launch/"),
+    "llguidance": ("ssd/pipeline/grammar.py",),
     "transformers": ("ssd/models/", "ssd/engine/", "ssd/testing/"),
     "typer": ("ssd/cli.py", "ssd/cli_serving.py", "ssd/cli_remote.py"),
     "fastapi": ("ssd/serving/",),
