@@ -24,7 +24,7 @@ class StructuredOutputsParams:
             grammar can be compiled is seen when the request is made.
     """
 
-    json: str | Mapping[str, Any] | bool | None = None
+    json: str | Mapping[str, Any] | None = None
     """A JSON schema, as a mapping or as text. Kept as text."""
     regex: str | None = None
     """The whole output matches it (Rust's ``regex`` syntax: no look-around, no back-references)."""
@@ -114,7 +114,7 @@ def _is_text(value: Any) -> bool:
 def _schema_text(schema: Any) -> str:
     """In the order given: properties come in the order of the schema."""
     try:
-        if isinstance(schema, Mapping | bool):
+        if isinstance(schema, Mapping):
             return json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"structured_outputs.json is not JSON: {error}") from None

@@ -1,8 +1,8 @@
 """Logits processors: penalties, biases and bans, the same at every position a token is chosen.
 
-The order is vLLM's (``vllm/v1/sample/sampler.py``): tokens a grammar does not allow are excluded,
-then tokens not allowed and bad words, end ids before ``min_tokens`` too, ``logit_bias`` is added, then come the penalties, and
-after them temperature, filters and noise (``sampling.py``). Excluded is a logit of -inf.
+The order is vLLM's (``vllm/v1/sample/sampler.py``): tokens not allowed, by ids or by a grammar, and
+bad words are excluded, end ids before ``min_tokens`` too, ``logit_bias`` is added, then come the
+penalties, and after them temperature, filters and noise (``sampling.py``). Excluded is a logit of -inf.
 
 Where these leave nothing of what a grammar allows, a token it does not allow is chosen, and whoever
 owns the sequence ends it there.

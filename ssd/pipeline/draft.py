@@ -245,8 +245,9 @@ class DraftWorker:
             certain = [*row.tokens[start + 1 :], int(frame.bonus[slot])]
             if self.chooser.processors.active:
                 self.chooser.processors.commit(slot, certain)
-            for token in certain if row.constraint is not None else ():
-                row.constraint.advance(token)
+            if row.constraint is not None:
+                for token in certain:
+                    row.constraint.advance(token)
             if slot in self._in_glue:
                 row.cached = len(row.tokens)
                 if node > self.shape.depth:  # off the chain: its keys stand in scratch

@@ -40,7 +40,7 @@ class GrammarMatcher:
     @property
     def error(self) -> str | None:
         """Why the library gave up (its limits), if it did."""
-        return _one_line(self._matcher.get_error()) if self._matcher.is_error() else None
+        return _problem(self._matcher)
 
     def advance(self, token: int) -> bool:
         """Take in a certain token; False, and nothing changes, if the grammar does not allow it."""
@@ -104,11 +104,9 @@ class Grammars:
             matcher = LLMatcher(self._tokenizer, _grammar(wanted), log_level=0)
         except (ValueError, RecursionError) as error:
             raise _refused(wanted, str(error)) from None
-        if matcher.is_error():
-            raise _refused(wanted, matcher.get_error())
         first = GrammarMatcher(matcher, self._vocabulary).allowed([()])[0]
-        if matcher.is_error():  # too large for the library's limits
-            raise _refused(wanted, matcher.get_error())
+        if (problem := _problem(matcher)) is not None:
+            raise _refused(wanted, problem)
         first[self._ends] = False
         if not first.any() and not matcher.is_accepting():
             raise _refused(wanted, "no text matches")
@@ -136,11 +134,17 @@ def _grammar(wanted: StructuredOutputsParams) -> str:
         options["whitespace_pattern"] = wanted.whitespace_pattern
     assert isinstance(schema, str)
     json.loads(schema)  # llguidance's own message points into its notation
-    return LLMatcher.grammar_from_json_schema(schema, overrides=options)
+    return LLMatcher.grammar_from_json_schema(schema, overrides=options or None)
 
 
 def _refused(wanted: StructuredOutputsParams, why: str) -> RequestError:
     return RequestError(f"structured_outputs.{wanted.kind} cannot be used: {_one_line(why)}")
+
+
+def _problem(matcher: Any) -> str | None:
+    """What is wrong with a matcher, if anything is; that no token fits is no fault of its own."""
+    message = _one_line(matcher.get_error()) if matcher.is_error() else ""
+    return None if message in ("", "NoExtensionBias") else message
 
 
 def _one_line(message: str) -> str:

@@ -210,14 +210,25 @@ def sampling_params(body: Common, *, max_tokens: int, seed: int) -> SamplingPara
     try:
         return SamplingParams(**fields)
     except RequestError as error:
-        raise refused(error) from None
+        raise refused(error, structured_by(body)) from None
 
 
-def refused(error: RequestError) -> APIError:
-    """An error of the engine's about sampling parameters, which names the field first; others as always."""
-    name = str(error).split()[0].rstrip(":").split(".")[0]
-    known = name in _SAMPLING or name in Common.model_fields
-    return APIError(400, str(error), param=name, code="invalid_value") if known else as_api_error(error)
+def refused(error: RequestError, structured_by: str = "structured_outputs") -> APIError:
+    """An error of the engine's about sampling parameters, which names the field first; others as always.
+    ``structured_by``: the field that asked for structured output."""
+    message = str(error)
+    name = message.split()[0].rstrip(":").split(".")[0]
+    if name == "structured_outputs":
+        name = structured_by
+        if name == "response_format":
+            message = name + message[message.index(" ") :]
+    elif name not in _SAMPLING:
+        return as_api_error(error)
+    return APIError(400, message, param=name, code="invalid_value")
+
+
+def structured_by(body: Common) -> str:
+    return "structured_outputs" if body.structured_outputs is not None else "response_format"
 
 
 def seeds(body: Common, count: int) -> list[int]:

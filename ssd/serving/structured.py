@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from .openai_errors import APIError
 
 REPLACED = {
-    f"guided_{kind}": f"structured_outputs.{kind}" for kind in ("json", "regex", "choice", "grammar", "whitespace_pattern")
+    f"guided_{kind}": f"structured_outputs.{kind}"
+    for kind in ("json", "regex", "choice", "grammar", "whitespace_pattern")
 }
 """vLLM's names until 0.12, and what to write now."""
 
@@ -45,7 +46,7 @@ ResponseFormat = Annotated[_Text | _Object | _JsonSchema, Field(discriminator="t
 class StructuredOutputs(_Fields):
     """Fields of ``ssd.StructuredOutputsParams``, which checks them."""
 
-    json_: Annotated[str | dict[str, Any] | bool | None, Field(alias="json")] = None
+    json_: Annotated[str | dict[str, Any] | None, Field(alias="json")] = None
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None

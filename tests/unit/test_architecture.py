@@ -26,7 +26,8 @@ ALLOWED = {
     "config": {*BASE},
     # The package's face and its commands stand above everything.
     "__init__": {*BASE, "decoding", *STACK},
-    "cli": {"__init__", *BASE, "decoding", *STACK, "cli_serving", "cli_remote"},
+    "cli": {"__init__", *BASE, "decoding", *STACK, "cli_serving", "cli_remote", "cli_values"},
+    "cli_values": {*BASE},
     "cli_serving": {"__init__", *BASE, "decoding", *STACK},
     "cli_remote": {"__init__", *BASE, "decoding", *STACK},
 }
