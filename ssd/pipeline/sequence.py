@@ -1,11 +1,12 @@
-"""One request inside the verifier: its tokens and when it ends."""
+"""One request inside the verifier: its tokens, what a round adds to them, and when it ends."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..decoding.logprobs import Logprobs
 from ..decoding.processors import Constraint
-from ..params import FinishReason, Method, SamplingParams, SpeculationRecord
+from ..params import FinishReason, Method, Origin, SamplingParams, SpeculationRecord
 
 STUCK = (
     "structured_outputs: no token can follow; what else the request excludes (bad_words, allowed_token_ids, "
@@ -66,3 +67,20 @@ class Sequence:
             if self.generated >= self.params.max_tokens or len(self.tokens) + 1 >= self.context_limit:
                 return emitted, "length"
         return emitted, None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Commit:
+    """What a round made certain for one request."""
+
+    request: int
+    tokens: list[int]
+    accepted: int
+    depth: int
+    """Drafted tokens the round accepted, before any cut."""
+    drafted: int
+    hit: bool | None
+    origin: Origin
+    finished: FinishReason | None
+    logprobs: Logprobs | None
+    sequence: Sequence

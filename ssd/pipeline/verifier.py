@@ -11,40 +11,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..decoding.logprobs import Logprobs, token_logprobs
+from ..decoding.logprobs import token_logprobs
 from ..decoding.processors import TreePaths
 from ..decoding.sampling import perturbed, scores
 from ..decoding.support import DraftProbs
 from ..decoding.tree import ABSENT, TreeShape
 from ..decoding.verify import Outcome, verify_coupled
 from ..errors import RequestError
+from ..models.device import Courier
 from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner
-from ..params import FinishReason, Method, Origin
+from ..params import Method, Origin
 from .chooser import Chooser
 from .frames import RowState, SpeculationSet
 from .governor import Governor, Round
 from .lookup import lookup
 from .messages import Admit, Submit
 from .rules import Judge
-from .sequence import Sequence
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Commit:
-    """What a round made certain for one request."""
-
-    request: int
-    tokens: list[int]
-    accepted: int
-    depth: int
-    """Drafted tokens the round accepted, before any cut."""
-    drafted: int
-    hit: bool | None
-    origin: Origin
-    finished: FinishReason | None
-    logprobs: Logprobs | None
-    sequence: Sequence
+from .sequence import Commit, Sequence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,10 +85,15 @@ class VerifierWorker:
         """Of the candidates in ``trees``."""
         self.lookups = self.hits = 0
         """Of the round before."""
+        device, self._courier = runner.device, Courier(runner.device)
         self.chooser = Chooser(
-            runner.batch, runner.vocabulary, runner.device, horizon=shape.depth + 1, compile=runner.compile
+            runner.batch,
+            runner.vocabulary,
+            device,
+            horizon=shape.depth + 1,
+            compile=runner.compile,
+            graphs=runner.graphs,
         )
-        device = runner.device
         self._parents, self._depths = shape.parent_index(device), shape.depth_index(device)
         self._ancestors, self._paths = shape.ancestors(device), TreePaths(shape, device)
         self._silence = torch.zeros(runner.batch, shape.depth + 1, runner.vocabulary, device=device)
@@ -239,10 +228,10 @@ class VerifierWorker:
     def verify(self) -> Verdict:
         """One target forward over the trees, and what it decides."""
         lengths_list = [len(row.tokens) if row is not None else 0 for row in self.rows]
-        lengths = torch.tensor(lengths_list, device=self.runner.device)
+        lengths = self._courier.place(torch.tensor(lengths_list))
         plan = self._plan()
         context = self.runner.context_for(max(lengths_list) + max(plan.limits) + 1)
-        tokens = self.trees[:, : plan.rows].to(self.runner.device)
+        tokens = self._courier.place(self.trees[:, : plan.rows])
         logits, outcome, forward_s = self._decide(plan, context, tokens, lengths)
         states, commits = self._commit(outcome, lengths_list, logits)
         return Verdict(outcome=outcome, states=states, commits=commits, forward_s=forward_s)
@@ -259,7 +248,7 @@ class VerifierWorker:
         quiet = self._silence if noise is None else noise
         began = self.clock()
         logits, node, bonus = decide(tokens, lengths, self.chooser.params.temperature, quiet)
-        outcome = Outcome(node.cpu(), bonus.cpu())
+        outcome = Outcome(*self._courier.fetch(node, bonus))
         forward_s = self.clock() - began
         judge = self.judge if noise is not None and plan.rows > 1 else None
         if judge is not None or self.chooser.processors.active or self.chooser.params.filtered:
@@ -274,7 +263,7 @@ class VerifierWorker:
             logits = self.chooser.processed(logits, self._paths.of(self.trees.to(tokens.device))[:, : plan.rows])
         ahead = None if noise is None else noise[:, self._depths[: plan.rows]]
         chosen = scores(logits, self.chooser.params, ahead).argmax(-1)
-        matched = Outcome(*(t.cpu() for t in self._verify(tokens, chosen)))
+        matched = Outcome(*self._courier.fetch(*self._verify(tokens, chosen)))
         if judge is None:
             return matched
         assert ahead is not None
@@ -300,27 +289,28 @@ class VerifierWorker:
     def advance(self, verdict: Verdict, speculation: SpeculationSet | None) -> Tensor:
         """Next trees by lookup (``None``: no draft took part). Returns the rows ``[B]`` bool that
         wait for a tree drafted now."""
-        bonus = verdict.outcome.bonus
-        trees = torch.full_like(self.trees, ABSENT)
-        trees[:, 0] = bonus
         missed = torch.zeros(len(self.rows), dtype=torch.bool)
         self.lookups = self.hits = 0
-        if speculation is not None:
-            trees, hit = lookup(verdict.outcome.node, bonus, speculation)
+        if speculation is None:
+            self.trees = torch.full_like(self.trees, ABSENT)
+            self.trees[:, 0] = verdict.outcome.bonus
+        else:
+            self.trees, found = lookup(verdict.outcome.node, verdict.outcome.bonus, speculation)
             if self.judge is not None:
-                self.judge.take(verdict.outcome.node, bonus, speculation)
-            for slot, row in enumerate(self.rows):
+                self.judge.take(verdict.outcome.node, verdict.outcome.bonus, speculation)
+            for slot, (row, hit) in enumerate(zip(self.rows, found.tolist(), strict=True)):
                 if row is None or not self.speculates(row):
                     continue
                 if row.method == "ssd":
-                    row.hit = bool(hit[slot])
-                    row.record.count_lookup(row.hit)
+                    row.hit = hit
+                    row.record.count_lookup(hit)
                     self.lookups += 1
-                    self.hits += row.hit
-                self.origins[slot] = "hit" if hit[slot] else "miss"
-                missed[slot] = not hit[slot] and (self.jit or row.method == "sd")
-        active = torch.tensor([row is not None for row in self.rows])
-        self.trees = trees.masked_fill(~active[:, None], ABSENT)
+                    self.hits += hit
+                self.origins[slot] = "hit" if hit else "miss"
+                missed[slot] = not hit and (self.jit or row.method == "sd")
+        for slot, row in enumerate(self.rows):
+            if row is None:
+                self.trees[slot] = ABSENT
         return missed
 
     def fill(self, missed: Tensor, drafted: Tensor, draft: DraftProbs | None = None) -> None:
@@ -343,13 +333,14 @@ class VerifierWorker:
         return self._tree
 
     def _commit(self, outcome: Outcome, lengths: list[int], logits: Tensor) -> tuple[Tensor, list[Commit]]:
-        states, commits = torch.zeros(len(self.rows), dtype=torch.int64), []
+        states, commits = [int(RowState.EMPTY)] * len(self.rows), []
+        trees = self.trees.tolist()
         moves: list[tuple[int, int, int]] = []
         for slot, (node, bonus) in enumerate(zip(outcome.node.tolist(), outcome.bonus.tolist(), strict=True)):
             row = self.rows[slot]
             if row is None:
                 continue
-            tree = self.trees[slot].tolist()
+            tree = trees[slot]
             depth, chain = self.shape.depths[node], self.shape.depth
             drafted, path = sum(token != ABSENT for token in tree[1 : chain + 1]), self.shape.path(node)
             row.record.count_round(drafted=drafted, accepted=depth)
@@ -384,7 +375,7 @@ class VerifierWorker:
         if moves:
             slots, scratch, positions = (torch.tensor(column) for column in zip(*moves, strict=True))
             self.runner.cache.keep(slots, scratch, positions)
-        return states, commits
+        return torch.tensor(states), commits
 
     def _free(self, slot: int) -> None:
         self.rows[slot] = None

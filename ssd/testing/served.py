@@ -14,11 +14,11 @@ from typing import Any
 import uvicorn
 
 from ..config import load_config
-from ..engine.async_engine import AsyncEngine
 from ..pipeline.build import Plan
 from ..pipeline.launch import Pipeline
 from ..serving.app import build_app
 from ..serving.metrics import Metrics
+from ..serving.shadow import observed_engine
 from .scripted import ScriptedPipeline, scripted_token
 
 SOON_S = 60.0
@@ -54,7 +54,8 @@ class Served:
 
         config = load_config(self._config, ["engine.max_batch=4", *self._overrides])
         metrics = Metrics()
-        self.engine = engine = AsyncEngine(config, launch=self._launch or launch, observer=metrics)
+        engine, shadow = observed_engine(config, metrics, launch=self._launch or launch)
+        self.engine = engine
         server = uvicorn.Server(
             uvicorn.Config(build_app(engine, metrics, model="tiny"), log_level="warning", lifespan="off")
         )
@@ -70,6 +71,7 @@ class Served:
             server.should_exit = True
             engine.cancel_all()
             await serving
+            await shadow.close()
 
     def close(self) -> None:
         self._over.set()

@@ -26,10 +26,11 @@ ALLOWED = {
     "config": {*BASE},
     # The package's face and its commands stand above everything.
     "__init__": {*BASE, "decoding", *STACK},
-    "cli": {"__init__", *BASE, "decoding", *STACK, "cli_serving", "cli_remote", "cli_values"},
+    "cli": {"__init__", *BASE, "decoding", *STACK, "cli_serving", "cli_remote", "cli_certify", "cli_values"},
     "cli_values": {*BASE},
     "cli_serving": {"__init__", *BASE, "decoding", *STACK},
     "cli_remote": {"__init__", *BASE, "decoding", *STACK},
+    "cli_certify": {"__init__", *BASE, "decoding", *STACK, "cli_serving"},
 }
 OPEN = {"ssd.__version__"}
 """Importable from everywhere."""
@@ -39,7 +40,7 @@ FENCED = {
     "torch.distributed": ("ssd/pipeline/", "ssd/models/", "launch/"),
     "llguidance": ("ssd/pipeline/grammar.py",),
     "transformers": ("ssd/models/", "ssd/engine/", "ssd/testing/"),
-    "typer": ("ssd/cli.py", "ssd/cli_serving.py", "ssd/cli_remote.py"),
+    "typer": ("ssd/cli.py", "ssd/cli_serving.py", "ssd/cli_remote.py", "ssd/cli_certify.py"),
     "fastapi": ("ssd/serving/",),
     "uvicorn": ("ssd/serving/", "ssd/testing/served.py"),
 }
