@@ -127,7 +127,7 @@ def generate(
         int | None, typer.Option(help="List every token's log-probability, and so many of the likeliest.")
     ] = None,
     json_schema: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The answer is JSON that follows this schema.")
+        Path | None, typer.Option(metavar="FILE", help="The answer is JSON in one line that follows this schema.")
     ] = None,
     regex: Annotated[str | None, typer.Option(help="The answer matches this regular expression.")] = None,
     method: Annotated[str | None, typer.Option(help="none, sd or ssd; by default as configured.")] = None,

@@ -30,4 +30,5 @@ def structured(schema: Path | None, regex: str | None) -> StructuredOutputsParam
         text = None if schema is None else schema.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--json-schema {schema}: cannot be read ({error})") from None
-    return StructuredOutputsParams(json=text, regex=regex)
+    # In one line: small models indent for ever where they may.
+    return StructuredOutputsParams(json=text, regex=regex, disable_any_whitespace=schema is not None)

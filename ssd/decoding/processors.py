@@ -310,7 +310,7 @@ def _exclude(logits: Tensor, tokens: Tensor, where: Tensor) -> None:
 
 def _constrain(logits: Tensor, constraint: Constraint, paths: Tensor) -> None:
     """In place. logits ``[R, V]`` with all other exclusions, paths ``[R, D]``."""
-    rows = [[token for token in path if token != ABSENT] for path in paths.tolist()]
+    rows = [[token for token in path if token >= 0] for path in paths.tolist()]
     allowed = constraint.allowed(rows).to(logits.device)
     logits.masked_fill_(~allowed, _EXCLUDED)
     stuck = logits.amax(-1) == _EXCLUDED

@@ -118,14 +118,17 @@ def _grammar(wanted: StructuredOutputsParams) -> str:
     import json
 
     from llguidance import LLMatcher
-    from llguidance.gbnf_to_lark import any_to_lark
+    from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 
     if wanted.regex is not None:
         return LLMatcher.grammar_from_regex(wanted.regex)
     if wanted.choice is not None:
         return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, wanted.choice)))
     if wanted.grammar is not None:
-        return LLMatcher.grammar_from_lark(any_to_lark(wanted.grammar))
+        try:
+            return LLMatcher.grammar_from_lark(any_to_lark(wanted.grammar))
+        except GbnfToLarkError as error:
+            raise ValueError(str(error)) from None
     schema = '{"type":"object"}' if wanted.json_object else wanted.json
     options: Any = {}
     if wanted.disable_any_whitespace:
