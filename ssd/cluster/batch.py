@@ -51,7 +51,8 @@ class BatchReplica:
     """
 
     def __init__(self, config: Config, launch: Callable[[Plan], Pipeline]):
-        self._config = with_own_gpus(CoreLease().leased(config, "target", "draft"))  # leased while the process lives
+        self._lease = CoreLease()  # for as long as this process lives
+        self._config = with_own_gpus(self._lease.leased(config, "target", "draft"))
         self._launch = launch
         self._engine: AsyncEngine | None = None
         self._changing = asyncio.Lock()
