@@ -13,8 +13,9 @@ from ..decoding import block, rejection
 from ..decoding import verify as verification
 from ..decoding.noise import DRAFT_STREAM
 from ..decoding.support import DraftProbs, scaled_logits
+from ..decoding.tree import ABSENT
 from ..decoding.verify import Outcome
-from ..pipeline import rules
+from ..pipeline import draft, rules
 from .seeding import EQUAL, STREAMS, UNIFORMS, Seeding, joint_of, law_of, mutant
 
 
@@ -124,7 +125,7 @@ def _wrong_parent(seeding: Seeding) -> None:
 @mutant("temperature on one side only", joint_of("rejection"))
 def _one_sided(seeding: Seeding) -> None:
     """Rejection: the target is judged at temperature 1, whatever was asked for."""
-    honest = rules.Judge.decide
+    honest: Any = rules.Judge.decide
 
     def wrong(self: rules.Judge, *given: Any) -> Outcome:
         params = replace(given[-1], temperature=given[-1].temperature.clamp(max=1))
@@ -211,3 +212,28 @@ def _noise_again(seeding: Seeding) -> None:
     """Block: keyed by a candidate's position, not by its root's."""
     derive = rules.derive
     _candidate_noise(seeding, lambda seeds: derive(seeds, DRAFT_STREAM))
+
+
+@mutant("early stop without verifying", joint_of("rejection"))
+def _discarded(seeding: Seeding) -> None:
+    """A candidate is thrown away because the draft had little confidence in it."""
+    speculate, draft_now = draft.DraftWorker.speculate, draft.DraftWorker.draft_now
+
+    def kept(trees: Tensor, drawn: DraftProbs) -> Tensor:  # of chains
+        chance = torch.where(drawn.tokens == trees[..., None], drawn.probs, 0).sum(-1)
+        return trees.masked_fill((chance < 0.3) & (drawn.probs.sum(-1) > 0), ABSENT)
+
+    def wrong(self: draft.DraftWorker) -> Any:
+        found = speculate(self)
+        assert found.draft is not None
+        return replace(found, trees=kept(found.trees, found.draft))
+
+    def wrong_now(self: draft.DraftWorker, missed: Tensor) -> Tensor:
+        drafted = draft_now(self, missed)
+        assert self.drafted_from is not None
+        drafted = kept(drafted, self.drafted_from)
+        self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
+        return drafted
+
+    seeding.put(draft.DraftWorker, "speculate", wrong)
+    seeding.put(draft.DraftWorker, "draft_now", wrong_now)
