@@ -13,10 +13,12 @@ from ..decoding import forecast as forecasts
 from ..decoding.processors import TreePaths
 from ..decoding.tree import ABSENT
 from ..engine.detokenize import Detokenizer
+from ..models.cache import CacheView, SlotCache
 from ..params import SamplingParams
 from ..pipeline import draft, lookup, verifier
 from ..pipeline import launch as _launch  # noqa: F401  so that nothing is imported, and bound, while seeded
 from ..pipeline import serve as _serve  # noqa: F401
+from ..pipeline.sequence import Sequence
 from . import mutant_rules as _rules  # noqa: F401  which registers its own
 from .seeding import EQUAL, MUTANTS, POSSIBLE, RIGHT, Seeding, mutant
 
@@ -64,6 +66,51 @@ def _cold_draft(seeding: Seeding) -> None:
             super().set(slot, replace(params, temperature=0.0))
 
     seeding.put(draft, "Chooser", Cold)
+
+
+# Keys and values.
+
+
+@mutant("a rejected candidate's keys stay", EQUAL)
+def _not_rolled_back(seeding: Seeding) -> None:
+    """The root's slot keeps what the last round's candidate left there."""
+    honest = CacheView._write
+
+    def wrong(self: CacheView, part: int, own: Tensor, layer: int) -> Any:
+        main, slots = self.main[part][layer], self.main_slots
+        batch = torch.arange(len(own))
+        before = main[batch, :, slots[:, 0]].clone() if slots.shape[1] else None
+        states = honest(self, part, own, layer)
+        if before is not None and 1 < slots.shape[1] < 9:  # no prefill, no single row
+            left = before.abs().sum((1, 2)) > 0
+            main[batch[left], :, slots[left, 0]] = before[left]
+        return states
+
+    seeding.put(CacheView, "_write", wrong)
+
+
+@mutant("an accepted sibling's keys are not kept", EQUAL)
+def _not_kept(seeding: Seeding) -> None:
+    """They stay in scratch; its place holds the candidate it replaced."""
+    seeding.put(SlotCache, "keep", lambda *_given: None)
+
+
+@mutant("stale branch keys", RIGHT)
+def _stale_branch(seeding: Seeding) -> None:
+    """A branch attends what its neighbour fed. Costs speed only."""
+    honest = draft.BranchSteps.__init__
+
+    def wrong(self: draft.BranchSteps, *given: Any) -> None:
+        honest(self, *given)
+        self._own = self._own.roll(1, dims=1)
+
+    seeding.put(draft.BranchSteps, "__init__", wrong)
+
+
+@mutant("a slot's last keys taken for the next request's", RIGHT)
+def _stale_slot(seeding: Seeding) -> None:
+    """The draft compares lengths, not tokens. Costs speed only."""
+    seeding.everywhere(draft._common_prefix, lambda one, other: min(len(one), len(other)))
 
 
 # Forecast, lookup, admission.
@@ -114,13 +161,25 @@ def _early(seeding: Seeding) -> None:
 
 @mutant(
     "penalties ignore drafted tokens",
-    "test_processors.py::test_every_row_of_a_tree_by_the_formulas[repetition]",
+    "test_processors.py::test_every_row_of_a_tree_by_the_formulas[presence]",
     "test_processed_equality.py::test_every_parameter[4-2-3-jit]",
 )
 def _forgetful(seeding: Seeding) -> None:
     """Processors see what is certain, not the candidates above a row."""
     honest = TreePaths.of
     seeding.put(TreePaths, "of", lambda self, tokens: torch.full_like(honest(self, tokens), ABSENT))
+
+
+@mutant("tokens after the end of text", "test_equality.py::test_where_requests_end")
+def _runs_on(seeding: Seeding) -> None:
+    """The rest of the block that an end-of-text id stands in is given out too."""
+    honest = Sequence.commit
+
+    def wrong(self: Sequence, path: list[int], bonus: int) -> Any:
+        emitted, finished = honest(self, path, bonus)
+        return (emitted if finished != "stop" else [*path, bonus]), finished
+
+    seeding.put(Sequence, "commit", wrong)
 
 
 @mutant("stop string cut off by one", "test_detokenize.py::test_a_stop_string_over_a_token_border")
@@ -133,3 +192,10 @@ def _cut_late(seeding: Seeding) -> None:
         return None if found is None else (found[0] + 1, found[1])
 
     seeding.put(Detokenizer, "_find", wrong)
+
+
+@mutant("log-probabilities of the row before", "test_logprobs.py::test_as_rescored_by_transformers[0]")
+def _logprobs_before(seeding: Seeding) -> None:
+    """A token is reported with the logits that chose the one before it."""
+    honest = verifier.token_logprobs
+    seeding.put(verifier, "token_logprobs", lambda logits, *given: honest(logits.roll(1, dims=0), *given))
