@@ -43,6 +43,14 @@ class ModelConfig(_Section):
     compile: Literal["auto"] | bool = "auto"
 
 
+class TargetConfig(ModelConfig):
+    """The target, and how many ranks share it."""
+
+    tensor_parallel: int = Field(default=1, ge=1, le=64)
+    """Ranks the model is divided among, by transformers' plan. Each takes its share of ``cores``
+    (all of them if they are fewer), and the next GPU from ``device`` on."""
+
+
 class ForecastConfig(_Section):
     """Which outcomes the draft prepares for."""
 
@@ -123,7 +131,7 @@ class ServerConfig(_Section):
 class Config(_Section):
     """A target–draft pairing and how to run it."""
 
-    target: ModelConfig
+    target: TargetConfig
     draft: ModelConfig | None = None
     """Needed unless ``speculation.method`` is ``none``."""
     speculation: SpeculationConfig = SpeculationConfig()

@@ -15,6 +15,7 @@ from ..errors import RequestError
 from .attention import NAME
 from .cache import CacheView, SlotCache
 from .rows import RowPlan
+from .sharding import Sharding
 
 FIRST_CONTEXT = 256
 """Slots of the smallest context tier; each further tier is four times the last."""
@@ -36,6 +37,7 @@ class ForwardRunner:
             prompt's keys are the same bits whatever else runs.
         vocabulary: logits beyond it (padding of the head) are cut off.
         compile: compile decode forwards (``torch.compile``), one shape per form and context.
+        sharding: how the model was divided among ranks, if it was.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class ForwardRunner:
         prefill_chunk: int,
         vocabulary: int,
         compile: bool = False,
+        sharding: Sharding | None = None,
     ):
         self.model, self.batch, self.vocabulary = model, batch, vocabulary
         model.config._attn_implementation = NAME
@@ -60,11 +63,14 @@ class ForwardRunner:
             scratch_slots=scratch_slots,
             dtype=model.dtype,
             device=model.device,
+            head_shares=sharding.head_shares if sharding is not None else 1,
         )
         self.compile = compile
         self.parameters = sum(weight.numel() for weight in model.parameters())
-        # On a CPU, half of a small model's time is that of calling its kernels: call them from C++.
-        self._options: dict[str, Any] = {"guard_filter_fn": _no_guards, "cpp_wrapper": self.device.type == "cpu"}
+        # On a CPU, half of a small model's time is that of calling its kernels: call them from C++
+        # (which knows no collectives).
+        from_cpp = self.device.type == "cpu" and sharding is None
+        self._options: dict[str, Any] = {"guard_filter_fn": _no_guards, "cpp_wrapper": from_cpp}
         self._prefill = RowPlan.sequential("prefill", prefill_chunk)
         self._decode: dict[tuple, Callable[[Tensor, Tensor, Layout], Tensor]] = {}
         self._layouts: dict[RowPlan, Layout] = {}
@@ -151,6 +157,14 @@ class ForwardRunner:
             inputs = _inputs(view, layout, plan.in_place, lengths, self.context_for(length + plan.rows))
             # The head runs on one row for nothing: transformers offers no "none".
             self.model(input_ids=ids.to(self.device), logits_to_keep=1, **inputs)
+
+    def keep(self, slots: Tensor, scratch: Tensor, positions: Tensor) -> None:
+        """Copy scratch slots into main slots; all arguments are ``[n]`` int64."""
+        self.cache.keep(slots, scratch, positions)
+
+    def announce(self, plan: RowPlan, tokens: Tensor, lengths: Tensor, context: int) -> None:
+        """A body that runs ``logits`` with these arguments is about to be called: for runners
+        whose forwards others take part in."""
 
     def warm_up(self, plans: Sequence[RowPlan], layout: Layout | None = None) -> None:
         """Run (and compile) every plan at every context once."""

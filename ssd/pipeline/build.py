@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,22 @@ from ..decoding.tree import TreeShape
 from ..errors import ConfigError
 from ..models import rows_linear
 from ..models.loading import lay_out_for_cpu, load_model
+from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner, can_compile
+from ..models.sharding import shard
 from .draft import DraftWorker, scratch_slots
 from .frames import Frames, ProbsLayout
 from .rules import CandidateSampler, Judge, probs_layout
+from .tensor import LeadingRunner, Ranks
 from .verifier import VerifierWorker
 
 PACK_ABOVE_BYTES = 16 << 20
+_RANK = "verifier-"
+
+
+def rank_of(role: str) -> int:
+    """Among the ranks of the verifier; 0 for every other role."""
+    return int(role.removeprefix(_RANK)) if role.startswith(_RANK) else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +41,31 @@ class Plan:
     config: Config
     vocabulary: int
     ends: tuple[int, ...]
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Of all workers: ``verifier``, its other ranks ``verifier-1``.., and ``draft``."""
+        others = (f"{_RANK}{rank}" for rank in range(1, self.config.target.tensor_parallel))
+        return ("verifier", *others, *(() if self.config.draft is None else ("draft",)))
+
+    def for_role(self, role: str) -> Plan:
+        """As a worker reads it: a rank of the verifier finds its own cores and device."""
+        target, rank = self.config.target, rank_of(role)
+        if target.tensor_parallel == 1:
+            return self
+        changed: dict[str, Any] = {}
+        if target.cores is not None:
+            changed["cores"] = target.cores[rank :: target.tensor_parallel] or target.cores
+        device = torch.device(target.device)
+        if device.type == "cuda":
+            changed["device"] = f"cuda:{(device.index or 0) + rank}"
+        config = self.config.model_copy(update={"target": target.model_copy(update=changed)})
+        return Plan(config=config, vocabulary=self.vocabulary, ends=self.ends)
+
+    @property
+    def verify_plan(self) -> RowPlan:
+        """Rows of a verification."""
+        return RowPlan.tree("verify", self.shape)
 
     @property
     def shape(self) -> TreeShape:
@@ -96,10 +131,10 @@ def usable_cores(cores: list[int] | None) -> list[int] | None:
     return usable
 
 
-def set_threads(cores: list[int] | None) -> None:
-    """One compute thread per core. Without cores given, half of the machine's: draft and verifier
+def set_threads(cores: list[int] | None, workers: int) -> None:
+    """One compute thread per core. Without cores given, a worker's share of the machine's: they
     run at the same time, and threads that outnumber cores spin against each other."""
-    torch.set_num_threads(len(cores) if cores else max(1, (os.cpu_count() or 2) // 2))
+    torch.set_num_threads(len(cores) if cores else max(1, (os.cpu_count() or 2) // max(2, workers)))
 
 
 def pin(cores: list[int] | None) -> None:
@@ -109,10 +144,11 @@ def pin(cores: list[int] | None) -> None:
             os.sched_setaffinity(int(thread), cores)
 
 
-def build_verifier(plan: Plan) -> tuple[VerifierWorker, dict[str, Any]]:
-    """The verifier, warm, and what to tell about it. Raises: UsageError."""
+def build_verifier(plan: Plan, ranks: Ranks | None = None) -> tuple[VerifierWorker, dict[str, Any]]:
+    """The verifier, warm, and what to tell about it. ``ranks``: those that share the model, if
+    several do; they must ``follow`` by now. Raises: UsageError."""
     config = plan.config
-    runner = _runner(plan, config.target, scratch=plan.shape.nodes - plan.shape.depth - 1)
+    runner = _target_runner(plan, ranks)
     worker = VerifierWorker(
         runner,
         shape=plan.shape,
@@ -130,6 +166,16 @@ def build_verifier(plan: Plan) -> tuple[VerifierWorker, dict[str, Any]]:
     return worker, _warm(worker, config.target)
 
 
+def build_rank(plan: Plan, ranks: Ranks) -> tuple[ForwardRunner, list[RowPlan], dict[str, Any]]:
+    """What another rank of the verifier needs to ``follow``, and what to tell about it. Raises: UsageError."""
+    runner = _target_runner(plan, ranks)
+    return runner, [plan.verify_plan, RowPlan.sequential("one", 1)], _info(runner, plan.config.target)
+
+
+def _target_runner(plan: Plan, ranks: Ranks | None) -> ForwardRunner:
+    return _runner(plan, plan.config.target, scratch=plan.shape.nodes - plan.shape.depth - 1, ranks=ranks)
+
+
 def build_draft(plan: Plan) -> tuple[DraftWorker, dict[str, Any]]:
     """The draft worker, warm, and what to tell about it. Raises: UsageError."""
     config = plan.config
@@ -142,12 +188,19 @@ def build_draft(plan: Plan) -> tuple[DraftWorker, dict[str, Any]]:
     return worker, _warm(worker, config.draft)
 
 
-def _runner(plan: Plan, wanted: ModelConfig, *, scratch: int) -> ForwardRunner:
+def _runner(plan: Plan, wanted: ModelConfig, *, scratch: int, ranks: Ranks | None = None) -> ForwardRunner:
     folder = resolve_model_path(wanted.model)
     engine = plan.config.engine
-    model = load_model(folder, dtype=wanted.dtype, device=wanted.device, max_positions=engine.max_model_len)
+    device = wanted.device if ranks is None else "cpu"  # a rank's device need not hold the whole model
+    model = load_model(folder, dtype=wanted.dtype, device=device, max_positions=engine.max_model_len)
+    sharding, make = None, ForwardRunner
+    if ranks is not None:
+        sharding = shard(model, ranks.group)
+        model.to(wanted.device)  # pyright: ignore[reportArgumentType]
+        if ranks.group.rank == 0:
+            make = partial(LeadingRunner, lanes=ranks.lanes)
     compile_ = can_compile() if wanted.compile == "auto" else wanted.compile
-    runner = ForwardRunner(
+    runner = make(
         model,
         batch=engine.max_batch,
         capacity=engine.max_model_len,
@@ -155,6 +208,7 @@ def _runner(plan: Plan, wanted: ModelConfig, *, scratch: int) -> ForwardRunner:
         prefill_chunk=engine.prefill_chunk,
         vocabulary=plan.vocabulary,
         compile=compile_,
+        sharding=sharding,
     )
     if torch.device(wanted.device).type == "cpu" and wanted.dtype == "float32":
         # Weights that stay in a core's own cache gain nothing.
@@ -170,6 +224,10 @@ def _warm(worker: VerifierWorker | DraftWorker, wanted: ModelConfig) -> dict[str
     runner = worker.runner
     if runner.compile:
         worker.warm_up()
+    return {**_info(runner, wanted), "warm_up_s": round(time.perf_counter() - began, 2)}
+
+
+def _info(runner: ForwardRunner, wanted: ModelConfig) -> dict[str, Any]:
     return {
         "model": wanted.model,
         "parameters": runner.parameters,
@@ -178,5 +236,4 @@ def _warm(worker: VerifierWorker | DraftWorker, wanted: ModelConfig) -> dict[str
         "compiled": runner.compile,
         "contexts": runner.contexts,
         "cache_bytes": runner.cache.nbytes,
-        "warm_up_s": round(time.perf_counter() - began, 2),
     }

@@ -246,6 +246,7 @@ class VerifierWorker:
         noise = self.chooser.noise(lengths)
         quiet = self._silence if noise is None else noise
         began = self.clock()
+        self.runner.announce(plan, tokens, lengths, context)
         logits, node, bonus = decide(tokens, lengths, self.chooser.params.temperature, quiet)
         outcome = Outcome(node.cpu(), bonus.cpu())
         forward_s = self.clock() - began
@@ -371,7 +372,7 @@ class VerifierWorker:
                 moves.append((slot, node - chain - 1, lengths[slot] + depth))
         if moves:
             slots, scratch, positions = (torch.tensor(column) for column in zip(*moves, strict=True))
-            self.runner.cache.keep(slots, scratch, positions)
+            self.runner.keep(slots, scratch, positions)
         return states, commits
 
     def _free(self, slot: int) -> None:
