@@ -96,6 +96,9 @@ class EngineConfig(_Section):
     max_model_len: int = Field(default=1024, ge=16)
     """Prompt and generated tokens together."""
     prefill_chunk: int = Field(default=64, ge=8, le=2048)
+    link: Literal["auto", "gloo", "nccl", "host"] = "auto"
+    """Between draft and verifier. ``auto``: NCCL between distinct GPUs, ``host`` (ZMQ) where a GPU
+    cannot use it, gloo between CPUs."""
     link_timeout_s: Number = Field(default=60.0, gt=0)
     start_timeout_s: Number = Field(default=600.0, gt=0)
 

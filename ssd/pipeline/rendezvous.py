@@ -17,10 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import LinkError
+from ..errors import ConfigError, LinkError
 from ..models.tensor_group import TensorGroup
 from .control import ZmqLane
-from .link import GlooLink, Link, NcclLink
+from .link import GlooLink, Link
+from .link_host import HostLink
+from .link_nccl import NcclLink
 from .tensor import Ranks
 
 
@@ -32,7 +34,7 @@ class Rendezvous:
     port: int
     lane: str
     kind: str
-    """``gloo`` or ``nccl``."""
+    """Of the link: ``gloo``, ``nccl`` or ``host``."""
     epoch: int = 0
     rank_lanes: list[str] = field(default_factory=list)
     """Of the verifier's ranks 1, 2, ..: where the first one tells them what to run."""
@@ -63,9 +65,10 @@ class VerifierSide:
         ranks: int = 1,
     ):
         self._timeout_s, self._link_timeout_s, self._device = timeout_s, link_timeout_s or timeout_s, device
+        self._host = host
         self._folder = tempfile.TemporaryDirectory(prefix="ssd-lane-", dir=folder) if _is_loopback(host) else None
-        self.lane, endpoint = self._lane(host, "lane")
-        lanes = [self._lane(host, f"rank-{rank}") for rank in range(1, ranks)]
+        self.lane, endpoint = ZmqLane.bind(self._endpoint("lane"))
+        lanes = [ZmqLane.bind(self._endpoint(f"rank-{rank}")) for rank in range(1, ranks)]
         self._rank_lanes = [lane for lane, _ in lanes]
         # TCPStore("127.0.0.1") listens on every interface; a socket bound by ourselves does not.
         listener = socket.create_server((host, 0))
@@ -82,8 +85,8 @@ class VerifierSide:
             host=host, port=port, lane=endpoint, kind=kind, rank_lanes=[address for _, address in lanes]
         )
 
-    def _lane(self, host: str, name: str) -> tuple[ZmqLane, str]:
-        return ZmqLane.bind(f"ipc://{Path(self._folder.name) / name}" if self._folder else f"tcp://{host}:*")
+    def _endpoint(self, name: str) -> str:
+        return f"ipc://{Path(self._folder.name) / name}" if self._folder else f"tcp://{self._host}:*"
 
     def ranks(self, *, ordered: bool) -> Ranks:
         """Waits for the other ranks. Raises: PipelineError if they do not come in time."""
@@ -93,6 +96,11 @@ class VerifierSide:
     def link(self) -> Link:
         """Raises: LinkError if the draft does not come in time."""
         assert self._store is not None
+        if self.rendezvous.kind == "host":
+            endpoint = self._endpoint(f"link-{self.rendezvous.epoch}")
+            return HostLink.listen(
+                _prefixed(self._store, self.rendezvous), endpoint, self._link_timeout_s, self._timeout_s
+            )
         return _link(
             self._store, self.rendezvous, 0, device=self._device, meet_s=self._timeout_s, timeout_s=self._link_timeout_s
         )
@@ -110,6 +118,8 @@ def draft_side(rendezvous: Rendezvous, *, timeout_s: float, device: str = "cpu")
     store = _store(rendezvous, timeout_s)
     lane = ZmqLane.connect(rendezvous.lane)
     # Patient: the verifier may be at long prompts. Should it leave, the link breaks at once.
+    if rendezvous.kind == "host":
+        return HostLink.connect(_prefixed(store, rendezvous), timeout_s, timeout_s), lane
     return _link(store, rendezvous, 1, device=device, meet_s=timeout_s, timeout_s=timeout_s), lane
 
 
@@ -150,22 +160,38 @@ def _ranks(
     return Ranks(group=group, lanes=list(lanes))
 
 
-def link_kind(target_device: str, draft_device: str) -> str:
-    """``nccl`` between two distinct GPUs, otherwise ``gloo`` over host memory (two ranks on one
-    GPU are refused by NCCL before 2.30)."""
+def link_kind(target_device: str, draft_device: str, wanted: str = "auto") -> str:
+    """``nccl`` between two distinct GPUs that have it, ``host`` where a GPU cannot use it (both on one:
+    NCCL refuses that before 2.30), ``gloo`` between CPUs; or what is wanted.
+
+    Raises:
+        ConfigError: ``nccl`` is wanted where it cannot be.
+    """
     one, other = torch.device(target_device), torch.device(draft_device)
-    distinct_gpus = one.type == other.type == "cuda" and one != other
-    return "nccl" if distinct_gpus and dist.is_nccl_available() else "gloo"
+    gpus = one.type == other.type == "cuda"
+    if wanted == "nccl" and not (gpus and dist.is_nccl_available()):
+        raise ConfigError(
+            "engine.link=nccl needs target and draft on GPUs and a torch built with NCCL; use engine.link=auto"
+        )
+    if wanted != "auto":
+        return wanted
+    if gpus and one != other and dist.is_nccl_available():
+        return "nccl"
+    return "gloo" if one.type == other.type == "cpu" else "host"
 
 
 def _link(
     store: dist.Store, rendezvous: Rendezvous, rank: int, *, device: str, meet_s: float, timeout_s: float
 ) -> Link:
-    prefixed = dist.PrefixStore(f"link/{rendezvous.epoch}", store)
+    prefixed = _prefixed(store, rendezvous)
     if rendezvous.kind == "nccl":
         return NcclLink(prefixed, rank, timeout_s, torch.device(device))
     loopback = rendezvous.host if _is_loopback(rendezvous.host) else None
     return GlooLink(prefixed, rank, timeout_s, meet_s, loopback)
+
+
+def _prefixed(store: dist.Store, rendezvous: Rendezvous) -> dist.Store:
+    return dist.PrefixStore(f"link/{rendezvous.epoch}", store)
 
 
 def _is_loopback(host: str) -> bool:
