@@ -47,9 +47,11 @@ def bundles(plan: Plan) -> dict[str, Bundle]:
         wanted = {"CPU": float(len(model.cores or [0]))}
         return {**wanted, "GPU": 1.0} if on_gpu(model) else wanted
 
-    config = plan.config
-    wanted = {"verifier": bundle(config.target)}
-    return wanted if config.draft is None else {**wanted, "draft": bundle(config.draft)}
+    def model(role: str) -> ModelConfig:
+        config = plan.for_role(role).config
+        return config.draft if role == "draft" and config.draft is not None else config.target
+
+    return {role: bundle(model(role)) for role in plan.roles}
 
 
 class Placement:
@@ -173,7 +175,7 @@ def with_visible_gpu(config: Config, role: str, gpu_ids: list[str], visible: str
         return config
     shown = visible.split(",") if visible else []
     own = shown.index(gpu_ids[0]) if gpu_ids[0] in shown else int(gpu_ids[0]) if visible is None else 0
-    mine, other = ("target", "draft") if role == "verifier" else ("draft", "target")
+    mine, other = ("draft", "target") if role == "draft" else ("target", "draft")
     changed = {mine: getattr(config, mine).model_copy(update={"device": f"cuda:{own}"})}
     partner = getattr(config, other)
     if partner is not None and on_gpu(partner):
