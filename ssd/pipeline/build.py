@@ -14,8 +14,9 @@ from ..config import Config, ModelConfig, resolve_model_path
 from ..decoding.forecast import ConfidenceForecast, FanOutForecast, Forecast, fan_out
 from ..decoding.tree import TreeShape
 from ..errors import ConfigError
-from ..models import rows_linear
-from ..models.loading import lay_out_for_cpu, load_model
+from ..models import rows_linear, tree_attention
+from ..models.graphs import Graphs
+from ..models.loading import PreTrainedModel, lay_out_for_cpu, load_model
 from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner, can_compile
 from ..models.sharding import shard
@@ -144,11 +145,13 @@ def pin(cores: list[int] | None) -> None:
             os.sched_setaffinity(int(thread), cores)
 
 
-def build_verifier(plan: Plan, ranks: Ranks | None = None) -> tuple[VerifierWorker, dict[str, Any]]:
-    """The verifier, warm, and what to tell about it. ``ranks``: those that share the model, if
-    several do; they must ``follow`` by now. Raises: UsageError."""
+def build_verifier(
+    plan: Plan, model: PreTrainedModel | None = None, ranks: Ranks | None = None
+) -> tuple[VerifierWorker, dict[str, Any]]:
+    """The verifier, warm, and what to tell about it. ``model``: already loaded. ``ranks``: those that
+    share the model, if several do; they must ``follow`` by now. Raises: UsageError."""
     config = plan.config
-    runner = _target_runner(plan, ranks)
+    runner = _target_runner(plan, model, ranks)
     worker = VerifierWorker(
         runner,
         shape=plan.shape,
@@ -168,19 +171,19 @@ def build_verifier(plan: Plan, ranks: Ranks | None = None) -> tuple[VerifierWork
 
 def build_rank(plan: Plan, ranks: Ranks) -> tuple[ForwardRunner, list[RowPlan], dict[str, Any]]:
     """What another rank of the verifier needs to ``follow``, and what to tell about it. Raises: UsageError."""
-    runner = _target_runner(plan, ranks)
+    runner = _target_runner(plan, None, ranks)
     return runner, [plan.verify_plan, RowPlan.sequential("one", 1)], _info(runner, plan.config.target)
 
 
-def _target_runner(plan: Plan, ranks: Ranks | None) -> ForwardRunner:
-    return _runner(plan, plan.config.target, scratch=plan.shape.nodes - plan.shape.depth - 1, ranks=ranks)
+def _target_runner(plan: Plan, model: PreTrainedModel | None, ranks: Ranks | None) -> ForwardRunner:
+    return _runner(plan, plan.config.target, model, scratch=plan.shape.nodes - plan.shape.depth - 1, ranks=ranks)
 
 
-def build_draft(plan: Plan) -> tuple[DraftWorker, dict[str, Any]]:
-    """The draft worker, warm, and what to tell about it. Raises: UsageError."""
+def build_draft(plan: Plan, model: PreTrainedModel | None = None) -> tuple[DraftWorker, dict[str, Any]]:
+    """The draft worker, warm, and what to tell about it. ``model``: already loaded. Raises: UsageError."""
     config = plan.config
     assert config.draft is not None
-    runner = _runner(plan, config.draft, scratch=scratch_slots(plan.shape, config.speculation.forecast.budget))
+    runner = _runner(plan, config.draft, model, scratch=scratch_slots(plan.shape, config.speculation.forecast.budget))
     forecast = plan.forecast(config.draft.device)
     worker = DraftWorker(runner, shape=plan.shape, forecast=forecast)
     if plan.probs is not None:
@@ -188,18 +191,24 @@ def build_draft(plan: Plan) -> tuple[DraftWorker, dict[str, Any]]:
     return worker, _warm(worker, config.draft)
 
 
-def _runner(plan: Plan, wanted: ModelConfig, *, scratch: int, ranks: Ranks | None = None) -> ForwardRunner:
-    folder = resolve_model_path(wanted.model)
+def _runner(
+    plan: Plan, wanted: ModelConfig, model: PreTrainedModel | None, *, scratch: int, ranks: Ranks | None = None
+) -> ForwardRunner:
     engine = plan.config.engine
-    device = wanted.device if ranks is None else "cpu"  # a rank's device need not hold the whole model
-    model = load_model(folder, dtype=wanted.dtype, device=device, max_positions=engine.max_model_len)
+    if model is None:
+        folder = resolve_model_path(wanted.model)
+        device = wanted.device if ranks is None else "cpu"  # a rank's device need not hold the whole model
+        model = load_model(folder, dtype=wanted.dtype, device=device, max_positions=engine.max_model_len)
     sharding, make = None, ForwardRunner
     if ranks is not None:
         sharding = shard(model, ranks.group)
         model.to(wanted.device)  # pyright: ignore[reportArgumentType]
         if ranks.group.rank == 0:
             make = partial(LeadingRunner, lanes=ranks.lanes)
+    on_gpu = model.device.type == "cuda"
     compile_ = can_compile() if wanted.compile == "auto" else wanted.compile
+    kernels = on_gpu and tree_attention.available()
+    attention = ("tree" if kernels else "rows") if wanted.attention == "auto" else wanted.attention
     runner = make(
         model,
         batch=engine.max_batch,
@@ -208,6 +217,9 @@ def _runner(plan: Plan, wanted: ModelConfig, *, scratch: int, ranks: Ranks | Non
         prefill_chunk=engine.prefill_chunk,
         vocabulary=plan.vocabulary,
         compile=compile_,
+        # Ranks would have to capture in step; not until that has been seen on hardware.
+        graphs=_graphs(wanted, model) if ranks is None else None,
+        attention=attention,
         sharding=sharding,
     )
     if torch.device(wanted.device).type == "cpu" and wanted.dtype == "float32":
@@ -219,10 +231,17 @@ def _runner(plan: Plan, wanted: ModelConfig, *, scratch: int, ranks: Ranks | Non
     return runner
 
 
+def _graphs(wanted: ModelConfig, model: PreTrainedModel) -> Graphs | None:
+    on_gpu = model.device.type == "cuda"
+    if wanted.graphs is True and not on_gpu:
+        raise ConfigError(f"graphs: true needs a CUDA device, not {wanted.device}; leave graphs at auto")
+    return Graphs(model.device) if on_gpu and wanted.graphs else None
+
+
 def _warm(worker: VerifierWorker | DraftWorker, wanted: ModelConfig) -> dict[str, Any]:
     began = time.perf_counter()
     runner = worker.runner
-    if runner.compile:
+    if runner.fuses:
         worker.warm_up()
     return {**_info(runner, wanted), "warm_up_s": round(time.perf_counter() - began, 2)}
 
@@ -234,6 +253,8 @@ def _info(runner: ForwardRunner, wanted: ModelConfig) -> dict[str, Any]:
         "dtype": wanted.dtype,
         "device": str(runner.device),
         "compiled": runner.compile,
+        "graphs": runner.graphs is not None,
+        "attention": runner.attention,
         "contexts": runner.contexts,
         "cache_bytes": runner.cache.nbytes,
     }

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections.abc import Callable
+from typing import Any
 
+from ..config import ModelConfig
 from ..errors import LinkError, PipelineError, UsageError, WorkerError
+from ..models.device import own_stream
 from .build import Plan, build_draft, build_rank, build_verifier, pin, rank_of, set_threads, usable_cores
 from .control import ControlLane
+from .draft import DraftWorker
 from .loops import DraftSide, draft_loop, verifier_loop
 from .messages import Failed, Hello, Ready, Shutdown, Welcome
 from .rendezvous import Rendezvous, VerifierSide, draft_side, link_kind, rank_side
 from .tensor import follow, naming_the_lost
+from .verifier import VerifierWorker
 
 WAIT_S = 0.5
 
@@ -47,6 +53,7 @@ def run_verifier(
     host: str = "127.0.0.1",
     folder: str | None = None,
     alive: Callable[[], bool] = lambda: True,
+    build: Callable[[Plan], tuple[VerifierWorker, dict[str, Any]]] = build_verifier,
 ) -> None:
     """Open the meeting place, say where it is, build the model, link, serve."""
 
@@ -70,7 +77,7 @@ def run_verifier(
                 if config.target.tensor_parallel > 1:
                     ranks = side.ranks(ordered=config.numerics == "strict")
             with naming_the_lost():
-                worker, info = build_verifier(plan, ranks)
+                worker, info = build(plan) if ranks is None else build_verifier(plan, ranks=ranks)
                 if side is not None and config.draft is not None:
                     draft = DraftSide(side.link(), side.lane, plan.frames())
                 if ranks is not None:
@@ -84,10 +91,16 @@ def run_verifier(
             if side is not None:
                 side.close()
 
-    _report_failure("verifier", front, body)
+    _report_failure("verifier", front, body, plan.config.target)
 
 
-def run_draft(plan: Plan, front: ControlLane, *, alive: Callable[[], bool] = lambda: True) -> None:
+def run_draft(
+    plan: Plan,
+    front: ControlLane,
+    *,
+    alive: Callable[[], bool] = lambda: True,
+    build: Callable[[Plan], tuple[DraftWorker, dict[str, Any]]] = build_draft,
+) -> None:
     """Wait to be told where the verifier is, build the model, link, serve."""
 
     def body() -> None:
@@ -98,7 +111,7 @@ def run_draft(plan: Plan, front: ControlLane, *, alive: Callable[[], bool] = lam
         rendezvous = _introduce("draft", front, alive)
         if rendezvous is None:
             return
-        worker, info = build_draft(plan)
+        worker, info = build(plan)
         link, lane = draft_side(rendezvous, timeout_s=config.engine.start_timeout_s, device=config.draft.device)
         pin(cores)
         front.send(Ready(role="draft", info=info))
@@ -111,7 +124,7 @@ def run_draft(plan: Plan, front: ControlLane, *, alive: Callable[[], bool] = lam
             link.close()
             lane.close()
 
-    _report_failure("draft", front, body)
+    _report_failure("draft", front, body, plan.config.draft)
 
 
 def run_rank(role: str, plan: Plan, front: ControlLane, *, alive: Callable[[], bool] = lambda: True) -> None:
@@ -138,7 +151,7 @@ def run_rank(role: str, plan: Plan, front: ControlLane, *, alive: Callable[[], b
         finally:
             ranks.close()
 
-    _report_failure(role, front, body)
+    _report_failure(role, front, body, plan.config.target)
 
 
 def _introduce(role: str, front: ControlLane, alive: Callable[[], bool]) -> Rendezvous | None:
@@ -156,9 +169,10 @@ def _introduce(role: str, front: ControlLane, alive: Callable[[], bool]) -> Rend
     return Rendezvous(**message.rendezvous)
 
 
-def _report_failure(role: str, front: ControlLane, body: Callable[[], None]) -> None:
+def _report_failure(role: str, front: ControlLane, body: Callable[[], None], wanted: ModelConfig | None) -> None:
     try:
-        body()
+        with own_stream(wanted.device, wanted.priority) if wanted else contextlib.nullcontext():
+            body()
     except UsageError as error:
         front.send(Failed(role=role, message=str(error), usage=True))
     except WorkerError as error:  # of another worker: our own traceback says nothing
