@@ -20,13 +20,13 @@ from ..models.loading import PreTrainedModel, lay_out_for_cpu, load_model
 from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner, can_compile
 from ..models.sharding import shard
-from .draft import DraftWorker, scratch_slots
+from .branches import scratch_slots
+from .draft import DraftWorker
 from .frames import Frames, ProbsLayout
 from .rules import CandidateSampler, Judge, probs_layout
 from .tensor import LeadingRunner, Ranks
 from .verifier import VerifierWorker
 
-PACK_ABOVE_BYTES = 16 << 20
 _RANK = "verifier-"
 
 
@@ -223,8 +223,7 @@ def _runner(
         sharding=sharding,
     )
     if torch.device(wanted.device).type == "cpu" and wanted.dtype == "float32":
-        # Weights that stay in a core's own cache gain nothing.
-        if runner.parameters * 4 > PACK_ABOVE_BYTES and rows_linear.available():
+        if rows_linear.available():
             rows_linear.pack_linears(model)
         else:
             lay_out_for_cpu(model)
