@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import datetime
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,8 +56,8 @@ class TensorGroup:
             raise PipelineError(
                 f"the {size} ranks of the verifier did not all come in {timeout_s:g} s: {first_line(error)}"
             ) from error
-        self._backend = backend
-        self._group = dist.ProcessGroup(store, rank, size)
+        self._backend: Any = backend
+        self._group: Any = dist.ProcessGroup(store, rank, size)
         self._group._register_backend(device, kind, backend)
         self._group._set_group_name(self.name)
         # The functional collectives, which alone can be compiled, find groups by name.
@@ -102,14 +103,14 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _gloo(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta, host: str | None) -> dist.Backend:
+def _gloo(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta, host: str | None) -> Any:
     backend, options = dist.ProcessGroupGloo, dist.ProcessGroupGloo._Options()
     options._timeout = timeout
     options._devices = [backend.create_device(hostname=host) if host else backend.create_default_device()]
     return backend(store, rank, size, options)
 
 
-def _nccl(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> dist.Backend:
+def _nccl(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return dist.ProcessGroupNCCL(store, rank, size, options)

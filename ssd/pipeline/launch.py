@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..errors import PipelineError, WorkerError
 from .build import Plan
@@ -40,7 +40,7 @@ class InprocPipeline:
         from .serve import run_worker
 
         config = plan.config
-        loose = {"target": config.target.model_copy(update={"cores": None})}
+        loose: dict[str, Any] = {"target": config.target.model_copy(update={"cores": None})}
         if config.draft is not None:
             loose["draft"] = config.draft.model_copy(update={"cores": None})
         plan = Plan(config=config.model_copy(update=loose), vocabulary=plan.vocabulary, ends=plan.ends)

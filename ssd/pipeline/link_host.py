@@ -89,7 +89,7 @@ class HostLink:
         if self._socket is None:
             raise LinkError("the link is closed")
         try:
-            self._socket.send(frame, zmq.NOBLOCK, copy=True)  # pyright: ignore[reportArgumentType]
+            self._socket.send(frame, zmq.NOBLOCK)
         except zmq.Again:
             self.close()
             raise LinkError("the other end closed the link") from None
