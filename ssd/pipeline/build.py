@@ -27,13 +27,6 @@ from .rules import CandidateSampler, Judge, probs_layout
 from .tensor import LeadingRunner, Ranks
 from .verifier import VerifierWorker
 
-_RANK = "verifier-"
-
-
-def rank_of(role: str) -> int:
-    """Among the ranks of the verifier; 0 for every other role."""
-    return int(role.removeprefix(_RANK)) if role.startswith(_RANK) else 0
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
@@ -45,23 +38,11 @@ class Plan:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Of all workers: ``verifier``, its other ranks ``verifier-1``.., and ``draft``."""
-        others = (f"{_RANK}{rank}" for rank in range(1, self.config.target.tensor_parallel))
-        return ("verifier", *others, *(() if self.config.draft is None else ("draft",)))
+        return self.config.roles
 
     def for_role(self, role: str) -> Plan:
-        """As a worker reads it: a rank of the verifier finds its own cores and device."""
-        target, rank = self.config.target, rank_of(role)
-        if target.tensor_parallel == 1:
-            return self
-        changed: dict[str, Any] = {}
-        if target.cores is not None:
-            changed["cores"] = target.cores[rank :: target.tensor_parallel] or target.cores
-        device = torch.device(target.device)
-        if device.type == "cuda":
-            changed["device"] = f"cuda:{(device.index or 0) + rank}"
-        config = self.config.model_copy(update={"target": target.model_copy(update=changed)})
-        return Plan(config=config, vocabulary=self.vocabulary, ends=self.ends)
+        """As the role's worker reads it."""
+        return Plan(config=self.config.for_role(role), vocabulary=self.vocabulary, ends=self.ends)
 
     @property
     def verify_plan(self) -> RowPlan:

@@ -7,10 +7,10 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from ..config import ModelConfig
+from ..config import ModelConfig, rank_of
 from ..errors import LinkError, PipelineError, UsageError, WorkerError
 from ..models.device import own_stream
-from .build import Plan, build_draft, build_rank, build_verifier, pin, rank_of, set_threads, usable_cores
+from .build import Plan, build_draft, build_rank, build_verifier, pin, set_threads, usable_cores
 from .control import ControlLane
 from .draft import DraftWorker
 from .loops import DraftSide, draft_loop, verifier_loop
