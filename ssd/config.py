@@ -24,6 +24,8 @@ CONFIG_FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "configs")
 MODEL_FOLDER = PACKAGE / "data"
 SHIPPED_MODELS = ("embedded/target", "embedded/draft")
 
+_RANK = "verifier-"
+
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 
 
@@ -149,6 +151,30 @@ class Config(_Section):
     numerics: Literal["strict", "fast"] = "strict"
     engine: EngineConfig = EngineConfig()
     server: ServerConfig = ServerConfig()
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Of all workers: ``verifier``, its other ranks ``verifier-1``.., and ``draft``."""
+        others = (f"{_RANK}{rank}" for rank in range(1, self.target.tensor_parallel))
+        return ("verifier", *others, *(() if self.draft is None else ("draft",)))
+
+    def for_role(self, role: str) -> Config:
+        """As a worker reads it: a rank of the verifier finds its own cores and device."""
+        target, rank = self.target, rank_of(role)
+        if target.tensor_parallel == 1:
+            return self
+        changed: dict[str, Any] = {}
+        if target.cores is not None:
+            changed["cores"] = target.cores[rank :: target.tensor_parallel] or target.cores
+        kind, _, index = target.device.partition(":")
+        if kind == "cuda":
+            changed["device"] = f"cuda:{int(index or 0) + rank}"
+        return self.model_copy(update={"target": target.model_copy(update=changed)})
+
+
+def rank_of(role: str) -> int:
+    """Among the ranks of the verifier; 0 for every other role."""
+    return int(role.removeprefix(_RANK)) if role.startswith(_RANK) else 0
 
 
 def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:

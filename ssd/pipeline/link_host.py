@@ -76,7 +76,7 @@ class HostLink:
         self.receive(incoming)
 
     def send(self, outgoing: Tensor) -> None:
-        self._post(_bytes(outgoing))
+        self._post(_bytes(outgoing).data)
 
     def receive(self, incoming: Tensor) -> None:
         frame = np.frombuffer(self._next(), np.uint8)
@@ -85,7 +85,7 @@ class HostLink:
             raise LinkError(f"a frame of {frame.size} bytes came where {incoming.nbytes} were due")
         _bytes(incoming)[:] = frame
 
-    def _post(self, frame: np.ndarray | bytes) -> None:
+    def _post(self, frame: memoryview | bytes) -> None:
         if self._socket is None:
             raise LinkError("the link is closed")
         try:

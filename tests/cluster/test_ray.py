@@ -12,7 +12,6 @@ import pytest
 
 from ssd import LLM, RequestError, SamplingParams, UsageError, WorkerError
 from ssd.config import Config
-from ssd.pipeline.build import Plan
 
 ray = pytest.importorskip("ray")
 
@@ -188,5 +187,5 @@ def test_a_bundle_for_each_rank_of_the_verifier() -> None:
     target = {"model": "t", "device": "cuda", "cores": [0, 1, 2, 3], "tensor_parallel": 2}
     config = Config.model_validate({"target": target, "draft": {"model": "d"}})
     rank = {"CPU": 2.0, "GPU": 1.0}
-    wanted = bundles(Plan(config=config, vocabulary=128, ends=()))
+    wanted = bundles(config)
     assert wanted == {"verifier": rank, "verifier-1": rank, "draft": {"CPU": 1.0}}
