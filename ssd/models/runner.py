@@ -177,6 +177,10 @@ class ForwardRunner:
             # The head runs on one row for nothing: transformers offers no "none".
             self.model(input_ids=ids.to(self.device), logits_to_keep=1, **inputs)
 
+    def copy(self, source: int, slot: int, length: int) -> None:
+        """Give one slot the keys and values of another's first ``length`` tokens."""
+        self.cache.copy(source, slot, length)
+
     def keep(self, slots: Tensor, scratch: Tensor, positions: Tensor) -> None:
         """Copy scratch slots into main slots; all arguments are ``[n]`` int64."""
         self.cache.keep(slots, scratch, positions)

@@ -191,6 +191,15 @@ class Prefill:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Copy:
+    """First rank → other ranks of the verifier: give a slot another's first tokens, as we do."""
+
+    source: int
+    slot: int
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Keep:
     """First rank → other ranks of the verifier: copy scratch slots into main slots, as we do."""
 
@@ -216,6 +225,7 @@ Message = (
     | Welcome
     | Decode
     | Prefill
+    | Copy
     | Keep
 )
 _TYPES = {cls.__name__: cls for cls in Message.__args__}

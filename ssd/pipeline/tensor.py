@@ -20,7 +20,7 @@ from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner
 from ..models.tensor_group import TensorGroup, first_line, lost
 from .control import ControlLane, ZmqLane
-from .messages import Decode, Keep, Message, Prefill, Shutdown
+from .messages import Copy, Decode, Keep, Message, Prefill, Shutdown
 
 IDLE_POLL_S = 0.5
 
@@ -57,6 +57,10 @@ class LeadingRunner(ForwardRunner):
         self._tell(Prefill(slot=slot, tokens=list(tokens), start=start))
         super().prefill(slot, tokens, start)
 
+    def copy(self, source: int, slot: int, length: int) -> None:
+        self._tell(Copy(source=source, slot=slot, length=length))
+        super().copy(source, slot, length)
+
     def keep(self, slots: Tensor, scratch: Tensor, positions: Tensor) -> None:
         self._tell(Keep(slots=slots.tolist(), scratch=scratch.tolist(), positions=positions.tolist()))
         super().keep(slots, scratch, positions)
@@ -86,6 +90,8 @@ def follow(
                 runner.forward(plan, tokens, lengths, longest=message.context - max(plan.limits) - 1)
             elif isinstance(message, Prefill):
                 runner.prefill(message.slot, message.tokens, message.start)
+            elif isinstance(message, Copy):
+                runner.copy(message.source, message.slot, message.length)
             elif isinstance(message, Keep):
                 runner.keep(*(torch.tensor(which) for which in (message.slots, message.scratch, message.positions)))
             elif isinstance(message, Shutdown):

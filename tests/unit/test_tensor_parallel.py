@@ -14,10 +14,12 @@ from torch import Tensor
 
 from ssd import LLM, ConfigError, ModelError, SamplingParams, UsageError
 from ssd.config import load_config
+from ssd.models.runner import ForwardRunner
 from ssd.models.sharding import shard
 from ssd.models.tensor_group import TensorGroup
 from ssd.pipeline.build import Plan
 from ssd.pipeline.launch import InprocPipeline
+from ssd.pipeline.tensor import LeadingRunner
 from ssd.testing.tiny import ARCHITECTURES, save_tiny, tiny_model
 from tests.unit.test_equality import prompts, run, same_as_plain
 
@@ -147,3 +149,13 @@ def test_only_the_target_is_divided(tiny_config: Configure) -> None:
     config["draft"]["tensor_parallel"] = 2
     with pytest.raises(ConfigError, match=r"draft\.tensor_parallel"):
         load_config(config)
+
+
+def test_whatever_changes_the_cache_is_told_to_the_other_ranks() -> None:
+    """A method of the runner that is not would leave them with other keys, and give other tokens."""
+    told = {name for name in vars(LeadingRunner) if not name.startswith("_")}
+    assert told >= {"announce", "prefill", "keep", "copy"}
+    public = {name for name, value in vars(ForwardRunner).items() if callable(value) and not name.startswith("_")}
+    harmless = {"context_for", "logits", "compiled", "warm_up"}
+    # ``forward`` is the draft's and the followers' own.
+    assert public - told - harmless == {"forward"}
