@@ -44,7 +44,7 @@ class TensorGroup:
         host: str | None = None,
     ):
         self.rank, self.size, self._ordered = rank, size, ordered
-        self.name = f"ssd-ranks-{rank}"
+        self.name: Any = f"ssd-ranks-{rank}"
         store, timeout = dist.PrefixStore("ranks", store), datetime.timedelta(seconds=timeout_s)
         try:
             if device.type == "cuda":

@@ -43,7 +43,7 @@ def test_methods_agree(tiny_config: Configure, architecture: str) -> None:
 
 def test_three_ranks(tiny_config: Configure, tmp_path_factory: pytest.TempPathFactory) -> None:
     """More than two: the order of a sum matters."""
-    heads = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
+    heads: dict[str, Any] = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
     target = save_tiny(tmp_path_factory.mktemp("three") / "target", "llama", **heads)
     config = tiny_config(engine=SMALL)
     config["target"] |= {"model": str(target), "tensor_parallel": 3}
