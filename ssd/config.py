@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .config_words import describe, first_line, given
 from .errors import ConfigError, ModelError
 
 PACKAGE = Path(__file__).resolve().parent
@@ -295,16 +296,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {_first_line(error)}") from None
+        raise ConfigError(f"{path}: not valid YAML: {first_line(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping with the keys {', '.join(Config.model_fields)}")
     return _plain(tree)
-
-
-def _first_line(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return f"{problem} (line {mark.line + 1})" if mark else problem
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -318,7 +313,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: not a YAML value: {_first_line(error)}") from None
+        raise ConfigError(f"override {override!r}: not a YAML value: {first_line(error)}") from None
     *sections, last = dotted.split(".")
     for section in sections:
         if not isinstance(tree.get(section), dict):
@@ -395,43 +390,9 @@ def _one_line(error: ValidationError, tree: Mapping[str, Any]) -> str:
         if item["type"] == "missing":
             problems.setdefault(dotted, f"{dotted} is missing; it must be {allowed}")
         else:
-            problems.setdefault(dotted, f"{dotted} must be {allowed}, not {_given(tree, dotted)}")
+            problems.setdefault(dotted, f"{dotted} must be {allowed}, not {given(tree, dotted)}")
     return "; ".join(problems.values())
 
 
-def _given(tree: Any, dotted: str) -> str:
-    for part in dotted.split("."):
-        tree = tree.get(part) if isinstance(tree, Mapping) else tree
-    text = repr(tree)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _allowed(dotted: str) -> str:
-    return " or ".join(_describe(option) for option in _keys()[dotted]["options"])
-
-
-def _describe(schema: dict[str, Any]) -> str:
-    """What a JSON schema allows, in words."""
-    if "enum" in schema:
-        return "one of " + ", ".join(map(str, schema["enum"]))
-    if "const" in schema:
-        return str(schema["const"])
-    kind = schema["type"]
-    if kind in ("integer", "number"):
-        noun = "an integer" if kind == "integer" else "a number"
-        bounds = (
-            ("minimum", "of at least"),
-            ("exclusiveMinimum", "above"),
-            ("maximum", "at most"),
-            ("exclusiveMaximum", "below"),
-        )
-        if "minimum" in schema and "maximum" in schema:
-            return f"{noun} from {schema['minimum']} to {schema['maximum']}"
-        limits = [f"{words} {schema[bound]:g}" for bound, words in bounds if bound in schema]
-        return " ".join([noun, " and ".join(limits)]).strip()
-    if kind == "array":
-        texts = schema["items"].get("type") == "string"
-        return "a list of non-empty texts" if texts else "a list of integers >= 0, at least one"
-    if kind == "object":
-        return "a mapping with the keys " + ", ".join(schema["properties"])
-    return {"string": "a non-empty text", "boolean": "true or false", "null": "null"}[kind]
+    return " or ".join(describe(option) for option in _keys()[dotted]["options"])
