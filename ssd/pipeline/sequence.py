@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..decoding.ngram import NgramIndex
 from ..params import FinishReason, Method, SamplingParams, SpeculationRecord
 
 
@@ -26,6 +27,8 @@ class Sequence:
     """Whether the draft has it."""
     hit: bool | None = None
     """Whether the tree now under verification was found prepared; None if none was looked up."""
+    ngrams: NgramIndex | None = None
+    """Of its tokens, where missed rows may take candidates from it."""
     record: SpeculationRecord = field(default_factory=SpeculationRecord)
 
     @property
