@@ -74,9 +74,7 @@ class SpeculationConfig(_Section):
     """Next-best tokens beside the chain at each depth; 0 is a chain, more a comb."""
     forecast: ForecastConfig = ForecastConfig()
     fallback: Literal["jit", "ngram", "auto", "none"] = "jit"
-    """What a missed row verifies: a speculation drafted now (``jit``), what followed the last time the text
-    ended like this (``ngram``; nothing if it never did), whichever of the two brings more per second
-    (``auto``), or the bonus token alone."""
+    """What a missed row verifies: a speculation drafted now, one found in its text, the better, or none."""
     verify: Literal["coupled", "rejection", "block"] = "coupled"
     """``coupled``: plain decoding's very tokens. ``rejection``, ``block``: tokens of the same law
     (at temperature 0 the same tokens), higher acceptance, the draft's probabilities on the link."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from .governor import Mean
+from .verdict import Commit
 
 Source = Literal["jit", "ngram"]
 TRY_EVERY = 16
@@ -19,6 +21,17 @@ class FallbackChoice:
         self._tokens: dict[Source, Mean] = {"jit": Mean(), "ngram": Mean()}
         self._forward_s, self._wait_s = Mean(), Mean()
         self._since = 0
+        self.sources: dict[int, Source] = {}
+        """Slots whose tree was made after a miss, and what made it."""
+
+    def learn(self, commits: Iterable[Commit], forward_s: float) -> None:
+        """What a round brought: to the trees made after misses, and to the sequences' n-grams."""
+        for commit in commits:
+            if (source := self.sources.get(commit.slot)) is not None:
+                self.served(source, commit.depth + 1, forward_s)
+            if commit.sequence.ngrams is not None:
+                commit.sequence.ngrams.extend(commit.tokens)
+        self.sources.clear()
 
     def served(self, source: Source, tokens: int, forward_s: float) -> None:
         """A round over candidates of this source brought so many tokens."""

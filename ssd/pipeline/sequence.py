@@ -1,11 +1,17 @@
-"""One request inside the verifier: its tokens and when it ends."""
+"""One request inside the verifier: its tokens, what a round adds to them, and when it ends."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from ..decoding.ngram import NgramIndex
+from ..decoding.processors import Constraint
 from ..params import FinishReason, Method, SamplingParams, SpeculationRecord
+
+STUCK = (
+    "structured_outputs: no token can follow; what else the request excludes (bad_words, allowed_token_ids, "
+    "min_tokens) contradicts it, or the tokenizer cannot spell it"
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,6 +35,10 @@ class Sequence:
     """Whether the tree now under verification was found prepared; None if none was looked up."""
     ngrams: NgramIndex | None = None
     """Of its tokens, where missed rows may take candidates from it."""
+    constraint: Constraint | None = None
+    """The grammar of its output, after the certain tokens."""
+    error: str | None = None
+    """Why it cannot go on."""
     record: SpeculationRecord = field(default_factory=SpeculationRecord)
 
     @property
@@ -48,10 +58,13 @@ class Sequence:
         """
         emitted: list[int] = []
         for token in (*path, bonus):
+            if self.constraint is not None and not self.constraint.advance(token):
+                self.error = self.constraint.error or STUCK
+                return emitted, "error"
             self.tokens.append(self.root)
             self.root = token
             emitted.append(token)
-            if token in self.ends:
+            if token in self.ends or (self.constraint is not None and self.constraint.complete):
                 return emitted, "stop"
             if self.generated >= self.params.max_tokens or len(self.tokens) + 1 >= self.context_limit:
                 return emitted, "length"

@@ -17,12 +17,13 @@ from ..decoding.sampling import perturbed, scores
 from ..decoding.support import DraftProbs
 from ..decoding.tree import ABSENT, TreeShape
 from ..decoding.verify import Outcome, verify_coupled
+from ..errors import RequestError
 from ..models.device import Courier
 from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner
 from ..params import Method, Origin
 from .chooser import Chooser
-from .fallback import FallbackChoice, Source
+from .fallback import FallbackChoice
 from .frames import RowState, SpeculationSet
 from .governor import Governor, Round
 from .lookup import lookup
@@ -64,6 +65,8 @@ class VerifierWorker:
         self.governors: dict[Method, Governor] = {"sd": Governor(), "ssd": Governor()}
         self.strict, self.ends, self.max_model_len, self.clock = strict, ends, max_model_len, clock
         self.waiting: deque[Sequence] = deque()
+        self.refused: list[Sequence] = []
+        """Not to be decoded (``Sequence.error``); whoever reports them empties it."""
         self.rows: list[Sequence | None] = [None] * runner.batch
         self.drafting = True
         """False once the draft is lost: everything decodes plainly from then on."""
@@ -75,8 +78,6 @@ class VerifierWorker:
         self.lookups = self.hits = 0
         """Of the round before."""
         self.fallback = FallbackChoice() if ngram else None
-        self._served: dict[int, Source] = {}
-        """Slots whose tree was made after a miss, and what made it."""
         self._missed_s = 0.0
         device, self._courier = runner.device, Courier(runner.device)
         self.chooser = Chooser(
@@ -158,15 +159,24 @@ class VerifierWorker:
         """Give free slots to waiting requests; returns those slots."""
         admitted = []
         for slot, row in enumerate(self.rows):
-            if row is None and self.waiting:
-                row = self.rows[slot] = self.waiting.popleft()
+            while row is None and self.waiting:
+                row = self.waiting.popleft()
+                prompt, output = row.prompt_and_output()
+                try:
+                    row.constraint = self.chooser.process(
+                        slot, row.params, prompt=prompt, output=output, ends=self._held_off(row)
+                    )
+                except RequestError as error:
+                    row.error = str(error)
+                    self.refused.append(row)
+                    row = None
+                    continue
+                self.rows[slot] = row
+                if self.fallback is not None:
+                    row.ngrams = NgramIndex([*prompt, *output])
                 self.chooser.set(slot, row.params)
                 self.trees[slot] = ABSENT
                 self.trees[slot, 0] = row.root
-                prompt, output = row.prompt_and_output()
-                if self.fallback is not None:
-                    row.ngrams = NgramIndex([*prompt, *output])
-                self.chooser.process(slot, row.params, prompt=prompt, output=output, ends=self._held_off(row))
                 admitted.append(slot)
         return admitted
 
@@ -220,20 +230,10 @@ class VerifierWorker:
         tokens = self._courier.place(self.trees[:, : plan.rows])
         logits, outcome, forward_s = self._decide(plan, context, tokens, lengths)
         states, commits = self._commit(outcome, lengths_list, logits)
-        if self.fallback is not None:
-            self._learn(commits, forward_s)
         ngram = self.fallback is not None and (not self.jit or self.fallback.ngram)
-        return Verdict(outcome=outcome, states=states, commits=commits, forward_s=forward_s, ngram=ngram)
-
-    def _learn(self, commits: list[Commit], forward_s: float) -> None:
-        """What the trees made after misses brought."""
-        assert self.fallback is not None
-        for commit in commits:
-            if (source := self._served.get(commit.slot)) is not None:
-                self.fallback.served(source, commit.depth + 1, forward_s)
-            if commit.sequence.ngrams is not None:
-                commit.sequence.ngrams.extend(commit.tokens)
-        self._served.clear()
+        if self.fallback is not None:
+            self.fallback.learn(commits, forward_s)
+        return Verdict(outcome, states, commits, forward_s, ngram)
 
     @torch.no_grad()
     def _decide(self, plan: RowPlan, context: int, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Outcome, float]:
@@ -317,11 +317,11 @@ class VerifierWorker:
 
     def _take_ngram(self, slot: int, row: Sequence) -> bool:
         """The slot's tree from what its own text says, if that says anything."""
-        assert row.ngrams is not None
+        assert row.ngrams is not None and self.fallback is not None
         found = row.ngrams.propose(self.shape.depth)
         if found:
             self.trees[slot, 1 : len(found) + 1] = torch.tensor(found)
-            self._served[slot] = "ngram"
+            self.fallback.sources[slot] = "ngram"
             if self.judge is not None:
                 self.judge.name(slot)
         return bool(found)
@@ -332,7 +332,7 @@ class VerifierWorker:
         self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
         if self.fallback is not None:
             self.fallback.waited(self.clock() - self._missed_s)
-            self._served.update((slot, "jit") for slot, waited in enumerate(missed.tolist()) if waited)
+            self.fallback.sources.update((slot, "jit") for slot, waited in enumerate(missed.tolist()) if waited)
         if self.judge is not None and draft is not None:
             self.judge.fill(missed, draft)
 
