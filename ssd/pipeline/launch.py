@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..errors import PipelineError, WorkerError
 from .build import Plan
@@ -23,7 +23,7 @@ class Pipeline(Protocol):
     """A launched pipeline, seen from the front."""
 
     lanes: dict[str, ControlLane]
-    """By role: ``verifier``, and ``draft`` if there is one."""
+    """By role (``Plan.roles``)."""
 
     def check(self) -> list[str]:
         """Roles whose worker is gone."""
@@ -33,27 +33,24 @@ class Pipeline(Protocol):
         """Ask the workers to leave, and see that they do."""
 
 
-def roles(plan: Plan) -> tuple[str, ...]:
-    return ("verifier",) if plan.config.draft is None else ("verifier", "draft")
-
-
 class InprocPipeline:
     """Workers as threads; for tests and debugging. Pinning is ignored."""
 
     def __init__(self, plan: Plan):
-        from .serve import run_draft, run_verifier
+        from .serve import run_worker
 
         config = plan.config
-        loose = {"target": config.target.model_copy(update={"cores": None})}
+        loose: dict[str, Any] = {"target": config.target.model_copy(update={"cores": None})}
         if config.draft is not None:
             loose["draft"] = config.draft.model_copy(update={"cores": None})
         plan = Plan(config=config.model_copy(update=loose), vocabulary=plan.vocabulary, ends=plan.ends)
         self.lanes: dict[str, ControlLane] = {}
         self._threads: dict[str, threading.Thread] = {}
-        for role in roles(plan):
+        for role in plan.roles:
             self.lanes[role], theirs = InprocLane.pair()
-            run = run_verifier if role == "verifier" else run_draft
-            thread = threading.Thread(target=run, args=(plan, theirs), name=f"ssd-{role}", daemon=True)
+            thread = threading.Thread(
+                target=run_worker, args=(role, plan.for_role(role), theirs), name=f"ssd-{role}", daemon=True
+            )
             self._threads[role] = thread
             thread.start()
 
@@ -76,7 +73,7 @@ class LocalPipeline:
         self.lanes: dict[str, ControlLane] = {}
         self._processes: dict[str, subprocess.Popen] = {}
         try:
-            for role in roles(plan):
+            for role in plan.roles:
                 lane, endpoint = ZmqLane.bind(f"ipc://{Path(self._folder.name) / role}")
                 self.lanes[role] = lane
                 process = subprocess.Popen(
