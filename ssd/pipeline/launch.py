@@ -8,13 +8,18 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import PipelineError, WorkerError
 from .build import Plan
 from .control import ControlLane, InprocLane, ZmqLane
 from .messages import Shutdown
+
+if TYPE_CHECKING:
+    from ..models.loading import PreTrainedModel
 
 LEAVE_S = 10.0
 
@@ -38,10 +43,22 @@ def roles(plan: Plan) -> tuple[str, ...]:
 
 
 class InprocPipeline:
-    """Workers as threads; for tests and debugging. Pinning is ignored."""
+    """Workers as threads: for tests and debugging, and for two models on one GPU, where kernels of two
+    processes would take turns and those of two streams overlap. Pinning is ignored.
 
-    def __init__(self, plan: Plan):
+    Args: models: by role, already loaded ones (on their devices); the others are loaded.
+    """
+
+    def __init__(self, plan: Plan, models: Mapping[str, PreTrainedModel] | None = None):
+        from .build import build_draft, build_verifier
         from .serve import run_draft, run_verifier
+
+        # One after the other: compilers and captures of CUDA graphs do not bear company.
+        building, models = threading.Lock(), models or {}
+
+        def build(role: str, plan: Plan) -> Any:
+            with building:
+                return (build_verifier if role == "verifier" else build_draft)(plan, models.get(role))
 
         config = plan.config
         loose = {"target": config.target.model_copy(update={"cores": None})}
@@ -52,7 +69,7 @@ class InprocPipeline:
         self._threads: dict[str, threading.Thread] = {}
         for role in roles(plan):
             self.lanes[role], theirs = InprocLane.pair()
-            run = run_verifier if role == "verifier" else run_draft
+            run = partial(run_verifier if role == "verifier" else run_draft, build=partial(build, role))
             thread = threading.Thread(target=run, args=(plan, theirs), name=f"ssd-{role}", daemon=True)
             self._threads[role] = thread
             thread.start()
