@@ -294,27 +294,28 @@ class VerifierWorker:
     def advance(self, verdict: Verdict, speculation: SpeculationSet | None) -> Tensor:
         """Next trees by lookup (``None``: no draft took part). Returns the rows ``[B]`` bool that
         wait for a tree drafted now."""
-        bonus = verdict.outcome.bonus
-        trees = torch.full_like(self.trees, ABSENT)
-        trees[:, 0] = bonus
         missed = torch.zeros(len(self.rows), dtype=torch.bool)
         self.lookups = self.hits = 0
-        if speculation is not None:
-            trees, hit = lookup(verdict.outcome.node, bonus, speculation)
+        if speculation is None:
+            self.trees = torch.full_like(self.trees, ABSENT)
+            self.trees[:, 0] = verdict.outcome.bonus
+        else:
+            self.trees, found = lookup(verdict.outcome.node, verdict.outcome.bonus, speculation)
             if self.judge is not None:
-                self.judge.take(verdict.outcome.node, bonus, speculation)
-            for slot, row in enumerate(self.rows):
+                self.judge.take(verdict.outcome.node, verdict.outcome.bonus, speculation)
+            for slot, (row, hit) in enumerate(zip(self.rows, found.tolist(), strict=True)):
                 if row is None or not self.speculates(row):
                     continue
                 if row.method == "ssd":
-                    row.hit = bool(hit[slot])
-                    row.record.count_lookup(row.hit)
+                    row.hit = hit
+                    row.record.count_lookup(hit)
                     self.lookups += 1
-                    self.hits += row.hit
-                self.origins[slot] = "hit" if hit[slot] else "miss"
-                missed[slot] = not hit[slot] and (self.jit or row.method == "sd")
-        active = torch.tensor([row is not None for row in self.rows])
-        self.trees = trees.masked_fill(~active[:, None], ABSENT)
+                    self.hits += hit
+                self.origins[slot] = "hit" if hit else "miss"
+                missed[slot] = not hit and (self.jit or row.method == "sd")
+        for slot, row in enumerate(self.rows):
+            if row is None:
+                self.trees[slot] = ABSENT
         return missed
 
     def fill(self, missed: Tensor, drafted: Tensor, draft: DraftProbs | None = None) -> None:
@@ -337,13 +338,14 @@ class VerifierWorker:
         return self._tree
 
     def _commit(self, outcome: Outcome, lengths: list[int], logits: Tensor) -> tuple[Tensor, list[Commit]]:
-        states, commits = torch.zeros(len(self.rows), dtype=torch.int64), []
+        states, commits = [int(RowState.EMPTY)] * len(self.rows), []
+        trees = self.trees.tolist()
         moves: list[tuple[int, int, int]] = []
         for slot, (node, bonus) in enumerate(zip(outcome.node.tolist(), outcome.bonus.tolist(), strict=True)):
             row = self.rows[slot]
             if row is None:
                 continue
-            tree = self.trees[slot].tolist()
+            tree = trees[slot]
             depth, chain = self.shape.depths[node], self.shape.depth
             drafted, path = sum(token != ABSENT for token in tree[1 : chain + 1]), self.shape.path(node)
             row.record.count_round(drafted=drafted, accepted=depth)
@@ -378,7 +380,7 @@ class VerifierWorker:
         if moves:
             slots, scratch, positions = (torch.tensor(column) for column in zip(*moves, strict=True))
             self.runner.cache.keep(slots, scratch, positions)
-        return states, commits
+        return torch.tensor(states), commits
 
     def _free(self, slot: int) -> None:
         self.rows[slot] = None
