@@ -94,6 +94,8 @@ class EngineConfig(_Section):
     max_model_len: int = Field(default=1024, ge=16)
     """Prompt and generated tokens together."""
     prefill_chunk: int = Field(default=64, ge=8, le=2048)
+    workers: Literal["auto", "processes", "threads"] = "auto"
+    """``threads``: draft and target in one process, on two streams; ``auto``: where they share a GPU."""
     link_timeout_s: Number = Field(default=60.0, gt=0)
     start_timeout_s: Number = Field(default=600.0, gt=0)
 

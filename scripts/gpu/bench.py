@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import time
@@ -36,7 +37,7 @@ SIZES = {
     "8b": Size(name="8b", target=8e9, draft=0.2e9, draft_layers=2),
     "30b": Size(name="30b", target=30e9, draft=1e9, draft_layers=4),
 }
-TINY = Size(name="tiny", target=1e6, draft=2e5, draft_layers=2)
+TINY = Size(name="tiny", target=1.4e5, draft=1e5, draft_layers=2)
 
 
 @dataclass(kw_only=True)
@@ -60,7 +61,8 @@ class Bench:
 
     def open(self, stage: str, have: Path) -> None:
         """Take up a stage where ``have`` (a folder of earlier results) left it."""
-        self.stage, path = stage, have / f"stage-{stage}.json"
+        self.stage, self.began, self.skipped = stage, time.monotonic(), []
+        path = have / f"stage-{stage}.json"
         self.results = json.loads(path.read_text())["parts"] if path.is_file() else {}
 
     def part(self, name: str, run: Callable[[], Any]) -> None:
@@ -98,6 +100,8 @@ class Bench:
         sizes = sizes_for(AutoConfig.from_pretrained(folder), parameters, num_hidden_layers=layers)
         wide = widen(narrow, **sizes, dtype=torch.bfloat16, seed=SEED)
         wide.config.max_position_embeddings = 1 << 17  # only times are taken beyond what it was trained for
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # workers use other streams than this thread
         return wide.requires_grad_(False)
 
     def seconds(self, run: Callable[[], Any], *, repeats: int = 30) -> float:
@@ -122,6 +126,7 @@ class Bench:
         return 2 * source.nbytes / self.seconds(lambda: target.copy_(source), repeats=10)
 
     def clear(self) -> None:
+        gc.collect()  # workers and their graphs refer to each other
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

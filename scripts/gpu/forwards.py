@@ -15,7 +15,8 @@ from ssd.models import tree_attention
 from ssd.models.graphs import Graphs
 from ssd.models.rows import RowPlan
 from ssd.models.runner import Attention, ForwardRunner
-from ssd.pipeline.draft import DraftWorker, scratch_slots
+from ssd.pipeline.branches import scratch_slots
+from ssd.pipeline.draft import DraftWorker
 from ssd.testing.attention import Case
 
 from .bench import Bench, Size

@@ -134,3 +134,12 @@ class LocalPipeline:
         for lane in self.lanes.values():
             lane.close()
         self._folder.cleanup()
+
+
+def launch_here(plan: Plan) -> Pipeline:
+    """Workers on this machine: processes, but for two models on one GPU."""
+    target, draft = plan.config.target, plan.config.draft
+    wanted = plan.config.engine.workers
+    shared = draft is not None and "cuda" in draft.device and draft.device == target.device
+    threads = shared if wanted == "auto" else wanted == "threads"
+    return InprocPipeline(plan) if threads else LocalPipeline(plan)
