@@ -21,7 +21,9 @@ MEASURED = {
 }
 
 
-@pytest.mark.parametrize("stage", MEASURED)
+@pytest.mark.parametrize(
+    "stage", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("batches") else name for name in MEASURED]
+)
 def test_a_stage_runs_and_resumes(stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--stage", stage, "--tiny", "--out", str(tmp_path)]
     assert gpu_check.main(arguments) == 0
