@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..decoding.forecast import Forecast
-from ..decoding.processors import TreePaths
+from ..decoding.processors import Constraint, TreePaths
 from ..decoding.sampling import perturbed, scores
 from ..decoding.support import DraftProbs
 from ..decoding.tree import ABSENT, TreeShape
@@ -33,6 +33,8 @@ class _Row:
     """How many of them have keys and values here."""
     forecasts: bool
     """Whether outcomes are prepared for it (``ssd``), or only misses served (``sd``)."""
+    constraint: Constraint | None = None
+    """The grammar of its output, after the certain tokens, the root among them."""
 
 
 class DraftWorker:
@@ -100,7 +102,7 @@ class DraftWorker:
         tokens = list(message.tokens[:-1])
         # A sequence that comes back after a time of plain decoding finds its keys where they were.
         known = _common_prefix(tokens, self._left[message.slot])
-        self.rows[message.slot] = _Row(tokens, known, message.forecasts)
+        row = self.rows[message.slot] = _Row(tokens, known, message.forecasts)
         self._in_glue.discard(message.slot)
         self.trees[message.slot] = ABSENT
         self.trees[message.slot, 0] = message.tokens[-1]
@@ -108,7 +110,9 @@ class DraftWorker:
         length = len(message.tokens) if message.prompt_length is None else message.prompt_length
         prompt, output = message.tokens[:length], message.tokens[length:]
         self.chooser.processors.clear(message.slot)
-        self.chooser.process(message.slot, message.params, prompt=prompt, output=output, ends=message.ends)
+        row.constraint = self.chooser.steer(
+            message.slot, message.params, prompt=prompt, output=output, ends=message.ends
+        )
 
     def release(self, slot: int) -> None:
         if (row := self.rows[slot]) is not None:
@@ -252,8 +256,12 @@ class DraftWorker:
             path = [0, *self.shape.path(node)]
             start = len(row.tokens)
             row.tokens.extend(trees[slot][n] for n in path)
+            certain = [*row.tokens[start + 1 :], int(frame.bonus[slot])]
             if self.chooser.processors.active:
-                self.chooser.processors.commit(slot, [*row.tokens[start + 1 :], int(frame.bonus[slot])])
+                self.chooser.processors.commit(slot, certain)
+            if row.constraint is not None:
+                for token in certain:
+                    row.constraint.advance(token)
             if slot in self._in_glue:
                 row.cached = len(row.tokens)
                 if node > self.shape.depth:  # off the chain: its keys stand in scratch
@@ -356,10 +364,11 @@ def _common_prefix(one: list[int], other: list[int]) -> int:
 
 
 def _best(scores: Tensor, width: int) -> Tensor:
-    """The ``width`` best tokens ``[B, R, width]``, best first."""
+    """The ``width`` best tokens ``[B, R, width]``, best first; ``ABSENT`` where no more are allowed."""
     if width == 1:
         return scores.argmax(-1, keepdim=True)
-    return scores.topk(width, dim=-1).indices
+    best = scores.topk(width, dim=-1)
+    return best.indices.masked_fill(best.values == -torch.inf, ABSENT)
 
 
 def _comb_tokens(ranked: list[Tensor]) -> Tensor:

@@ -1,10 +1,17 @@
-"""One request inside the verifier: its tokens and when it ends."""
+"""One request inside the verifier: its tokens, what a round adds to them, and when it ends."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..params import FinishReason, Method, SamplingParams, SpeculationRecord
+from ..decoding.logprobs import Logprobs
+from ..decoding.processors import Constraint
+from ..params import FinishReason, Method, Origin, SamplingParams, SpeculationRecord
+
+STUCK = (
+    "structured_outputs: no token can follow; what else the request excludes (bad_words, allowed_token_ids, "
+    "min_tokens) contradicts it, or the tokenizer cannot spell it"
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -26,6 +33,10 @@ class Sequence:
     """Whether the draft has it."""
     hit: bool | None = None
     """Whether the tree now under verification was found prepared; None if none was looked up."""
+    constraint: Constraint | None = None
+    """The grammar of its output, after the certain tokens."""
+    error: str | None = None
+    """Why it cannot go on."""
     record: SpeculationRecord = field(default_factory=SpeculationRecord)
 
     @property
@@ -45,11 +56,31 @@ class Sequence:
         """
         emitted: list[int] = []
         for token in (*path, bonus):
+            if self.constraint is not None and not self.constraint.advance(token):
+                self.error = self.constraint.error or STUCK
+                return emitted, "error"
             self.tokens.append(self.root)
             self.root = token
             emitted.append(token)
-            if token in self.ends:
+            if token in self.ends or (self.constraint is not None and self.constraint.complete):
                 return emitted, "stop"
             if self.generated >= self.params.max_tokens or len(self.tokens) + 1 >= self.context_limit:
                 return emitted, "length"
         return emitted, None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Commit:
+    """What a round made certain for one request."""
+
+    request: int
+    tokens: list[int]
+    accepted: int
+    depth: int
+    """Drafted tokens the round accepted, before any cut."""
+    drafted: int
+    hit: bool | None
+    origin: Origin
+    finished: FinishReason | None
+    logprobs: Logprobs | None
+    sequence: Sequence

@@ -11,40 +11,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..decoding.logprobs import Logprobs, token_logprobs
+from ..decoding.logprobs import token_logprobs
 from ..decoding.processors import TreePaths
 from ..decoding.sampling import perturbed, scores
 from ..decoding.support import DraftProbs
 from ..decoding.tree import ABSENT, TreeShape
 from ..decoding.verify import Outcome, verify_coupled
+from ..errors import RequestError
 from ..models.device import Courier
 from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner
-from ..params import FinishReason, Method, Origin
+from ..params import Method, Origin
 from .chooser import Chooser
 from .frames import RowState, SpeculationSet
 from .governor import Governor, Round
 from .lookup import lookup
 from .messages import Admit, Submit
 from .rules import Judge
-from .sequence import Sequence
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Commit:
-    """What a round made certain for one request."""
-
-    request: int
-    tokens: list[int]
-    accepted: int
-    depth: int
-    """Drafted tokens the round accepted, before any cut."""
-    drafted: int
-    hit: bool | None
-    origin: Origin
-    finished: FinishReason | None
-    logprobs: Logprobs | None
-    sequence: Sequence
+from .sequence import Commit, Sequence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +73,8 @@ class VerifierWorker:
         self.governors: dict[Method, Governor] = {"sd": Governor(), "ssd": Governor()}
         self.strict, self.ends, self.max_model_len, self.clock = strict, ends, max_model_len, clock
         self.waiting: deque[Sequence] = deque()
+        self.refused: list[Sequence] = []
+        """Not to be decoded (``Sequence.error``); whoever reports them empties it."""
         self.rows: list[Sequence | None] = [None] * runner.batch
         self.drafting = True
         """False once the draft is lost: everything decodes plainly from then on."""
@@ -179,13 +165,22 @@ class VerifierWorker:
         """Give free slots to waiting requests; returns those slots."""
         admitted = []
         for slot, row in enumerate(self.rows):
-            if row is None and self.waiting:
-                row = self.rows[slot] = self.waiting.popleft()
+            while row is None and self.waiting:
+                row = self.waiting.popleft()
+                prompt, output = row.prompt_and_output()
+                try:
+                    row.constraint = self.chooser.process(
+                        slot, row.params, prompt=prompt, output=output, ends=self._held_off(row)
+                    )
+                except RequestError as error:
+                    row.error = str(error)
+                    self.refused.append(row)
+                    row = None
+                    continue
+                self.rows[slot] = row
                 self.chooser.set(slot, row.params)
                 self.trees[slot] = ABSENT
                 self.trees[slot, 0] = row.root
-                prompt, output = row.prompt_and_output()
-                self.chooser.process(slot, row.params, prompt=prompt, output=output, ends=self._held_off(row))
                 admitted.append(slot)
         return admitted
 
