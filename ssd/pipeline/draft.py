@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..decoding.forecast import Forecast
+from ..decoding.ngram import NgramIndex
 from ..decoding.processors import Constraint, TreePaths
 from ..decoding.sampling import perturbed, scores
 from ..decoding.support import DraftProbs
@@ -33,6 +34,8 @@ class _Row:
     """How many of them have keys and values here."""
     forecasts: bool
     """Whether outcomes are prepared for it (``ssd``), or only misses served (``sd``)."""
+    ngrams: NgramIndex | None
+    """Of its tokens, where missed rows may take candidates from it."""
     constraint: Constraint | None = None
     """The grammar of its output, after the certain tokens, the root among them."""
 
@@ -42,10 +45,12 @@ class DraftWorker:
 
     Args:
         runner: of the draft model, over the same slots as the verifier's.
-        shape: the candidate tree. forecast: which outcomes get a branch.
+        shape: the candidate tree. forecast: which outcomes get a branch. ngram: whether missed rows
+            may take n-grams (the verifier says when).
     """
 
-    def __init__(self, runner: ForwardRunner, *, shape: TreeShape, forecast: Forecast):
+    def __init__(self, runner: ForwardRunner, *, shape: TreeShape, forecast: Forecast, ngram: bool = False):
+        self.ngram = ngram
         self.runner, self.shape, self.forecast = runner, shape, forecast
         batch, device = runner.batch, runner.device
         self.rows: list[_Row | None] = [None] * batch
@@ -102,7 +107,8 @@ class DraftWorker:
         tokens = list(message.tokens[:-1])
         # A sequence that comes back after a time of plain decoding finds its keys where they were.
         known = _common_prefix(tokens, self._left[message.slot])
-        row = self.rows[message.slot] = _Row(tokens, known, message.forecasts)
+        ngrams = NgramIndex(message.tokens) if self.ngram else None
+        row = self.rows[message.slot] = _Row(tokens, known, message.forecasts, ngrams)
         self._in_glue.discard(message.slot)
         self.trees[message.slot] = ABSENT
         self.trees[message.slot, 0] = message.tokens[-1]
@@ -244,7 +250,8 @@ class DraftWorker:
         return self._whole(tokens, lengths, self.chooser.params.temperature, self._silence if noise is None else noise)
 
     def commit(self, frame: OutcomeFrame, speculation: SpeculationSet) -> Tensor:
-        """Take in an outcome; the next trees are then those of the hits. Returns hit ``[B]``."""
+        """Take in an outcome; the next trees are then those of the hits, and n-grams where missed
+        rows take them. Returns which rows have a tree ``[B]``."""
         moves: list[tuple[int, int, int]] = []
         trees, nodes = self.trees.tolist(), frame.nodes.tolist()
         for slot, state in enumerate(frame.states.tolist()):
@@ -272,13 +279,28 @@ class DraftWorker:
         found, hit = lookup(frame.nodes, frame.bonus, speculation)
         active = frame.states == RowState.ACTIVE
         self.trees = found.masked_fill(~active[:, None], ABSENT)
-        return hit & active
+        served = hit & active
+        if self.ngram:
+            self._take_ngrams(frame, served)
+        return served
 
-    def waiting(self, active: Tensor, hit: Tensor, *, jit: bool) -> Tensor:
-        """Rows ``[B]`` bool that wait for ``draft_now``: those that missed, unless their fallback
+    def _take_ngrams(self, frame: OutcomeFrame, served: Tensor) -> None:
+        """What the verifier does too: candidates of missed rows from their own text."""
+        for slot, row in enumerate(self.rows):
+            if row is None or row.ngrams is None:
+                continue
+            row.ngrams.extend([*row.tokens, int(frame.bonus[slot])][len(row.ngrams) :])
+            if frame.ngram and row.forecasts and not served[slot]:
+                found = row.ngrams.propose(self.shape.depth)
+                if found:
+                    self.trees[slot, 1 : len(found) + 1] = torch.tensor(found)
+                    served[slot] = True
+
+    def waiting(self, active: Tensor, served: Tensor, *, jit: bool) -> Tensor:
+        """Rows ``[B]`` bool that wait for ``draft_now``: those without a tree, unless their fallback
         is to go on plainly."""
         waits = torch.tensor([row is not None and (jit or not row.forecasts) for row in self.rows])
-        return active & ~hit & waits
+        return active & ~served & waits
 
     def draft_now(self, missed: Tensor) -> Tensor:
         """Draft for the rows that missed, while the verifier waits (fallback ``jit``).

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..decoding.logprobs import Logprobs
+from ..decoding.ngram import NgramIndex
 from ..decoding.processors import Constraint
-from ..params import FinishReason, Method, Origin, SamplingParams, SpeculationRecord
+from ..params import FinishReason, Method, SamplingParams, SpeculationRecord
 
 STUCK = (
     "structured_outputs: no token can follow; what else the request excludes (bad_words, allowed_token_ids, "
@@ -33,6 +33,8 @@ class Sequence:
     """Whether the draft has it."""
     hit: bool | None = None
     """Whether the tree now under verification was found prepared; None if none was looked up."""
+    ngrams: NgramIndex | None = None
+    """Of its tokens, where missed rows may take candidates from it."""
     constraint: Constraint | None = None
     """The grammar of its output, after the certain tokens."""
     error: str | None = None
@@ -67,20 +69,3 @@ class Sequence:
             if self.generated >= self.params.max_tokens or len(self.tokens) + 1 >= self.context_limit:
                 return emitted, "length"
         return emitted, None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Commit:
-    """What a round made certain for one request."""
-
-    request: int
-    tokens: list[int]
-    accepted: int
-    depth: int
-    """Drafted tokens the round accepted, before any cut."""
-    drafted: int
-    hit: bool | None
-    origin: Origin
-    finished: FinishReason | None
-    logprobs: Logprobs | None
-    sequence: Sequence

@@ -6,12 +6,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..decoding.logprobs import token_logprobs
+from ..decoding.ngram import NgramIndex
 from ..decoding.processors import TreePaths
 from ..decoding.sampling import perturbed, scores
 from ..decoding.support import DraftProbs
@@ -23,23 +23,14 @@ from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner
 from ..params import Method, Origin
 from .chooser import Chooser
+from .fallback import FallbackChoice
 from .frames import RowState, SpeculationSet
 from .governor import Governor, Round
 from .lookup import lookup
 from .messages import Admit, Submit
 from .rules import Judge
-from .sequence import Commit, Sequence
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
-    """What a round decided."""
-
-    outcome: Outcome
-    states: Tensor
-    """``[B]`` int64 of ``RowState``: for the draft."""
-    commits: list[Commit]
-    forward_s: float
+from .sequence import Sequence
+from .verdict import Commit, Verdict
 
 
 class VerifierWorker:
@@ -48,7 +39,7 @@ class VerifierWorker:
     Args:
         runner: of the target model.
         method: of requests that do not choose one. jit: whether missed ``ssd`` rows wait for the
-            draft (fallback ``jit``) or go on plainly (``none``).
+            draft (fallback ``jit``) or go on plainly (``none``). ngram: whether they may take an n-gram.
         strict: every decode forward has the same rows, plain decoding too. Otherwise plain
             rounds run one row a sequence. governed: decode plainly while speculation does not pay.
         ends: end-of-text ids. max_model_len: tokens of a sequence, prompt included.
@@ -62,6 +53,7 @@ class VerifierWorker:
         method: Method,
         jit: bool,
         strict: bool,
+        ngram: bool = False,
         governed: bool,
         ends: frozenset[int],
         max_model_len: int,
@@ -85,6 +77,8 @@ class VerifierWorker:
         """Of the candidates in ``trees``."""
         self.lookups = self.hits = 0
         """Of the round before."""
+        self.fallback = FallbackChoice() if ngram else None
+        self._missed_s = 0.0
         device, self._courier = runner.device, Courier(runner.device)
         self.chooser = Chooser(
             runner.batch,
@@ -178,6 +172,8 @@ class VerifierWorker:
                     row = None
                     continue
                 self.rows[slot] = row
+                if self.fallback is not None:
+                    row.ngrams = NgramIndex([*prompt, *output])
                 self.chooser.set(slot, row.params)
                 self.trees[slot] = ABSENT
                 self.trees[slot, 0] = row.root
@@ -234,7 +230,10 @@ class VerifierWorker:
         tokens = self._courier.place(self.trees[:, : plan.rows])
         logits, outcome, forward_s = self._decide(plan, context, tokens, lengths)
         states, commits = self._commit(outcome, lengths_list, logits)
-        return Verdict(outcome=outcome, states=states, commits=commits, forward_s=forward_s)
+        ngram = self.fallback is not None and (not self.jit or self.fallback.ngram)
+        if self.fallback is not None:
+            self.fallback.learn(commits, forward_s)
+        return Verdict(outcome, states, commits, forward_s, ngram)
 
     @torch.no_grad()
     def _decide(self, plan: RowPlan, context: int, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Outcome, float]:
@@ -307,16 +306,33 @@ class VerifierWorker:
                     self.lookups += 1
                     self.hits += hit
                 self.origins[slot] = "hit" if hit else "miss"
+                if not hit and row.method == "ssd" and verdict.ngram and self._take_ngram(slot, row):
+                    continue
                 missed[slot] = not hit and (self.jit or row.method == "sd")
         for slot, row in enumerate(self.rows):
             if row is None:
                 self.trees[slot] = ABSENT
+        self._missed_s = self.clock()
         return missed
+
+    def _take_ngram(self, slot: int, row: Sequence) -> bool:
+        """The slot's tree from what its own text says, if that says anything."""
+        assert row.ngrams is not None and self.fallback is not None
+        found = row.ngrams.propose(self.shape.depth)
+        if found:
+            self.trees[slot, 1 : len(found) + 1] = torch.tensor(found)
+            self.fallback.sources[slot] = "ngram"
+            if self.judge is not None:
+                self.judge.name(slot)
+        return bool(found)
 
     def fill(self, missed: Tensor, drafted: Tensor, draft: DraftProbs | None = None) -> None:
         """Trees drafted now, ``[B, W - 1]``, for the rows that missed; under rules that need it,
         what they were drawn from ``[B, I, m]``."""
         self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
+        if self.fallback is not None:
+            self.fallback.waited(self.clock() - self._missed_s)
+            self.fallback.sources.update((slot, "jit") for slot, waited in enumerate(missed.tolist()) if waited)
         if self.judge is not None and draft is not None:
             self.judge.fill(missed, draft)
 
@@ -362,6 +378,7 @@ class VerifierWorker:
                     finished=finished,
                     logprobs=logprobs,
                     sequence=row,
+                    slot=slot,
                 )
             )
             row.hit = None
