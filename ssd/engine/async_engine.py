@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..config import Config
-from ..errors import OverloadedError, PipelineError, SSDError, WorkerError
+from ..errors import OverloadedError, PipelineError, SSDError
 from ..params import RequestOutput, SamplingParams, StreamEvent
 from ..pipeline.async_lane import AsyncLane
 from ..pipeline.build import Plan
@@ -348,8 +348,8 @@ class AsyncEngine:
             except PipelineError as error:
                 self._fail(error)
                 return
-            if "verifier" in gone or (gone and not self._front.ready):
-                self._fail(WorkerError(f"the {gone[0]} worker died; its own messages are above"))
+            if (fatal := self._front.fatal(gone)) is not None:
+                self._fail(fatal)
 
     def _update_watch(self) -> None:
         wanted = bool(self._watchers) or self._observer is not None

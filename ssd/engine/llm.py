@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
-from ..errors import PipelineError, RequestError, WorkerError
+from ..errors import PipelineError, RequestError
 from ..params import RequestOutput, SamplingParams, StreamEvent
 from ..pipeline.build import Plan
 from ..pipeline.launch import Pipeline, launch_here
@@ -148,7 +148,7 @@ class LLM:
         while not self._front.ready:
             if time.monotonic() > deadline:
                 raise self._front.late
-            self._pump(starting=True)
+            self._pump()
 
     def _stream(self, requests: list[Request]) -> Iterator[StreamEvent]:
         events: deque[StreamEvent] = deque()
@@ -173,7 +173,7 @@ class LLM:
                 with contextlib.suppress(PipelineError):
                     self._perform(taken(step))
 
-    def _pump(self, *, starting: bool = False) -> None:
+    def _pump(self) -> None:
         """Take in what the workers sent, waiting a little for the first message."""
         pipeline = self._running()
         seen = False
@@ -183,9 +183,9 @@ class LLM:
                 seen, wait_s = True, 0
                 self._perform(self._front.take(role, message))
         if not seen:
-            gone = pipeline.check()
-            if "verifier" in gone or (starting and gone):
-                raise WorkerError(f"the {gone[0]} worker died; its own messages are above")
+            error = self._front.fatal(pipeline.check())
+            if error is not None:
+                raise error
 
     def _perform(self, then: Taken) -> None:
         for request, event in then.events:

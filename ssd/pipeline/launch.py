@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,7 +28,7 @@ class Pipeline(Protocol):
     """A launched pipeline, seen from the front."""
 
     lanes: dict[str, ControlLane]
-    """By role: ``verifier``, and ``draft`` if there is one."""
+    """By role (``Plan.roles``)."""
 
     def check(self) -> list[str]:
         """Roles whose worker is gone."""
@@ -36,10 +36,6 @@ class Pipeline(Protocol):
 
     def close(self) -> None:
         """Ask the workers to leave, and see that they do."""
-
-
-def roles(plan: Plan) -> tuple[str, ...]:
-    return ("verifier",) if plan.config.draft is None else ("verifier", "draft")
 
 
 class InprocPipeline:
@@ -51,26 +47,34 @@ class InprocPipeline:
 
     def __init__(self, plan: Plan, models: Mapping[str, PreTrainedModel] | None = None):
         from .build import build_draft, build_verifier
-        from .serve import run_draft, run_verifier
+        from .serve import run_draft, run_verifier, run_worker
 
         # One after the other: compilers and captures of CUDA graphs do not bear company.
         building, models = threading.Lock(), models or {}
 
-        def build(role: str, plan: Plan) -> Any:
+        def alone(build: Callable[..., Any], role: str, plan: Plan) -> Any:
             with building:
-                return (build_verifier if role == "verifier" else build_draft)(plan, models.get(role))
+                return build(plan, models.get(role))
 
+        lives: dict[str, Callable[..., None]] = {
+            "verifier": partial(run_verifier, build=partial(alone, build_verifier, "verifier")),
+            "draft": partial(run_draft, build=partial(alone, build_draft, "draft")),
+        }
         config = plan.config
-        loose = {"target": config.target.model_copy(update={"cores": None})}
+        loose: dict[str, Any] = {"target": config.target.model_copy(update={"cores": None})}
         if config.draft is not None:
             loose["draft"] = config.draft.model_copy(update={"cores": None})
         plan = Plan(config=config.model_copy(update=loose), vocabulary=plan.vocabulary, ends=plan.ends)
         self.lanes: dict[str, ControlLane] = {}
         self._threads: dict[str, threading.Thread] = {}
-        for role in roles(plan):
+        for role in plan.roles:
             self.lanes[role], theirs = InprocLane.pair()
-            run = partial(run_verifier if role == "verifier" else run_draft, build=partial(build, role))
-            thread = threading.Thread(target=run, args=(plan, theirs), name=f"ssd-{role}", daemon=True)
+            thread = threading.Thread(
+                target=lives.get(role, partial(run_worker, role)),
+                args=(plan.for_role(role), theirs),
+                name=f"ssd-{role}",
+                daemon=True,
+            )
             self._threads[role] = thread
             thread.start()
 
@@ -93,7 +97,7 @@ class LocalPipeline:
         self.lanes: dict[str, ControlLane] = {}
         self._processes: dict[str, subprocess.Popen] = {}
         try:
-            for role in roles(plan):
+            for role in plan.roles:
                 lane, endpoint = ZmqLane.bind(f"ipc://{Path(self._folder.name) / role}")
                 self.lanes[role] = lane
                 process = subprocess.Popen(
