@@ -105,6 +105,8 @@ class EngineConfig(_Section):
     max_model_len: int = Field(default=1024, ge=16)
     """Prompt and generated tokens together."""
     prefill_chunk: int = Field(default=64, ge=8, le=2048)
+    workers: Literal["auto", "processes", "threads"] = "auto"
+    """``threads``: draft and target in one process, on two streams; ``auto``: where they share a GPU."""
     link: Literal["auto", "gloo", "nccl", "host"] = "auto"
     """Between draft and verifier. ``auto``: NCCL between distinct GPUs, ``host`` (ZMQ) where a GPU
     cannot use it, gloo between CPUs."""

@@ -15,7 +15,7 @@ from ..errors import OverloadedError, PipelineError, SSDError
 from ..params import RequestOutput, SamplingParams, StreamEvent
 from ..pipeline.async_lane import AsyncLane
 from ..pipeline.build import Plan
-from ..pipeline.launch import LocalPipeline, Pipeline
+from ..pipeline.launch import Pipeline, launch_here
 from ..pipeline.messages import Message, RoundReport, Watch
 from .book import Limits, Request
 from .front import Front, Taken, taken
@@ -116,7 +116,7 @@ class AsyncEngine:
         config: Config | str | Path | dict[str, Any] = "embedded",
         *,
         overrides: Sequence[str] = (),
-        launch: Callable[[Plan], Pipeline] = LocalPipeline,
+        launch: Callable[[Plan], Pipeline] = launch_here,
         limits: Limits | None = None,
         observer: Observer | None = None,
     ):

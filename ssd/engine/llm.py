@@ -14,7 +14,7 @@ from ..config import Config
 from ..errors import PipelineError, RequestError
 from ..params import RequestOutput, SamplingParams, StreamEvent
 from ..pipeline.build import Plan
-from ..pipeline.launch import LocalPipeline, Pipeline
+from ..pipeline.launch import Pipeline, launch_here
 from ..pipeline.messages import GetTimings, RoundReport, Watch
 from .book import Request
 from .front import Front, Taken, taken
@@ -27,8 +27,8 @@ class LLM:
 
     Args:
         config: a shipped configuration's name, a YAML file, or a ``Config``.
-        overrides: ``a.b=c`` each. launch: from a plan to a running pipeline; local processes by
-            default.
+        overrides: ``a.b=c`` each. launch: from a plan to a running pipeline; by default
+            workers on this machine.
 
     Raises:
         UsageError: configuration, models or their pairing are wrong.
@@ -40,7 +40,7 @@ class LLM:
         config: Config | str | Path | dict[str, Any] = "embedded",
         *,
         overrides: Sequence[str] = (),
-        launch: Callable[[Plan], Pipeline] = LocalPipeline,
+        launch: Callable[[Plan], Pipeline] = launch_here,
     ):
         self._front = Front(config, overrides=overrides)
         self.config, self.tokenizer = self._front.config, self._front.tokenizer
