@@ -48,6 +48,7 @@ WIDE = (
     f"--peers {PEERS} {{vllm}} {{wide_options}}"
 )
 SHORT = f"--prompts {CODE} --max-tokens 96 --repeat 1"
+SIMULATED = "--set speculation.fallback=jit"  # the simulator knows jit and none
 STAGES = (
     bench("embedded-t0", f"{EMBEDDED} --trace {{out}}.trace", 4),
     bench("embedded-t1", f"{EMBEDDED} --temperature 1", 3),
@@ -56,7 +57,7 @@ STAGES = (
     bench("mixed-t0", f"--prompts {MIXED} --max-tokens 64 --repeat 1", 1.5),
     bench("lookahead-t0", f"{SHORT} --sweep speculation.lookahead=1,2,4,6", 4),
     bench("batch-t0", f"{SHORT} --sweep engine.max_batch=1,2,4,8", 4),
-    Stage(name="profile", command="plan --measure --profile {out}.json --prompts {five}", minutes=4.5),
+    Stage(name="profile", command=f"plan --measure --profile {{out}}.json --prompts {{five}} {SIMULATED}", minutes=4.5),
     Stage(
         name="plan",
         command="plan --profile {folder}/profile.json --json {out}.json --pictures {out}",
@@ -64,7 +65,7 @@ STAGES = (
     ),
     Stage(
         name="validate",
-        command="plan --validate --profile {folder}/profile.json --json {out}.json --pictures {out} --prompts {five}",
+        command=f"plan --validate --profile {{folder}}/profile.json --json {{out}}.json --pictures {{out}} --prompts {{five}} {SIMULATED}",
         minutes=3.5,
     ),
 )
