@@ -65,7 +65,8 @@ STAGES = (
     ),
     Stage(
         name="validate",
-        command=f"plan --validate --profile {{folder}}/profile.json --json {{out}}.json --pictures {{out}} --prompts {{five}} {SIMULATED}",
+        command="plan --validate --profile {folder}/profile.json --json {out}.json --pictures {out} "
+        f"--prompts {{five}} {SIMULATED}",
         minutes=3.5,
     ),
 )

@@ -98,12 +98,16 @@ class Forecast(Protocol):
     fan_out: tuple[int, ...]
     """F_u of every node ``[W]``, or about how many each gets."""
 
-    def outcomes(self, scores: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def outcomes(self, scores: Tensor, tokens: Tensor, quiet: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Nodes u and bonus tokens t, ``[B, N]`` int64 each, no pair twice.
 
         Args:
             scores: ``[B, W, V]`` draft scores (noise included) after each node of the tree.
             tokens: ``[B, W]`` int64, its tokens; ``ABSENT`` where there is none.
+            quiet: the scores without noise, under rules that draw bonus tokens with it. How many guesses
+                a node gets then depends on nothing else: were the noise of later positions to decide
+                that, a hit or miss would tell of it, and what follows a miss (an n-gram, nothing) is
+                another function of it than what follows a hit.
         """
         ...
 
@@ -122,7 +126,7 @@ class FanOutForecast:
         self._parents = shape.parent_index(device)
         self._nodes, self._ranks = torch.tensor(self.nodes, device=device), torch.tensor(self.ranks, device=device)
 
-    def outcomes(self, scores: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def outcomes(self, scores: Tensor, tokens: Tensor, quiet: Tensor | None = None) -> tuple[Tensor, Tensor]:
         best = exclude_children(scores, tokens, self._parents).topk(max(self.ranks) + 1, dim=-1).indices
         return self._nodes.expand(len(tokens), -1), best[:, self._nodes, self._ranks]
 
@@ -145,8 +149,9 @@ class ConfidenceForecast:
         self.fan_out = fan_out(shape, budget, kind="uniform")
         self._parents, self._above = shape.parent_index(device), shape.ancestors(device).float().T
 
-    def outcomes(self, scores: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def outcomes(self, scores: Tensor, tokens: Tensor, quiet: Tensor | None = None) -> tuple[Tensor, Tensor]:
         # Enough ranks to spend the budget, and beyond that a few more than any node is worth.
+        noisy, scores = scores, scores if quiet is None else quiet
         _, nodes, vocabulary = scores.shape
         ranks = min(vocabulary, self.budget, max(CONSIDERED_RANKS, -(-self.budget // nodes)))
         total = torch.logsumexp(self._sharpness * scores, dim=-1)
@@ -160,4 +165,6 @@ class ConfidenceForecast:
         best = exclude_children(scores, tokens, self._parents).topk(ranks, dim=-1)
         likely = (reached - total)[..., None] + self._sharpness * best.values
         chosen = likely.flatten(1).topk(self.budget, dim=-1).indices
+        if quiet is not None:  # a node got its first ranks: the noise says which tokens these are
+            best = exclude_children(noisy, tokens, self._parents).topk(ranks, dim=-1)
         return chosen // ranks, best.indices.flatten(1).gather(1, chosen)

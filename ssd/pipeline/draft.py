@@ -168,22 +168,22 @@ class DraftWorker:
     def _grow(
         self,
         forward: Callable[[RowPlan, Tensor, Layout | None], Tensor],
-        score: Callable[[Tensor, Tensor], Tensor],
+        foresee: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
         pick: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor],
         tokens: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The draft's half of a round: glue, forecast, K branch steps.
 
         Args:
-            forward: plan, row tokens ``[B, R]`` and layout to logits ``[B, R, V]``. score: logits
-                and how far ahead of L each row's noise is ``[B, R]`` to scores. pick: logits, how
+            forward: plan, row tokens ``[B, R]`` and layout to logits ``[B, R, V]``. foresee: the
+                tree's logits and how far ahead of L each row's noise is ``[B, W]`` to outcomes. pick: logits, how
                 far ahead, the branches' nodes, the tokens fed and the step to the next candidates
                 ``[B, N, 1 + s]``, the chain's first. tokens: ``[B, W]``.
 
         Returns: nodes and guesses ``[B, N]``, and trees ``[B, N, W - 1]``.
         """
-        scores = score(forward(self._glue, tokens.clamp(min=0), None), self._depths.expand(len(tokens), -1))
-        nodes, guesses = self.forecast.outcomes(scores, tokens)
+        ahead = self._depths.expand(len(tokens), -1)
+        nodes, guesses = foresee(forward(self._glue, tokens.clamp(min=0), None), ahead)
         ranked, fed, depths = [], guesses, self._depths[nodes]
         for step, plan in enumerate(self._branches.plans):
             logits = forward(plan, fed, self._branches.layout(step, nodes))
@@ -205,6 +205,10 @@ class DraftWorker:
             logits = self.chooser.processed(logits, paths)
             return scores(logits, params, None if noise is None else _at(noise, ahead))
 
+        def foresee(logits: Tensor, ahead: Tensor) -> tuple[Tensor, Tensor]:
+            quiet = None if sampler is None else self.chooser.processed(logits, paths)
+            return self.forecast.outcomes(score(logits, ahead), tokens, quiet)
+
         def pick(logits: Tensor, ahead: Tensor, nodes: Tensor, fed: Tensor, step: int) -> Tensor:
             nonlocal paths
             if above is not None and paths is not None:  # the path to a branch's node, its guess, its tokens so far
@@ -219,7 +223,7 @@ class DraftWorker:
 
         grown = self._grow(
             lambda plan, rows, layout: self.runner.forward(plan, rows, lengths, longest=longest, layout=layout),
-            score,
+            foresee,
             pick,
             tokens,
         )
@@ -240,7 +244,7 @@ class DraftWorker:
 
                 return grow(
                     lambda plan, rows, layout: runner.logits(plan, rows, lengths, context, layout),
-                    score,
+                    lambda logits, ahead: self.forecast.outcomes(score(logits, ahead), tokens),
                     lambda logits, ahead, nodes, fed, step: _best(score(logits, ahead), width),
                     tokens,
                 )
@@ -280,8 +284,7 @@ class DraftWorker:
         active = frame.states == RowState.ACTIVE
         self.trees = found.masked_fill(~active[:, None], ABSENT)
         served = hit & active
-        if self.ngram:
-            self._take_ngrams(frame, served)
+        self._take_ngrams(frame, served)
         return served
 
     def _take_ngrams(self, frame: OutcomeFrame, served: Tensor) -> None:
@@ -361,9 +364,7 @@ class DraftWorker:
     def _lengths(self) -> tuple[Tensor, int]:
         """L of every slot, and the longest in use. Rows of an empty slot are computed and mean
         nothing: they land behind what its last sequence left."""
-        lengths = [
-            len(row.tokens if row is not None else left) for row, left in zip(self.rows, self._left, strict=True)
-        ]
+        lengths = [len(left if row is None else row.tokens) for row, left in zip(self.rows, self._left, strict=True)]
         longest = max((len(row.tokens) for row in self.rows if row is not None), default=0)
         return self._courier.place(torch.tensor(lengths)), longest
 

@@ -144,3 +144,21 @@ def test_the_likeliest_outcomes(data: st.DataObject, shape: TreeShape, batch: in
         chosen = [likely[pair] for pair in zip(nodes[row].tolist(), guesses[row].tolist(), strict=True)]
         assert len({*zip(nodes[row].tolist(), guesses[row].tolist(), strict=True)}) == budget
         assert chosen == pytest.approx(sorted(likely.values(), reverse=True)[:budget], rel=1e-4)
+
+
+def test_noise_of_later_positions_does_not_decide_who_gets_a_branch() -> None:
+    """Under rules that draw bonus tokens with that noise; within a node it ranks the guesses all the same."""
+    generator, shape = torch.Generator().manual_seed(1), TreeShape.comb(3, 1)
+    forecast = ConfidenceForecast(shape, 9, 1.4)
+    quiet = torch.randn(1, shape.nodes, 20, generator=generator) * 2
+    tokens = torch.tensor([[0, 3, 4, 5, 6, 7, 8]])
+    quiet[0, shape.parent_index()[1:4], tokens[0, 1:4]] = 5.0  # the chain may well be accepted
+    noise = torch.randn(2, 1, shape.nodes, 20, generator=generator) * 3
+    nodes, guesses = zip(*(forecast.outcomes(quiet + one, tokens, quiet) for one in noise), strict=True)
+    assert torch.equal(nodes[0], nodes[1]) and not torch.equal(guesses[0], guesses[1])
+    for one, found in zip(noise, guesses, strict=True):
+        best = exclude_children(quiet + one, tokens, shape.parent_index())
+        for node in set(nodes[0][0].tolist()):
+            mine = found[0][nodes[0][0] == node]
+            assert mine.tolist() == best[0, node].topk(len(mine)).indices.tolist()
+    assert not torch.equal(*(forecast.outcomes(quiet + one, tokens)[0] for one in noise))
