@@ -88,6 +88,9 @@ class EngineConfig(_Section):
     max_model_len: int = Field(default=1024, ge=16)
     """Prompt and generated tokens together."""
     prefill_chunk: int = Field(default=64, ge=8, le=2048)
+    """Prompt tokens of one forward. Between two of them, running sequences get a round."""
+    prefix_caching: bool = True
+    """Reuse the keys and values of a prompt's beginning where an earlier prompt had it."""
     link_timeout_s: Number = Field(default=60.0, gt=0)
     start_timeout_s: Number = Field(default=600.0, gt=0)
 

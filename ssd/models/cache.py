@@ -75,6 +75,12 @@ class SlotCache:
     def all_rows(self) -> CacheView:
         return CacheView(self.main, self.scratch, self.capacity)
 
+    def copy(self, source: int, slot: int, length: int) -> None:
+        """The first ``length`` main slots of one sequence become another's too."""
+        for part in self.main:
+            for main in part:
+                main[slot, :, :length] = main[source, :, :length]
+
     def keep(self, batch: Tensor, scratch: Tensor, position: Tensor) -> None:
         """Copy scratch slots into main slots; all arguments are ``[n]`` int64."""
         for mains, scratches in zip(self.main, self.scratch, strict=True):

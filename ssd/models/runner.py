@@ -77,6 +77,11 @@ class ForwardRunner:
             tier *= 4
         self.contexts.append(slots)
 
+    @property
+    def chunk(self) -> int:
+        """Tokens of one prefill forward."""
+        return self._prefill.rows
+
     def context_for(self, longest: int) -> int:
         """Smallest context tier that holds ``longest`` slots, or all there are."""
         return next((context for context in self.contexts if context >= longest), self.contexts[-1])

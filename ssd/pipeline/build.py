@@ -122,6 +122,7 @@ def build_verifier(plan: Plan) -> tuple[VerifierWorker, dict[str, Any]]:
         governed=config.speculation.governor,
         ends=frozenset(plan.ends),
         max_model_len=config.engine.max_model_len,
+        prefix_caching=config.engine.prefix_caching,
     )
     if plan.probs is not None:
         worker.judge = Judge(
@@ -136,7 +137,7 @@ def build_draft(plan: Plan) -> tuple[DraftWorker, dict[str, Any]]:
     assert config.draft is not None
     runner = _runner(plan, config.draft, scratch=scratch_slots(plan.shape, config.speculation.forecast.budget))
     forecast = plan.forecast(config.draft.device)
-    worker = DraftWorker(runner, shape=plan.shape, forecast=forecast)
+    worker = DraftWorker(runner, shape=plan.shape, forecast=forecast, prefix_caching=config.engine.prefix_caching)
     if plan.probs is not None:
         worker.sampler = CandidateSampler(plan.shape, forecast, plan.probs, scale=config.speculation.saguaro_c)
     return worker, _warm(worker, config.draft)

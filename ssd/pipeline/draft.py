@@ -20,6 +20,7 @@ from .chooser import Chooser
 from .frames import OutcomeFrame, RowState, SpeculationSet
 from .lookup import lookup
 from .messages import Admit
+from .prefix import common_prefix
 from .rules import CandidateSampler, stacked
 
 
@@ -31,6 +32,13 @@ class _Row:
     """How many of them have keys and values here."""
     forecasts: bool
     """Whether outcomes are prepared for it (``ssd``), or only misses served (``sd``)."""
+    number: int
+    """How many came before it."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the next forward may take it along."""
+        return self.cached == len(self.tokens)
 
 
 class DraftWorker:
@@ -39,14 +47,16 @@ class DraftWorker:
     Args:
         runner: of the draft model, over the same slots as the verifier's.
         shape: the candidate tree. forecast: which outcomes get a branch.
+        prefix_caching: take over what other slots hold of a sequence.
     """
 
-    def __init__(self, runner: ForwardRunner, *, shape: TreeShape, forecast: Forecast):
+    def __init__(self, runner: ForwardRunner, *, shape: TreeShape, forecast: Forecast, prefix_caching: bool = True):
         self.runner, self.shape, self.forecast = runner, shape, forecast
         batch, device = runner.batch, runner.device
         self.rows: list[_Row | None] = [None] * batch
         self._left: list[list[int]] = [[] for _ in range(batch)]
         """Tokens whose keys and values the slot's last sequence left behind."""
+        self._prefix_caching, self._came, self._prefilled = prefix_caching, 0, False
         self.trees = torch.full((batch, shape.nodes), ABSENT)
         self.chooser = Chooser(batch, runner.vocabulary, device, horizon=2 * shape.depth + 1, compile=runner.compile)
         self._depths = shape.depth_index(device)
@@ -86,9 +96,12 @@ class DraftWorker:
     def admit(self, message: Admit) -> None:
         self.release(message.slot)
         tokens = list(message.tokens[:-1])
-        # A sequence that comes back after a time of plain decoding finds its keys where they were.
-        known = _common_prefix(tokens, self._left[message.slot])
-        self.rows[message.slot] = _Row(tokens, known, message.forecasts)
+        # A sequence that comes back after a time of plain decoding finds its keys where they were. Keys of
+        # generated tokens will do as well as a prefill's: what the draft computes decides only the speed.
+        known = common_prefix(tokens, self._left[message.slot])
+        row = self.rows[message.slot] = _Row(tokens, known, message.forecasts, self._came)
+        self._take_over(message.slot, row)
+        self._came += 1
         self._in_glue.discard(message.slot)
         self.trees[message.slot] = ABSENT
         self.trees[message.slot, 0] = message.tokens[-1]
@@ -111,8 +124,8 @@ class DraftWorker:
         batch, branches = len(self.rows), self.forecast.budget
         lengths, longest = self._lengths()
         tokens = self.trees.to(self.runner.device)
-        self._in_glue = {slot for slot, row in enumerate(self.rows) if row is not None}
-        forecasting = torch.tensor([row is not None and row.forecasts for row in self.rows])
+        self._in_glue = {slot for slot, row in enumerate(self.rows) if row is not None and row.whole}
+        forecasting = torch.tensor([row is not None and row.forecasts and row.whole for row in self.rows])
         draft = self.sampler.nothing(batch, branches) if self.sampler is not None else None
         if forecasting.any():
             # Compiled for the shortest context only: it takes the compiler half a minute.
@@ -125,8 +138,8 @@ class DraftWorker:
                 nodes, guesses, trees, drawn = self._grow_stepwise(tokens, lengths, longest)
                 draft = drawn if drawn is not None else draft
         else:
-            # The accepted part of the tree will be needed all the same.
-            self.runner.forward(self._glue, tokens.clamp(min=0), lengths, longest=longest)
+            if self._in_glue:  # the accepted part of the tree will be needed all the same
+                self.runner.forward(self._glue, tokens.clamp(min=0), lengths, longest=longest)
             nothing = torch.full((batch, branches), ABSENT)
             return SpeculationSet(
                 nodes=nothing,
@@ -229,8 +242,11 @@ class DraftWorker:
     def commit(self, frame: OutcomeFrame, speculation: SpeculationSet) -> Tensor:
         """Take in an outcome; the next trees are then those of the hits. Returns hit ``[B]``."""
         moves: list[tuple[int, int, int]] = []
+        self._prefilled = False
         for slot, state in enumerate(frame.states.tolist()):
             row = self.rows[slot]
+            if row is not None and state == RowState.PREFILL:
+                continue
             if row is None or state != RowState.ACTIVE:
                 self.release(slot)
                 continue
@@ -249,7 +265,8 @@ class DraftWorker:
             self.runner.cache.keep(slots, scratch, positions)
         trees, hit = lookup(frame.nodes, frame.bonus, speculation)
         active = frame.states == RowState.ACTIVE
-        self.trees = trees.masked_fill(~active[:, None], ABSENT)
+        kept = (frame.states == RowState.PREFILL)[:, None]
+        self.trees = torch.where(kept, self.trees, trees.masked_fill(~active[:, None], ABSENT))
         return hit & active
 
     def waiting(self, active: Tensor, hit: Tensor, *, jit: bool) -> Tensor:
@@ -261,9 +278,14 @@ class DraftWorker:
     def draft_now(self, missed: Tensor) -> Tensor:
         """Draft for the rows that missed, while the verifier waits (fallback ``jit``).
 
-        Args: missed ``[B]`` bool. Returns: trees ``[B, W - 1]``, ``ABSENT`` in other rows.
+        Args: missed ``[B]`` bool. Returns: trees ``[B, W - 1]``, ``ABSENT`` in other rows and in those
+        whose keys are not all there yet: they go on plainly.
         """
         self._catch_up()
+        missed = missed & torch.tensor([row is not None and row.whole for row in self.rows])
+        if not missed.any():
+            self.drafted_from = self.sampler.nothing(len(self.rows)) if self.sampler is not None else None
+            return torch.full((len(self.rows), self.shape.nodes - 1), ABSENT)
         lengths, longest = self._lengths()
         noise = self.chooser.noise(lengths)
         fed, ranked, drawn = self.trees[:, :1].clamp(min=0).to(self.runner.device), [], []
@@ -288,20 +310,39 @@ class DraftWorker:
         return drafted
 
     def _lengths(self) -> tuple[Tensor, int]:
-        """L of every slot, and the longest in use. Rows of an empty slot are computed and mean
-        nothing: they land behind what its last sequence left."""
+        """L of every slot, and the longest in use. Rows of a slot that is empty or not whole are computed
+        and mean nothing: they land behind what it holds."""
         lengths = [
-            len(row.tokens if row is not None else left) for row, left in zip(self.rows, self._left, strict=True)
+            row.cached if row is not None else len(left) for row, left in zip(self.rows, self._left, strict=True)
         ]
-        longest = max((len(row.tokens) for row in self.rows if row is not None), default=0)
+        longest = max((len(row.tokens) for row in self.rows if row is not None and row.whole), default=0)
         return torch.tensor(lengths, device=self.runner.device), longest
 
     def _catch_up(self) -> None:
-        """Prefill what was committed without going through here."""
-        for slot, row in enumerate(self.rows):
-            if row is not None and row.cached < len(row.tokens):
-                self.runner.prefill(slot, row.tokens[row.cached :], start=row.cached)
-                row.cached = len(row.tokens)
+        """Prefill what was committed without going through here: one chunk a round, of the sequence that
+        came first, for the verifier waits no longer than that."""
+        behind = [(row.number, slot) for slot, row in enumerate(self.rows) if row is not None and not row.whole]
+        if self._prefilled or not behind:
+            return
+        _, slot = min(behind)
+        row = self.rows[slot]
+        assert row is not None
+        self._take_over(slot, row)
+        chunk = row.tokens[row.cached : row.cached + self.runner.chunk]
+        if chunk:
+            self.runner.prefill(slot, chunk, start=row.cached)
+        row.cached += len(chunk)
+        self._prefilled = True
+
+    def _take_over(self, slot: int, row: _Row) -> None:
+        """What any slot holds of a sequence, if that is more than it has."""
+        if not self._prefix_caching:
+            return
+        for source, (other, left) in enumerate(zip(self.rows, self._left, strict=True)):
+            known = common_prefix(row.tokens, left if other is None else other.tokens[: other.cached])
+            if known > row.cached:
+                self.runner.cache.copy(source, slot, known)
+                row.cached = known
 
 
 class BranchSteps:
@@ -357,11 +398,6 @@ def scratch_slots(shape: TreeShape, budget: int) -> int:
 def _at(noise: Tensor, ahead: Tensor) -> Tensor:
     """Rows ``ahead [B, R]`` of noise ``[B, horizon, V]``."""
     return noise[torch.arange(len(noise), device=noise.device)[:, None], ahead]
-
-
-def _common_prefix(one: list[int], other: list[int]) -> int:
-    length = min(len(one), len(other))
-    return next((i for i in range(length) if one[i] != other[i]), length)
 
 
 def _best(scores: Tensor, width: int) -> Tensor:

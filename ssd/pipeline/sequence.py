@@ -21,9 +21,15 @@ class Sequence:
     """Tokens, prompt included, at which it ends."""
     ends: frozenset[int]
     """Token ids that end it."""
+    cached: int = 0
+    """Of its prompt: tokens that have keys and values."""
+    reused: int = 0
+    """How many of them were found in a slot when it came."""
     started_s: float = 0.0
     at_draft: bool = False
     """Whether the draft has it."""
+    draft_behind: bool = False
+    """Whether the draft is still computing its keys, so that nothing is drafted for it."""
     hit: bool | None = None
     """Whether the tree now under verification was found prepared; None if none was looked up."""
     record: SpeculationRecord = field(default_factory=SpeculationRecord)

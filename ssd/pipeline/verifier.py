@@ -25,6 +25,7 @@ from .frames import RowState, SpeculationSet
 from .governor import Governor, Round
 from .lookup import lookup
 from .messages import Admit, Submit
+from .prefix import PrefixCache
 from .rules import Judge
 from .sequence import Sequence
 
@@ -67,6 +68,7 @@ class VerifierWorker:
         strict: every decode forward has the same rows, plain decoding too. Otherwise plain
             rounds run one row a sequence. governed: decode plainly while speculation does not pay.
         ends: end-of-text ids. max_model_len: tokens of a sequence, prompt included.
+        prefix_caching: reuse what earlier prompts left.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class VerifierWorker:
         governed: bool,
         ends: frozenset[int],
         max_model_len: int,
+        prefix_caching: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.runner, self.shape, self.jit = runner, shape, jit
@@ -89,6 +92,10 @@ class VerifierWorker:
         self.strict, self.ends, self.max_model_len, self.clock = strict, ends, max_model_len, clock
         self.waiting: deque[Sequence] = deque()
         self.rows: list[Sequence | None] = [None] * runner.batch
+        """Those that decode."""
+        self.prefilling: dict[int, Sequence] = {}
+        """By slot, in the order they came: those whose prompt is not whole yet."""
+        self.prefixes = PrefixCache(runner.batch, runner.chunk, enabled=prefix_caching)
         self.drafting = True
         """False once the draft is lost: everything decodes plainly from then on."""
         self.judge: Judge | None = None
@@ -127,7 +134,16 @@ class VerifierWorker:
 
     @property
     def idle(self) -> bool:
-        return not self.waiting and not any(self.rows)
+        return not (self.waiting or self.prefilling or self.decoding)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the next round has rows."""
+        return any(row is not None for row in self.rows)
+
+    @property
+    def _admitted(self) -> list[tuple[int, Sequence]]:
+        return [*((slot, row) for slot, row in enumerate(self.rows) if row is not None), *self.prefilling.items()]
 
     def speculates(self, row: Sequence | None) -> bool:
         if row is None or not self.drafting or row.method not in self.governors:
@@ -137,7 +153,7 @@ class VerifierWorker:
     @property
     def speculating(self) -> bool:
         """Whether the draft takes part in the next round."""
-        return any(self.speculates(row) for row in self.rows)
+        return any(self.speculates(row) for _, row in self._admitted)
 
     def submit(self, message: Submit) -> None:
         """Queue a request (checked by the front)."""
@@ -159,8 +175,8 @@ class VerifierWorker:
 
     def cancel(self, request: int) -> Sequence | None:
         """Forget a request; its slot is free at once."""
-        for slot, row in enumerate(self.rows):
-            if row is not None and row.request == request:
+        for slot, row in self._admitted:
+            if row.request == request:
                 self._free(slot)
                 return row
         for row in self.waiting:
@@ -169,26 +185,24 @@ class VerifierWorker:
                 return row
         return None
 
-    def admit(self) -> list[int]:
-        """Give free slots to waiting requests; returns those slots."""
-        admitted = []
-        for slot, row in enumerate(self.rows):
-            if row is None and self.waiting:
-                row = self.rows[slot] = self.waiting.popleft()
-                self.chooser.set(slot, row.params)
-                self.trees[slot] = ABSENT
-                self.trees[slot, 0] = row.root
-                prompt, output = row.prompt_and_output()
-                self.chooser.process(slot, row.params, prompt=prompt, output=output, ends=self._held_off(row))
-                admitted.append(slot)
-        return admitted
+    def admit(self) -> None:
+        """Give free slots to waiting requests, with what those or others hold of their prompts."""
+        taken = {slot for slot, _ in self._admitted}
+        free = [slot for slot in range(len(self.rows)) if slot not in taken]
+        while self.waiting and free:
+            row = self.waiting.popleft()
+            slot, row.cached = self.prefixes.place(row.tokens, free)
+            row.reused = row.cached
+            self.prefilling[slot] = row
+            self._take_over(slot, row)  # before its source is given away
+            free.remove(slot)
 
     def introduce(self) -> list[Admit]:
         """What to tell the draft of sequences that speculate from now on: new ones, and those that
         decoded plainly for a while."""
         told = []
-        for slot, row in enumerate(self.rows):
-            if row is not None and self.speculates(row) and not row.at_draft:
+        for slot, row in self._admitted:
+            if self.speculates(row) and not row.at_draft:
                 row.at_draft = True
                 told.append(
                     Admit(
@@ -209,7 +223,7 @@ class VerifierWorker:
 
     def observe(self, verdict: Verdict, *, seconds: float, waited_s: float) -> None:
         """Show the governor how a round went. ``waited_s``: of it, for the draft."""
-        if not self.governed:
+        if not self.governed or any(commit.sequence.draft_behind for commit in verdict.commits):
             return
         methods: set[Method] = {commit.sequence.method for commit in verdict.commits}
         # A mixed batch says little about any one method.
@@ -217,19 +231,56 @@ class VerifierWorker:
             tokens = sum(len(commit.tokens) for commit in verdict.commits)
             governor.observe(Round(tokens=tokens, rows=len(verdict.commits), seconds=seconds, waited_s=waited_s))
 
-    def prefill(self, slot: int) -> None:
-        row = self.rows[slot]
-        assert row is not None
-        if row.tokens:
-            self.runner.prefill(slot, row.tokens)
+    def prefill(self) -> bool:
+        """One chunk of the prompt that came first: running rows wait no longer than that. Sequences whose
+        prompt is whole decode from now on. Returns whether a chunk was computed."""
+        computed = False
+        for slot, row in list(self.prefilling.items()):
+            if row.cached < len(row.tokens) and not computed:
+                self._take_over(slot, row)  # what came before it may have made it meanwhile
+            chunk = row.tokens[row.cached : row.cached + self.runner.chunk]
+            if chunk and not computed:
+                self.runner.prefill(slot, chunk, start=row.cached)
+                row.cached += len(chunk)
+                self.prefixes.hold(slot, row.tokens[: row.cached])
+                computed = True
+            if row.cached == len(row.tokens):
+                self._start(slot, self.prefilling.pop(slot))
+        return computed
+
+    def _take_over(self, slot: int, row: Sequence) -> None:
+        """What any slot holds of a prompt, if that is more than it has."""
+        source, length = self.prefixes.find(row.tokens)
+        if length > row.cached:
+            self.runner.cache.copy(source, slot, length)
+            self.prefixes.hold(slot, row.tokens[:length])
+            row.reused += length - row.cached
+            row.cached = length
+
+    def _start(self, slot: int, row: Sequence) -> None:
+        self.rows[slot] = row
+        self.chooser.set(slot, row.params)
+        self.trees[slot] = ABSENT
+        self.trees[slot, 0] = row.root
+        prompt, output = row.prompt_and_output()
+        self.chooser.process(slot, row.params, prompt=prompt, output=output, ends=self._held_off(row))
         row.started_s = self.clock()
 
     def verify(self) -> Verdict:
-        """One target forward over the trees, and what it decides."""
-        lengths_list = [len(row.tokens) if row is not None else 0 for row in self.rows]
+        """One target forward over the trees, and what it decides. While no prompt is whole there are no
+        rows, and no forward."""
+        if not self.decoding:
+            nothing = torch.zeros(len(self.rows), dtype=torch.int64)
+            return Verdict(outcome=Outcome(nothing, nothing), states=self._states(), commits=[], forward_s=0.0)
+        running = [len(row.tokens) if row is not None else 0 for row in self.rows]
+        # Rows of the other slots are computed and mean nothing: they land behind what must stay there.
+        lengths_list = [
+            length if row is not None else len(held)
+            for length, row, held in zip(running, self.rows, self.prefixes.held, strict=True)
+        ]
         lengths = torch.tensor(lengths_list, device=self.runner.device)
         plan = self._plan()
-        context = self.runner.context_for(max(lengths_list) + max(plan.limits) + 1)
+        context = self.runner.context_for(max(running) + max(plan.limits) + 1)
         tokens = self.trees[:, : plan.rows].to(self.runner.device)
         logits, outcome, forward_s = self._decide(plan, context, tokens, lengths)
         states, commits = self._commit(outcome, lengths_list, logits)
@@ -297,10 +348,12 @@ class VerifierWorker:
             trees, hit = lookup(verdict.outcome.node, bonus, speculation)
             if self.judge is not None:
                 self.judge.take(verdict.outcome.node, bonus, speculation)
+            prepared = (speculation.guesses != ABSENT).any(-1)
             for slot, row in enumerate(self.rows):
                 if row is None or not self.speculates(row):
                     continue
-                if row.method == "ssd":
+                row.draft_behind = row.method == "ssd" and not prepared[slot]
+                if row.method == "ssd" and prepared[slot]:
                     row.hit = bool(hit[slot])
                     row.record.count_lookup(row.hit)
                     self.lookups += 1
@@ -315,6 +368,9 @@ class VerifierWorker:
         """Trees drafted now, ``[B, W - 1]``, for the rows that missed; under rules that need it,
         what they were drawn from ``[B, I, m]``."""
         self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
+        for row, tree, waited in zip(self.rows, drafted.tolist(), missed.tolist(), strict=True):
+            if row is not None and waited and row.method == "sd":
+                row.draft_behind = all(token == ABSENT for token in tree)
         if self.judge is not None and draft is not None:
             self.judge.fill(missed, draft)
 
@@ -331,7 +387,7 @@ class VerifierWorker:
         return self._tree
 
     def _commit(self, outcome: Outcome, lengths: list[int], logits: Tensor) -> tuple[Tensor, list[Commit]]:
-        states, commits = torch.zeros(len(self.rows), dtype=torch.int64), []
+        states, commits = self._states(), []
         moves: list[tuple[int, int, int]] = []
         for slot, (node, bonus) in enumerate(zip(outcome.node.tolist(), outcome.bonus.tolist(), strict=True)):
             row = self.rows[slot]
@@ -374,7 +430,18 @@ class VerifierWorker:
             self.runner.cache.keep(slots, scratch, positions)
         return states, commits
 
+    def _states(self) -> Tensor:
+        """What the draft must know of slots that do not decode."""
+        states = torch.zeros(len(self.rows), dtype=torch.int64)
+        for slot, row in self.prefilling.items():
+            row.at_draft = row.at_draft and self.speculates(row)
+            if row.at_draft:
+                states[slot] = RowState.PREFILL
+        return states
+
     def _free(self, slot: int) -> None:
         self.rows[slot] = None
+        self.prefilling.pop(slot, None)
+        self.prefixes.touch(slot)
         self.trees[slot] = ABSENT
         self.chooser.clear(slot)

@@ -71,7 +71,7 @@ def logits_at(position: int, ends: tuple[tuple[int, int], ...]) -> Tensor:
 
 
 class ScriptedRunner:
-    batch, vocabulary, device, compile = 8, SIZE, torch.device("cpu"), False
+    batch, vocabulary, device, compile, chunk = 8, SIZE, torch.device("cpu"), False, 16
 
     def __init__(self) -> None:
         self.changed: tuple[tuple[int, int], ...] = ()
@@ -87,7 +87,7 @@ class ScriptedRunner:
         rows = [[logits_at(length + offset, self.changed) for offset in plan.offsets] for length in lengths.tolist()]
         return torch.stack([torch.stack(row) for row in rows])
 
-    def prefill(self, slot: int, tokens: list[int]) -> None:
+    def prefill(self, slot: int, tokens: list[int], start: int) -> None:
         raise AssertionError("prompts have one token")
 
 
