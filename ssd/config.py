@@ -41,6 +41,12 @@ class ModelConfig(_Section):
     cores: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
     """CPU cores the worker is pinned to; none leaves it to the system."""
     compile: Literal["auto"] | bool = "auto"
+    graphs: Literal["auto"] | bool = "auto"
+    """CUDA graphs of the forwards; ``auto``: on a GPU."""
+    attention: Literal["auto", "rows", "tree"] = "auto"
+    """``rows``: masked, on any device; ``tree``: Triton kernels; ``auto``: those, on a GPU."""
+    priority: Literal["normal", "high"] = "normal"
+    """Of the worker's CUDA stream, where draft and target share a GPU."""
 
 
 class ForecastConfig(_Section):

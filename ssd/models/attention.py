@@ -10,6 +10,8 @@ repeated.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -57,9 +59,7 @@ def row_attention(
         ModelError: the model passes an argument this function does not know (attention sinks,
             position biases): ignoring it would give wrong tokens.
     """
-    for name, given in kwargs.items():
-        if given is not None and name not in _HARMLESS:
-            raise ModelError(f"the model's attention uses {name!r}, which this engine does not support")
+    refuse_unknown(kwargs)
     batch, heads, rows, dim = query.shape
     shared = key.own.shape[1]
     group = heads // shared
@@ -90,6 +90,13 @@ def row_attention(
         start += part.shape[1]
     out = (out / total).to(query.dtype).view(batch, heads, rows, -1)
     return out.transpose(1, 2), None
+
+
+def refuse_unknown(arguments: dict[str, Any]) -> None:
+    """Raises: ModelError if the model passes what no attention function here knows."""
+    for name, given in arguments.items():
+        if given is not None and name not in _HARMLESS:
+            raise ModelError(f"the model's attention uses {name!r}, which this engine does not support")
 
 
 def _blocks(states: RowStates) -> list[Tensor]:

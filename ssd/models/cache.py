@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from .device import check_cache_fits
 from .rows import BLOCK
 
 
@@ -26,6 +27,10 @@ class RowStates(NamedTuple):
     """``[B, H_kv, X, D]``, or None where no row attends scratch."""
     own: Tensor
     """``[B, H_kv, R, D]``: each row's own, always attended by itself."""
+    limits: Tensor
+    """``[B, R]``: every row attends the main slots below its limit."""
+    scratch_mask: Tensor | None
+    """``[R, X]`` or ``[B, R, X]`` bool: which scratch slots."""
 
 
 class SlotCache:
@@ -52,6 +57,10 @@ class SlotCache:
         # Whole blocks: attention walks main in blocks of BLOCK slots.
         self.capacity, self.main_slots = main_slots, -(-main_slots // BLOCK) * BLOCK
         self.scratch_slots = scratch_slots
+
+        slots = self.main_slots + scratch_slots
+        needed = 2 * self.layers * batch * heads * slots * head_dim * dtype.itemsize
+        check_cache_fits(needed, slots, torch.device(device))
 
         def zeros(slots: int) -> list[Tensor]:
             shape = (batch, heads, slots, head_dim)
@@ -82,7 +91,9 @@ class SlotCache:
                 main[slot, :, :length] = main[source, :, :length]
 
     def keep(self, batch: Tensor, scratch: Tensor, position: Tensor) -> None:
-        """Copy scratch slots into main slots; all arguments are ``[n]`` int64."""
+        """Copy scratch slots into main slots; all arguments are ``[n]`` int64, of any device."""
+        device = self.main[0][0].device
+        batch, scratch, position = (index.to(device, non_blocking=True) for index in (batch, scratch, position))
         for mains, scratches in zip(self.main, self.scratch, strict=True):
             for main, side in zip(mains, scratches, strict=True):
                 main[batch, :, position] = side[batch, :, scratch]
@@ -97,11 +108,14 @@ class CacheView:
     def __init__(self, main: tuple, scratch: tuple, capacity: int):
         self.main, self.scratch, self.capacity = main, scratch, capacity
 
-    def prepare(self, *, main_slots: Tensor, scratch_slots: Tensor, attends_scratch: bool, context: int) -> None:
+    def prepare(
+        self, *, main_slots: Tensor, scratch_slots: Tensor, limits: Tensor, scratch_mask: Tensor | None, context: int
+    ) -> None:
         """Where the rows of the coming forward go: the first ones to ``main_slots``
-        ``[B, n]``, the rest to ``scratch_slots`` ``[R - n]``; ``context`` is T."""
+        ``[B, n]``, the rest to ``scratch_slots`` ``[R - n]``. What they attend: main slots below
+        ``limits`` ``[B, R]`` (of the first ``context``, T) and the masked scratch slots."""
         self.main_slots, self.scratch_slots = main_slots, scratch_slots
-        self.attends_scratch, self.context = attends_scratch, context
+        self.limits, self.scratch_mask, self.context = limits, scratch_mask, context
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_args, **_kwargs) -> tuple[RowStates, RowStates]:
         return self._write(0, keys, layer), self._write(1, values, layer)
@@ -114,7 +128,8 @@ class CacheView:
             main[batch, :, self.main_slots] = own[:, :, :placed].transpose(1, 2)
         if placed < own.shape[2]:
             side[:, :, self.scratch_slots] = own[:, :, placed:]
-        return RowStates(main[:, :, : self.context], side if self.attends_scratch else None, own)
+        scratch = None if self.scratch_mask is None else side
+        return RowStates(main[:, :, : self.context], scratch, own, self.limits, self.scratch_mask)
 
     def get_seq_length(self, *_args) -> int:
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import threading
 from pathlib import Path
@@ -41,6 +42,8 @@ def load_model(folder: Path, *, dtype: str, device: str, max_positions: int) -> 
     logging.disable_progress_bar()
     config = read_config(folder)
     check_supported(config, max_positions)
+    # Straight to the GPU, shard by shard, where accelerate is installed; otherwise through host memory.
+    straight = torch.device(device).type == "cuda" and importlib.util.find_spec("accelerate") is not None
     try:
         with _LOADING:
             model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
@@ -52,6 +55,7 @@ def load_model(folder: Path, *, dtype: str, device: str, max_positions: int) -> 
                 use_safetensors=True,
                 attn_implementation="eager",
                 output_loading_info=True,
+                **({"device_map": {"": device}} if straight else {}),
             )
     except Exception as error:
         raise ModelError(f"{folder}: cannot be loaded ({_first_line(error)})") from error

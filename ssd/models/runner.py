@@ -5,16 +5,21 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import RequestError
-from .attention import NAME
+from . import attention as rows_attention
+from . import tree_attention
 from .cache import CacheView, SlotCache
+from .graphs import Graphs
 from .rows import RowPlan
+
+Attention = Literal["rows", "tree"]
+_NAMES: dict[Attention, str] = {"rows": rows_attention.NAME, "tree": tree_attention.NAME}
 
 FIRST_CONTEXT = 256
 """Slots of the smallest context tier; each further tier is four times the last."""
@@ -36,6 +41,8 @@ class ForwardRunner:
             prompt's keys are the same bits whatever else runs.
         vocabulary: logits beyond it (padding of the head) are cut off.
         compile: compile decode forwards (``torch.compile``), one shape per form and context.
+        graphs: captures them (CUDA). attention: ``rows`` masks every slot of the context tier;
+            ``tree`` reads what rows attend and nothing more, and so needs no tiers.
     """
 
     def __init__(
@@ -48,10 +55,13 @@ class ForwardRunner:
         prefill_chunk: int,
         vocabulary: int,
         compile: bool = False,
+        graphs: Graphs | None = None,
+        attention: Attention = "rows",
     ):
         self.model, self.batch, self.vocabulary = model, batch, vocabulary
-        model.config._attn_implementation = NAME
-        model.config.get_text_config()._attn_implementation = NAME
+        self.graphs, self.attention = graphs, attention
+        model.config._attn_implementation = _NAMES[attention]
+        model.config.get_text_config()._attn_implementation = _NAMES[attention]
         self.device, self.dtype = model.device, model.dtype
         self.cache = SlotCache(
             model.config,
@@ -72,7 +82,7 @@ class ForwardRunner:
         self._compiled = 0
         slots, tier = self.cache.main_slots, FIRST_CONTEXT
         self.contexts: list[int] = []
-        while tier < slots:
+        while tier < slots and attention == "rows":
             self.contexts.append(tier)
             tier *= 4
         self.contexts.append(slots)
@@ -81,6 +91,11 @@ class ForwardRunner:
     def chunk(self) -> int:
         """Tokens of one prefill forward."""
         return self._prefill.rows
+
+    @property
+    def fuses(self) -> bool:
+        """Whether bodies handed to ``compiled`` gain from being whole: fewer, larger ones."""
+        return self.compile or self.graphs is not None
 
     def context_for(self, longest: int) -> int:
         """Smallest context tier that holds ``longest`` slots, or all there are."""
@@ -124,6 +139,10 @@ class ForwardRunner:
     def compiled(self, body: Callable[..., Any]) -> Callable[..., Any]:
         """``body`` compiled, if this runner compiles. Its arguments must always have the shapes of
         its first call, and whatever else it uses must stay as it is."""
+        name, body = body.__name__, self._optimized(body)
+        return body if self.graphs is None else self.graphs.of(body, name)
+
+    def _optimized(self, body: Callable[..., Any]) -> Callable[..., Any]:
         if not self.compile:
             return body
         # Dynamo checks hundreds of facts about the model before every call (0.4 ms for six
@@ -153,7 +172,7 @@ class ForwardRunner:
             ids[0, : len(chunk)] = torch.tensor(chunk)
             length = start + first
             lengths = torch.tensor([length], device=self.device)
-            inputs = _inputs(view, layout, plan.in_place, lengths, self.context_for(length + plan.rows))
+            inputs = self._inputs(view, layout, plan.in_place, lengths, self.context_for(length + plan.rows))
             # The head runs on one row for nothing: transformers offers no "none".
             self.model(input_ids=ids.to(self.device), logits_to_keep=1, **inputs)
 
@@ -172,8 +191,28 @@ class ForwardRunner:
         return layout
 
     def _logits(self, tokens: Tensor, lengths: Tensor, layout: Layout, in_place: int, context: int) -> Tensor:
-        logits = self.model(input_ids=tokens, **_inputs(self._view, layout, in_place, lengths, context)).logits
+        logits = self.model(input_ids=tokens, **self._inputs(self._view, layout, in_place, lengths, context)).logits
         return logits[..., : self.vocabulary].float()
+
+    def _inputs(self, view: CacheView, layout: Layout, in_place: int, lengths: Tensor, context: int) -> dict[str, Any]:
+        """Positions, mask and cache view of a forward, as the model's keyword arguments."""
+        # Rows beyond the capacity mean nothing; they land on its last slot, which nothing attends.
+        positions = (lengths[:, None] + layout.offsets).clamp(max=view.capacity - 1)
+        limits = lengths[:, None] + layout.limits
+        if self.attention == "rows":
+            mask = torch.arange(context, device=lengths.device) < limits[..., None]
+            if layout.mask is not None:
+                mask = torch.cat([mask, layout.mask.expand(len(lengths), -1, -1)], dim=-1)
+        else:  # limits say it; a mask of four dimensions keeps transformers from making its own
+            mask = torch.ones_like(limits, dtype=torch.bool)[..., None]
+        view.prepare(
+            main_slots=positions[:, :in_place],
+            scratch_slots=layout.scratch_slots,
+            limits=limits,
+            scratch_mask=layout.mask,
+            context=context,
+        )
+        return {"attention_mask": mask[:, None], "position_ids": positions, "past_key_values": view, "use_cache": True}
 
 
 def _no_guards(guards: list) -> list[bool]:
@@ -201,20 +240,3 @@ class Layout(NamedTuple):
             torch.arange(plan.scratch_start, plan.scratch_start + spare, device=device),
             None if plan.scratch_mask is None else torch.tensor(plan.scratch_mask, device=device),
         )
-
-
-def _inputs(view: CacheView, layout: Layout, in_place: int, lengths: Tensor, context: int) -> dict[str, Any]:
-    """Positions, mask and cache view of a forward, as the model's keyword arguments."""
-    # Rows beyond the capacity mean nothing; they land on its last slot, which nothing attends.
-    positions = (lengths[:, None] + layout.offsets).clamp(max=view.capacity - 1)
-    limits = lengths[:, None] + layout.limits
-    mask = torch.arange(context, device=lengths.device) < limits[..., None]
-    if layout.mask is not None:
-        mask = torch.cat([mask, layout.mask.expand(len(lengths), -1, -1)], dim=-1)
-    view.prepare(
-        main_slots=positions[:, :in_place],
-        scratch_slots=layout.scratch_slots,
-        attends_scratch=layout.mask is not None,
-        context=context,
-    )
-    return {"attention_mask": mask[:, None], "position_ids": positions, "past_key_values": view, "use_cache": True}

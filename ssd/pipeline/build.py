@@ -13,8 +13,9 @@ from ..config import Config, ModelConfig, resolve_model_path
 from ..decoding.forecast import ConfidenceForecast, FanOutForecast, Forecast, fan_out
 from ..decoding.tree import TreeShape
 from ..errors import ConfigError
-from ..models import rows_linear
-from ..models.loading import lay_out_for_cpu, load_model
+from ..models import rows_linear, tree_attention
+from ..models.graphs import Graphs
+from ..models.loading import PreTrainedModel, lay_out_for_cpu, load_model
 from ..models.runner import ForwardRunner, can_compile
 from .draft import DraftWorker, scratch_slots
 from .frames import Frames, ProbsLayout
@@ -109,10 +110,10 @@ def pin(cores: list[int] | None) -> None:
             os.sched_setaffinity(int(thread), cores)
 
 
-def build_verifier(plan: Plan) -> tuple[VerifierWorker, dict[str, Any]]:
-    """The verifier, warm, and what to tell about it. Raises: UsageError."""
+def build_verifier(plan: Plan, model: PreTrainedModel | None = None) -> tuple[VerifierWorker, dict[str, Any]]:
+    """The verifier, warm, and what to tell about it. ``model``: already loaded. Raises: UsageError."""
     config = plan.config
-    runner = _runner(plan, config.target, scratch=plan.shape.nodes - plan.shape.depth - 1)
+    runner = _runner(plan, config.target, model, scratch=plan.shape.nodes - plan.shape.depth - 1)
     worker = VerifierWorker(
         runner,
         shape=plan.shape,
@@ -131,11 +132,11 @@ def build_verifier(plan: Plan) -> tuple[VerifierWorker, dict[str, Any]]:
     return worker, _warm(worker, config.target)
 
 
-def build_draft(plan: Plan) -> tuple[DraftWorker, dict[str, Any]]:
-    """The draft worker, warm, and what to tell about it. Raises: UsageError."""
+def build_draft(plan: Plan, model: PreTrainedModel | None = None) -> tuple[DraftWorker, dict[str, Any]]:
+    """The draft worker, warm, and what to tell about it. ``model``: already loaded. Raises: UsageError."""
     config = plan.config
     assert config.draft is not None
-    runner = _runner(plan, config.draft, scratch=scratch_slots(plan.shape, config.speculation.forecast.budget))
+    runner = _runner(plan, config.draft, model, scratch=scratch_slots(plan.shape, config.speculation.forecast.budget))
     forecast = plan.forecast(config.draft.device)
     worker = DraftWorker(runner, shape=plan.shape, forecast=forecast, prefix_caching=config.engine.prefix_caching)
     if plan.probs is not None:
@@ -143,11 +144,15 @@ def build_draft(plan: Plan) -> tuple[DraftWorker, dict[str, Any]]:
     return worker, _warm(worker, config.draft)
 
 
-def _runner(plan: Plan, wanted: ModelConfig, *, scratch: int) -> ForwardRunner:
-    folder = resolve_model_path(wanted.model)
+def _runner(plan: Plan, wanted: ModelConfig, model: PreTrainedModel | None, *, scratch: int) -> ForwardRunner:
     engine = plan.config.engine
-    model = load_model(folder, dtype=wanted.dtype, device=wanted.device, max_positions=engine.max_model_len)
+    if model is None:
+        folder = resolve_model_path(wanted.model)
+        model = load_model(folder, dtype=wanted.dtype, device=wanted.device, max_positions=engine.max_model_len)
+    on_gpu = model.device.type == "cuda"
     compile_ = can_compile() if wanted.compile == "auto" else wanted.compile
+    kernels = on_gpu and tree_attention.available()
+    attention = ("tree" if kernels else "rows") if wanted.attention == "auto" else wanted.attention
     runner = ForwardRunner(
         model,
         batch=engine.max_batch,
@@ -156,6 +161,8 @@ def _runner(plan: Plan, wanted: ModelConfig, *, scratch: int) -> ForwardRunner:
         prefill_chunk=engine.prefill_chunk,
         vocabulary=plan.vocabulary,
         compile=compile_,
+        graphs=_graphs(wanted, model),
+        attention=attention,
     )
     if torch.device(wanted.device).type == "cpu" and wanted.dtype == "float32":
         # Weights that stay in a core's own cache gain nothing.
@@ -166,10 +173,17 @@ def _runner(plan: Plan, wanted: ModelConfig, *, scratch: int) -> ForwardRunner:
     return runner
 
 
+def _graphs(wanted: ModelConfig, model: PreTrainedModel) -> Graphs | None:
+    on_gpu = model.device.type == "cuda"
+    if wanted.graphs is True and not on_gpu:
+        raise ConfigError(f"graphs: true needs a CUDA device, not {wanted.device}; leave graphs at auto")
+    return Graphs(model.device) if on_gpu and wanted.graphs else None
+
+
 def _warm(worker: VerifierWorker | DraftWorker, wanted: ModelConfig) -> dict[str, Any]:
     began = time.perf_counter()
     runner = worker.runner
-    if runner.compile:
+    if runner.fuses:
         worker.warm_up()
     return {
         "model": wanted.model,
@@ -177,6 +191,8 @@ def _warm(worker: VerifierWorker | DraftWorker, wanted: ModelConfig) -> dict[str
         "dtype": wanted.dtype,
         "device": str(runner.device),
         "compiled": runner.compile,
+        "graphs": runner.graphs is not None,
+        "attention": runner.attention,
         "contexts": runner.contexts,
         "cache_bytes": runner.cache.nbytes,
         "warm_up_s": round(time.perf_counter() - began, 2),

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..decoding.noise import gumbel
 from ..decoding.processors import Processors, ProcessorSettings
 from ..decoding.sampling import SamplingTensors
+from ..models.graphs import Graphs
 from ..params import SamplingParams
 
 
@@ -22,14 +23,26 @@ class Chooser:
     Args:
         horizon: how many positions ahead noise is made for. One shape, so that whatever is
             decoded and however, a position's noise comes out of the same code.
+        graphs: captures the noise too.
     """
 
-    def __init__(self, batch: int, vocabulary: int, device: torch.device | str, *, horizon: int, compile: bool = False):
+    def __init__(
+        self,
+        batch: int,
+        vocabulary: int,
+        device: torch.device | str,
+        *,
+        horizon: int,
+        compile: bool = False,
+        graphs: Graphs | None = None,
+    ):
         self.params = SamplingTensors.empty(batch, device)
         self.processors = Processors(batch, vocabulary, device)
         self._ahead = torch.arange(1, horizon + 1, device=device)
         self._vocabulary = vocabulary
         self._gumbel: Callable[..., Tensor] = torch.compile(gumbel, dynamic=False) if compile else gumbel
+        if graphs is not None:
+            self._gumbel = graphs.of(self._gumbel, "noise")
 
     def set(self, slot: int, params: SamplingParams) -> None:
         self.params = self.params.with_row(

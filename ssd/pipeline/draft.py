@@ -14,6 +14,7 @@ from ..decoding.processors import TreePaths
 from ..decoding.sampling import perturbed, scores
 from ..decoding.support import DraftProbs
 from ..decoding.tree import ABSENT, TreeShape
+from ..models.device import Courier
 from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner, Layout
 from .chooser import Chooser
@@ -58,7 +59,15 @@ class DraftWorker:
         """Tokens whose keys and values the slot's last sequence left behind."""
         self._prefix_caching, self._came, self._prefilled = prefix_caching, 0, False
         self.trees = torch.full((batch, shape.nodes), ABSENT)
-        self.chooser = Chooser(batch, runner.vocabulary, device, horizon=2 * shape.depth + 1, compile=runner.compile)
+        self._courier = Courier(device)
+        self.chooser = Chooser(
+            batch,
+            runner.vocabulary,
+            device,
+            horizon=2 * shape.depth + 1,
+            compile=runner.compile,
+            graphs=runner.graphs,
+        )
         self._depths = shape.depth_index(device)
         self._paths = TreePaths(shape, device)
         self._glue = RowPlan.tree("glue", shape)
@@ -90,7 +99,7 @@ class DraftWorker:
         self.runner.warm_up([self._branches.plans[0]], self._branches.layout(0, nodes))
         self.chooser.warm_up()
         lengths = torch.zeros(len(self.rows), dtype=torch.int64, device=self.runner.device)
-        if self.runner.compile:
+        if self.runner.fuses:
             self._grow_at_once(self.trees.to(lengths.device), lengths)
 
     def admit(self, message: Admit) -> None:
@@ -123,7 +132,7 @@ class DraftWorker:
         self._catch_up()
         batch, branches = len(self.rows), self.forecast.budget
         lengths, longest = self._lengths()
-        tokens = self.trees.to(self.runner.device)
+        tokens = self._courier.place(self.trees)
         self._in_glue = {slot for slot, row in enumerate(self.rows) if row is not None and row.whole}
         forecasting = torch.tensor([row is not None and row.forecasts and row.whole for row in self.rows])
         draft = self.sampler.nothing(batch, branches) if self.sampler is not None else None
@@ -131,7 +140,7 @@ class DraftWorker:
             # Compiled for the shortest context only: it takes the compiler half a minute.
             short = longest + self.shape.depth < self.runner.contexts[0]
             plain = not (self.chooser.params.filtered or self.chooser.processors.active or self._samples)
-            at_once = self.runner.compile and short and plain
+            at_once = self.runner.fuses and short and plain
             if at_once:
                 nodes, guesses, trees = self._grow_at_once(tokens, lengths)
             else:
@@ -148,10 +157,11 @@ class DraftWorker:
                 draft=draft,
             )
         absent = ~forecasting[:, None]
+        nodes, guesses, trees = self._courier.fetch(nodes, guesses, trees)
         return SpeculationSet(
-            nodes=nodes.cpu(),
-            guesses=guesses.cpu().masked_fill(absent, ABSENT),
-            trees=trees.cpu().masked_fill(absent[..., None], ABSENT),
+            nodes=nodes,
+            guesses=guesses.masked_fill(absent, ABSENT),
+            trees=trees.masked_fill(absent[..., None], ABSENT),
             draft=draft,
         )
 
@@ -305,7 +315,8 @@ class DraftWorker:
                 paths = torch.cat([paths, fed[..., None]], dim=-1)
         if self.sampler is not None:
             self.drafted_from = stacked(drawn)[:, 0] if drawn else self.sampler.nothing(len(self.rows))
-        drafted = _comb_tokens(ranked)[:, 0].cpu().masked_fill(~missed[:, None], ABSENT)
+        (drafted,) = self._courier.fetch(_comb_tokens(ranked)[:, 0])
+        drafted = drafted.masked_fill(~missed[:, None], ABSENT)
         self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
         return drafted
 
@@ -316,7 +327,7 @@ class DraftWorker:
             row.cached if row is not None else len(left) for row, left in zip(self.rows, self._left, strict=True)
         ]
         longest = max((len(row.tokens) for row in self.rows if row is not None and row.whole), default=0)
-        return torch.tensor(lengths, device=self.runner.device), longest
+        return self._courier.place(torch.tensor(lengths)), longest
 
     def _catch_up(self) -> None:
         """Prefill what was committed without going through here: one chunk a round, of the sequence that

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections.abc import Callable
+from typing import Any
 
+from ..config import ModelConfig
 from ..errors import LinkError, PipelineError, UsageError
+from ..models.device import own_stream
 from .build import Plan, build_draft, build_verifier, pin, set_threads, usable_cores
 from .control import ControlLane
+from .draft import DraftWorker
 from .loops import DraftSide, draft_loop, verifier_loop
 from .messages import Failed, Hello, Ready, Shutdown, Welcome
 from .rendezvous import Rendezvous, VerifierSide, draft_side, link_kind
+from .verifier import VerifierWorker
 
 WAIT_S = 0.5
 
@@ -22,6 +28,7 @@ def run_verifier(
     host: str = "127.0.0.1",
     folder: str | None = None,
     alive: Callable[[], bool] = lambda: True,
+    build: Callable[[Plan], tuple[VerifierWorker, dict[str, Any]]] = build_verifier,
 ) -> None:
     """Open the meeting place, say where it is, build the model, link, serve."""
 
@@ -41,7 +48,7 @@ def run_verifier(
                     folder=folder,
                 )
                 front.send(Hello(role="verifier", rendezvous=side.rendezvous.to_dict()))
-            worker, info = build_verifier(plan)
+            worker, info = build(plan)
             if side is not None:
                 draft = DraftSide(side.link(), side.lane, plan.frames())
             pin(cores)
@@ -51,10 +58,16 @@ def run_verifier(
             if side is not None:
                 side.close()
 
-    _report_failure("verifier", front, body)
+    _report_failure("verifier", front, body, plan.config.target)
 
 
-def run_draft(plan: Plan, front: ControlLane, *, alive: Callable[[], bool] = lambda: True) -> None:
+def run_draft(
+    plan: Plan,
+    front: ControlLane,
+    *,
+    alive: Callable[[], bool] = lambda: True,
+    build: Callable[[Plan], tuple[DraftWorker, dict[str, Any]]] = build_draft,
+) -> None:
     """Wait to be told where the verifier is, build the model, link, serve."""
 
     def body() -> None:
@@ -72,7 +85,7 @@ def run_draft(plan: Plan, front: ControlLane, *, alive: Callable[[], bool] = lam
             return
         if not isinstance(message, Welcome):
             raise PipelineError(f"the draft was sent {type(message).__name__} where Welcome was due")
-        worker, info = build_draft(plan)
+        worker, info = build(plan)
         link, lane = draft_side(
             Rendezvous(**message.rendezvous), timeout_s=config.engine.start_timeout_s, device=config.draft.device
         )
@@ -87,12 +100,13 @@ def run_draft(plan: Plan, front: ControlLane, *, alive: Callable[[], bool] = lam
             link.close()
             lane.close()
 
-    _report_failure("draft", front, body)
+    _report_failure("draft", front, body, plan.config.draft)
 
 
-def _report_failure(role: str, front: ControlLane, body: Callable[[], None]) -> None:
+def _report_failure(role: str, front: ControlLane, body: Callable[[], None], wanted: ModelConfig | None) -> None:
     try:
-        body()
+        with own_stream(wanted.device, wanted.priority) if wanted else contextlib.nullcontext():
+            body()
     except UsageError as error:
         front.send(Failed(role=role, message=str(error), usage=True))
     except KeyboardInterrupt:

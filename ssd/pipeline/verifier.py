@@ -17,6 +17,7 @@ from ..decoding.sampling import perturbed, scores
 from ..decoding.support import DraftProbs
 from ..decoding.tree import ABSENT, TreeShape
 from ..decoding.verify import Outcome, verify_coupled
+from ..models.device import Courier
 from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner
 from ..params import FinishReason, Method, Origin
@@ -105,10 +106,15 @@ class VerifierWorker:
         """Of the candidates in ``trees``."""
         self.lookups = self.hits = 0
         """Of the round before."""
+        device, self._courier = runner.device, Courier(runner.device)
         self.chooser = Chooser(
-            runner.batch, runner.vocabulary, runner.device, horizon=shape.depth + 1, compile=runner.compile
+            runner.batch,
+            runner.vocabulary,
+            device,
+            horizon=shape.depth + 1,
+            compile=runner.compile,
+            graphs=runner.graphs,
         )
-        device = runner.device
         self._parents, self._depths = shape.parent_index(device), shape.depth_index(device)
         self._ancestors, self._paths = shape.ancestors(device), TreePaths(shape, device)
         self._silence = torch.zeros(runner.batch, shape.depth + 1, runner.vocabulary, device=device)
@@ -278,10 +284,10 @@ class VerifierWorker:
             length if row is not None else len(held)
             for length, row, held in zip(running, self.rows, self.prefixes.held, strict=True)
         ]
-        lengths = torch.tensor(lengths_list, device=self.runner.device)
+        lengths = self._courier.place(torch.tensor(lengths_list))
         plan = self._plan()
         context = self.runner.context_for(max(running) + max(plan.limits) + 1)
-        tokens = self.trees[:, : plan.rows].to(self.runner.device)
+        tokens = self._courier.place(self.trees[:, : plan.rows])
         logits, outcome, forward_s = self._decide(plan, context, tokens, lengths)
         states, commits = self._commit(outcome, lengths_list, logits)
         return Verdict(outcome=outcome, states=states, commits=commits, forward_s=forward_s)
@@ -298,7 +304,7 @@ class VerifierWorker:
         quiet = self._silence if noise is None else noise
         began = self.clock()
         logits, node, bonus = decide(tokens, lengths, self.chooser.params.temperature, quiet)
-        outcome = Outcome(node.cpu(), bonus.cpu())
+        outcome = Outcome(*self._courier.fetch(node, bonus))
         forward_s = self.clock() - began
         judge = self.judge if noise is not None and plan.rows > 1 else None
         if judge is not None or self.chooser.processors.active or self.chooser.params.filtered:
@@ -313,7 +319,7 @@ class VerifierWorker:
             logits = self.chooser.processed(logits, self._paths.of(self.trees.to(tokens.device))[:, : plan.rows])
         ahead = None if noise is None else noise[:, self._depths[: plan.rows]]
         chosen = scores(logits, self.chooser.params, ahead).argmax(-1)
-        matched = Outcome(*(t.cpu() for t in self._verify(tokens, chosen)))
+        matched = Outcome(*self._courier.fetch(*self._verify(tokens, chosen)))
         if judge is None:
             return matched
         assert ahead is not None

@@ -66,7 +66,8 @@ def test_update_writes_where_prepared_and_nowhere_else() -> None:
     view.prepare(
         main_slots=torch.tensor([[3, 4], [0, 1], [7, 8]]),
         scratch_slots=torch.tensor([2]),
-        attends_scratch=False,
+        limits=torch.tensor([[3, 4, 4], [0, 1, 1], [7, 8, 8]]),
+        scratch_mask=None,
         context=BLOCK,
     )
     keys, values = torch.randn(3, 2, 3, 4), torch.randn(3, 2, 3, 4)

@@ -1,0 +1,175 @@
+"""Triton kernels of ``tree_attention``. Imported only where they run.
+
+The prefix part is flash decoding (Dao et al. 2023, https://pytorch.org/blog/flash-decoding/): slots are
+cut into fixed splits, each a program that reads its keys and values once for all rows and all query
+heads that share them (packed as the M rows of one product). A second kernel merges the splits by
+log-sum-exp in their order and adds every row's own key and value.
+
+A row's result is a function of its own query, limit and slots: what other rows need beyond its limit
+multiplies its sums by exactly 1 and adds exactly 0.
+"""
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_N = 64
+MERGED_AT_ONCE = 16
+PROGRAMS = 1024
+"""Programs that fill a GPU several times over: slots are split until there are about as many."""
+SHORTEST_SPLIT = 128
+LARGEST_TILE = 64
+
+
+@triton.jit
+def _capped(scores, softcap, CAPPED: tl.constexpr):
+    if CAPPED:  # softcap · tanh(scores / softcap)
+        scores = softcap * (1 - 2 / (tl.exp(2 * scores / softcap) + 1))
+    return scores
+
+
+@triton.jit
+def _partial(
+    query, keys, values, limits, mask, sums, peaks, totals,
+    q_b, q_h, q_r, k_b, k_h, k_s, v_b, v_h, v_s, mask_b, mask_r,
+    kv_heads, group, rows, slots, splits, first_split, scale, softcap,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DIM: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    split, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    batch, head = pair // kv_heads, pair % kv_heads
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    row, live, wide = m % rows, m < group * rows, d < DIM
+    start = split * SPLIT
+    stop = tl.minimum(start + SPLIT, slots)
+    limit = tl.zeros([BLOCK_M], tl.int64)
+    if not MASKED:
+        limit = tl.load(limits + batch * rows + row, mask=live, other=0)
+        stop = tl.minimum(stop, tl.max(limit, 0))
+    query_head = head * group + m // rows
+    q = tl.load(
+        query + batch * q_b + query_head[:, None] * q_h + row[:, None] * q_r + d[None, :],
+        mask=live[:, None] & wide[None, :],
+        other=0.0,
+    )
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    keys += batch * k_b + head * k_h
+    values += batch * v_b + head * v_h
+    for first in range(start, stop, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        inside = n < stop
+        place = n.to(tl.int64)
+        k = tl.load(keys + place[None, :] * k_s + d[:, None], mask=inside[None, :] & wide[:, None], other=0.0)
+        scores = _capped(tl.dot(q, k, input_precision="ieee") * scale, softcap, CAPPED)
+        if MASKED:
+            at = mask + batch * mask_b + row[:, None] * mask_r + place[None, :]
+            seen = tl.load(at, mask=live[:, None] & inside[None, :], other=0) != 0
+        else:
+            seen = n[None, :] < limit[:, None]
+        scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(peak, tl.max(scores, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
+        keep, weights = tl.exp(peak - base), tl.exp(scores - base[:, None])
+        total = total * keep + tl.sum(weights, 1)
+        v = tl.load(values + place[:, None] * v_s + d[None, :], mask=inside[:, None] & wide[None, :], other=0.0)
+        out = out * keep[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        peak = higher
+    at = (pair * group * rows + m) * splits + first_split + split
+    tl.store(peaks + at, peak, mask=live)
+    tl.store(totals + at, total, mask=live)
+    if stop > start:
+        tl.store(sums + at[:, None] * DIM + d[None, :], out, mask=live[:, None] & wide[None, :])
+
+
+@triton.jit
+def _merge(
+    query, own_keys, own_values, sums, peaks, totals, result,
+    q_b, q_h, q_r, k_b, k_h, k_r, v_b, v_h, v_r,
+    heads, group, rows, splits, scale, softcap,
+    SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_D: tl.constexpr, DIM: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    pair, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    batch, query_head = pair // heads, pair % heads
+    head, d = query_head // group, tl.arange(0, BLOCK_D)
+    wide = d < DIM
+    q = tl.load(query + batch * q_b + query_head * q_h + row * q_r + d, mask=wide, other=0.0).to(tl.float32)
+    k = tl.load(own_keys + batch * k_b + head * k_h + row * k_r + d, mask=wide, other=0.0).to(tl.float32)
+    v = tl.load(own_values + batch * v_b + head * v_h + row * v_r + d, mask=wide, other=0.0).to(tl.float32)
+    own = _capped(tl.sum(q * k, 0) * scale, softcap, CAPPED)
+    base = ((batch * (heads // group) + head) * group * rows + (query_head % group) * rows + row) * splits
+    s = tl.arange(0, SPLITS)
+    every = tl.load(peaks + base + s, mask=s < splits, other=float("-inf"))
+    peak = tl.maximum(tl.max(every, 0), own)
+    mass = tl.load(totals + base + s, mask=s < splits, other=0.0)
+    weight = tl.exp(own - peak)
+    total = tl.sum(tl.exp(every - peak) * mass, 0) + weight
+    out = weight * v
+    for first in range(0, splits, AT_ONCE):
+        s = first + tl.arange(0, AT_ONCE)
+        part = tl.load(peaks + base + s, mask=s < splits, other=float("-inf"))
+        # Splits without a slot in reach were not written.
+        at = sums + (base + s)[:, None] * DIM + d[None, :]
+        share = tl.load(at, mask=(part > float("-inf"))[:, None] & wide[None, :], other=0.0)
+        out += tl.sum(tl.exp(part - peak)[:, None] * share, 0)
+    place = ((batch * rows + row) * heads + query_head) * DIM + d
+    tl.store(result + place, (out / total).to(result.dtype.element_ty), mask=wide)
+
+
+def split_slots(slots: int, programs: int) -> int:
+    """Slots of a split: fixed by sizes that never change while an engine runs."""
+    splits = max(1, PROGRAMS // programs)
+    return max(SHORTEST_SPLIT, triton.next_power_of_2(triton.cdiv(slots, splits)))
+
+
+def attend(
+    query: Tensor,
+    main: tuple[Tensor, Tensor],
+    scratch: tuple[Tensor, Tensor] | None,
+    own: tuple[Tensor, Tensor],
+    limits: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """``[B, R, H, D]`` of arguments as in ``tree_attention``; last dimensions dense, ``mask`` of uint8."""
+    batch, heads, rows, dim = query.shape
+    kv_heads = own[0].shape[1]
+    group = heads // kv_heads
+    packed = group * rows
+    tile = min(LARGEST_TILE, max(16, triton.next_power_of_2(packed)))
+    tiles = triton.cdiv(packed, tile)
+    split = split_slots(main[0].shape[2], batch * kv_heads * tiles)
+    parts = [main] if scratch is None or scratch[0].shape[2] == 0 else [main, scratch]
+    counts = [triton.cdiv(keys.shape[2], split) for keys, _ in parts]
+    splits = sum(counts)
+    sums = query.new_empty((batch * kv_heads * packed * splits, dim), dtype=torch.float32)
+    peaks, totals = sums.new_empty(len(sums)), sums.new_empty(len(sums))
+    result = query.new_empty((batch, rows, heads, dim))
+    width, first_split = max(16, triton.next_power_of_2(dim)), 0
+    for (keys, values), count in zip(parts, counts, strict=True):
+        masked = first_split > 0
+        shown = mask if masked and mask is not None else limits
+        steps = (shown.stride(0) if shown.dim() == 3 else 0, shown.stride(-2)) if masked else (0, 0)
+        _partial[(count, batch * kv_heads, tiles)](
+            query, keys, values, limits, shown, sums, peaks, totals,
+            *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *steps,
+            kv_heads, group, rows, keys.shape[2], splits, first_split, scale, softcap,
+            SPLIT=split, BLOCK_M=tile, BLOCK_N=BLOCK_N, BLOCK_D=width,
+            DIM=dim, MASKED=masked, CAPPED=softcap > 0, num_warps=4, num_stages=2,
+        )  # fmt: skip
+        first_split += count
+    _merge[(batch * heads, rows)](
+        query, *own, sums, peaks, totals, result,
+        *query.stride()[:3], *own[0].stride()[:3], *own[1].stride()[:3],
+        heads, group, rows, splits, scale, softcap,
+        SPLITS=triton.next_power_of_2(splits), AT_ONCE=MERGED_AT_ONCE, BLOCK_D=width, DIM=dim,
+        CAPPED=softcap > 0, num_warps=4,
+    )  # fmt: skip
+    return result
