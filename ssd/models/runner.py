@@ -176,6 +176,10 @@ class ForwardRunner:
             # The head runs on one row for nothing: transformers offers no "none".
             self.model(input_ids=ids.to(self.device), logits_to_keep=1, **inputs)
 
+    def copy(self, source: int, slot: int, length: int) -> None:
+        """Give one slot the keys and values of another's first ``length`` tokens."""
+        self.cache.copy(source, slot, length)
+
     def warm_up(self, plans: Sequence[RowPlan], layout: Layout | None = None) -> None:
         """Run (and compile) every plan at every context once."""
         lengths = torch.zeros(self.batch, dtype=torch.int64, device=self.device)

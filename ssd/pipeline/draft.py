@@ -352,7 +352,7 @@ class DraftWorker:
         for source, (other, left) in enumerate(zip(self.rows, self._left, strict=True)):
             known = common_prefix(row.tokens, left if other is None else other.tokens[: other.cached])
             if known > row.cached:
-                self.runner.cache.copy(source, slot, known)
+                self.runner.copy(source, slot, known)
                 row.cached = known
 
 

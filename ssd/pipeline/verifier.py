@@ -242,8 +242,6 @@ class VerifierWorker:
         prompt is whole decode from now on. Returns whether a chunk was computed."""
         computed = False
         for slot, row in list(self.prefilling.items()):
-            if row.cached < len(row.tokens) and not computed:
-                self._take_over(slot, row)  # what came before it may have made it meanwhile
             chunk = row.tokens[row.cached : row.cached + self.runner.chunk]
             if chunk and not computed:
                 self.runner.prefill(slot, chunk, start=row.cached)
@@ -252,13 +250,15 @@ class VerifierWorker:
                 computed = True
             if row.cached == len(row.tokens):
                 self._start(slot, self.prefilling.pop(slot))
+                for other, waits in self.prefilling.items():  # now, for what is free may be gone when its turn comes
+                    self._take_over(other, waits)
         return computed
 
     def _take_over(self, slot: int, row: Sequence) -> None:
         """What any slot holds of a prompt, if that is more than it has."""
         source, length = self.prefixes.find(row.tokens)
         if length > row.cached:
-            self.runner.cache.copy(source, slot, length)
+            self.runner.copy(source, slot, length)
             self.prefixes.hold(slot, row.tokens[:length])
             row.reused += length - row.cached
             row.cached = length
