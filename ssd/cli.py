@@ -1,6 +1,6 @@
 """The ``ssd`` command.
 
-Exit codes: 0 done; 1 the outputs compared are not identical; 2 the input cannot work;
+Exit codes: 0 done; 1 the outputs compared differ, or a certificate is refused; 2 the input cannot work;
 3 the machinery failed; 130 interrupted.
 """
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from . import __version__, cli_remote, cli_serving
+from . import __version__, cli_certify, cli_remote, cli_serving
 from .errors import PipelineError, RequestError, UsageError
 from .params import RequestOutput, SamplingParams, StreamEvent
 
@@ -375,7 +375,7 @@ def _count_parameters(folder: Path) -> int:
     return count
 
 
-for _command in (*cli_serving.COMMANDS, *cli_remote.COMMANDS):
+for _command in (*cli_serving.COMMANDS, *cli_remote.COMMANDS, *cli_certify.COMMANDS):
     app.command()(_reports_errors(_command))
 
 

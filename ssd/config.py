@@ -123,6 +123,8 @@ class ServerConfig(_Section):
     """Requests that wait for a slot; beyond, clients get 429."""
     max_tokens_in_flight: int = Field(default=2**18, ge=16)
     """Prompt and answer tokens of all requests, waiting or running; beyond, clients get 429."""
+    shadow_rate: Number = Field(default=0.0, ge=0, le=1)
+    """Share of finished requests decoded again plainly, when there is room, and compared."""
     lane: str | None = Field(default=None, min_length=1)
     """Where ``ssd.Client`` connects: ``ipc://PATH``, or ``tcp://HOST:PORT`` with keys. None: nowhere."""
     lane_keys: str | None = Field(default=None, min_length=1)

@@ -132,6 +132,8 @@ class Request:
     ):
         self.number, self.prompt, self.prompt_ids, self.params = number, prompt, prompt_ids, params
         self.detokenizer, self.ends, self.index, self.client = detokenizer, ends, index, client
+        self.label = ""
+        """What whoever asked calls it."""
         self.state = State.QUEUED
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []

@@ -17,12 +17,11 @@ from ..models import rows_linear, tree_attention
 from ..models.graphs import Graphs
 from ..models.loading import PreTrainedModel, lay_out_for_cpu, load_model
 from ..models.runner import ForwardRunner, can_compile
-from .draft import DraftWorker, scratch_slots
+from .branches import scratch_slots
+from .draft import DraftWorker
 from .frames import Frames, ProbsLayout
 from .rules import CandidateSampler, Judge, probs_layout
 from .verifier import VerifierWorker
-
-PACK_ABOVE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,8 +164,7 @@ def _runner(plan: Plan, wanted: ModelConfig, model: PreTrainedModel | None, *, s
         attention=attention,
     )
     if torch.device(wanted.device).type == "cpu" and wanted.dtype == "float32":
-        # Weights that stay in a core's own cache gain nothing.
-        if runner.parameters * 4 > PACK_ABOVE_BYTES and rows_linear.available():
+        if rows_linear.available():
             rows_linear.pack_linears(model)
         else:
             lay_out_for_cpu(model)

@@ -17,6 +17,7 @@ from ..decoding.tree import ABSENT, TreeShape
 from ..models.device import Courier
 from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner, Layout
+from .branches import BranchSteps
 from .chooser import Chooser
 from .frames import OutcomeFrame, RowState, SpeculationSet
 from .lookup import lookup
@@ -80,6 +81,7 @@ class DraftWorker:
         """What ``draft_now``'s last trees were drawn from ``[B, I, m]``, if they were."""
         self._in_glue: set[int] = set()
         self._whole: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+        self._chain: Callable[..., Tensor] | None = None
         self._silence = torch.zeros(batch, 2 * shape.depth + 1, runner.vocabulary, device=device)
 
     @property
@@ -101,6 +103,7 @@ class DraftWorker:
         lengths = torch.zeros(len(self.rows), dtype=torch.int64, device=self.runner.device)
         if self.runner.fuses:
             self._grow_at_once(self.trees.to(lengths.device), lengths)
+            self._draft_at_once(self.trees[:, :1].clamp(min=0).to(lengths.device), lengths)
 
     def admit(self, message: Admit) -> None:
         self.release(message.slot)
@@ -134,14 +137,10 @@ class DraftWorker:
         lengths, longest = self._lengths()
         tokens = self._courier.place(self.trees)
         self._in_glue = {slot for slot, row in enumerate(self.rows) if row is not None and row.whole}
-        forecasting = torch.tensor([row is not None and row.forecasts and row.whole for row in self.rows])
+        forecasting = [row is not None and row.forecasts and row.whole for row in self.rows]
         draft = self.sampler.nothing(batch, branches) if self.sampler is not None else None
-        if forecasting.any():
-            # Compiled for the shortest context only: it takes the compiler half a minute.
-            short = longest + self.shape.depth < self.runner.contexts[0]
-            plain = not (self.chooser.params.filtered or self.chooser.processors.active or self._samples)
-            at_once = self.runner.fuses and short and plain
-            if at_once:
+        if any(forecasting):
+            if self._at_once(longest):
                 nodes, guesses, trees = self._grow_at_once(tokens, lengths)
             else:
                 nodes, guesses, trees, drawn = self._grow_stepwise(tokens, lengths, longest)
@@ -156,14 +155,18 @@ class DraftWorker:
                 trees=torch.full((batch, branches, self.shape.nodes - 1), ABSENT),
                 draft=draft,
             )
-        absent = ~forecasting[:, None]
         nodes, guesses, trees = self._courier.fetch(nodes, guesses, trees)
-        return SpeculationSet(
-            nodes=nodes,
-            guesses=guesses.masked_fill(absent, ABSENT),
-            trees=trees.masked_fill(absent[..., None], ABSENT),
-            draft=draft,
-        )
+        if not all(forecasting):
+            absent = ~torch.tensor(forecasting)[:, None]
+            guesses, trees = guesses.masked_fill(absent, ABSENT), trees.masked_fill(absent[..., None], ABSENT)
+        return SpeculationSet(nodes=nodes, guesses=guesses, trees=trees, draft=draft)
+
+    def _at_once(self, longest: int) -> bool:
+        """Whether this round's drafting may run as one compiled function: compiled for the shortest
+        context only (it takes the compiler half a minute), and without what only single steps can do."""
+        short = longest + self.shape.depth < self.runner.contexts[0]
+        params, processors = self.chooser.params, self.chooser.processors
+        return self.runner.fuses and short and not (params.filtered or processors.active or self._samples)
 
     def _grow(
         self,
@@ -253,6 +256,7 @@ class DraftWorker:
         """Take in an outcome; the next trees are then those of the hits. Returns hit ``[B]``."""
         moves: list[tuple[int, int, int]] = []
         self._prefilled = False
+        trees, nodes = self.trees.tolist(), frame.nodes.tolist()
         for slot, state in enumerate(frame.states.tolist()):
             row = self.rows[slot]
             if row is not None and state == RowState.PREFILL:
@@ -260,10 +264,10 @@ class DraftWorker:
             if row is None or state != RowState.ACTIVE:
                 self.release(slot)
                 continue
-            node = int(frame.nodes[slot])
+            node = nodes[slot]
             path = [0, *self.shape.path(node)]
             start = len(row.tokens)
-            row.tokens.extend(self.trees[slot, path].tolist())
+            row.tokens.extend(trees[slot][n] for n in path)
             if self.chooser.processors.active:
                 self.chooser.processors.commit(slot, [*row.tokens[start + 1 :], int(frame.bonus[slot])])
             if slot in self._in_glue:
@@ -273,10 +277,10 @@ class DraftWorker:
         if moves:
             slots, scratch, positions = (torch.tensor(column) for column in zip(*moves, strict=True))
             self.runner.cache.keep(slots, scratch, positions)
-        trees, hit = lookup(frame.nodes, frame.bonus, speculation)
+        found, hit = lookup(frame.nodes, frame.bonus, speculation)
         active = frame.states == RowState.ACTIVE
         kept = (frame.states == RowState.PREFILL)[:, None]
-        self.trees = torch.where(kept, self.trees, trees.masked_fill(~active[:, None], ABSENT))
+        self.trees = torch.where(kept, self.trees, found.masked_fill(~active[:, None], ABSENT))
         return hit & active
 
     def waiting(self, active: Tensor, hit: Tensor, *, jit: bool) -> Tensor:
@@ -297,8 +301,19 @@ class DraftWorker:
             self.drafted_from = self.sampler.nothing(len(self.rows)) if self.sampler is not None else None
             return torch.full((len(self.rows), self.shape.nodes - 1), ABSENT)
         lengths, longest = self._lengths()
-        noise = self.chooser.noise(lengths)
-        fed, ranked, drawn = self.trees[:, :1].clamp(min=0).to(self.runner.device), [], []
+        roots = self.trees[:, :1].clamp(min=0).to(self.runner.device)
+        if self._at_once(longest):
+            self.drafted_from = self.sampler.nothing(len(self.rows)) if self.sampler is not None else None
+            found = self._draft_at_once(roots, lengths)
+        else:
+            found = self._draft_stepwise(roots, lengths, longest)
+        drafted = found[:, 0].cpu().masked_fill(~missed[:, None], ABSENT)
+        self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
+        return drafted
+
+    def _draft_stepwise(self, fed: Tensor, lengths: Tensor, longest: int) -> Tensor:
+        """Candidates ``[B, 1, W - 1]`` below the roots ``fed [B, 1]``. Any parameters and rules."""
+        noise, ranked, drawn = self.chooser.noise(lengths), [], []
         paths = fed.new_empty(len(fed), 1, 0)
         for step in range(self.shape.depth):
             logits = self.runner.forward(self._step, fed, lengths + step, longest=longest + step)
@@ -315,10 +330,25 @@ class DraftWorker:
                 paths = torch.cat([paths, fed[..., None]], dim=-1)
         if self.sampler is not None:
             self.drafted_from = stacked(drawn)[:, 0] if drawn else self.sampler.nothing(len(self.rows))
-        (drafted,) = self._courier.fetch(_comb_tokens(ranked)[:, 0])
-        drafted = drafted.masked_fill(~missed[:, None], ABSENT)
-        self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
-        return drafted
+        return _comb_tokens(ranked)
+
+    @torch.no_grad()
+    def _draft_at_once(self, roots: Tensor, lengths: Tensor) -> Tensor:
+        """The same as one compiled function: the verifier waits for it."""
+        if self._chain is None:
+            runner, step, width = self.runner, self._step, self._width
+
+            def chain(fed: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor) -> Tensor:
+                ranked = []
+                for ahead in range(self.shape.depth):
+                    logits = runner.logits(step, fed, lengths + ahead, runner.contexts[0])
+                    ranked.append(_best(perturbed(logits, noise[:, ahead : ahead + 1], temperature), width))
+                    fed = ranked[-1][..., 0]
+                return _comb_tokens(ranked)
+
+            self._chain = runner.compiled(chain)
+        noise = self.chooser.noise(lengths)
+        return self._chain(roots, lengths, self.chooser.params.temperature, self._silence if noise is None else noise)
 
     def _lengths(self) -> tuple[Tensor, int]:
         """L of every slot, and the longest in use. Rows of a slot that is empty or not whole are computed
@@ -354,56 +384,6 @@ class DraftWorker:
             if known > row.cached:
                 self.runner.copy(source, slot, known)
                 row.cached = known
-
-
-class BranchSteps:
-    """The K steps of all N branches. Step s feeds every branch its s-th token.
-
-    A branch that continues node u attends the main slots of u's chain part, u's scratch slot if
-    u is a leaf off the chain, and the branch's own earlier steps. Scratch slots: leaves of the
-    tree first (as ``RowPlan.tree`` places them), then N for each step. Which nodes the branches
-    continue is data: shapes, and compiled code, are the same in every round.
-    """
-
-    def __init__(self, shape: TreeShape, budget: int, device: torch.device):
-        self._chain, self._leaves = shape.depth + 1, shape.nodes - shape.depth - 1
-        self._depths = shape.depth_index(device)
-        slots, deepest = self._leaves + budget * shape.depth, shape.depth
-        self._slots = torch.arange(slots, device=device)
-        own = torch.zeros(deepest, budget, slots, dtype=torch.bool)
-        for step in range(deepest):
-            for earlier in range(step):
-                start = self._leaves + earlier * budget
-                own[step, :, start : start + budget] = torch.eye(budget, dtype=torch.bool)
-        self._own = own.to(device)
-        self.plans = [
-            RowPlan(
-                name=f"branch {step}",
-                offsets=(deepest + 1 + step,) * budget,
-                limits=(deepest + 1,) * budget,
-                in_place=0,
-                scratch_start=self._leaves + step * budget,
-                scratch_mask=tuple(tuple(row) for row in own[step].tolist()),
-            )
-            for step in range(deepest)
-        ]
-        self._places = [
-            torch.arange(plan.scratch_start, plan.scratch_start + budget, device=device) for plan in self.plans
-        ]
-
-    def layout(self, step: int, nodes: Tensor) -> Layout:
-        """Of step ``step`` for branches that continue ``nodes [B, N]``."""
-        depths, leaf = self._depths[nodes], nodes >= self._chain
-        mask = self._own[step].expand(len(nodes), -1, -1)
-        if self._leaves:
-            mask = mask | (leaf[..., None] & (self._slots == (nodes - self._chain)[..., None]))
-        # A leaf's own key stands in scratch, so main ends before its position.
-        return Layout(depths + 1 + step, depths + (~leaf).long(), self._places[step], mask)
-
-
-def scratch_slots(shape: TreeShape, budget: int) -> int:
-    """Scratch slots the draft's cache needs per sequence."""
-    return shape.nodes - shape.depth - 1 + budget * shape.depth
 
 
 def _at(noise: Tensor, ahead: Tensor) -> Tensor:

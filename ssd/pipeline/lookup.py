@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,12 +19,23 @@ def lookup(nodes: Tensor, bonus: Tensor, speculation: SpeculationSet) -> tuple[T
     Returns:
         trees ``[B, W]`` (root = bonus, candidates ``ABSENT`` on a miss) and hit ``[B]`` bool.
     """
-    hit, branch = found_branch(nodes, bonus, speculation)
-    found = speculation.trees[torch.arange(len(nodes)), branch]
-    return torch.cat([bonus[:, None], found.masked_fill(~hit[:, None], ABSENT)], dim=1), hit
+    hit, branch = _found(nodes, bonus, speculation)
+    trees = np.empty((len(hit), speculation.trees.shape[2] + 1), dtype=np.int64)
+    trees[:, 0] = bonus.numpy()
+    trees[:, 1:] = speculation.trees.numpy()[np.arange(len(hit)), branch]
+    trees[~hit, 1:] = ABSENT
+    return torch.from_numpy(trees), torch.from_numpy(hit)
 
 
 def found_branch(nodes: Tensor, bonus: Tensor, speculation: SpeculationSet) -> tuple[Tensor, Tensor]:
     """Who hit ``[B]`` bool, and the branch that did ``[B]`` int64. Arguments as for :func:`lookup`."""
-    matches = (speculation.nodes == nodes[:, None]) & (speculation.guesses == bonus[:, None])
-    return matches.any(1), matches.long().argmax(1)
+    hit, branch = _found(nodes, bonus, speculation)
+    return torch.from_numpy(hit), torch.from_numpy(branch)
+
+
+def _found(nodes: Tensor, bonus: Tensor, speculation: SpeculationSet) -> tuple[np.ndarray, np.ndarray]:
+    # Numpy: on the critical path of every round, where torch's cost per call counts.
+    matches = (speculation.nodes.numpy() == nodes.numpy()[:, None]) & (
+        speculation.guesses.numpy() == bonus.numpy()[:, None]
+    )
+    return matches.any(1), matches.argmax(1)

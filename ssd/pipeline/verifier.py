@@ -277,7 +277,9 @@ class VerifierWorker:
         rows, and no forward."""
         if not self.decoding:
             nothing = torch.zeros(len(self.rows), dtype=torch.int64)
-            return Verdict(outcome=Outcome(nothing, nothing), states=self._states(), commits=[], forward_s=0.0)
+            return Verdict(
+                outcome=Outcome(nothing, nothing), states=torch.tensor(self._states()), commits=[], forward_s=0.0
+            )
         running = [len(row.tokens) if row is not None else 0 for row in self.rows]
         # Rows of the other slots are computed and mean nothing: they land behind what must stay there.
         lengths_list = [
@@ -345,29 +347,30 @@ class VerifierWorker:
     def advance(self, verdict: Verdict, speculation: SpeculationSet | None) -> Tensor:
         """Next trees by lookup (``None``: no draft took part). Returns the rows ``[B]`` bool that
         wait for a tree drafted now."""
-        bonus = verdict.outcome.bonus
-        trees = torch.full_like(self.trees, ABSENT)
-        trees[:, 0] = bonus
         missed = torch.zeros(len(self.rows), dtype=torch.bool)
         self.lookups = self.hits = 0
-        if speculation is not None:
-            trees, hit = lookup(verdict.outcome.node, bonus, speculation)
+        if speculation is None:
+            self.trees = torch.full_like(self.trees, ABSENT)
+            self.trees[:, 0] = verdict.outcome.bonus
+        else:
+            self.trees, found = lookup(verdict.outcome.node, verdict.outcome.bonus, speculation)
             if self.judge is not None:
-                self.judge.take(verdict.outcome.node, bonus, speculation)
-            prepared = (speculation.guesses != ABSENT).any(-1)
-            for slot, row in enumerate(self.rows):
+                self.judge.take(verdict.outcome.node, verdict.outcome.bonus, speculation)
+            prepared = (speculation.guesses != ABSENT).any(-1).tolist()
+            for slot, (row, hit) in enumerate(zip(self.rows, found.tolist(), strict=True)):
                 if row is None or not self.speculates(row):
                     continue
                 row.draft_behind = row.method == "ssd" and not prepared[slot]
                 if row.method == "ssd" and prepared[slot]:
-                    row.hit = bool(hit[slot])
-                    row.record.count_lookup(row.hit)
+                    row.hit = hit
+                    row.record.count_lookup(hit)
                     self.lookups += 1
-                    self.hits += row.hit
-                self.origins[slot] = "hit" if hit[slot] else "miss"
-                missed[slot] = not hit[slot] and (self.jit or row.method == "sd")
-        active = torch.tensor([row is not None for row in self.rows])
-        self.trees = trees.masked_fill(~active[:, None], ABSENT)
+                    self.hits += hit
+                self.origins[slot] = "hit" if hit else "miss"
+                missed[slot] = not hit and (self.jit or row.method == "sd")
+        for slot, row in enumerate(self.rows):
+            if row is None:
+                self.trees[slot] = ABSENT
         return missed
 
     def fill(self, missed: Tensor, drafted: Tensor, draft: DraftProbs | None = None) -> None:
@@ -394,12 +397,13 @@ class VerifierWorker:
 
     def _commit(self, outcome: Outcome, lengths: list[int], logits: Tensor) -> tuple[Tensor, list[Commit]]:
         states, commits = self._states(), []
+        trees = self.trees.tolist()
         moves: list[tuple[int, int, int]] = []
         for slot, (node, bonus) in enumerate(zip(outcome.node.tolist(), outcome.bonus.tolist(), strict=True)):
             row = self.rows[slot]
             if row is None:
                 continue
-            tree = self.trees[slot].tolist()
+            tree = trees[slot]
             depth, chain = self.shape.depths[node], self.shape.depth
             drafted, path = sum(token != ABSENT for token in tree[1 : chain + 1]), self.shape.path(node)
             row.record.count_round(drafted=drafted, accepted=depth)
@@ -434,15 +438,15 @@ class VerifierWorker:
         if moves:
             slots, scratch, positions = (torch.tensor(column) for column in zip(*moves, strict=True))
             self.runner.cache.keep(slots, scratch, positions)
-        return states, commits
+        return torch.tensor(states), commits
 
-    def _states(self) -> Tensor:
+    def _states(self) -> list[int]:
         """What the draft must know of slots that do not decode."""
-        states = torch.zeros(len(self.rows), dtype=torch.int64)
+        states = [int(RowState.EMPTY)] * len(self.rows)
         for slot, row in self.prefilling.items():
             row.at_draft = row.at_draft and self.speculates(row)
             if row.at_draft:
-                states[slot] = RowState.PREFILL
+                states[slot] = int(RowState.PREFILL)
         return states
 
     def _free(self, slot: int) -> None:

@@ -142,6 +142,7 @@ class Generation:
         try:
             for prompt, params in job.choices:
                 self.streams.append(engine.submit(job.prompts[prompt], params, client=client))
+                self.streams[-1].request.label = job.head["id"]
         except RequestError as error:
             self.cancel()
             raise refused(error) from None

@@ -48,6 +48,9 @@ class Metrics:
         self.wait_s = counter("verifier_wait_seconds", "The verifier waiting in the exchange.")
         self.jit_s = counter("verifier_jit_wait_seconds", "The verifier waiting for trees drafted after a miss.")
         self.draft_bubble_s = counter("draft_bubble_seconds", "The draft with nothing to do, within rounds.")
+        self.shadow_replays = counter(
+            "shadow_replays", "Finished requests decoded again plainly, by what came out.", ("result",)
+        )
         self.queue_time = histogram("request_queue_time_seconds", "From arrival to the verifier.")
         self.first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.")
         self.between = histogram("inter_token_latency_seconds", "Between the commits of a request.")

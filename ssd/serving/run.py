@@ -18,6 +18,7 @@ from ..pipeline.launch import LocalPipeline, Pipeline
 from .app import build_app
 from .lane import LaneServer
 from .metrics import Metrics
+from .shadow import observed_engine
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 GRACE_S = 3
@@ -56,7 +57,7 @@ async def serve(
         PipelineError: the workers did not come up, or the pipeline broke.
     """
     metrics = Metrics()
-    engine = AsyncEngine(config, launch=launch, observer=metrics)
+    engine, shadow = observed_engine(config, metrics, launch=launch)
     model = config.server.model_name or config.target.model.rstrip("/").rpartition("/")[2]
     app = build_app(engine, metrics, model=model)
     listener = _listen(config.server.host, config.server.port)
@@ -104,6 +105,7 @@ async def serve(
         listener.close()
         if lane is not None:
             await lane.close()
+        await shadow.close()
         await engine.close()
         for number in STOPPING:
             loop.remove_signal_handler(number)

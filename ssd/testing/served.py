@@ -14,10 +14,10 @@ from typing import Any
 import uvicorn
 
 from ..config import load_config
-from ..engine.async_engine import AsyncEngine
 from ..pipeline.build import Plan
 from ..serving.app import build_app
 from ..serving.metrics import Metrics
+from ..serving.shadow import observed_engine
 from .scripted import ScriptedPipeline, scripted_token
 
 SOON_S = 60.0
@@ -45,7 +45,8 @@ class Served:
 
         config = load_config("embedded", ["engine.max_batch=4", *self._overrides])
         metrics = Metrics()
-        self.engine = engine = AsyncEngine(config, launch=launch, observer=metrics)
+        engine, shadow = observed_engine(config, metrics, launch=launch)
+        self.engine = engine
         server = uvicorn.Server(
             uvicorn.Config(build_app(engine, metrics, model="tiny"), log_level="warning", lifespan="off")
         )
@@ -61,6 +62,7 @@ class Served:
             server.should_exit = True
             engine.cancel_all()
             await serving
+            await shadow.close()
 
     def close(self) -> None:
         self._over.set()

@@ -25,9 +25,10 @@ ALLOWED = {
     "config": {*BASE},
     # The package's face and its commands stand above everything.
     "__init__": {*BASE, "decoding", *STACK},
-    "cli": {"__init__", *BASE, "decoding", *STACK, "cli_serving", "cli_remote"},
+    "cli": {"__init__", *BASE, "decoding", *STACK, "cli_serving", "cli_remote", "cli_certify"},
     "cli_serving": {"__init__", *BASE, "decoding", *STACK},
     "cli_remote": {"__init__", *BASE, "decoding", *STACK},
+    "cli_certify": {"__init__", *BASE, "decoding", *STACK, "cli_serving"},
 }
 OPEN = {"ssd.__version__"}
 """Importable from everywhere."""
@@ -36,7 +37,7 @@ FENCED = {
     "zmq": ("ssd/pipeline/", "ssd/serving/"),
     "torch.distributed": ("ssd/pipeline/", "ssd/models/", "launch/"),
     "transformers": ("ssd/models/", "ssd/engine/", "ssd/testing/"),
-    "typer": ("ssd/cli.py", "ssd/cli_serving.py", "ssd/cli_remote.py"),
+    "typer": ("ssd/cli.py", "ssd/cli_serving.py", "ssd/cli_remote.py", "ssd/cli_certify.py"),
     "fastapi": ("ssd/serving/",),
     "uvicorn": ("ssd/serving/", "ssd/testing/served.py"),
 }

@@ -25,7 +25,7 @@ constexpr int LANES = 8, VECTORS = 2;
 #endif
 constexpr int PANEL = LANES * VECTORS;
 constexpr int ROWS = 6;             // accumulators and operands fill the registers
-constexpr int AHEAD = 16 * PANEL;   // weights to prefetch ahead
+constexpr int AHEAD = 4096;         // bytes of weights to prefetch ahead
 constexpr int LINE = 64;            // bytes of a cache line
 
 typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -43,7 +43,7 @@ inline void multiply(const float* x, int64_t depth, const Weight* panel, float* 
   Vector sums[M][VECTORS] = {};
   for (int64_t k = 0; k < depth; ++k, panel += PANEL) {
 #pragma GCC unroll 4
-    for (int at = 0; at < PANEL; at += LINE / sizeof(Weight)) __builtin_prefetch(panel + AHEAD + at);
+    for (int at = 0; at < PANEL; at += LINE / sizeof(Weight)) __builtin_prefetch(reinterpret_cast<const char*>(panel + at) + AHEAD);
     Vector weights[VECTORS];
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) weights[v] = load(panel + v * LANES);

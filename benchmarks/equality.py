@@ -1,0 +1,272 @@
+"""Equality at scale: plain decoding = ``sd`` = ``ssd``, over many configurations and prompts.
+
+    python benchmarks/equality.py tiny --jobs 2 --out FILE.jsonl  1,000 prompts, tiny models of 9 architectures
+    python benchmarks/equality.py embedded --out FILE.jsonl       208 prompts in fp32, the same number in bf16
+
+256 tokens each. Every case is one engine: an architecture and dtype, a lookahead, siblings, a forecast, a fallback, a
+batch size; its requests go through temperatures 0, 0.7, 1 and 1.5, filters and penalties, and come
+in while others run. A finished case is one line of FILE; a run that was stopped goes on after the
+last one. The end prints a table and writes FILE with the suffix .json. Exit code 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging
+
+from ssd import LLM, SamplingParams
+from ssd.bench.certify import Certificate, Trial, certify
+from ssd.bench.compare import versions
+from ssd.pipeline.launch import InprocPipeline, LocalPipeline
+from ssd.testing.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
+
+VOCABULARY, LONGEST_PROMPT = 128, 40
+TEMPERATURES = (0.0, 0.7, 1.0, 1.5)
+EXTRAS: tuple[dict[str, Any], ...] = (
+    {},
+    {"top_p": 0.9},
+    {"top_k": 12},
+    {"min_p": 0.05},
+    {"top_k": 20, "top_p": 0.8, "min_p": 0.02},
+    {"repetition_penalty": 1.3},
+    {"presence_penalty": 0.7, "frequency_penalty": 0.4},
+)
+"""Filters do nothing at temperature 0; five temperatures' step keeps them from always meeting the same."""
+LOOKAHEADS, SIBLINGS, BUDGETS = (3, 1, 5, 2, 8, 4, 6), (0, 1, 2), (8, 3, 12, 24)
+SHAPES, FALLBACKS, DTYPES = ("confidence", "uniform", "geometric"), ("jit", "none"), ("float32", "bfloat16")
+TINY_BATCHES = (8, 3, 6, 1, 8, 4, 2, 7, 5)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    name: str
+    config: dict[str, Any]
+    prompts: int
+    compiled: bool = False
+    """Runs as local processes, compiled; otherwise as threads, eagerly."""
+
+
+def tiny_cases(folder: Path, total: int, cases: int) -> Iterator[Case]:
+    """Cases over all architectures, the prompts shared out by batch size."""
+    batches = [TINY_BATCHES[(index + index // 9) % len(TINY_BATCHES)] for index in range(cases)]
+    squares = list(itertools.accumulate(batch * batch for batch in batches))
+    shares, given = [square / squares[-1] for square in squares], 0
+    for index, batch in enumerate(batches):
+        # By its square: what a wave of 256 rounds costs hardly depends on how many share it.
+        count = round(total * shares[index]) - given
+        given += count
+        architecture, dtype = ARCHITECTURES[index % len(ARCHITECTURES)], DTYPES[index % 2]
+        models = {
+            role: {"model": str(folder / f"{architecture}-{role}"), "dtype": dtype, "compile": False}
+            for role in ("target", "draft")
+        }
+        lookahead, siblings = LOOKAHEADS[index % len(LOOKAHEADS)], SIBLINGS[(index + index // 9) % len(SIBLINGS)]
+        shape, fallback = SHAPES[(index // 2) % len(SHAPES)], FALLBACKS[(index // 3) % 2]
+        budget = BUDGETS[index % len(BUDGETS)]
+        name = f"{architecture} {dtype} K={lookahead} siblings={siblings} N={budget} {shape} {fallback} B={batch}"
+        speculation = {
+            "lookahead": lookahead,
+            "siblings": siblings,
+            "fallback": fallback,
+            "governor": False,
+            "forecast": {"budget": budget, "shape": shape},
+        }
+        engine = {"max_batch": batch, "max_model_len": 320, "prefill_chunk": 16}
+        yield Case(name=name, config={**models, "speculation": speculation, "engine": engine}, prompts=count)
+
+
+def save_tiny_pair(folder: Path, architecture: str) -> None:
+    """A target, and a draft that is right now and then: the target with disturbed weights."""
+    logging.disable_progress_bar()
+    model = tiny_model(architecture, vocab_size=VOCABULARY)
+    for role in ("target", "draft"):
+        if role == "draft":
+            generator = torch.Generator().manual_seed(7)
+            with torch.no_grad():
+                for weight in model.parameters():
+                    noise = torch.randn(weight.shape, generator=generator)
+                    weight.add_(noise * weight.std(correction=0), alpha=0.04)
+        model.save_pretrained(folder / f"{architecture}-{role}")
+        tiny_tokenizer(VOCABULARY).save_pretrained(folder / f"{architecture}-{role}")
+
+
+def embedded_cases(total: int) -> Iterator[Case]:
+    """The shipped pair; in each dtype one sequence at a time and four, a chain and a comb."""
+    for dtype, (batch, lookahead, siblings, budget) in itertools.product(DTYPES, ((1, 3, 0, 8), (4, 4, 1, 12))):
+        count = total // 4 if batch == 1 else total - total // 4
+        models = {
+            role: {"model": f"embedded/{role}", "dtype": dtype, "cores": [core]}
+            for core, role in enumerate(("target", "draft"))
+        }
+        speculation = {
+            "lookahead": lookahead,
+            "siblings": siblings,
+            "governor": False,
+            "forecast": {"budget": budget},
+        }
+        engine = {"max_batch": batch, "max_model_len": 512}
+        name = f"embedded {dtype} K={lookahead} siblings={siblings} N={budget} confidence jit B={batch}"
+        yield Case(
+            name=name, config={**models, "speculation": speculation, "engine": engine}, prompts=count, compiled=True
+        )
+
+
+def random_prompts(count: int, seed: int) -> list[tuple[int, ...]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, LONGEST_PROMPT + 1, (count,), generator=generator).tolist()
+    return [tuple(torch.randint(4, VOCABULARY, (length,), generator=generator).tolist()) for length in lengths]
+
+
+def source_prompts(count: int, seed: int) -> list[str]:
+    """Beginnings of the standard library's functions: what the pair continues, never twice the same."""
+    texts: list[str] = []
+    for path in sorted(Path(json.__file__).parents[1].glob("*.py")):
+        lines = path.read_text(encoding="utf-8", errors="ignore").splitlines(keepends=True)
+        texts += ["".join(lines[at : at + 6]) for at, line in enumerate(lines) if line.lstrip().startswith("def ")]
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [texts[at] for at in order if len(texts[at]) < 400][:count]
+
+
+def asked(prompts: list[Any], max_tokens: int, seed: int) -> list[Trial]:
+    """The prompts as requests, through temperatures and extras."""
+    trials = []
+    for index, prompt in enumerate(prompts):
+        # 4 temperatures and 7 extras have no common divisor: every pair comes up.
+        params = SamplingParams(
+            temperature=TEMPERATURES[index % len(TEMPERATURES)],
+            seed=seed + index,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            **EXTRAS[index % len(EXTRAS)],
+        )
+        trials.append(Trial(name=str(index), prompt=prompt, params=params))
+    return trials
+
+
+def run_case(case: Case, trials: list[Trial]) -> dict[str, Any]:
+    began = time.perf_counter()
+    torch.set_num_threads(1)
+    with LLM(case.config, launch=LocalPipeline if case.compiled else InprocPipeline) as llm:
+        found = certify(llm, trials, ("sd", "ssd"))
+    return {**summary(found), "case": case.name, "prompts": case.prompts, "seconds": round(time.perf_counter() - began)}
+
+
+def summary(found: Certificate) -> dict[str, Any]:
+    data = found.to_json()
+    for group in data["groups"]:
+        group["record"] = {key: group["record"][key] for key in ("rounds", "drafted", "accepted", "lookups", "hits")}
+    return {key: data[key] for key in ("passed", "faults", "groups", "divergences", "noise")}
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    out = Table(title="outputs equal to plain decoding's", title_justify="left")
+    for column in ("case", "prompts", "outputs", "equal", "tokens", "accepted/drafted", "hits", "log-prob. diff."):
+        out.add_column(column, justify="left" if column == "case" else "right")
+    for row in [*rows, merged(rows)]:
+        out.add_row(*cells(row))
+    return out
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    def total(name: str) -> int:
+        return sum(group[name] for group in row["groups"])
+
+    def counted(name: str) -> int:
+        return sum(group["record"][name] for group in row["groups"])
+
+    return [
+        row["case"],
+        str(row["prompts"]),
+        str(total("outputs")),
+        str(total("equal")),
+        f"{total('tokens'):,}",
+        f"{counted('accepted') / max(1, counted('drafted')):.2f}",
+        f"{counted('hits') / max(1, counted('lookups')):.2f}",
+        f"{max(group['largest_difference'] for group in row['groups']):.1e}",
+    ]
+
+
+def merged(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    groups = [group for row in rows for group in row["groups"]]
+    return {"case": "all", "prompts": sum(row["prompts"] for row in rows), "groups": groups}
+
+
+def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """By method and temperature."""
+    found: dict[tuple[str, float], dict[str, Any]] = {}
+    for group in merged(rows)["groups"]:
+        key = group["method"], group["temperature"]
+        names = ("outputs", "equal", "near_ties", "structural", "tokens")
+        into = found.setdefault(key, {"method": key[0], "temperature": key[1], **dict.fromkeys(names, 0)})
+        for name in names:
+            into[name] += group[name]
+    return {"groups": [found[key] for key in sorted(found)], "prompts": merged(rows)["prompts"]}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", choices=("tiny", "embedded"))
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument("--prompts", type=int, help="1000 for tiny; 208 for embedded, in each dtype")
+    parser.add_argument("--cases", type=int, default=27, help="tiny only: how many configurations")
+    parser.add_argument("--jobs", type=int, default=1, help="tiny only: cases at a time, each takes a core")
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=20261122)
+    given = parser.parse_args(arguments)
+    tiny = given.models == "tiny"
+    total = given.prompts or (1000 if tiny else 208)
+    console = Console(width=150)
+    done = [json.loads(line) for line in given.out.read_text().splitlines()] if given.out.exists() else []
+    names = {row["case"] for row in done}
+    with tempfile.TemporaryDirectory(prefix="ssd-equality-") as folder:
+        cases = list(tiny_cases(Path(folder), total, given.cases) if tiny else embedded_cases(total))
+        work = []
+        for number, case in enumerate(cases):
+            if case.name in names:
+                continue
+            seed = given.seed + 1000 * number
+            if tiny:
+                save_tiny_pair(Path(folder), ARCHITECTURES[number % len(ARCHITECTURES)])
+            prompts = (random_prompts if tiny else source_prompts)(case.prompts, seed)
+            work.append((case, asked(prompts, given.max_tokens, seed)))
+        for row in rows_of(work, given.jobs if tiny else 1):
+            done.append(row)
+            with given.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            verdict = "equal" if row["passed"] else "; ".join(row["faults"])
+            console.print(f"{len(done)}/{len(cases)} {row['case']}: {verdict}, {row['seconds']} s", highlight=False)
+    console.print(table(done))
+    report = {"command": " ".join(sys.argv), **totals(done), "versions": versions(), "cases": done}
+    given.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0 if all(row["passed"] for row in done) else 1
+
+
+def rows_of(work: list[tuple[Case, list[Trial]]], jobs: int) -> Iterator[dict[str, Any]]:
+    """As cases finish."""
+    if jobs == 1:
+        yield from map(_run, work)
+        return
+    with get_context("spawn").Pool(jobs) as pool:
+        yield from pool.imap_unordered(_run, work)
+
+
+def _run(work: tuple[Case, list[Trial]]) -> dict[str, Any]:
+    return run_case(*work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

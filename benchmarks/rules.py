@@ -1,0 +1,126 @@
+"""Verification rules side by side: ``coupled``, ``rejection`` with a sweep of Saguaro's C, ``block``.
+
+    python benchmarks/rules.py --out FILE.json [--prompts FILE.jsonl] [--repeat 3]
+
+One engine per rule, asked at every temperature by ``ssd.bench.compare`` (``none_fast``, ``none`` and
+``ssd`` interleaved prompt by prompt, so a speedup is within one engine's run). Prints a Markdown table.
+
+Bytes per round: one outcome frame and one speculation frame in every round, a tree frame after a miss,
+from the sizes of the frames as they travel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ssd import LLM
+from ssd.bench.compare import Comparison, compare, versions
+from ssd.bench.prompts import load_prompts
+from ssd.config import Config, load_config
+from ssd.engine.front import make_plan
+
+PROMPTS = Path(__file__).parent / "prompts" / "heldout-code.jsonl"
+RULES: dict[str, tuple[str, ...]] = {
+    "coupled": (),
+    "rejection": ("speculation.verify=rejection",),
+    "rejection, C = 0.75": ("speculation.verify=rejection", "speculation.saguaro_c=0.75"),
+    "rejection, C = 0.5": ("speculation.verify=rejection", "speculation.saguaro_c=0.5"),
+    "rejection, C = 0.25": ("speculation.verify=rejection", "speculation.saguaro_c=0.25"),
+    "block": ("speculation.verify=block",),
+    "block, C = 0.5": ("speculation.verify=block", "speculation.saguaro_c=0.5"),
+}
+COLUMNS = ("T", "rule", "α", "hits", "tokens/round", "bytes/round", "tok/s", "speedup", "round ms", "draft ms")
+
+
+def bytes_per_round(config: Config, found: Comparison) -> float:
+    """Of one pipeline round, both directions; frames are int32."""
+    _, plan = make_plan(config)
+    frames = plan.frames()
+    rounds = misses = 0
+    for tally in found.repeats("ssd"):
+        rounds += tally.speculation.rounds
+        misses += tally.speculation.lookups - tally.speculation.hits
+    waited = misses / rounds if plan.jit and rounds else 0.0
+    return 4 * (frames.outcome_size + frames.speculation_size + waited * frames.tree_size)
+
+
+def measure(config: Config, given: argparse.Namespace, report: Any) -> list[dict[str, Any]]:
+    rows = []
+    with LLM(config) as llm:
+        for temperature in given.temperature:
+            found = compare(
+                llm,
+                load_prompts(given.prompts),
+                methods=("ssd",),
+                temperature=temperature,
+                max_tokens=given.max_tokens,
+                repeat=given.repeat,
+                progress=lambda done, total, label, at=temperature: report(f"T = {at:g}: {done}/{total}"),
+            )
+            data = found.to_json()["methods"]
+            rows.append(
+                {
+                    "temperature": temperature,
+                    **{key: data["ssd"][key] for key in ("acceptance_rate", "hit_rate", "acceptance_length")},
+                    "bytes_per_round": bytes_per_round(config, found),
+                    **{key: data["ssd"][key] for key in ("tokens_per_second", "speedup", "round_ms", "draft_ms")},
+                    "none_fast_tokens_per_second": data["none_fast"]["tokens_per_second"],
+                    "tokens": found.to_json()["tokens"],
+                }
+            )
+        if llm.degraded:
+            raise SystemExit(f"the draft was lost: {llm.degraded}")
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
+    for row in sorted(rows, key=lambda row: row["temperature"]):
+        cells = (
+            f"{row['temperature']:g}",
+            row["rule"],
+            f"{row['acceptance_rate']:.2f}",
+            f"{row['hit_rate']:.2f}",
+            f"{row['acceptance_length']:.2f}",
+            f"{row['bytes_per_round']:,.0f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['speedup']:.2f}",
+            f"{row['round_ms']:.2f}",
+            f"{row['draft_ms']:.2f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
+    parser.add_argument("--config", default="embedded")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--prompts", type=Path, default=PROMPTS)
+    parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES), metavar="RULE")
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0.7, 1.0])
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--repeat", type=int, default=3)
+    given = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    with Console(stderr=True).status("starting") as status:
+        for rule in given.rules:
+            config = load_config(given.config, ["speculation.governor=false", *given.overrides, *RULES[rule]])
+            found = measure(config, given, lambda text, rule=rule: status.update(f"{rule}, {text}"))
+            rows += [{"rule": rule, **row} for row in found]
+            result = {"rows": rows, "overrides": given.overrides, "prompts": str(given.prompts), "versions": versions()}
+            given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(markdown(rows))
+    for temperature in given.temperature:
+        best = max((row for row in rows if row["temperature"] == temperature), key=lambda row: row["speedup"])
+        print(f"T = {temperature:g}: {best['rule']} has the largest speedup, {best['speedup']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
