@@ -4,7 +4,6 @@ checks. Decisions only; ``loops`` moves the frames."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,23 +23,7 @@ from .lookup import lookup
 from .messages import Admit
 from .prefix import common_prefix
 from .rules import CandidateSampler, stacked
-
-
-@dataclass(slots=True)
-class _Row:
-    tokens: list[int]
-    """Committed, the root excluded."""
-    cached: int
-    """How many of them have keys and values here."""
-    forecasts: bool
-    """Whether outcomes are prepared for it (``ssd``), or only misses served (``sd``)."""
-    number: int
-    """How many came before it."""
-
-    @property
-    def whole(self) -> bool:
-        """Whether the next forward may take it along."""
-        return self.cached == len(self.tokens)
+from .sequence import DraftRow
 
 
 class DraftWorker:
@@ -55,7 +38,7 @@ class DraftWorker:
     def __init__(self, runner: ForwardRunner, *, shape: TreeShape, forecast: Forecast, prefix_caching: bool = True):
         self.runner, self.shape, self.forecast = runner, shape, forecast
         batch, device = runner.batch, runner.device
-        self.rows: list[_Row | None] = [None] * batch
+        self.rows: list[DraftRow | None] = [None] * batch
         self._left: list[list[int]] = [[] for _ in range(batch)]
         """Tokens whose keys and values the slot's last sequence left behind."""
         self._prefix_caching, self._came, self._prefilled = prefix_caching, 0, False
@@ -111,7 +94,7 @@ class DraftWorker:
         # A sequence that comes back after a time of plain decoding finds its keys where they were. Keys of
         # generated tokens will do as well as a prefill's: what the draft computes decides only the speed.
         known = common_prefix(tokens, self._left[message.slot])
-        row = self.rows[message.slot] = _Row(tokens, known, message.forecasts, self._came)
+        row = self.rows[message.slot] = DraftRow(tokens, known, message.forecasts, self._came)
         self._take_over(message.slot, row)
         self._came += 1
         self._in_glue.discard(message.slot)
@@ -375,7 +358,7 @@ class DraftWorker:
         row.cached += len(chunk)
         self._prefilled = True
 
-    def _take_over(self, slot: int, row: _Row) -> None:
+    def _take_over(self, slot: int, row: DraftRow) -> None:
         """What any slot holds of a sequence, if that is more than it has."""
         if not self._prefix_caching:
             return

@@ -1,4 +1,4 @@
-"""One request inside the verifier: its tokens and when it ends."""
+"""One request inside the verifier: its tokens and when it ends; and what the draft knows of it."""
 
 from __future__ import annotations
 
@@ -59,3 +59,22 @@ class Sequence:
             if self.generated >= self.params.max_tokens or len(self.tokens) + 1 >= self.context_limit:
                 return emitted, "length"
         return emitted, None
+
+
+@dataclass(slots=True)
+class DraftRow:
+    """One sequence inside the draft."""
+
+    tokens: list[int]
+    """Committed, the root excluded."""
+    cached: int
+    """How many of them have keys and values here."""
+    forecasts: bool
+    """Whether outcomes are prepared for it (``ssd``), or only misses served (``sd``)."""
+    number: int
+    """How many came before it."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the next forward may take it along."""
+        return self.cached == len(self.tokens)

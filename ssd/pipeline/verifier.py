@@ -4,14 +4,12 @@ Decisions only; ``loops`` moves the frames and the messages."""
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..decoding.logprobs import Logprobs, token_logprobs
+from ..decoding.logprobs import token_logprobs
 from ..decoding.processors import TreePaths
 from ..decoding.sampling import perturbed, scores
 from ..decoding.support import DraftProbs
@@ -20,43 +18,17 @@ from ..decoding.verify import Outcome, verify_coupled
 from ..models.device import Courier
 from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner
-from ..params import FinishReason, Method, Origin
+from ..params import Method, Origin
 from .chooser import Chooser
 from .frames import RowState, SpeculationSet
 from .governor import Governor, Round
 from .lookup import lookup
 from .messages import Admit, Submit
 from .prefix import PrefixCache
+from .prompts import Prompts
 from .rules import Judge
 from .sequence import Sequence
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Commit:
-    """What a round made certain for one request."""
-
-    request: int
-    tokens: list[int]
-    accepted: int
-    depth: int
-    """Drafted tokens the round accepted, before any cut."""
-    drafted: int
-    hit: bool | None
-    origin: Origin
-    finished: FinishReason | None
-    logprobs: Logprobs | None
-    sequence: Sequence
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
-    """What a round decided."""
-
-    outcome: Outcome
-    states: Tensor
-    """``[B]`` int64 of ``RowState``: for the draft."""
-    commits: list[Commit]
-    forward_s: float
+from .verdict import Commit, Verdict
 
 
 class VerifierWorker:
@@ -91,12 +63,9 @@ class VerifierWorker:
         self.governed = governed
         self.governors: dict[Method, Governor] = {"sd": Governor(), "ssd": Governor()}
         self.strict, self.ends, self.max_model_len, self.clock = strict, ends, max_model_len, clock
-        self.waiting: deque[Sequence] = deque()
         self.rows: list[Sequence | None] = [None] * runner.batch
         """Those that decode."""
-        self.prefilling: dict[int, Sequence] = {}
-        """By slot, in the order they came: those whose prompt is not whole yet."""
-        self.prefixes = PrefixCache(runner.batch, runner.chunk, enabled=prefix_caching)
+        self.prompts = Prompts(runner, PrefixCache(runner.batch, runner.chunk, enabled=prefix_caching))
         self.drafting = True
         """False once the draft is lost: everything decodes plainly from then on."""
         self.judge: Judge | None = None
@@ -140,7 +109,7 @@ class VerifierWorker:
 
     @property
     def idle(self) -> bool:
-        return not (self.waiting or self.prefilling or self.decoding)
+        return not (self.prompts.waiting or self.prompts.filling or self.decoding)
 
     @property
     def decoding(self) -> bool:
@@ -149,7 +118,7 @@ class VerifierWorker:
 
     @property
     def _admitted(self) -> list[tuple[int, Sequence]]:
-        return [*((slot, row) for slot, row in enumerate(self.rows) if row is not None), *self.prefilling.items()]
+        return [*((slot, row) for slot, row in enumerate(self.rows) if row is not None), *self.prompts.filling.items()]
 
     def speculates(self, row: Sequence | None) -> bool:
         if row is None or not self.drafting or row.method not in self.governors:
@@ -166,7 +135,7 @@ class VerifierWorker:
         params = message.params
         method: Method = params.method or self.method
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.ends)
-        self.waiting.append(
+        self.prompts.waiting.append(
             Sequence(
                 request=message.request,
                 params=params,
@@ -185,23 +154,11 @@ class VerifierWorker:
             if row.request == request:
                 self._free(slot)
                 return row
-        for row in self.waiting:
-            if row.request == request:
-                self.waiting.remove(row)
-                return row
-        return None
+        return self.prompts.forget(request)
 
     def admit(self) -> None:
         """Give free slots to waiting requests, with what those or others hold of their prompts."""
-        taken = {slot for slot, _ in self._admitted}
-        free = [slot for slot in range(len(self.rows)) if slot not in taken]
-        while self.waiting and free:
-            row = self.waiting.popleft()
-            slot, row.cached = self.prefixes.place(row.tokens, free)
-            row.reused = row.cached
-            self.prefilling[slot] = row
-            self._take_over(slot, row)  # before its source is given away
-            free.remove(slot)
+        self.prompts.admit([slot for slot, row in enumerate(self.rows) if row is None])
 
     def introduce(self) -> list[Admit]:
         """What to tell the draft of sequences that speculate from now on: new ones, and those that
@@ -240,28 +197,10 @@ class VerifierWorker:
     def prefill(self) -> bool:
         """One chunk of the prompt that came first: running rows wait no longer than that. Sequences whose
         prompt is whole decode from now on. Returns whether a chunk was computed."""
-        computed = False
-        for slot, row in list(self.prefilling.items()):
-            chunk = row.tokens[row.cached : row.cached + self.runner.chunk]
-            if chunk and not computed:
-                self.runner.prefill(slot, chunk, start=row.cached)
-                row.cached += len(chunk)
-                self.prefixes.hold(slot, row.tokens[: row.cached])
-                computed = True
-            if row.cached == len(row.tokens):
-                self._start(slot, self.prefilling.pop(slot))
-                for other, waits in self.prefilling.items():  # now, for what is free may be gone when its turn comes
-                    self._take_over(other, waits)
+        computed, whole = self.prompts.compute()
+        for slot, row in whole:
+            self._start(slot, row)
         return computed
-
-    def _take_over(self, slot: int, row: Sequence) -> None:
-        """What any slot holds of a prompt, if that is more than it has."""
-        source, length = self.prefixes.find(row.tokens)
-        if length > row.cached:
-            self.runner.copy(source, slot, length)
-            self.prefixes.hold(slot, row.tokens[:length])
-            row.reused += length - row.cached
-            row.cached = length
 
     def _start(self, slot: int, row: Sequence) -> None:
         self.rows[slot] = row
@@ -284,7 +223,7 @@ class VerifierWorker:
         # Rows of the other slots are computed and mean nothing: they land behind what must stay there.
         lengths_list = [
             length if row is not None else len(held)
-            for length, row, held in zip(running, self.rows, self.prefixes.held, strict=True)
+            for length, row, held in zip(running, self.rows, self.prompts.prefixes.held, strict=True)
         ]
         lengths = self._courier.place(torch.tensor(lengths_list))
         plan = self._plan()
@@ -443,7 +382,7 @@ class VerifierWorker:
     def _states(self) -> list[int]:
         """What the draft must know of slots that do not decode."""
         states = [int(RowState.EMPTY)] * len(self.rows)
-        for slot, row in self.prefilling.items():
+        for slot, row in self.prompts.filling.items():
             row.at_draft = row.at_draft and self.speculates(row)
             if row.at_draft:
                 states[slot] = int(RowState.PREFILL)
@@ -451,7 +390,6 @@ class VerifierWorker:
 
     def _free(self, slot: int) -> None:
         self.rows[slot] = None
-        self.prefilling.pop(slot, None)
-        self.prefixes.touch(slot)
+        self.prompts.leave(slot)
         self.trees[slot] = ABSENT
         self.chooser.clear(slot)

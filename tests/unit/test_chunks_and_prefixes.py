@@ -213,7 +213,7 @@ def test_a_copied_prefix_has_the_same_bits(tiny_config: Configure) -> None:
     caches = []
     for caching in (False, True):
         worker, _ = build_verifier(plan)
-        worker.prefixes = PrefixCache(3, CHUNK, enabled=caching)
+        worker.prompts.prefixes = PrefixCache(3, CHUNK, enabled=caching)
         asked = [ids(LONG, seed=1), ids(LONG, seed=1)[:60] + ids(20, seed=2), ids(LONG, seed=1)]
         lines: list[Any] = [(lambda _: True, Submit(request=0, prompt=asked[0], params=GREEDY))]
         lines += [(committed(0, 2), Submit(request=i, prompt=asked[i], params=WARM)) for i in (1, 2)]
@@ -303,9 +303,9 @@ def test_no_slot_leaks_and_no_neighbour_matters(
             said[commit.request].extend(commit.tokens)
             if commit.finished:
                 over.append(commit.request)
-        live = [row for row in worker.rows if row is not None] + list(worker.prefilling.values())
+        live = [row for row in worker.rows if row is not None] + list(worker.prompts.filling.values())
         assert len({row.request for row in live}) == len(live) <= 3
-        assert len(live) == 3 or not worker.waiting
+        assert len(live) == 3 or not worker.prompts.waiting
 
     def submit(number: int, prompt: int, count: int, temperature: float) -> None:
         params = SamplingParams(max_tokens=count, temperature=temperature, seed=prompt, ignore_eos=True)
