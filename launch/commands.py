@@ -8,19 +8,24 @@ from typing import Any, NoReturn
 
 import ssd
 import ssd.cli
+import ssd.serving.batch
 
 SHARED = ("--config", "-c", "--set")
 """Options every command has; launchers also take them before the command."""
 
 
-def run(arguments: Sequence[str], *, program: str, llm: Callable[..., Any]) -> NoReturn:
+def run(
+    arguments: Sequence[str], *, program: str, llm: Callable[..., Any], batch: Callable[..., Any] | None = None
+) -> NoReturn:
     """Run the ``ssd`` command and exit as it does.
 
     Args:
-        llm: makes what the commands use as their ``LLM``.
+        llm: makes what the commands use as their ``LLM``. batch: as their ``Batch``.
     """
     # The commands take LLM from the package when they run.
     ssd.LLM = llm  # type: ignore[misc,assignment]
+    if batch is not None:
+        ssd.serving.batch.Batch = batch  # type: ignore[misc,assignment]
     ssd.cli.app(in_order(arguments), prog_name=program)
     sys.exit()
 

@@ -1,19 +1,23 @@
-"""A pipeline in a Ray cluster, as a job of it or from any machine in it.
+"""Pipelines in a Ray cluster, as a job of it or from any machine in it.
 
 ::
 
-    ray job submit --working-dir . -- python launch/ray_job.py --config embedded generate "PROMPT"
+    ray job submit --working-dir . --runtime-env launch/runtime_env.yaml -- \\
+        python launch/ray_job.py --config embedded generate "PROMPT"
     python launch/ray_job.py compare --prompts prompts.jsonl
+    python launch/ray_job.py --replicas 4 batch IN.jsonl OUT.jsonl
 
 The arguments are those of the ``ssd`` command, and so are the exit codes. A pipeline actor owns the
-pipeline; this process only calls it. Without a cluster (``RAY_ADDRESS``) one of this machine
-alone is started, and ends with the command.
+pipeline, and this process only calls it; ``batch`` has as many pipelines as ``--replicas`` says, given
+lines by Ray Data. Without a cluster (``RAY_ADDRESS``) one of this machine alone is started, and ends
+with the command. Servers are ``launch/ray_serve.py``'s.
 """
 
 from __future__ import annotations
 
-import os
+import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +26,35 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from launch.commands import run  # noqa: E402
+from launch.ray_env import join  # noqa: E402
 
 
 def client(*args: Any, **kwargs: Any) -> Any:
     """Join the cluster, or start one, and make the pipeline actor in it."""
-    # Ray reads these when it is imported: only those who hold the token may use the cluster.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray's own default, 15, lets anything else on the machine push the workers aside. It holds for a
-    # cluster started here; elsewhere it is for those who run `ray start`.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    from ssd.cluster import PipelineClient, connect
+    join()
+    from ssd.cluster import PipelineClient
 
-    if "RAY_ADDRESS" in os.environ:
-        connect("auto")
-    else:
-        # Draft and verifier each ask for a CPU; a machine with one still runs both, in turn.
-        connect(cpus=max(2, os.cpu_count() or 1))
     return PipelineClient(*args, **kwargs)
 
 
+def batch(*args: Any, replicas: int, **kwargs: Any) -> Any:
+    """Join the cluster, or start one, and make the batch that runs in it."""
+    join()
+    from ssd.cluster.batch import RayBatch
+
+    return RayBatch(*args, replicas=replicas, **kwargs)
+
+
 def main() -> None:
+    own = argparse.ArgumentParser(prog="launch/ray_job.py", add_help=False, allow_abbrev=False)
+    own.add_argument("--replicas", type=int, default=1)
+    options, arguments = own.parse_known_args(sys.argv[1:])
+    if options.replicas < 1:
+        own.error(f"--replicas must be at least 1, not {options.replicas}")
+    if "serve" in arguments[:1]:
+        own.error("servers in a cluster are started by launch/ray_serve.py")
     try:
-        run(sys.argv[1:], program="launch/ray_job.py", llm=client)
+        run(arguments, program="launch/ray_job.py", llm=client, batch=partial(batch, replicas=options.replicas))
     finally:
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()

@@ -16,7 +16,7 @@ at a link of their own.
 from __future__ import annotations
 
 from .actors import PipelineActor, RayPipeline
-from .client import PipelineClient
+from .client import PipelineClient, stand, stop
 from .placement import connect
 
-__all__ = ["PipelineActor", "PipelineClient", "RayPipeline", "connect"]
+__all__ = ["PipelineActor", "PipelineClient", "RayPipeline", "connect", "stand", "stop"]

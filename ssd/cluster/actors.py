@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from ..config import Config
+from ..config import Config, load_config
 from ..engine.llm import LLM
 from ..errors import PipelineError, RequestError, WorkerError
 from ..params import SamplingParams
@@ -23,8 +23,10 @@ from ..pipeline.control import ControlLane, ZmqLane
 from ..pipeline.launch import LEAVE_S
 from ..pipeline.messages import Shutdown
 from ..pipeline.serve import run_draft, run_verifier
+from .cores import CoreLease
 from .placement import (
     LOOPBACK,
+    Bundle,
     Placement,
     Strategy,
     bundles,
@@ -44,16 +46,24 @@ class WorkerActor:
     def pid(self) -> int:
         return os.getpid()
 
-    def run(self, role: str, plan: dict[str, Any], front: str, one_node: bool) -> None:
+    def node(self) -> str:
+        return ray.get_runtime_context().get_node_id()
+
+    def run(self, role: str, plan: dict[str, Any], front: str, *, one_node: bool, replica: bool) -> None:
         """The worker's whole life; that this call returns, however it does, is the sign of its end.
 
         Args:
             front: endpoint of the front's end of the control lane.
             one_node: draft and verifier share a node: what they open stays on it.
+            replica: other pipelines of this configuration may share the node: its cores are only
+                a number of cores.
         """
         read = Plan.from_dict(plan)
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         config = with_visible_gpu(read.config, role, gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        lease = CoreLease()
+        if replica:
+            config = lease.leased(config, "target" if role == "verifier" else "draft")
         read = dataclasses.replace(read, config=config)
         lane = ZmqLane.connect(front)
         try:
@@ -63,6 +73,7 @@ class WorkerActor:
                 run_draft(read, lane)
         finally:
             lane.close()
+            lease.close()
 
 
 class RayPipeline:
@@ -73,6 +84,8 @@ class RayPipeline:
         strategy: ``STRICT_PACK`` puts draft and verifier on one node.
         timeout_s: how long to wait for the cluster to have room.
         name: of the placement group; see ``release_abandoned``.
+        resources: what a role asks for beside its cores and GPU, by role: ``{"draft": {"small": 1}}``.
+        placement: bundles reserved by somebody else, instead of those four.
 
     Raises:
         WorkerError: there was no room in time, or a worker's process did not come up in it.
@@ -87,13 +100,15 @@ class RayPipeline:
         strategy: Strategy = "STRICT_PACK",
         timeout_s: float = PLACEMENT_TIMEOUT_S,
         name: str = "",
+        resources: Mapping[str, Bundle] | None = None,
+        placement: Placement | None = None,
     ):
         self.lanes: dict[str, ControlLane] = {}
         self.actors: dict[str, Any] = {}
         """Handles by role."""
         self._runs: dict[str, ray.ObjectRef] = {}
-        wanted = bundles(plan)
-        self._placement = Placement(wanted, strategy=strategy, timeout_s=timeout_s, name=name)
+        wanted = bundles(plan.config, resources)
+        self._placement = placement or Placement.reserve(wanted, strategy=strategy, timeout_s=timeout_s, name=name)
         try:
             host = front_address(self._placement, address)
             for role in wanted:
@@ -101,7 +116,13 @@ class RayPipeline:
             self._wait_for_processes(plan.config.engine.start_timeout_s)
             for role, actor in self.actors.items():
                 self.lanes[role], endpoint = ZmqLane.bind(f"tcp://{host}:*")
-                self._runs[role] = actor.run.remote(role, plan.to_dict(), endpoint, self._placement.one_node)
+                self._runs[role] = actor.run.remote(
+                    role,
+                    plan.to_dict(),
+                    endpoint,
+                    one_node=self._placement.one_node,
+                    replica=placement is not None,
+                )
         except BaseException:
             self._dismantle()
             raise
@@ -162,7 +183,7 @@ class PipelineActor:
 
     Args:
         config, overrides: as for ``LLM``; files and models are looked up where the actor runs.
-        strategy, timeout_s, name: as for ``RayPipeline``.
+        strategy, timeout_s, name, resources: as for ``RayPipeline``.
 
     Raises (every method): UsageError, WorkerError, PipelineError as ``LLM`` does.
     """
@@ -175,12 +196,18 @@ class PipelineActor:
         strategy: Strategy = "STRICT_PACK",
         timeout_s: float = PLACEMENT_TIMEOUT_S,
         name: str = "",
+        resources: Mapping[str, Bundle] | None = None,
     ):
         # The front needs no GPU, and one that Ray did not give must not be touched.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        launch = partial(RayPipeline, strategy=strategy, timeout_s=timeout_s, name=name)
-        self._make = partial(LLM, config, overrides=overrides, launch=launch)
+        launch = partial(RayPipeline, strategy=strategy, timeout_s=timeout_s, name=name, resources=resources)
+        self._config = load_config(config, overrides)
+        self._make = partial(LLM, self._config, launch=launch)
         self._llm: LLM | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """The configuration, as plain data."""
+        return self._config.model_dump()
 
     def start(self) -> dict[str, Any]:
         """Bring the workers up if they are not yet; what they say of themselves, by role."""

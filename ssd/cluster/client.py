@@ -13,11 +13,14 @@ from typing import Any
 import ray
 
 from ..config import Config, load_config
-from ..errors import PipelineError, WorkerError
+from ..errors import PipelineError, UsageError, WorkerError
 from ..params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent, TokenLogprob
 from ..pipeline.launch import LEAVE_S
 from .actors import PipelineActor
 from .placement import reason, release_abandoned
+
+NAMESPACE = "ssd"
+"""Where standing actors' names live."""
 
 
 class PipelineClient:
@@ -40,13 +43,25 @@ class PipelineClient:
         **options: Any,
     ):
         self.config = load_config(config, overrides)
-        self._room = f"ssd-{uuid.uuid4().hex}"
+        self._room: str | None = f"ssd-{uuid.uuid4().hex}"
         self.actor = PipelineActor.remote(self.config, name=self._room, **options)
         try:
             self._workers: dict[str, Any] = self._call("start")
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def attach(cls, name: str) -> PipelineClient:
+        """Speak for a standing actor (``stand``), which ``close`` then leaves as it is.
+
+        Raises: UsageError: there is none of that name in the cluster.
+        """
+        client = cls.__new__(cls)
+        client.actor, client._room = standing(name), None
+        client.config = load_config(client._call("describe"))
+        client._workers = client._call("start")
+        return client
 
     def __enter__(self) -> PipelineClient:
         return self
@@ -86,15 +101,10 @@ class PipelineClient:
         return self._call("stats")["degraded"]
 
     def close(self) -> None:
-        """Stop the workers and the actor. Safe to call twice."""
+        """Stop the workers and the actor, if they are this client's own. Safe to call twice."""
         actor, self.actor = self.actor, None
-        if actor is None:
-            return
-        # Three waits of the pipeline's own: for the runs, for their processes, for a slow round.
-        ray.wait([actor.close.remote()], timeout=3 * LEAVE_S)
-        ray.wait([actor.__ray_terminate__.remote()], timeout=LEAVE_S)
-        ray.kill(actor)
-        release_abandoned(self._room)
+        if actor is not None and self._room is not None:
+            end(actor, self._room)
 
     def _running(self) -> Any:
         if self.actor is None:
@@ -103,6 +113,60 @@ class PipelineClient:
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return _get(getattr(self._running(), method).remote(*args, **kwargs))
+
+
+def stand(
+    name: str,
+    config: Config | str | Path | dict[str, Any] = "embedded",
+    *,
+    overrides: Sequence[str] = (),
+    **options: Any,
+) -> None:
+    """Make a ``PipelineActor`` that outlives this process and its job, for ``PipelineClient.attach``.
+
+    Args:
+        name: by which it is found. Others: as for ``PipelineClient``.
+
+    Raises:
+        UsageError: the name is taken, or as ``PipelineClient``; WorkerError: as ``PipelineClient``.
+    """
+    settings = load_config(config, overrides)
+    where = {"name": name, "namespace": NAMESPACE, "lifetime": "detached"}
+    try:
+        actor = PipelineActor.options(**where).remote(settings, name=_room(name), **options)
+    except ValueError:
+        raise UsageError(f"there is a pipeline named {name!r} already; stop it first, or choose another name") from None
+    try:
+        _get(actor.start.remote())
+    except BaseException:
+        end(actor, _room(name))
+        raise
+
+
+def standing(name: str) -> Any:
+    """The actor of that name. Raises: UsageError: there is none."""
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        raise UsageError(f"there is no pipeline named {name!r} in this cluster; see ssd.cluster.stand") from None
+
+
+def stop(name: str) -> None:
+    """End a standing actor and its workers. Raises: UsageError: there is none of that name."""
+    end(standing(name), _room(name))
+
+
+def end(actor: Any, room: str) -> None:
+    """Stop a pipeline actor and see that its workers leave."""
+    # Three waits of the pipeline's own: for the runs, for their processes, for a slow round.
+    ray.wait([actor.close.remote()], timeout=3 * LEAVE_S)
+    ray.wait([actor.__ray_terminate__.remote()], timeout=LEAVE_S)
+    ray.kill(actor)
+    release_abandoned(room)
+
+
+def _room(name: str) -> str:
+    return f"ssd-standing-{name}"
 
 
 def read_output(fields: dict[str, Any]) -> RequestOutput:

@@ -12,12 +12,18 @@ from typing import Any, Literal
 
 import ray
 from ray.util import get_node_ip_address
-from ray.util.placement_group import get_placement_group, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_current_placement_group,
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..config import Config, ModelConfig
 from ..errors import PipelineError, UsageError, WorkerError
-from ..pipeline.build import Plan
 
 Strategy = Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"]
 Bundle = dict[str, float]
@@ -39,44 +45,78 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> None:
         raise PipelineError(f"cannot join the Ray cluster at {address or 'this machine'}: {error}") from error
 
 
-def bundles(plan: Plan) -> dict[str, Bundle]:
-    """What each role asks for: a CPU for every core it is pinned to (one if it is not), and a GPU
-    of its own where its device is one."""
+def bundles(config: Config, resources: Mapping[str, Bundle] | None = None) -> dict[str, Bundle]:
+    """What each role asks for: a CPU for every core it is pinned to (one if it is not), a GPU of
+    its own where its device is one, and what ``resources`` adds, by role.
+
+    Raises: UsageError: ``resources`` names no role of this configuration, or no amount above 0.
+    """
 
     def bundle(model: ModelConfig) -> Bundle:
         wanted = {"CPU": float(len(model.cores or [0]))}
         return {**wanted, "GPU": 1.0} if on_gpu(model) else wanted
 
-    config = plan.config
     wanted = {"verifier": bundle(config.target)}
-    return wanted if config.draft is None else {**wanted, "draft": bundle(config.draft)}
+    if config.draft is not None:
+        wanted["draft"] = bundle(config.draft)
+    for role, more in (resources or {}).items():
+        if role not in wanted:
+            raise UsageError(f"resources are asked for {role!r}; the roles are {', '.join(wanted)}")
+        for name, amount in more.items():
+            if not amount > 0:
+                raise UsageError(f"the {role}'s resource {name!r} must be above 0, not {amount}")
+        wanted[role].update(more)
+    return wanted
 
 
 class Placement:
-    """A placement group with one bundle for each role.
+    """Bundles of a placement group, one for each role.
 
     Args:
-        name: by which ``release_abandoned`` finds the group.
-
-    Raises:
-        WorkerError: the cluster did not have the room in time; names what was asked for and what
-            there was.
-        UsageError: this process is in no Ray cluster.
+        wanted: by role. group: a ready one. first: index of the first role's bundle in it.
+        owned: ``release`` gives the group back.
     """
 
-    def __init__(self, wanted: Mapping[str, Bundle], *, strategy: Strategy, timeout_s: float, name: str = ""):
+    def __init__(self, wanted: Mapping[str, Bundle], group: PlacementGroup, *, first: int = 0, owned: bool = True):
+        self._wanted, self._group, self._first, self._owned = dict(wanted), group, first, owned
+        table = placement_group_table(group)["bundles_to_node_id"]
+        self._nodes: dict[str, str] = {role: table[first + index] for index, role in enumerate(self._wanted)}
+
+    @classmethod
+    def reserve(
+        cls, wanted: Mapping[str, Bundle], *, strategy: Strategy, timeout_s: float, name: str = ""
+    ) -> Placement:
+        """A group of its own.
+
+        Args:
+            name: by which ``release_abandoned`` finds the group.
+
+        Raises:
+            WorkerError: the cluster did not have the room in time; names what was asked for and
+                what there was.
+            UsageError: this process is in no Ray cluster.
+        """
         if not ray.is_initialized():
             raise UsageError("this process is in no Ray cluster; call ssd.cluster.connect() first")
-        self._wanted = dict(wanted)
-        self._group = placement_group(list(wanted.values()), strategy=strategy, name=name)
+        group = placement_group(list(wanted.values()), strategy=strategy, name=name)
         try:
-            if not self._group.wait(math.ceil(timeout_s)):
-                raise WorkerError(self._refusal(strategy, timeout_s))
-            table = placement_group_table(self._group)["bundles_to_node_id"]
+            if not group.wait(math.ceil(timeout_s)):
+                raise WorkerError(_refusal(wanted, strategy, timeout_s))
+            return cls(wanted, group)
         except BaseException:
-            self.release()
+            remove_placement_group(group)
             raise
-        self._nodes: dict[str, str] = {role: table[index] for index, role in enumerate(self._wanted)}
+
+    @classmethod
+    def around(cls, wanted: Mapping[str, Bundle]) -> Placement:
+        """The group this actor was put in: the first bundle is its own, the workers' follow, in order.
+
+        Raises: UsageError: this process is in no such group.
+        """
+        group = get_current_placement_group()
+        if group is None or group.bundle_count != 1 + len(wanted):
+            raise UsageError(f"this process must run in a placement group of {1 + len(wanted)} bundles, its own first")
+        return cls(wanted, group, first=1, owned=False)
 
     def options(self, role: str) -> dict[str, Any]:
         """Actor options that put the role's worker into its bundle."""
@@ -85,8 +125,9 @@ class Placement:
             "num_cpus": bundle["CPU"],
             # Always said: without it an actor in a group's GPU bundle is given no GPU.
             "num_gpus": bundle.get("GPU", 0),
+            "resources": {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")},
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                self._group, placement_group_bundle_index=list(self._wanted).index(role)
+                self._group, placement_group_bundle_index=self._first + list(self._wanted).index(role)
             ),
         }
 
@@ -101,18 +142,20 @@ class Placement:
         return set(self._nodes.values()) == {ray.get_runtime_context().get_node_id()}
 
     def release(self) -> None:
-        """Give the bundles back; what still runs in them is killed."""
-        remove_placement_group(self._group)
+        """Give the bundles back, if they are ours; what still runs in them is killed."""
+        if self._owned:
+            remove_placement_group(self._group)
 
-    def _refusal(self, strategy: Strategy, timeout_s: float) -> str:
-        asked = ", ".join(f"{role} {_amounts(bundle)}" for role, bundle in self._wanted.items())
-        where = " on one node" if strategy == "STRICT_PACK" else ""
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        return (
-            f"Ray found no room for the workers in {timeout_s:g} s: asked for {asked}{where}; available "
-            f"{_amounts(ray.available_resources())}, in all {_amounts(ray.cluster_resources())} "
-            f"on {len(nodes)} node{'s' if len(nodes) > 1 else ''}"
-        )
+
+def _refusal(wanted: Mapping[str, Bundle], strategy: Strategy, timeout_s: float) -> str:
+    asked = ", ".join(f"{role} {_amounts(bundle)}" for role, bundle in wanted.items())
+    where = {"STRICT_PACK": " on one node", "STRICT_SPREAD": " on different nodes"}.get(strategy, "")
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return (
+        f"Ray found no room for the workers in {timeout_s:g} s: asked for {asked}{where}; available "
+        f"{_amounts(ray.available_resources())}, in all {_amounts(ray.cluster_resources())} "
+        f"on {len(nodes)} node{'s' if len(nodes) > 1 else ''}"
+    )
 
 
 def release_abandoned(name: str) -> None:
@@ -188,5 +231,13 @@ def reason(error: BaseException) -> str:
 
 
 def _amounts(resources: Mapping[str, float]) -> str:
-    named = {"CPU": resources.get("CPU", 0), "GPU": resources.get("GPU", 0)}
-    return " + ".join(f"{amount:g} {name}" for name, amount in named.items() if amount or name == "CPU")
+    shown = {"CPU": resources.get("CPU", 0)} | {
+        name: amount for name, amount in resources.items() if amount and not _internal(name)
+    }
+    return " + ".join(f"{amount:g} {name}" for name, amount in shown.items())
+
+
+def _internal(name: str) -> bool:
+    """Resources Ray counts for itself."""
+    own = ("memory", "object_store_memory", "node:", "accelerator_type:", "bundle_")
+    return name.startswith(own) or "_group_" in name

@@ -113,8 +113,18 @@ def _link(
     prefixed = dist.PrefixStore(f"link/{rendezvous.epoch}", store)
     if rendezvous.kind == "nccl":
         return NcclLink(prefixed, rank, timeout_s, torch.device(device))
-    loopback = rendezvous.host if _is_loopback(rendezvous.host) else None
-    return GlooLink(prefixed, rank, timeout_s, meet_s, loopback)
+    return GlooLink(prefixed, rank, timeout_s, meet_s, _own_address(rendezvous))
+
+
+def _own_address(rendezvous: Rendezvous) -> str:
+    """This machine's address on the network by which it reaches the verifier: what its own name
+    means may be loopback (Debian's ``127.0.1.1``) or another network."""
+    if _is_loopback(rendezvous.host):
+        return rendezvous.host
+    family, *_, address = socket.getaddrinfo(rendezvous.host, rendezvous.port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # chooses a route; nothing is sent
+        return probe.getsockname()[0]
 
 
 def _is_loopback(host: str) -> bool:

@@ -24,7 +24,7 @@ from .. import __version__
 from ..config import Config, resolve_model_path
 from ..engine.async_engine import AHEAD, AsyncEngine
 from ..engine.book import Limits
-from ..errors import RequestError, SSDError, UsageError
+from ..errors import PipelineError, RequestError, SSDError, UsageError
 from ..params import MAX_SEED
 from ..pipeline.build import Plan
 from ..pipeline.launch import LocalPipeline, Pipeline
@@ -128,6 +128,35 @@ def _seeded(body: dict[str, Any], id: str) -> dict[str, Any]:
     return {**body, "seed": int.from_bytes(digest, "little") & MAX_SEED}
 
 
+class LineWorker:
+    """Makes results of lines with an engine."""
+
+    def __init__(self, engine: AsyncEngine, model: str):
+        self._engine, self._model = engine, model
+        self._template = ChatTemplate(engine.tokenizer, engine.config.server.chat_template)
+
+    async def record(self, line: Line) -> dict[str, Any]:
+        """What the journal keeps of a line, and the number of its ``tokens``.
+
+        Raises: PipelineError: the pipeline broke.
+        """
+        try:
+            if line.error is not None:
+                raise APIError(400, line.error)
+            if line.url == URLS[0]:
+                job = completion_job(line.body, self._engine, self._model)
+            else:
+                job = chat_job(line.body, self._engine, self._model, self._template)
+            answer = await Generation(self._engine, job, "").whole()
+        except (APIError, RequestError) as error:
+            if isinstance(error, APIError) and error.status == 503:
+                raise PipelineError(str(error)) from error
+            told = as_api_error(error)
+            return {"line": line.number, "ok": False, "result": _failure(line, told), "tokens": 0}
+        tokens = answer["usage"]["completion_tokens"]
+        return {"line": line.number, "ok": True, "result": _success(line, answer), "tokens": tokens}
+
+
 class Batch:
     """Runs a file through an engine.
 
@@ -148,7 +177,7 @@ class Batch:
         launch: Callable[[Plan], Pipeline] = LocalPipeline,
     ):
         self._config, self._source = config, source
-        self._model = config.server.model_name or config.target.model.rstrip("/").rpartition("/")[2]
+        self._model = model_name(config)
         self._launch = launch
         total = sum(1 for _ in read_lines(source, self._model))
         if not total:
@@ -177,19 +206,18 @@ class Batch:
         slots = self._config.engine.max_batch
         limits = Limits(sent=slots + AHEAD)
         engine = AsyncEngine(self._config, launch=self._launch, limits=limits)
-        template = ChatTemplate(engine.tokenizer, self._config.server.chat_template)
+        worker = LineWorker(engine, self._model)
         fresh: list[dict[str, Any]] = []
         async with engine:
             room = asyncio.Semaphore(2 * slots + AHEAD)
 
             async def one(line: Line) -> None:
                 try:
-                    record = await self._one(engine, template, line)
+                    record = await worker.record(line)
                 finally:
                     room.release()
                 fresh.append(record)
-                self.progress.done += 1
-                self.progress.failed += not record["ok"]
+                self._count(record)
 
             async def keep() -> None:
                 while True:
@@ -201,10 +229,9 @@ class Batch:
                 keeper = group.create_task(keep())
                 try:
                     async with asyncio.TaskGroup() as work:
-                        for line in read_lines(self._source, self._model):
-                            if line.number not in self.journal.done:
-                                await room.acquire()
-                                work.create_task(one(line))
+                        for line in self._left():
+                            await room.acquire()
+                            work.create_task(one(line))
                 finally:
                     keeper.cancel()
             await self._flush(fresh)
@@ -216,20 +243,19 @@ class Batch:
         if records:
             await asyncio.to_thread(self.journal.add, records)
 
-    async def _one(self, engine: AsyncEngine, template: ChatTemplate, line: Line) -> dict[str, Any]:
-        try:
-            if line.error is not None:
-                raise APIError(400, line.error)
-            if line.url == URLS[0]:
-                job = completion_job(line.body, engine, self._model)
-            else:
-                job = chat_job(line.body, engine, self._model, template)
-            answer = await Generation(engine, job, "").whole()
-        except (APIError, RequestError) as error:
-            told = as_api_error(error)
-            return {"line": line.number, "ok": False, "result": _failure(line, told)}
-        self.progress.tokens += answer["usage"]["completion_tokens"]
-        return {"line": line.number, "ok": True, "result": _success(line, answer)}
+    def _left(self) -> Iterator[Line]:
+        """Lines without a result."""
+        return (line for line in read_lines(self._source, self._model) if line.number not in self.journal.done)
+
+    def _count(self, record: dict[str, Any]) -> None:
+        self.progress.done += 1
+        self.progress.failed += not record["ok"]
+        self.progress.tokens += record.pop("tokens")
+
+
+def model_name(config: Config) -> str:
+    """What requests call the model."""
+    return config.server.model_name or config.target.model.rstrip("/").rpartition("/")[2]
 
 
 def _settings(config: Config) -> dict[str, Any]:

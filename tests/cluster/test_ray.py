@@ -2,62 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from ssd import LLM, PipelineError, RequestError, SamplingParams, UsageError, WorkerError
+from ssd import LLM, RequestError, SamplingParams, UsageError, WorkerError
 from ssd.config import Config
 
 ray = pytest.importorskip("ray")
 
-ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["hello there", "a b c d"]
 CPUS = 4
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """A Ray cluster of this machine; no process of it survives the module."""
-    from ssd.cluster import connect
-
-    set_here = {
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
-    # Ray turns token authentication on by itself, and says so in the environment.
-    before = {name: os.environ.get(name) for name in (*set_here, "RAY_AUTH_MODE")}
-    os.environ.update(set_here)
-    children = set(psutil.Process().children(recursive=True))
-    try:
-        try:
-            connect(cpus=CPUS)
-        except PipelineError:
-            # Ray gives its own agent 15 s to start; on a crowded machine the second try finds it cached.
-            connect(cpus=CPUS)
-        started = set(psutil.Process().children(recursive=True)) - children
-        assert started
-        yield
-    finally:
-        started = set(psutil.Process().children(recursive=True)) - children
-        ray.shutdown()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-    _, alive = psutil.wait_procs(started, timeout=20)
-    assert not alive, [process.cmdline() for process in alive]
+"""Of the module's cluster."""
 
 
 @pytest.fixture

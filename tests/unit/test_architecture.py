@@ -15,7 +15,7 @@ PACKAGE = ROOT / "ssd"
 MAX_LINES = 400
 
 BASE = ("errors", "params")
-STACK = ("config", "models", "pipeline", "engine", "learning", "cluster", "serving", "bench", "testing")
+STACK = ("config", "models", "pipeline", "engine", "learning", "serving", "cluster", "bench", "testing")
 """Bottom to top: a layer imports only what stands before it (models also decoding)."""
 ALLOWED = {
     "errors": set(),

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Jobs on a standing Ray cluster, as on any: here a head node on loopback, which goes at the end.
+# A batch file through two pipelines, then a standing pipeline actor called from a Python client.
+#
+#   scripts/ray_job_demo.sh [FOLDER]      # where results go; a temporary folder by default
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+folder=$(realpath "${1:-$(mktemp -d)}")
+PATH=${PYTHON_BIN:-$PWD/.venv/bin}:$PATH
+
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0
+RAY_AUTH_TOKEN=$(openssl rand -hex 32) # who holds it may run code: on a real cluster, ~/.ray/auth_token
+port=${RAY_PORT:-6399} dashboard=${RAY_DASHBOARD_PORT:-8299}
+temporary=$(mktemp -d /tmp/ssd-ray-XXXX)
+# The cluster is ours alone: --block keeps it in one process group, which goes as a whole.
+setsid ray start --head --block --num-cpus "${RAY_CPUS:-4}" --node-ip-address 127.0.0.1 --port "$port" \
+    --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" --temp-dir "$temporary" >"$folder/ray.log" 2>&1 &
+head=$!
+trap 'kill -TERM -- -$head 2>/dev/null; wait $head 2>/dev/null || true; rm -rf "$temporary"' EXIT
+export RAY_ADDRESS=127.0.0.1:$port RAY_API_SERVER_ADDRESS=http://127.0.0.1:$dashboard
+until curl --silent --fail --output /dev/null -H "Authorization: Bearer $RAY_AUTH_TOKEN" "$RAY_API_SERVER_ADDRESS/api/version"; do
+    kill -0 $head || { cat "$folder/ray.log"; exit 1; }
+    sleep 1
+done
+
+submit() {
+    echo "\$ ray job submit --working-dir . --runtime-env launch/runtime_env.yaml -- $*"
+    ray job submit --address "$RAY_API_SERVER_ADDRESS" --working-dir . --runtime-env launch/runtime_env.yaml -- "$@"
+}
+
+for n in $(seq "${LINES_IN:-24}"); do
+    printf '{"id": "r%d", "prompt": "def add_%d(a, b):\\n", "max_tokens": 24}\n' "$n" "$n"
+done >"$folder/in.jsonl"
+submit python launch/ray_job.py --replicas 2 batch "$folder/in.jsonl" "$folder/out.jsonl" --set engine.max_batch=2
+echo "\$ head -n 1 out.jsonl"
+head -n 1 "$folder/out.jsonl"
+
+submit python launch/ray_actor.py start demo
+cat >"$folder/client.py" <<'PYTHON'
+from ssd import SamplingParams
+from ssd.cluster import PipelineClient, connect
+
+connect("auto")
+with PipelineClient.attach("demo") as client:
+    print(repr(client.generate("class Stack:\n", SamplingParams(max_tokens=24))[0].text))
+    for event in client.stream("import os\n", SamplingParams(max_tokens=24)):
+        print(event.text, end="", flush=True)
+PYTHON
+echo "\$ python client.py"
+PYTHONPATH=$PWD python "$folder/client.py"
+submit python launch/ray_actor.py stop demo

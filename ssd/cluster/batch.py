@@ -1,0 +1,185 @@
+"""``ssd batch`` on a cluster: Ray Data hands out the lines, an actor pool of pipelines decodes them.
+
+Formats, journal and resume are those of ``ssd.serving.batch``: the driver writes what comes back to
+the same synced shards, so a run may be begun on one machine and finished on a cluster. What a kill
+costs is the lines in flight: a few times ``engine.max_batch`` for every replica.
+"""
+
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+# (Ray's exceptions are made at run time.)
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import ray
+import ray.data
+
+from ..config import Config
+from ..engine.async_engine import AHEAD, AsyncEngine
+from ..engine.book import Limits
+from ..errors import PipelineError, SSDError, WorkerError
+from ..pipeline.build import Plan
+from ..pipeline.launch import Pipeline
+from ..serving.batch import Batch, Line, LineWorker, Progress, model_name
+from .actors import PLACEMENT_TIMEOUT_S
+from .cores import CoreLease
+from .placement import Bundle, Placement, bundles, on_gpu, reason
+
+TASKS = 3
+"""Chunks a replica has at a time: while one runs out, others fill its slots."""
+CHUNK_SLOTS = 2
+"""Lines of a chunk, times slots."""
+MAX_CHUNKS = 5_000
+"""Beyond, chunks get longer: Ray Data keeps a block for each."""
+TRIES = 3
+"""Pipelines that may break over one chunk before the run gives up."""
+
+
+class BatchReplica:
+    """A pipeline in an actor, which has the room of its workers: they are local processes of it.
+
+    Ray restarts an actor that dies and gives its chunks out again. A pipeline that breaks, or that
+    lost its draft and has nothing to do, is replaced here.
+    """
+
+    def __init__(self, config: Config, launch: Callable[[Plan], Pipeline]):
+        self._config = with_own_gpus(CoreLease().leased(config, "target", "draft"))  # leased while the process lives
+        self._launch = launch
+        self._engine: AsyncEngine | None = None
+        self._changing = asyncio.Lock()
+        self._busy = 0
+
+    async def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Args: batch: ``lines``, one chunk as JSON. Returns: ``records``, as JSON."""
+        [chunk] = batch["lines"]
+        lines = [Line(**fields) for fields in json.loads(chunk)]
+        for left in reversed(range(TRIES)):
+            engine = await self._running()
+            worker = LineWorker(engine, model_name(self._config))
+            self._busy += 1
+            try:
+                records = await asyncio.gather(*(worker.record(line) for line in lines))
+                return {"records": [json.dumps(records)]}
+            except PipelineError:
+                if not left:
+                    raise
+            finally:
+                self._busy -= 1
+        raise AssertionError
+
+    async def _running(self) -> AsyncEngine:
+        async with self._changing:
+            engine = self._engine
+            if engine is not None and engine.failure is None and (engine.degraded is None or self._busy):
+                return engine
+            if engine is not None:
+                await engine.close()
+            limits = Limits(sent=self._config.engine.max_batch + AHEAD)
+            self._engine = engine = AsyncEngine(self._config, launch=self._launch, limits=limits)
+            await engine.start()
+            return engine
+
+
+class RayBatch(Batch):
+    """Runs a file through replicas in the cluster this process has joined.
+
+    Args:
+        replicas: pipelines at a time; as many of them as there is room for.
+        timeout_s: how long to wait for room for the first. Others: as for ``Batch``.
+
+    Raises:
+        UsageError: the files or the configuration.
+        WorkerError (running): there was no room in time.
+    """
+
+    def __init__(
+        self, config: Config, *args: Any, replicas: int = 1, timeout_s: float = PLACEMENT_TIMEOUT_S, **more: Any
+    ):
+        super().__init__(config, *args, **more)
+        self._replicas, self._timeout_s = replicas, timeout_s
+
+    async def _decode(self, report: Callable[[Progress], None]) -> None:
+        report(self.progress)
+        for records in self._records():
+            for record in records:
+                self._count(record)
+            self.journal.add(records)
+            report(self.progress)
+            await asyncio.sleep(0)  # where Ctrl-C gets in
+
+    def _records(self) -> Iterator[list[dict[str, Any]]]:
+        """Of each chunk, as they come. Raises: SSDError: what a replica raised; WorkerError."""
+        room = one_bundle(self._config)
+        Placement.reserve({"pipeline": room}, strategy="STRICT_PACK", timeout_s=self._timeout_s).release()
+        left = self.progress.total - self.progress.done
+        size = max(CHUNK_SLOTS * self._config.engine.max_batch, math.ceil(left / MAX_CHUNKS))
+        rest, chunks = self._left(), []
+        while chunk := [dataclasses.asdict(line) for line in islice(rest, size)]:
+            chunks.append({"lines": json.dumps(chunk)})
+        _quiet()
+        dataset = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
+            BatchReplica,
+            fn_constructor_kwargs={"config": self._config, "launch": self._launch},
+            batch_size=1,
+            batch_format="numpy",
+            num_cpus=room["CPU"],
+            num_gpus=room.get("GPU", 0),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1,
+                max_size=self._replicas,
+                initial_size=self._replicas,
+                max_tasks_in_flight_per_actor=TASKS,
+                max_concurrent_calls_per_actor=TASKS,
+            ),
+        )
+        try:
+            for batch in dataset.iter_batches(batch_size=None, batch_format="numpy"):
+                for records in batch["records"]:
+                    yield json.loads(records)
+        except ray.exceptions.RayError as error:
+            raise _cause(error) from error
+
+
+def one_bundle(config: Config) -> Bundle:
+    """What all workers of a pipeline ask for together."""
+    total: Counter[str] = Counter()
+    for bundle in bundles(config).values():
+        total.update(bundle)
+    return dict(total)
+
+
+def with_own_gpus(config: Config) -> Config:
+    """The configuration with GPUs as an actor sees those Ray gave it: numbered from 0, the verifier's first."""
+    changed, number = {}, 0
+    for name in ("target", "draft"):
+        model = getattr(config, name)
+        if model is not None and on_gpu(model):
+            changed[name] = model.model_copy(update={"device": f"cuda:{number}"})
+            number += 1
+    return config.model_copy(update=changed)
+
+
+def _cause(error: BaseException) -> SSDError:
+    """What a replica raised, out of what Ray wraps it in."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, SSDError):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return WorkerError(f"a replica failed: {reason(error)}")
+
+
+def _quiet() -> None:
+    """Progress is told by whoever runs the batch."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)

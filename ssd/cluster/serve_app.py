@@ -1,0 +1,174 @@
+"""Ray Serve: replicas of a pipeline behind the OpenAI server.
+
+A replica is the server of ``ssd serve`` and the pipeline it owns, in one placement group: the
+replica's own process in the first bundle, verifier and draft in the others. Requests go from
+Serve's proxy to the replica with the fewest ongoing ones and from there straight into the engine.
+
+::
+
+    serve run ssd.cluster.serve_app:app config=embedded max_replicas=2
+    serve deploy launch/serve.yaml
+"""
+
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
+# (Serve's deployments are made at run time.)
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ray import serve
+
+from ..config import Config, load_config
+from ..engine.async_engine import AsyncEngine
+from ..errors import UsageError, WorkerError
+from ..pipeline.build import Plan
+from ..pipeline.launch import Pipeline
+from ..serving.app import build_app
+from ..serving.metrics import Metrics
+from .actors import RayPipeline
+from .placement import Placement, Strategy, bundles
+from .serve_metrics import publish
+
+DEPLOYMENT = "Pipeline"
+OWN_CPUS = 1.0
+"""What a replica's own process asks for: HTTP, tokenizing and detokenizing."""
+DRAIN_S = 600.0
+"""How long a replica that is to go may take for what it has begun."""
+LAST_WORDS_S = 1.0
+"""Between a pipeline's end and its replica's: for the answers that say so."""
+
+
+class ServeArgs(BaseModel):
+    """Arguments of ``app``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    config: str | dict[str, Any] = "embedded"
+    """As for ``LLM``; looked up where the application is built, models where replicas run."""
+    overrides: list[str] = []
+    """``a.b=c`` each."""
+    min_replicas: int = Field(default=1, ge=1)
+    max_replicas: int | None = Field(default=None, ge=1)
+    """More than ``min_replicas``: as many as the ongoing requests ask for."""
+    strategy: Strategy = "STRICT_PACK"
+    resources: dict[str, dict[str, float]] = {}
+    """As for ``RayPipeline``."""
+
+
+@serve.ingress()
+class Replica:
+    """The OpenAI server over a pipeline of its own.
+
+    A pipeline that breaks ends its replica, and Serve starts another. One that lost its draft goes
+    on plainly, but is not healthy: Serve replaces it, letting it finish what it has.
+    """
+
+    def __init__(self, config: dict[str, Any], launch: Callable[[Plan], Pipeline]):
+        # The server's process needs no GPU, and one that Ray did not give must not be touched.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        self.metrics = Metrics()
+        self.engine = AsyncEngine(config, launch=launch, observer=self.metrics)
+        self.tasks: list[asyncio.Task[None]] = []
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        """The application, once the pipeline can decode. Raises: UsageError, WorkerError."""
+        await self.engine.start()
+        self.tasks = [asyncio.create_task(self._end_with_pipeline()), asyncio.create_task(publish(self.metrics))]
+        config = self.engine.config
+        model = config.server.model_name or config.target.model.rstrip("/").rpartition("/")[2]
+        return build_app(self.engine, self.metrics, model=model)
+
+    def check_health(self) -> None:
+        """Raises: WorkerError: this replica should be replaced."""
+        if self.engine.failure is not None:
+            raise WorkerError(str(self.engine.failure))
+        if self.engine.degraded is not None:
+            raise WorkerError(f"the draft is gone: {self.engine.degraded}")
+
+    async def _end_with_pipeline(self) -> None:
+        await self.engine.failed()
+        await asyncio.sleep(LAST_WORDS_S)
+        # Serve hears of it at once and sends nothing more; a failed health check takes three periods.
+        os._exit(1)
+
+    async def __del__(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        await self.engine.close()
+
+
+def app(args: Mapping[str, Any]) -> serve.Application:
+    """A Serve application builder.
+
+    Args:
+        args: fields of ``ServeArgs``.
+
+    Raises:
+        UsageError: the arguments or the configuration.
+    """
+    try:
+        read = ServeArgs.model_validate(dict(args))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UsageError(f"argument {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if read.max_replicas is not None and read.max_replicas < read.min_replicas:
+        raise UsageError(f"max_replicas={read.max_replicas} is below min_replicas={read.min_replicas}")
+    config = load_config(read.config, read.overrides)
+    wanted = bundles(config, read.resources)
+    return deployment(
+        config,
+        in_replicas_group(read.resources),
+        min_replicas=read.min_replicas,
+        max_replicas=read.max_replicas or read.min_replicas,
+        ray_actor_options={"num_cpus": OWN_CPUS},
+        placement_group_bundles=[{"CPU": OWN_CPUS}, *wanted.values()],
+        placement_group_strategy=read.strategy,
+    )
+
+
+def in_replicas_group(resources: Mapping[str, Mapping[str, float]]) -> Callable[[Plan], Pipeline]:
+    """A launch whose workers go into the bundles beside the replica's own."""
+
+    def launch(plan: Plan) -> Pipeline:
+        placement = Placement.around(bundles(plan.config, {role: dict(more) for role, more in resources.items()}))
+        return RayPipeline(plan, placement=placement)
+
+    return launch
+
+
+def deployment(
+    config: Config,
+    launch: Callable[[Plan], Pipeline],
+    *,
+    min_replicas: int,
+    max_replicas: int,
+    **where: Any,
+) -> serve.Application:
+    """Replicas of ``config``.
+
+    Serve gives a replica what its slots and the next of them hold, and keeps the rest: a request is
+    not stuck at one replica when another gets free, and a replica that is to go has little to finish.
+    """
+    slots = config.engine.max_batch
+    replicas: dict[str, Any] = {"num_replicas": min_replicas}
+    if max_replicas > min_replicas:
+        scaling = {"min_replicas": min_replicas, "max_replicas": max_replicas, "target_ongoing_requests": slots}
+        replicas = {"autoscaling_config": scaling}
+    made = serve.deployment(
+        Replica,
+        name=DEPLOYMENT,
+        max_ongoing_requests=2 * slots + 1,
+        max_queued_requests=config.server.max_queue,
+        graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=5.0,
+        health_check_timeout_s=30.0,
+        max_constructor_retry_count=3,
+        **replicas,
+        **where,
+    )
+    return made.bind(config.model_dump(), launch)
