@@ -296,6 +296,9 @@ def test_no_slot_leaks_and_no_neighbour_matters(
 
     def step() -> None:
         worker.admit()
+        live = [row for row in worker.rows if row is not None] + list(worker.prompts.filling.values())
+        assert len({row.request for row in live}) == len(live) <= 3
+        assert len(live) == 3 or not worker.prompts.waiting
         worker.prefill()
         verdict = worker.verify()
         worker.advance(verdict, None)
@@ -303,9 +306,6 @@ def test_no_slot_leaks_and_no_neighbour_matters(
             said[commit.request].extend(commit.tokens)
             if commit.finished:
                 over.append(commit.request)
-        live = [row for row in worker.rows if row is not None] + list(worker.prompts.filling.values())
-        assert len({row.request for row in live}) == len(live) <= 3
-        assert len(live) == 3 or not worker.prompts.waiting
 
     def submit(number: int, prompt: int, count: int, temperature: float) -> None:
         params = SamplingParams(max_tokens=count, temperature=temperature, seed=prompt, ignore_eos=True)
