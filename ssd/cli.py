@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from . import __version__, cli_certify, cli_remote, cli_serving
+from . import __version__, cli_bench, cli_certify, cli_plan, cli_remote, cli_serving, cli_tune
 from .errors import PipelineError, RequestError, UsageError
 from .params import RequestOutput, SamplingParams, StreamEvent
 
@@ -375,8 +375,12 @@ def _count_parameters(folder: Path) -> int:
     return count
 
 
-for _command in (*cli_serving.COMMANDS, *cli_remote.COMMANDS, *cli_certify.COMMANDS):
-    app.command()(_reports_errors(_command))
+for _module in (cli_serving, cli_remote, cli_certify, cli_bench, cli_plan):
+    for _command in _module.COMMANDS:
+        app.command()(_reports_errors(_command))
+for _command in cli_tune.COMMANDS:
+    cli_tune.app.command()(_reports_errors(_command))
+app.add_typer(cli_tune.app)
 
 
 if __name__ == "__main__":

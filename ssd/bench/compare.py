@@ -1,15 +1,13 @@
 """Run the methods side by side on the same prompts.
 
-Every prompt is run by every method before the next prompt, one request at a time, so that a
-machine that slows down slows all methods alike. ``none`` (plain decoding, strict numerics)
+Methods take turns prompt by prompt, one request (or batch) at a time. ``none`` (plain decoding, strict numerics)
 defines the tokens; ``none_fast`` (plain decoding, one row, unpadded) is the speed to beat.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from platform import python_version
 from statistics import median
@@ -17,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..errors import RequestError
-from ..params import METHODS, Method, RequestOutput, SamplingParams, SpeculationRecord
+from ..params import METHODS, Method, RequestOutput, SamplingParams
+from .arms import Arm, MethodArm, Progress, Tally, interleave, merge
 from .prompts import Prompt
 
 if TYPE_CHECKING:
@@ -27,33 +26,6 @@ BASELINE: Method = "none_fast"
 REFERENCE: Method = "none"
 TIMINGS = ("round_ms", "hit_round_ms", "forward_ms", "draft_ms")
 PACKAGES = ("torch", "transformers", "ray", "pyzmq")
-NGRAM = 8
-
-Progress = Callable[[int, int, str], None]
-"""Called with the requests done, the requests in all, and what runs next."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Tally:
-    """What one method did in one repeat, over some prompts."""
-
-    tokens: int = 0
-    decode_s: float = 0.0
-    speculation: SpeculationRecord = field(default_factory=SpeculationRecord)
-    ngrams: int = 0
-    repeated_ngrams: int = 0
-
-    def add(self, output: RequestOutput) -> None:
-        self.tokens += len(output.token_ids)
-        self.decode_s += output.decode_s
-        self.speculation.add(output.speculation)
-        ngrams, repeated = count_ngrams(output.token_ids)
-        self.ngrams += ngrams
-        self.repeated_ngrams += repeated
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        return self.tokens / self.decode_s if self.decode_s > 0 else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +44,8 @@ class Comparison:
     """What :func:`compare` measured."""
 
     prompts: tuple[Prompt, ...]
-    methods: tuple[Method, ...]
+    methods: tuple[str, ...]
+    """And peers, by name."""
     seed: int
     temperature: float
     lookahead: int
@@ -85,6 +58,10 @@ class Comparison:
     mismatches: tuple[Mismatch, ...]
     verify: str = "coupled"
     """The verification rule."""
+    peers: tuple[str, ...] = ()
+    """Those of ``methods`` that are other programs: nothing is promised of their tokens."""
+    batch: int = 1
+    """Prompts run together."""
 
     @property
     def identity_promised(self) -> bool:
@@ -100,8 +77,12 @@ class Comparison:
 
     @property
     def identical_all(self) -> bool:
-        """Whether all methods agree; ``none_fast``, which promises less, is not counted."""
-        return all(self.identical(method) for method in self.methods if method != BASELINE)
+        """Whether all methods agree; ``none_fast`` and peers, which promise less, are not counted."""
+        return all(self.identical(method) for method in self.methods if self.counts(method))
+
+    def counts(self, method: str) -> bool:
+        """Whether the method's tokens must be plain decoding's."""
+        return method != BASELINE and method not in self.peers
 
     @property
     def categories(self) -> list[str]:
@@ -111,11 +92,12 @@ class Comparison:
         """The method's tallies, one per repeat: of one category, or of all together."""
         if category is not None:
             return self.tallies[method, category]
-        return [_merge(parts) for parts in zip(*(self.tallies[method, c] for c in self.categories), strict=True)]
+        return [merge(parts) for parts in zip(*(self.tallies[method, c] for c in self.categories), strict=True)]
 
     def to_json(self) -> dict[str, Any]:
         """Numbers only, ready for :func:`json.dumps`. ``tokens`` counts what plain decoding
-        generated over all prompts; counts and times are medians over the repeats."""
+        generated over all prompts; counts and times are medians over the repeats, the histogram of
+        accepted draft tokens is their sum."""
         return {
             "identical_all": self.identical_all,
             "identity_promised": self.identity_promised,
@@ -125,11 +107,12 @@ class Comparison:
             "seed": self.seed,
             "temperature": self.temperature,
             "lookahead": self.lookahead,
+            "batch": self.batch,
             "versions": versions(),
             "methods": {method: self._method(method) for method in self.methods},
         }
 
-    def _method(self, method: Method) -> dict[str, Any]:
+    def _method(self, method: str) -> dict[str, Any]:
         rates = self._rates(method)
         return {
             "tokens_per_second": rates.pop("tokens_per_second"),
@@ -137,6 +120,7 @@ class Comparison:
             "identical": self.identical(method),
             **rates,
             "rounds": _median(tally.speculation.rounds for tally in self.repeats(method)),
+            "accepted_histogram": merge(self.repeats(method)).speculation.accepted_histogram,
             **self.timings_ms[method],
             "categories": {category: self._rates(method, category) for category in self.categories},
         }
@@ -164,12 +148,13 @@ def compare(
     max_tokens: int = 128,
     repeat: int = 1,
     warmup_tokens: int = 16,
+    batch: int = 1,
+    peers: Sequence[Arm] = (),
     progress: Progress | None = None,
 ) -> Comparison:
-    """Run each prompt with each method, ``repeat`` times, and compare tokens and speed.
+    """Run each prompt with each method and peer, ``repeat`` times, and compare tokens and speed.
 
-    ``none_fast`` and ``none`` always run. The order of the methods rotates from repeat to
-    repeat. Before measuring, each method generates ``warmup_tokens`` that do not count.
+    ``none_fast`` and ``none`` always run. How turns are taken: :func:`ssd.bench.arms.interleave`.
 
     Raises:
         RequestError: an unknown method, no prompts, or a prompt the model cannot take.
@@ -182,47 +167,28 @@ def compare(
     if repeat < 1:
         raise RequestError("repeat must be an integer >= 1")
 
-    def request(prompt: Prompt, method: Method, tokens: int) -> RequestOutput:
-        params = SamplingParams(temperature=temperature, seed=seed, max_tokens=tokens, ignore_eos=True, method=method)
-        return llm.generate([prompt.text], params)[0]
-
-    total = len(prompts) * len(order) * repeat
-    report = progress or (lambda done, total, label: None)
-    if warmup_tokens:
-        for method in order:
-            report(0, total, f"warming up {method}")
-            request(prompts[0], method, min(warmup_tokens, max_tokens))
-        llm.timings(reset=True)
-
-    tallies: dict[tuple[str, str], list[Tally]] = defaultdict(lambda: [Tally() for _ in range(repeat)])
-    samples: dict[tuple[str, str], list[float | None]] = defaultdict(list)
-    outputs: dict[tuple[str, int, str], RequestOutput] = {}
-    for turn in range(repeat):
-        shift = turn % len(order)
-        for prompt in prompts:
-            for method in order[shift:] + order[:shift]:
-                report(len(outputs), total, f"{prompt.name} {method}")
-                output = request(prompt, method, max_tokens)
-                for name, value in llm.timings(reset=True).items():
-                    samples[method, name].append(value)
-                tallies[method, prompt.category][turn].add(output)
-                outputs[method, turn, prompt.name] = output
-    report(total, total, "done")
-
-    references = {prompt.name: outputs[REFERENCE, 0, prompt.name] for prompt in prompts}
+    arms: list[Arm] = [*(MethodArm(llm, method) for method in order), *peers]
+    params = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens, ignore_eos=True)
+    found = interleave(
+        arms, prompts, params, repeat=repeat, warmup_tokens=warmup_tokens, batch=batch, progress=progress
+    )
+    names = tuple(arm.name for arm in arms)
+    references = {prompt.name: found.outputs[REFERENCE, 0, prompt.name] for prompt in prompts}
     return Comparison(
         prompts=tuple(prompts),
-        methods=order,
+        methods=names,
+        peers=tuple(arm.name for arm in peers),
+        batch=batch,
         seed=seed,
         temperature=temperature,
         lookahead=llm.config.speculation.lookahead,
         verify=llm.config.speculation.verify,
         references=references,
-        tallies=dict(tallies),
-        timings_ms={method: {name: _median(samples[method, name]) for name in TIMINGS} for method in order},
+        tallies=dict(found.tallies),
+        timings_ms={arm: {name: _median(found.samples[arm, name]) for name in TIMINGS} for arm in names},
         mismatches=tuple(
             Mismatch(method=method, prompt=name, repeat=turn, position=position)
-            for (method, turn, name), output in outputs.items()
+            for (method, turn, name), output in found.outputs.items()
             if (position := first_difference(output.token_ids, references[name].token_ids)) is not None
         ),
     )
@@ -234,16 +200,6 @@ def first_difference(tokens: Sequence[int], others: Sequence[int]) -> int | None
         if token != other:
             return position
     return None if len(tokens) == len(others) else min(len(tokens), len(others))
-
-
-def count_ngrams(tokens: Sequence[int], size: int = NGRAM) -> tuple[int, int]:
-    """How many n-grams the tokens have, and how many of them occurred before in the same
-    tokens: where text loops, acceptance says little."""
-    seen: set[tuple[int, ...]] = set()
-    total = max(len(tokens) - size + 1, 0)
-    for start in range(total):
-        seen.add(tuple(tokens[start : start + size]))
-    return total, total - len(seen)
 
 
 def versions() -> dict[str, str | None]:
@@ -275,17 +231,6 @@ def _order(methods: Sequence[str]) -> tuple[Method, ...]:
             raise RequestError(f"method {method!r} is unknown; methods are {', '.join(METHODS)}")
     speculative: tuple[Method, ...] = ("sd", "ssd")
     return (BASELINE, REFERENCE, *(method for method in speculative if method in methods))
-
-
-def _merge(parts: Iterable[Tally]) -> Tally:
-    whole = Tally()
-    for part in parts:
-        whole.tokens += part.tokens
-        whole.decode_s += part.decode_s
-        whole.speculation.add(part.speculation)
-        whole.ngrams += part.ngrams
-        whole.repeated_ngrams += part.repeated_ngrams
-    return whole
 
 
 def _ratio(value: float | None, base: float | None) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from .compare import BASELINE, Comparison
+from .compare import Comparison
 
 SHOWN_MISMATCHES = 5
 
@@ -36,7 +36,7 @@ def comparison_table(comparison: Comparison) -> Table:
             number(row["forward_ms"], 2),
             number(row["draft_ms"], 2),
             ("yes" if row["identical"] else "no")
-            + (" (not counted)" if method == BASELINE or not comparison.identity_promised else ""),
+            + ("" if comparison.counts(method) and comparison.identity_promised else " (not counted)"),
         )
     return table
 
@@ -78,7 +78,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
             f"{comparison.temperature:g}: the tokens have plain decoding's law and are others"
         )
         return
-    counted = [mismatch for mismatch in comparison.mismatches if mismatch.method != BASELINE]
+    counted = [mismatch for mismatch in comparison.mismatches if comparison.counts(mismatch.method)]
     for mismatch in counted[:SHOWN_MISMATCHES]:
         console.print(
             f"{mismatch.method} differs from plain decoding at token {mismatch.position} of prompt "

@@ -59,6 +59,8 @@ class Front:
         """Why the draft is no longer there, if it is not."""
         self.timings: Timings | None = None
         self.round: RoundReport | None = None
+        self.rounds: list[RoundReport] | None = None
+        """All rounds, while a list is here to take them."""
         self._hellos: dict[str, Hello] = {}
         self._numbers = itertools.count()
 
@@ -126,6 +128,8 @@ class Front:
             return taken(self.book.handle(message))
         if isinstance(message, RoundReport):
             self.round = message
+            if self.rounds is not None:
+                self.rounds.append(message)
         elif isinstance(message, Timings):
             self.timings = message
         elif isinstance(message, Hello):

@@ -15,7 +15,7 @@ from ..errors import PipelineError, RequestError, WorkerError
 from ..params import RequestOutput, SamplingParams, StreamEvent
 from ..pipeline.build import Plan
 from ..pipeline.launch import LocalPipeline, Pipeline
-from ..pipeline.messages import GetTimings
+from ..pipeline.messages import GetTimings, RoundReport, Watch
 from .book import Request
 from .front import Front, Taken, taken
 
@@ -120,6 +120,19 @@ class LLM:
             "forward_ms": timings.forward_ms,
             "draft_ms": timings.draft_ms,
         }
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[list[RoundReport]]:
+        """Where the time of every round of the block goes; the list is whole when the block ends."""
+        rounds = self._front.rounds = []
+        verifier = self._running().lanes["verifier"]
+        verifier.send(Watch(on=True))
+        try:
+            yield rounds
+            verifier.send(Watch(on=False))
+            self.timings()  # whatever was sent before it has come
+        finally:
+            self._front.rounds = None
 
     def info(self) -> dict[str, Any]:
         """What the workers said of themselves, by role."""

@@ -1,12 +1,13 @@
-"""Attention of decode rows in two parts, for GPUs: nothing is repeated, no mask is built.
+"""Attention of decode rows in two parts: nothing is repeated, no mask of the whole context is built.
 
 The prefix part covers the main slots, where a row attends all below its limit; the tree part the
 scratch slots a row may see, and its own key. Each part gives a normalised output and the logarithm of
 its weights' sum, and parts merge by those (log-sum-exp; Milakov, Gimelshein 2018, arXiv 1805.02867). Heads that
 share keys and values (GQA) are rows of one product. ``attention.row_attention`` is the reference.
 
-On CUDA the operator ``ssd::tree_attention`` runs the kernels of ``tree_kernel``; elsewhere the same
-algorithm in torch.
+On CUDA the operator ``ssd::tree_attention`` runs the kernels of ``tree_kernel``; on CPUs
+``ssd::rows_attention`` is one loop over what a row attends (``csrc/rows_attention.cpp``); elsewhere the
+two parts in torch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from . import native
 from .attention import refuse_unknown
 from .cache import RowStates
 
@@ -51,11 +53,17 @@ def tree_attention(
     """
     refuse_unknown(kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = torch.ops.ssd.tree_attention(
+    operator = torch.ops.ssd.rows_attention if native.loaded() and serves(query) else torch.ops.ssd.tree_attention
+    out = operator(
         query, key.main, value.main, key.scratch, value.scratch, key.own, value.own,
         key.limits, key.scratch_mask, scale, softcap or 0.0,
     )  # fmt: skip
     return out, None
+
+
+def serves(query: Tensor) -> bool:
+    """Whether the CPU's operator takes such heads."""
+    return query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16) and query.shape[-1] % 8 == 0
 
 
 def partial_attention(

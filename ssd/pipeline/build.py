@@ -13,7 +13,7 @@ from ..config import Config, ModelConfig, resolve_model_path
 from ..decoding.forecast import ConfidenceForecast, FanOutForecast, Forecast, fan_out
 from ..decoding.tree import TreeShape
 from ..errors import ConfigError
-from ..models import rows_linear, tree_attention
+from ..models import native, rows_linear, tree_attention
 from ..models.graphs import Graphs
 from ..models.loading import PreTrainedModel, lay_out_for_cpu, load_model
 from ..models.runner import ForwardRunner, can_compile
@@ -150,7 +150,7 @@ def _runner(plan: Plan, wanted: ModelConfig, model: PreTrainedModel | None, *, s
         model = load_model(folder, dtype=wanted.dtype, device=wanted.device, max_positions=engine.max_model_len)
     on_gpu = model.device.type == "cuda"
     compile_ = can_compile() if wanted.compile == "auto" else wanted.compile
-    kernels = on_gpu and tree_attention.available()
+    kernels = tree_attention.available() if on_gpu else native.available()
     attention = ("tree" if kernels else "rows") if wanted.attention == "auto" else wanted.attention
     runner = ForwardRunner(
         model,
@@ -164,7 +164,7 @@ def _runner(plan: Plan, wanted: ModelConfig, model: PreTrainedModel | None, *, s
         attention=attention,
     )
     if torch.device(wanted.device).type == "cpu" and wanted.dtype == "float32":
-        if rows_linear.available():
+        if native.available():
             rows_linear.pack_linears(model)
         else:
             lay_out_for_cpu(model)

@@ -121,7 +121,7 @@ class RoundTimer:
         if self.watching is not None:
             self.watching[name] = seconds
 
-    def report(self, began_s: float, now_s: float, rows: int, worker: VerifierWorker) -> RoundReport:
+    def report(self, began_s: float, now_s: float, verdict: Verdict, worker: VerifierWorker) -> RoundReport:
         """Of the round that ends now; a new one begins. Only while watching."""
         spent, self.watching = self.watching or {}, {}
         return RoundReport(
@@ -131,9 +131,10 @@ class RoundTimer:
             draft_s=spent.get("draft"),
             jit_s=spent.get("jit"),
             round_s=now_s - began_s,
-            rows=rows,
+            rows=len(verdict.commits),
             lookups=worker.lookups,
             hits=worker.hits,
+            tokens=sum(len(commit.tokens) for commit in verdict.commits),
         )
 
     def take(self, *, reset: bool) -> Timings:
@@ -267,7 +268,7 @@ def verifier_loop(
             draft.take_waited_s()
         last_end = now
         if timer.watching is not None:
-            front.send(timer.report(began, now, len(verdict.commits), worker))
+            front.send(timer.report(began, now, verdict, worker))
 
 
 def _lose(worker: VerifierWorker, front: ControlLane, draft: DraftSide | None, error: PipelineError) -> None:

@@ -124,6 +124,8 @@ class RoundReport:
     """Sequences in the round."""
     lookups: int
     hits: int
+    tokens: int = 0
+    """That the round made certain, of all rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,6 +17,7 @@ MAX_LINES = 400
 BASE = ("errors", "params")
 STACK = ("config", "models", "pipeline", "engine", "learning", "serving", "cluster", "bench", "testing")
 """Bottom to top: a layer imports only what stands before it (models also decoding)."""
+MEASURING = ("cli_bench", "cli_plan", "cli_tune")
 ALLOWED = {
     "errors": set(),
     "params": {"errors"},
@@ -25,10 +26,11 @@ ALLOWED = {
     "config": {*BASE},
     # The package's face and its commands stand above everything.
     "__init__": {*BASE, "decoding", *STACK},
-    "cli": {"__init__", *BASE, "decoding", *STACK, "cli_serving", "cli_remote", "cli_certify"},
+    "cli": {"__init__", *BASE, "decoding", *STACK, "cli_serving", "cli_remote", "cli_certify", *MEASURING},
     "cli_serving": {"__init__", *BASE, "decoding", *STACK},
     "cli_remote": {"__init__", *BASE, "decoding", *STACK},
     "cli_certify": {"__init__", *BASE, "decoding", *STACK, "cli_serving"},
+    **{command: {"__init__", *BASE, "decoding", *STACK, "cli_plan"} for command in MEASURING},
 }
 OPEN = {"ssd.__version__"}
 """Importable from everywhere."""
@@ -36,8 +38,8 @@ FENCED = {
     "ray": ("ssd/cluster/", "launch/"),
     "zmq": ("ssd/pipeline/", "ssd/serving/"),
     "torch.distributed": ("ssd/pipeline/", "ssd/models/", "launch/"),
-    "transformers": ("ssd/models/", "ssd/engine/", "ssd/testing/"),
-    "typer": ("ssd/cli.py", "ssd/cli_serving.py", "ssd/cli_remote.py", "ssd/cli_certify.py"),
+    "transformers": ("ssd/models/", "ssd/engine/", "ssd/testing/", "ssd/bench/peers/worker.py"),
+    "typer": tuple(f"ssd/{name}.py" for name in ("cli", "cli_serving", "cli_remote", "cli_certify", *MEASURING)),
     "fastapi": ("ssd/serving/",),
     "uvicorn": ("ssd/serving/", "ssd/testing/served.py"),
 }

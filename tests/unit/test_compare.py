@@ -12,15 +12,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import ssd
-from ssd.bench.compare import Comparison, Mismatch, compare, count_ngrams, first_difference, parse_methods
+from ssd.bench.arms import count_ngrams
+from ssd.bench.compare import Comparison, Mismatch, compare, first_difference, parse_methods
 from ssd.bench.prompts import DEMO_PROMPTS, Prompt, load_prompts
 from ssd.bench.report import print_comparison
 from ssd.cli import app
 from ssd.config import Config, load_config
 from ssd.errors import LinkError, RequestError
-from ssd.params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent
+from ssd.testing.scripted_llm import ScriptedLLM
 
-SECONDS = {"none_fast": 2.0, "none": 2.5, "sd": 1.6, "ssd": 1.0}
 PROMPTS = [Prompt(name="f", text="def f", category="code"), Prompt(name="p", text="The", category="prose")]
 METHOD_KEYS = {
     "tokens_per_second",
@@ -36,6 +36,7 @@ METHOD_KEYS = {
     "draft_ms",
     "repeated_8gram_share",
     "categories",
+    "accepted_histogram",
 }
 TOP_KEYS = {
     "identical_all",
@@ -46,61 +47,10 @@ TOP_KEYS = {
     "seed",
     "temperature",
     "lookahead",
+    "batch",
     "versions",
     "methods",
 }
-
-
-class ScriptedLLM:
-    """Answers at once with scripted tokens and times; ``wrong`` names methods that differ."""
-
-    def __init__(self, *_: object, wrong: tuple[str, ...] = (), drift: float = 1.0, **__: object) -> None:
-        self.wrong = wrong
-        self.drift = drift
-        self.calls: list[tuple[str, str, int]] = []
-        self.closed = False
-        self.degraded: str | None = None
-        self.config = load_config("embedded")
-        self.tokenizer = None
-
-    def __enter__(self) -> ScriptedLLM:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.closed = True
-
-    def timings(self, *, reset: bool = False) -> dict[str, float | None]:
-        assert reset
-        return {"round_ms": float(len(self.calls)), "hit_round_ms": None, "forward_ms": 1.0, "draft_ms": 0.5}
-
-    def generate(self, prompts: list[str], params: SamplingParams) -> list[RequestOutput]:
-        return [self.answer(prompt, params) for prompt in prompts]
-
-    def stream(self, prompt: str, params: SamplingParams) -> Any:
-        output = self.answer(prompt, params)
-        yield StreamEvent(text="one ", token_ids=(1,), accepted=0)
-        yield StreamEvent(text="two", token_ids=(2,), accepted=1, output=output)
-
-    def answer(self, prompt: str, params: SamplingParams) -> RequestOutput:
-        method = params.method or "ssd"
-        self.calls.append((prompt, method, params.max_tokens))
-        tokens = [len(prompt) * 100 + position for position in range(params.max_tokens)]
-        if method in self.wrong:
-            tokens[3] = 0
-        record = SpeculationRecord(rounds=params.max_tokens, tokens=params.max_tokens)
-        if method in ("sd", "ssd"):
-            record = SpeculationRecord(rounds=10, tokens=40, drafted=40, accepted=30 if prompt == "def f" else 10)
-        if method == "ssd":
-            record.lookups, record.hits = 9, 6
-        return RequestOutput(
-            prompt=prompt,
-            prompt_token_ids=(1,),
-            text="text",
-            token_ids=tuple(tokens),
-            finish_reason="length",
-            speculation=record,
-            decode_s=SECONDS[method] * self.drift ** len(self.calls),
-        )
 
 
 def run(llm: ScriptedLLM, **options: Any) -> Any:

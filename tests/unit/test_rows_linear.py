@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssd.models import rows_linear
+from ssd.models import native
 from ssd.models.rows_linear import RowsLinear, pack_linears
 from ssd.models.runner import can_compile
 from ssd.testing.tiny import tiny_model
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler"
 
 @pytest.fixture(autouse=True)
 def built() -> None:
-    assert rows_linear.available()
+    assert native.available()
 
 
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from ssd.decoding.tree import TreeShape
-from ssd.models import tree_attention
+from ssd.models import native, tree_attention
 from ssd.models.loading import lay_out_for_cpu
 from ssd.models.rows import RowPlan
-from ssd.models.runner import ForwardRunner
+from ssd.models.runner import ForwardRunner, can_compile
 from ssd.testing.attention import CASES, TOLERANCE, Case, error
 from ssd.testing.tiny import ARCHITECTURES, tiny_model
+
+needs_compiler = pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -28,6 +30,36 @@ def test_against_float64(case: Case, dtype: str) -> None:
     case = replace(case, dtype=dtype)
     inputs = case.inputs()
     assert error(torch.ops.ssd.tree_attention(**inputs), inputs) < TOLERANCE[case.torch_dtype]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", [Case(rows=8, scratch=70), *CASES], ids=lambda case: f"{case.slots}+{case.scratch}")
+def test_the_cpus_operator_against_float64(case: Case, dtype: str) -> None:
+    assert native.available()
+    case = replace(case, dtype=dtype)
+    inputs = case.inputs()
+    assert error(torch.ops.ssd.rows_attention(**inputs), inputs) < TOLERANCE[case.torch_dtype]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_cpus_operator_gives_a_row_the_same_bits_wherever_its_keys_stand(dtype: str) -> None:
+    """Alone or beside other rows; the last slots it attends in place or in scratch."""
+    assert native.available()
+    inputs = Case(batch=1, rows=6, slots=100, scratch=5, dtype=dtype).inputs()
+    inputs["limits"], inputs["mask"][:] = torch.tensor([[40, 90, 17, 100, 64, 1]]), False
+    inputs["mask"][0, 1, 1:4] = True
+    together = torch.ops.ssd.rows_attention(**inputs)
+    for row in range(6):
+        at = slice(row, row + 1)
+        own = {name: inputs[name][:, :, at] for name in ("query", "own_keys", "own_values")}
+        alone = {**inputs, **own, "limits": inputs["limits"][:, at], "mask": inputs["mask"][:, at]}
+        assert torch.equal(torch.ops.ssd.rows_attention(**alone)[:, 0], together[:, row])
+    for part in ("keys", "values"):
+        inputs[f"main_{part}"][:, :, 90:93] = inputs[f"scratch_{part}"][:, :, 1:4]
+    inputs["limits"][0, 1], inputs["mask"][0, 1] = 93, False
+    assert torch.equal(torch.ops.ssd.rows_attention(**inputs)[:, 1], together[:, 1])
 
 
 def test_parts_merge_to_the_whole_whatever_the_cuts() -> None:
@@ -68,8 +100,13 @@ def test_kernels_in_the_interpreter() -> None:
     assert all(record["within"] and record["independent"] for record in records), records
 
 
+@pytest.mark.parametrize("operator", ["torch", pytest.param("cpu", marks=needs_compiler)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_model_says_the_same_with_either_attention(architecture: str) -> None:
+def test_a_model_says_the_same_with_either_attention(
+    architecture: str, operator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert native.available() or operator == "torch"
+    monkeypatch.setattr(native, "loaded", lambda: operator == "cpu")
     shape = TreeShape.comb(3, siblings=2)
     plan, tokens = RowPlan.tree("tree", shape), torch.arange(2 * shape.nodes).view(2, -1) + 5
     logits: list[Tensor] = []

@@ -1,0 +1,200 @@
+"""Writing a profile: real pipelines at a few settings, watched round by round, and lines through them."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..config import Config, load_config
+from ..params import Method, SamplingParams
+from .profile import Costs, Line, Point, Profile
+from .prompts import Prompt
+
+if TYPE_CHECKING:
+    from ..engine.llm import LLM
+    from ..pipeline.messages import RoundReport
+
+SKIPPED_ROUNDS = 2
+"""At the beginning of a request: caches are cold."""
+METHODS: tuple[Method, ...] = ("none_fast", "none", "sd", "ssd")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """What a pipeline is started with."""
+
+    lookahead: int
+    budget: int
+    siblings: int = 0
+    batch: int = 1
+
+    @property
+    def overrides(self) -> list[str]:
+        return [
+            f"speculation.lookahead={self.lookahead}",
+            f"speculation.siblings={self.siblings}",
+            f"speculation.forecast.budget={self.budget}",
+            f"engine.max_batch={self.batch}",
+            "speculation.governor=false",
+        ]
+
+
+SIZES = (
+    Size(lookahead=2, budget=4),
+    Size(lookahead=4, budget=24),
+    Size(lookahead=8, budget=8),
+    Size(lookahead=4, budget=8, siblings=2),
+    Size(lookahead=4, budget=8, batch=4),
+)
+"""Steps, branches, rows and sequences each vary while others stand still."""
+
+
+def measure(
+    config: Config,
+    prompts: Sequence[Prompt],
+    *,
+    name: str,
+    sizes: Sequence[Size] = SIZES,
+    temperatures: Sequence[float] = (0.0, 1.0),
+    lookaheads: Sequence[int] = tuple(range(1, 9)),
+    siblings: Sequence[int] = (0, 1, 2),
+    max_tokens: int = 96,
+    launch: Callable[[Config], LLM] | None = None,
+    say: Say = lambda text: None,
+) -> Profile:
+    """Start a pipeline of every size and watch its rounds; then lead the draft over what the target said.
+
+    Raises:
+        UsageError, WorkerError: as ``LLM``.
+    """
+    from ..engine.front import make_plan
+    from ..engine.llm import LLM
+    from .replay import replay
+
+    points: list[Point] = []
+    texts: dict[float, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
+    for number, size in enumerate(sizes, start=1):
+        say(f"start {number}/{len(sizes)}: {_describe(size)}")
+        with (launch or LLM)(load_config(config, size.overrides)) as llm:
+            for temperature in temperatures:
+                if temperature not in texts:
+                    params = _params("none", temperature, max_tokens + max(lookaheads) + 1)
+                    outputs = [llm.generate([prompt.text], params)[0] for prompt in prompts]
+                    texts[temperature] = [(output.prompt_token_ids, output.token_ids) for output in outputs]
+                for method in METHODS:
+                    say(f"start {number}/{len(sizes)}: {_describe(size)}, {method} at temperature {temperature:g}")
+                    points.append(watch(llm, prompts, size, _params(method, temperature, max_tokens)))
+    content = {}
+    plan = make_plan(config)[1]
+    for temperature in temperatures:
+        say(f"the draft over the answers at temperature {temperature:g}")
+        params = _params("ssd", temperature, max_tokens)
+        content[f"{temperature:g}"] = replay(plan, texts[temperature], params, lookaheads=lookaheads, siblings=siblings)
+    return Profile(
+        name=name,
+        machine=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        costs={f"{t:g}": fit([point for point in points if point.temperature == t]) for t in temperatures},
+        content=content,
+        points=points,
+    )
+
+
+def watch(llm: LLM, prompts: Sequence[Prompt], size: Size, params: SamplingParams) -> Point:
+    """Run the prompts, ``size.batch`` at a time (the list again from its start where it is short)."""
+    rounds: list[RoundReport] = []
+    llm.generate([prompts[0].text] * size.batch, _params(params.method, params.temperature, 8))
+    for start in range(0, len(prompts), size.batch):
+        group = [prompts[(start + i) % len(prompts)].text for i in range(size.batch)]
+        with llm.watch() as seen:
+            llm.generate(group, params)
+        rounds += seen[SKIPPED_ROUNDS:] or seen
+    assert params.method is not None
+    return point(rounds, size, params.method, params.temperature)
+
+
+def point(rounds: Sequence[RoundReport], size: Size, method: Method, temperature: float) -> Point:
+    """Means over rounds of one method."""
+    depth = size.lookahead * (1 + size.siblings)
+    spent = [max(one.forward_s, one.draft_s or 0.0) + (one.jit_s or 0.0) for one in rounds]
+    after_wait = [now.forward_s for before, now in pairwise(rounds) if before.jit_s]
+    at_once = [now.forward_s for before, now in pairwise(rounds) if not before.jit_s] or after_wait
+    return Point(
+        method=method,
+        temperature=temperature,
+        lookahead=size.lookahead,
+        siblings=size.siblings,
+        budget=size.budget,
+        batch=size.batch,
+        rows=size.batch * (1 if method == "none_fast" else 1 + depth),
+        rounds=len(rounds),
+        forward_s=fmean(at_once),
+        draft_s=_mean([one.draft_s for one in rounds]),
+        jit_s=_mean([one.jit_s for one in rounds]),
+        overhead_s=max(0.0, fmean(one.round_s - used for one, used in zip(rounds, spent, strict=True))),
+        after_wait_s=fmean(after_wait) - fmean(at_once) if after_wait and method == "ssd" else None,
+    )
+
+
+def fit(points: Sequence[Point]) -> Costs:
+    """Costs through the points of one temperature (least squares; no coefficient below zero).
+    Overheads and waits are those of the smallest batch."""
+    by_method = {method: [p for p in points if p.method == method] for method in METHODS}
+    smallest = min(point.batch for point in points)
+    single = {method: [p for p in found if p.batch == smallest] for method, found in by_method.items()}
+    target: dict[int, list[float]] = {}
+    for point in [*by_method["none_fast"], *by_method["ssd"]]:
+        target.setdefault(point.rows, []).append(point.forward_s)
+    trees = [([1.0, p.lookahead, p.lookahead * p.budget * p.batch], p.draft_s) for p in by_method["ssd"] if p.draft_s]
+    waits = [([1.0, p.lookahead], p.jit_s) for p in [*single["sd"], *single["ssd"]] if p.jit_s]
+    base, per_step, per_row = _least_squares(trees, 3)
+    jit_base, jit_step = _least_squares(waits, 2)
+    return Costs(
+        target={rows: fmean(seconds) for rows, seconds in sorted(target.items())},
+        tree=Line(base=base, per_step=per_step, per_row=per_row),
+        jit=Line(base=jit_base, per_step=jit_step),
+        glue=_mean([p.draft_s for p in single["sd"]]) or 0.0,
+        overhead={
+            "none": fmean(p.overhead_s for p in [*single["none_fast"], *single["none"]]),
+            "sd": fmean(p.overhead_s for p in single["sd"]),
+            "ssd": fmean(p.overhead_s for p in single["ssd"]),
+        },
+        after_wait=max(0.0, _mean([p.after_wait_s for p in single["ssd"]]) or 0.0),
+    )
+
+
+def _least_squares(samples: list[tuple[list[float], float]], unknowns: int) -> list[float]:
+    """Coefficients >= 0: the most negative one is taken out until there is none."""
+    used = list(range(unknowns))
+    found = [0.0] * unknowns
+    while used and samples:
+        left = np.array([[row[i] for i in used] for row, _ in samples])
+        # Relative errors: a small tree matters as much as a large one.
+        right = np.array([value for _, value in samples])
+        solved = np.linalg.lstsq(left / right[:, None], np.ones(len(right)), rcond=None)[0]
+        if solved.min() >= 0:
+            for index, value in zip(used, solved, strict=True):
+                found[index] = float(value)
+            break
+        used.pop(int(solved.argmin()))
+    return found
+
+
+def _params(method: Method | None, temperature: float, tokens: int) -> SamplingParams:
+    return SamplingParams(method=method, temperature=temperature, max_tokens=tokens, ignore_eos=True)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return fmean(present) if present else None
+
+
+def _describe(size: Size) -> str:
+    return f"lookahead {size.lookahead}, budget {size.budget}, siblings {size.siblings}, batch {size.batch}"

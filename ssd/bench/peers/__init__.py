@@ -1,0 +1,1 @@
+"""Other programs that decode with the same weights, behind one protocol."""

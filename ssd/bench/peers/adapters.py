@@ -1,0 +1,175 @@
+"""Peers as arms of a comparison: subprocesses on the same cores, weights, dtype and prompts."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...config import Config, resolve_model_path
+from ...errors import PipelineError, RequestError
+from ...params import RequestOutput, SamplingParams, SpeculationRecord
+from ..arms import Sample
+from ..prompts import Prompt
+
+PEERS = {
+    "transformers": ("transformers", False),
+    "transformers-assisted": ("transformers", True),
+    "vllm": ("vllm", False),
+    "vllm-draft": ("vllm", True),
+}
+"""By name: the library, and whether the draft takes part."""
+LOAD_S, RUN_S, LEAVE_S = 600.0, 600.0, 10.0
+WORKER = Path(__file__).with_name("worker.py")
+
+
+class PeerUnavailable(PipelineError):
+    """The peer cannot take part: its library is missing or cannot run these models."""
+
+
+@dataclass(slots=True)
+class Peer:
+    """Another program, started and ready.
+
+    Args:
+        tokenizer: transformers', of the target. batch: the most prompts it completes together.
+        python: of the peer's environment.
+
+    Raises:
+        PeerUnavailable: it did not come up; the message says why.
+    """
+
+    name: str
+    config: Config
+    tokenizer: Any
+    batch: int = 1
+    python: str = sys.executable
+    version: str = field(default="", init=False)
+    _process: subprocess.Popen = field(init=False, repr=False)
+    _answers: queue.Queue = field(default_factory=queue.Queue, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        library, drafts = PEERS[self.name]
+        target, draft = self.config.target, self.config.draft
+        if drafts and draft is None:
+            raise PeerUnavailable(f"{self.name}: the configuration has no draft")
+        cores = sorted({*(target.cores or ()), *((draft.cores or ()) if draft else ())})
+        order = {
+            "library": library,
+            "target": str(resolve_model_path(target.model)),
+            "draft": str(resolve_model_path(draft.model)) if drafts and draft is not None else None,
+            "dtype": target.dtype,
+            "lookahead": self.config.speculation.lookahead,
+            "max_model_len": self.config.engine.max_model_len,
+            "batch": self.batch,
+            "cores": cores,
+            "threads": len(cores) or os.cpu_count() or 1,
+        }
+        try:
+            self._process = subprocess.Popen(
+                [self.python, "-P", str(WORKER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **_environment(library, cores)},
+            )
+        except OSError as error:
+            raise PeerUnavailable(f"{self.name}: {self.python} does not start: {error}") from None
+        threading.Thread(target=self._read, name=f"ssd-peer-{self.name}", daemon=True).start()
+        try:
+            self.version = self._ask({"load": order}, LOAD_S)["ready"]["version"]
+        except PeerUnavailable:
+            self.close()
+            raise
+
+    @property
+    def most(self) -> int:
+        """Prompts it takes together: assisted generation takes one."""
+        return 1 if self.name == "transformers-assisted" else self.batch
+
+    def run(self, prompts: Sequence[Prompt], params: SamplingParams) -> Sample:
+        """Raises: PeerUnavailable: it failed."""
+        ids = [list(self.tokenizer(prompt.text, add_special_tokens=True)["input_ids"]) for prompt in prompts]
+        order = {
+            "prompts": ids,
+            "max_tokens": params.max_tokens,
+            "temperature": params.temperature,
+            "seed": params.seed % 2**31,
+        }
+        found = self._ask({"run": order}, RUN_S)
+        outputs = [
+            RequestOutput(
+                prompt=prompt.text,
+                prompt_token_ids=tuple(asked),
+                text=str(self.tokenizer.decode(tokens)),
+                token_ids=tuple(tokens),
+                finish_reason="length",
+                speculation=SpeculationRecord(),
+                decode_s=found["decode_s"],
+            )
+            for prompt, asked, tokens in zip(prompts, ids, found["outputs"], strict=True)
+        ]
+        return Sample(outputs=outputs, decode_s=found["decode_s"])
+
+    def close(self) -> None:
+        """Let it leave, and see that it does."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        for end in (lambda: None, self._process.terminate, self._process.kill):
+            end()
+            try:
+                self._process.wait(LEAVE_S)
+                return
+            except subprocess.TimeoutExpired:
+                continue
+
+    def _ask(self, order: dict[str, Any], limit_s: float) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            line = self._answers.get(timeout=limit_s)
+        except (BrokenPipeError, queue.Empty) as error:
+            what = f"no answer in {limit_s:g} s" if isinstance(error, queue.Empty) else "its process ended"
+            raise PeerUnavailable(f"{self.name}: {what}") from None
+        if line is None:
+            raise PeerUnavailable(f"{self.name}: its process ended; its own messages are above")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise PeerUnavailable(f"{self.name}: {' '.join(answer['error'].split())[:300]}")
+        return answer
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._answers.put(line)
+        self._answers.put(None)
+
+
+def parse_peers(names: str) -> tuple[str, ...]:
+    """Raises: RequestError: an unknown peer."""
+    found = tuple(name.strip() for name in names.split(",") if name.strip())
+    for name in found:
+        if name not in PEERS:
+            raise RequestError(f"peer {name!r} is unknown; peers are {', '.join(PEERS)}")
+    return found
+
+
+def _environment(library: str, cores: Sequence[int]) -> dict[str, str]:
+    common = {"HF_HUB_OFFLINE": "1"}
+    if cores:
+        common["OMP_NUM_THREADS"] = str(len(cores))
+    if library == "vllm":
+        # In one process, so that its clock and its cores are the worker's.
+        common |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        common["VLLM_LOGGING_LEVEL"] = "ERROR"
+        if cores:
+            common["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+    return common

@@ -1,0 +1,143 @@
+"""A peer's process: runs another library on the same weights. Stands alone, for the Python of the
+peer's own environment need not know this package.
+
+One JSON object a line. In: ``{"load": {...}}`` first, then ``{"run": {...}}`` until the pipe
+closes. Out: ``{"ready": {...}}``, ``{"outputs": [[ids], ..], "decode_s": s}`` or ``{"error": text}``.
+
+``decode_s`` is comparable with ours: loading, compiling and prefill are left out. The clock starts
+when the first token is there; as ours counts that one too, the time is stretched to all tokens.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from typing import Any
+
+
+def stretched(elapsed_s: float, tokens: int, at_start: int) -> float:
+    """Seconds for all ``tokens``, from those after the first ``at_start``."""
+    return elapsed_s * tokens / (tokens - at_start) if tokens > at_start else 0.0
+
+
+class TransformersPeer:
+    """``generate``, plain or assisted."""
+
+    def __init__(self, order: dict[str, Any]):
+        import torch
+        import transformers
+
+        torch.set_num_threads(order["threads"])
+        self._torch = torch
+        # Not "transformers" itself: its lazy names are resolved where they are used.
+        self._stopping = transformers.StoppingCriteriaList
+
+        def load(folder: str) -> Any:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, order["dtype"]), local_files_only=True
+            )
+            model.generation_config.eos_token_id = None
+            return model.eval()
+
+        self.model = load(order["target"])
+        self.assistant = load(order["draft"]) if order["draft"] else None
+        self.version = transformers.__version__
+
+    def run(self, order: dict[str, Any]) -> dict[str, Any]:
+        torch, prompts = self._torch, order["prompts"]
+        longest = max(len(prompt) for prompt in prompts)
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        first: list[tuple[float, int]] = []
+
+        def seen(input_ids: Any, scores: Any, **_: Any) -> Any:
+            if not first:
+                first.append((time.perf_counter(), input_ids.shape[1] - longest))
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+        sampled: dict[str, Any] = {"do_sample": False}
+        if order["temperature"] > 0:
+            sampled = {"do_sample": True, "temperature": order["temperature"], "top_k": 0, "top_p": 1.0}
+        torch.manual_seed(order["seed"])
+        with torch.no_grad():
+            found = self.model.generate(
+                ids,
+                attention_mask=mask,
+                assistant_model=self.assistant,
+                max_new_tokens=order["max_tokens"],
+                stopping_criteria=self._stopping([seen]),
+                pad_token_id=0,
+                **sampled,
+            )
+        ended = time.perf_counter()
+        began, at_start = first[0]
+        outputs = [row[longest:].tolist() for row in found]
+        return {"outputs": outputs, "decode_s": stretched(ended - began, len(outputs[0]), at_start)}
+
+
+class VllmPeer:
+    """vLLM, plain or with a draft model."""
+
+    def __init__(self, order: dict[str, Any]):
+        vllm = importlib.import_module("vllm")
+        speculative = {}
+        if order["draft"]:
+            config = {"method": "draft_model", "model": order["draft"], "num_speculative_tokens": order["lookahead"]}
+            speculative = {"speculative_config": config}
+        self._params = vllm.SamplingParams
+        self.model = vllm.LLM(
+            model=order["target"],
+            dtype=order["dtype"],
+            max_model_len=order["max_model_len"],
+            max_num_seqs=order["batch"],
+            enable_prefix_caching=False,
+            disable_log_stats=False,
+            **speculative,
+        )
+        self.version = vllm.__version__
+
+    def run(self, order: dict[str, Any]) -> dict[str, Any]:
+        params = self._params(
+            temperature=order["temperature"], seed=order["seed"], max_tokens=order["max_tokens"], ignore_eos=True
+        )
+        prompts = [{"prompt_token_ids": prompt} for prompt in order["prompts"]]
+        found = self.model.generate(prompts, params, use_tqdm=False)
+        outputs = [list(one.outputs[0].token_ids) for one in found]
+        times = [one.metrics for one in found]
+        if any(one is None for one in times):
+            raise RuntimeError("vLLM gave no timestamps of its requests")
+        # From the last prompt's first token on, all of them decode; the others were there a little sooner.
+        elapsed_s = max(one.last_token_ts for one in times) - min(one.first_token_ts for one in times)
+        return {"outputs": outputs, "decode_s": stretched(elapsed_s, len(outputs[0]), 1)}
+
+
+PEERS = {"transformers": TransformersPeer, "vllm": VllmPeer}
+
+
+def main() -> None:
+    """Serve orders until the pipe closes."""
+    # Libraries write to standard output as they like: answers go out by a descriptor of their own.
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    peer = None
+    for line in sys.stdin:
+        order = json.loads(line)
+        try:
+            if "load" in order:
+                if order["load"]["cores"] and hasattr(os, "sched_setaffinity"):
+                    os.sched_setaffinity(0, order["load"]["cores"])
+                peer = PEERS[order["load"]["library"]](order["load"])
+                answer = {"ready": {"version": peer.version}}
+            else:
+                assert peer is not None
+                answer = peer.run(order["run"])
+        except Exception as error:  # whatever a library raises is reported, not lost
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        out.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()

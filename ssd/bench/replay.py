@@ -1,0 +1,155 @@
+"""What rounds at every position of known texts accept and hit: the draft, run over them.
+
+Under coupled verification the tree below a root depends on the tokens before it alone, whether it
+was prepared as a branch or drafted after a miss. So the draft is led along the target's own tokens,
+drafts the deepest and widest tree at every position, and all smaller trees are parts of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import Config
+from ..decoding.sampling import scores
+from ..decoding.tree import ABSENT, TreeShape
+from ..models.rows import RowPlan
+from ..params import SamplingParams
+from ..pipeline.build import Plan, build_draft
+from ..pipeline.messages import Admit
+from .profile import NEVER, Replay
+
+BUDGETS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48)
+CHUNK_BYTES = 64 << 20
+
+
+def replay(
+    plan: Plan,
+    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    params: SamplingParams,
+    *,
+    lookaheads: Sequence[int],
+    siblings: Sequence[int],
+    budgets: Sequence[int] = BUDGETS,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Replay:
+    """Tables of every tree and budget.
+
+    Args:
+        plan: of the pairing; its forecast's shape and sharpness are used.
+        texts: prompt and the target's answer to it under ``params``, as token ids. The last
+            ``max(lookaheads) + 1`` tokens of an answer only serve to judge what comes before.
+        progress: texts done and in all.
+    """
+    deepest, widest = max(lookaheads), max(siblings)
+    whole = TreeShape.comb(deepest, widest)
+    worker = build_draft(_eager(plan, deepest, widest, max(budgets)))[0]
+    trees = {"0:0": (TreeShape.comb(1), [0, 0])}
+    for depth in lookaheads:
+        for beside in siblings:
+            trees[f"{depth}:{beside}"] = (TreeShape.comb(depth, beside), _nodes(deepest, widest, depth, beside))
+    forecasts = {
+        name: [_sized(plan, shape, budget).forecast("cpu") for budget in budgets] for name, (shape, _) in trees.items()
+    }
+    accepted: dict[str, list[list[int]]] = {name: [[] for _ in texts] for name in trees}
+    needed: dict[str, list[list[int]]] = {name: [[] for _ in texts] for name in trees}
+    chunk = max(1, CHUNK_BYTES // (4 * whole.nodes * plan.vocabulary))
+    for number, (prompt, answer) in enumerate(texts):
+        walk = _Walk(worker, whole, widest, [*prompt, *answer], params)
+        roots = range(len(prompt) - 1, len(prompt) + len(answer) - deepest - 2)
+        for start in range(0, len(roots), chunk):
+            seen = [walk.at(root) for root in roots[start : start + chunk]]
+            tokens, marks = torch.stack([t for t, _ in seen]), torch.stack([s for _, s in seen])
+            ahead = torch.tensor([walk.ids[root + 1 : root + deepest + 2] for root in roots[start : start + chunk]])
+            for name, (shape, nodes) in trees.items():
+                part, scored = tokens[:, nodes].clone(), marks[:, nodes]
+                if name == "0:0":
+                    part[:, 1] = ABSENT
+                node, depth = _deepest(shape, part, ahead)
+                bonus = ahead.gather(1, depth[:, None])
+                accepted[name][number] += depth.tolist()
+                least = torch.full_like(node, NEVER)
+                for budget, forecast in reversed(list(zip(budgets, forecasts[name], strict=True))):
+                    outcomes, guesses = forecast.outcomes(scored, part)
+                    hit = ((outcomes == node[:, None]) & (guesses == bonus)).any(1)
+                    least = torch.where(hit, budget, least)
+                needed[name][number] += least.tolist()
+        progress(number + 1, len(texts))
+    return Replay(accepted=accepted, needed=needed)
+
+
+class _Walk:
+    """The draft on one text: at any root, in order, the whole tree and its scores."""
+
+    def __init__(self, worker, shape: TreeShape, widest: int, ids: list[int], params: SamplingParams):
+        self.worker, self.shape, self.ids, self._widest = worker, shape, ids, widest
+        worker.admit(Admit(slot=0, tokens=ids, params=params, forecasts=True))
+        self._glue, self._step = RowPlan.tree("replay", shape), RowPlan.sequential("step", 1)
+        self._depths = shape.depth_index()
+        self._ready = False
+
+    @torch.no_grad()
+    def at(self, root: int) -> tuple[Tensor, Tensor]:
+        """Tokens ``[W]`` and draft scores ``[W, V]`` (float32, on the CPU) of the tree below position ``root``."""
+        runner, chooser = self.worker.runner, self.worker.chooser
+        if not self._ready and root:
+            runner.prefill(0, self.ids[:root])  # later positions are written as the walk goes on
+        self._ready = True
+        length = torch.tensor([root], device=runner.device)
+        noise = chooser.noise(length)
+        fed, ranked = torch.tensor([[self.ids[root]]], device=runner.device), []
+        for step in range(self.shape.depth):
+            logits = runner.forward(self._step, fed, length + step, longest=root + step)
+            ahead = None if noise is None else noise[:, step : step + 1]
+            ranked.append(scores(logits, chooser.params, ahead)[0, 0].topk(1 + self._widest).indices)
+            fed = ranked[-1][None, :1]
+        chain, beside = [best[:1] for best in ranked], [best[1:] for best in ranked]
+        tokens = torch.cat([torch.tensor([self.ids[root]], device=runner.device), *chain, *beside])
+        logits = runner.forward(self._glue, tokens[None], length, longest=root)
+        ahead = None if noise is None else noise[:, self._depths.to(noise.device)]
+        return tokens.cpu(), scores(logits, chooser.params, ahead)[0].cpu()
+
+
+def _deepest(shape: TreeShape, tokens: Tensor, ahead: Tensor) -> tuple[Tensor, Tensor]:
+    """Deepest node ``[P]`` of each tree ``[P, W]`` on the path of the tokens that follow its root
+    ``[P, K + 1]``, and its depth ``[P]``."""
+    node = torch.zeros(len(tokens), dtype=torch.int64)
+    depth = node.clone()
+    for child, parent in enumerate(shape.parents, start=1):
+        matches = tokens[:, child] == ahead[:, shape.depths[child] - 1]
+        reached = (node == parent) & matches
+        node = torch.where(reached, child, node)
+        depth = torch.where(reached, shape.depths[child], depth)
+    return node, depth
+
+
+def _nodes(deepest: int, widest: int, depth: int, beside: int) -> list[int]:
+    """Which nodes of ``comb(deepest, widest)`` are ``comb(depth, beside)``, in its order."""
+    leaves = [deepest + 1 + level * widest + rank for level in range(depth) for rank in range(beside)]
+    return [*range(depth + 1), *leaves]
+
+
+def _sized(plan: Plan, shape: TreeShape, budget: int) -> Plan:
+    siblings = (shape.nodes - 1) // shape.depth - 1
+    return _with(plan.config, plan, lookahead=shape.depth, siblings=siblings, budget=budget)
+
+
+def _eager(plan: Plan, depth: int, siblings: int, budget: int) -> Plan:
+    config = plan.config
+    assert config.draft is not None
+    draft = config.draft.model_copy(update={"compile": False})
+    engine = config.engine.model_copy(update={"max_batch": 1})
+    config = config.model_copy(update={"draft": draft, "engine": engine})
+    return _with(config, plan, lookahead=depth, siblings=siblings, budget=budget)
+
+
+def _with(config: Config, plan: Plan, *, lookahead: int, siblings: int, budget: int) -> Plan:
+    forecast = config.speculation.forecast.model_copy(update={"budget": budget})
+    speculation = config.speculation.model_copy(
+        update={"lookahead": lookahead, "siblings": siblings, "forecast": forecast}
+    )
+    return Plan(
+        config=config.model_copy(update={"speculation": speculation}), vocabulary=plan.vocabulary, ends=plan.ends
+    )

@@ -1,0 +1,204 @@
+// Attention of decode rows over the slot cache: `tree_attention.py` says what, this is how on a CPU.
+//
+// For a few rows, attention is a few thousand multiplications; what costs is calling a dozen operators
+// for them. Here it is one. Keys and values are read where they lie (no copies, no mask of the whole
+// context), and only as far as a row attends.
+//
+// Per row everything runs in one fixed order: main slots ascending, scratch slots ascending, itself. So
+// a row's result depends on what it attends and on nothing else in the batch.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr int LANES = 8;
+constexpr int BLOCK = 32;     // slots whose keys stay in the first cache while all rows meet them
+constexpr int CHUNK = 8;      // vectors of an output kept in registers
+
+typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+
+inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+
+inline Vector load(const at::BFloat16* from) {
+  return (Vector)(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16);
+}
+
+inline float sum(Vector x) {
+  float part[LANES / 2];
+  for (int i = 0; i < LANES / 2; ++i) part[i] = x[i] + x[i + LANES / 2];
+  return (part[0] + part[2]) + (part[1] + part[3]);
+}
+
+// e^x for x <= 0, within 2 units in the last place; 0 below the normal numbers.
+inline Vector exp_nonpositive(Vector x) {
+  const Vector lowest = Vector{} - 87.3f;
+  const auto live = x > lowest;
+  x = live ? x : lowest;
+  const Vector shifted = x * 1.44269504f + 12582912.0f;  // rounds to an integer, kept in the low bits
+  const Vector whole = shifted - 12582912.0f;
+  const Vector r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
+  Vector p = Vector{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const Words power = ((Words)shifted + 127) << 23;
+  const Vector result = p * (Vector)power;
+  return live ? result : Vector{};
+}
+
+template <typename T>
+inline float dot(const float* query, const T* key, int64_t vectors) {
+  Vector total{};
+  for (int64_t v = 0; v < vectors; ++v) total += load(query + v * LANES) * load(key + v * LANES);
+  return sum(total);
+}
+
+// A row's scores become weights; returns 1 / their sum. `count` is padded with -inf to whole vectors.
+inline float to_weights(float* scores, int64_t count, float softcap) {
+  if (softcap != 0)
+    for (int64_t i = 0; i < count; ++i) scores[i] = std::tanh(scores[i] / softcap) * softcap;
+  for (int64_t i = count; i % LANES; ++i) scores[i] = -std::numeric_limits<float>::infinity();
+  float peak = scores[0];
+  for (int64_t i = 1; i < count; ++i) peak = std::max(peak, scores[i]);
+  Vector total{};
+  for (int64_t i = 0; i < count; i += LANES) {
+    const Vector weights = exp_nonpositive(load(scores + i) - peak);
+    *reinterpret_cast<Vector*>(scores + i) = weights;
+    total += weights;
+  }
+  return 1.0f / sum(total);
+}
+
+template <int N, typename T>
+inline void add_values(const float* weights, int64_t slots, const T* values, int64_t stride, Vector* out) {
+  for (int64_t s = 0; s < slots; ++s, values += stride)
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) out[v] += weights[s] * load(values + v * LANES);
+}
+
+struct States {  // keys or values [B, H_kv, slots, D] of one sequence and head
+  const void* data = nullptr;
+  int64_t stride = 0;
+  template <typename T>
+  const T* at(int64_t slot) const { return static_cast<const T*>(data) + slot * stride; }
+};
+
+template <typename T>
+States of(const at::Tensor& states, int64_t b, int64_t h) {
+  return {states.const_data_ptr<T>() + b * states.stride(0) + h * states.stride(1), states.stride(2)};
+}
+
+template <int N, typename T>
+void add_chunk(const float* weights, int64_t limit, const int32_t* seen, int64_t seen_count, States main, States scratch,
+               const T* own, int64_t first, float scale, T* to) {
+  Vector out[N] = {};
+  add_values<N>(weights, limit, main.at<T>(0) + first, main.stride, out);
+  for (int64_t i = 0; i < seen_count; ++i) add_values<N>(weights + limit + i, 1, scratch.at<T>(seen[i]) + first, 0, out);
+  add_values<N>(weights + limit + seen_count, 1, own + first, 0, out);
+  for (int v = 0; v < N; ++v)
+    for (int lane = 0; lane < LANES; ++lane) to[first + v * LANES + lane] = static_cast<T>(out[v][lane] * scale);
+}
+
+template <typename T>
+void attend(const at::Tensor& query, const at::Tensor& main_keys, const at::Tensor& main_values,
+            const at::Tensor& scratch_keys, const at::Tensor& scratch_values, const at::Tensor& own_keys,
+            const at::Tensor& own_values, const at::Tensor& limits, const at::Tensor& mask, float scale, float softcap,
+            at::Tensor& out) {
+  const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2), dim = query.size(3);
+  const int64_t kv_heads = own_keys.size(1), group = heads / kv_heads, vectors = dim / LANES;
+  const int64_t scratch_slots = scratch_keys.defined() ? scratch_keys.size(2) : 0;
+  const int64_t most = main_keys.size(2);
+  const int64_t width = (most + scratch_slots + 1 + LANES - 1) / LANES * LANES;
+  const int64_t* limit_of = limits.const_data_ptr<int64_t>();
+  const bool* shown = scratch_slots ? mask.const_data_ptr<bool>() : nullptr;
+  const bool own_masks = scratch_slots && mask.dim() == 3 && mask.size(0) > 1;
+
+  at::parallel_for(0, batch * kv_heads, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scores(rows * group * width), scaled(rows * group * dim);
+    std::vector<int32_t> seen(rows * scratch_slots);
+    std::vector<int64_t> counts(rows), lasts(rows);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / kv_heads, h = task % kv_heads;
+      const States mk = of<T>(main_keys, b, h), mv = of<T>(main_values, b, h);
+      const States ok = of<T>(own_keys, b, h), ov = of<T>(own_values, b, h);
+      const States sk = scratch_slots ? of<T>(scratch_keys, b, h) : States{};
+      const States sv = scratch_slots ? of<T>(scratch_values, b, h) : States{};
+      int64_t longest = 0;
+      for (int64_t r = 0; r < rows; ++r) {
+        lasts[r] = std::clamp<int64_t>(limit_of[b * rows + r], 0, most);
+        longest = std::max(longest, lasts[r]);
+        counts[r] = 0;
+        for (int64_t x = 0; x < scratch_slots; ++x)
+          if (shown[((own_masks ? b * rows : 0) + r) * scratch_slots + x]) seen[r * scratch_slots + counts[r]++] = x;
+        for (int64_t g = 0; g < group; ++g) {
+          const T* from = query.const_data_ptr<T>() + b * query.stride(0) + (h * group + g) * query.stride(1) + r * query.stride(2);
+          for (int64_t d = 0; d < dim; ++d) scaled[(r * group + g) * dim + d] = static_cast<float>(from[d]) * scale;
+        }
+      }
+      for (int64_t first = 0; first < longest; first += BLOCK)
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t last = std::min(lasts[r], first + BLOCK);
+          for (int64_t m = r * group; m < (r + 1) * group; ++m)
+            for (int64_t s = first; s < last; ++s) scores[m * width + s] = dot(&scaled[m * dim], mk.at<T>(s), vectors);
+        }
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t g = 0; g < group; ++g) {
+          const int64_t m = r * group + g, limit = lasts[r], count = counts[r];
+          const int32_t* slots = seen.data() + r * scratch_slots;
+          float* mine = &scores[m * width];
+          for (int64_t i = 0; i < count; ++i) mine[limit + i] = dot(&scaled[m * dim], sk.at<T>(slots[i]), vectors);
+          mine[limit + count] = dot(&scaled[m * dim], ok.at<T>(r), vectors);
+          const float share = to_weights(mine, limit + count + 1, softcap);
+          T* to = out.mutable_data_ptr<T>() + ((b * rows + r) * heads + h * group + g) * dim;
+          int64_t v = 0;
+          for (; v + CHUNK <= vectors; v += CHUNK)
+            add_chunk<CHUNK, T>(mine, limit, slots, count, mv, sv, ov.at<T>(r), v * LANES, share, to);
+          for (; v < vectors; ++v) add_chunk<1, T>(mine, limit, slots, count, mv, sv, ov.at<T>(r), v * LANES, share, to);
+        }
+    }
+  });
+}
+
+at::Tensor dense(const at::Tensor& states) { return states.stride(-1) == 1 ? states : states.contiguous(); }
+
+at::Tensor rows_attention(const at::Tensor& query, const at::Tensor& main_keys, const at::Tensor& main_values,
+                          const std::optional<at::Tensor>& scratch_keys,
+                          const std::optional<at::Tensor>& scratch_values, const at::Tensor& own_keys,
+                          const at::Tensor& own_values, const at::Tensor& limits, const std::optional<at::Tensor>& mask,
+                          double scale, double softcap) {
+  const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2), dim = query.size(3);
+  TORCH_CHECK(dim % LANES == 0 && heads % own_keys.size(1) == 0, "head size must be a multiple of ", LANES);
+  at::Tensor out = at::empty({batch, rows, heads, dim}, query.options());
+  const bool has_scratch = scratch_keys && scratch_values && mask;
+  const at::Tensor none;
+  const at::Tensor seen = has_scratch ? mask->contiguous() : none;
+  const at::Tensor sk = has_scratch ? dense(*scratch_keys) : none, sv = has_scratch ? dense(*scratch_values) : none;
+  const at::Tensor q = dense(query), ok = dense(own_keys), ov = dense(own_values), mk = dense(main_keys);
+  const at::Tensor mv = dense(main_values), until = limits.expand({batch, rows}).contiguous();
+  if (query.scalar_type() == at::kBFloat16)
+    attend<at::BFloat16>(q, mk, mv, sk, sv, ok, ov, until, seen, scale, softcap, out);
+  else
+    attend<float>(q, mk, mv, sk, sv, ok, ov, until, seen, scale, softcap, out);
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(ssd, library) {
+  library.def(
+      "rows_attention(Tensor query, Tensor main_keys, Tensor main_values, Tensor? scratch_keys, Tensor? scratch_values, "
+      "Tensor own_keys, Tensor own_values, Tensor limits, Tensor? mask, float scale, float softcap) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(ssd, CPU, library) { library.impl("rows_attention", &rows_attention); }

@@ -1,0 +1,98 @@
+"""Our operators in C++ for CPUs (``csrc/``): built on first use, kept in a cache.
+
+``ssd::pack`` and ``ssd::rows_linear`` (``rows_linear.py``), ``ssd::rows_attention`` (``tree_attention.py``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCES = tuple(sorted((Path(__file__).parent / "csrc").glob("*.cpp")))
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-shared", "-DAT_PARALLEL_OPENMP=1")
+BUILD_LIMIT_S = 300.0
+
+
+def loaded() -> bool:
+    return hasattr(torch.ops.ssd, "rows_linear")
+
+
+def available() -> bool:
+    """Load the operators, building them if need be. False where there is no compiler, or it fails."""
+    if loaded():
+        return True
+    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    if compiler is None:
+        return False
+    try:
+        torch.ops.load_library(_build(compiler))
+    except (OSError, subprocess.SubprocessError):
+        return False
+    torch.library.register_fake("ssd::rows_linear", _linear)
+    torch.library.register_fake("ssd::rows_attention", _attention)
+    return True
+
+
+def _linear(input: Tensor, packed: Tensor, outputs: int) -> Tensor:
+    return input.new_empty((*input.shape[:-1], outputs))
+
+
+def _attention(query: Tensor, *_others: object) -> Tensor:
+    batch, heads, rows, dim = query.shape
+    return query.new_empty((batch, rows, heads, dim))
+
+
+def _build(compiler: str) -> Path:
+    """The shared library of these sources, these flags, this torch and this processor."""
+    from torch.utils import cpp_extension
+
+    what = (
+        *(source.read_text() for source in SOURCES),
+        *FLAGS,
+        torch.__version__,
+        compiler,
+        platform.node(),
+        _processor(),
+    )
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssd"
+    library = folder / f"rows-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    # Built aside and moved into place: several workers may build it at the same time.
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        made = Path(aside) / library.name
+        includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+        libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+        abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+        command = [
+            compiler,
+            *FLAGS,
+            abi,
+            *includes,
+            *map(str, SOURCES),
+            "-o",
+            str(made),
+            *libraries,
+            "-ltorch_cpu",
+            "-lc10",
+        ]
+        subprocess.run(command, check=True, capture_output=True, timeout=BUILD_LIMIT_S)
+        made.replace(library)
+    return library
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on, where the system tells."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor()
+    return next((line for line in info.read_text().splitlines() if line.startswith("flags")), "")
