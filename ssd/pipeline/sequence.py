@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..params import FinishReason, Method, SamplingParams, SpeculationRecord
+from .messages import Submit
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,6 +34,21 @@ class Sequence:
     hit: bool | None = None
     """Whether the tree now under verification was found prepared; None if none was looked up."""
     record: SpeculationRecord = field(default_factory=SpeculationRecord)
+
+    @classmethod
+    def of(cls, message: Submit, method: Method, context_limit: int, ends: frozenset[int]) -> Sequence:
+        """Of a request. ``ends``: end-of-text ids."""
+        params = message.params
+        return cls(
+            request=message.request,
+            params=params,
+            method=method,
+            tokens=list(message.prompt[:-1]),
+            root=message.prompt[-1],
+            prompt_length=len(message.prompt),
+            context_limit=context_limit,
+            ends=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else ends),
+        )
 
     @property
     def generated(self) -> int:

@@ -132,21 +132,8 @@ class VerifierWorker:
 
     def submit(self, message: Submit) -> None:
         """Queue a request (checked by the front)."""
-        params = message.params
-        method: Method = params.method or self.method
-        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.ends)
-        self.prompts.waiting.append(
-            Sequence(
-                request=message.request,
-                params=params,
-                method=method,
-                tokens=list(message.prompt[:-1]),
-                root=message.prompt[-1],
-                prompt_length=len(message.prompt),
-                context_limit=self.max_model_len,
-                ends=ends,
-            )
-        )
+        method: Method = message.params.method or self.method
+        self.prompts.waiting.append(Sequence.of(message, method, self.max_model_len, self.ends))
 
     def cancel(self, request: int) -> Sequence | None:
         """Forget a request; its slot is free at once."""
