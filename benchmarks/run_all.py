@@ -45,7 +45,7 @@ WIDE = (
     "--prompts {three} --max-tokens 48 --repeat 1 "
     "--set target.model={wide}/target --set target.dtype=bfloat16 --set target.compile=false "
     "--set draft.model={wide}/draft --set draft.dtype=bfloat16 --set draft.compile=false "
-    f"--peers {PEERS} {{vllm}}"
+    f"--peers {PEERS} {{vllm}} {{wide_options}}"
 )
 SHORT = f"--prompts {CODE} --max-tokens 96 --repeat 1"
 STAGES = (
@@ -56,7 +56,7 @@ STAGES = (
     bench("mixed-t0", f"--prompts {MIXED} --max-tokens 64 --repeat 1", 1.5),
     bench("lookahead-t0", f"{SHORT} --sweep speculation.lookahead=1,2,4,6", 4),
     bench("batch-t0", f"{SHORT} --sweep engine.max_batch=1,2,4,8", 4),
-    Stage(name="profile", command=f"plan --measure --profile {{out}}.json --prompts {CODE}", minutes=4.5),
+    Stage(name="profile", command="plan --measure --profile {out}.json --prompts {five}", minutes=4.5),
     Stage(
         name="plan",
         command="plan --profile {folder}/profile.json --json {out}.json --pictures {out}",
@@ -64,8 +64,7 @@ STAGES = (
     ),
     Stage(
         name="validate",
-        command="plan --validate --profile {folder}/profile.json --json {out}.json --pictures {out} "
-        f"--prompts {CODE}",
+        command="plan --validate --profile {folder}/profile.json --json {out}.json --pictures {out} --prompts {five}",
         minutes=3.5,
     ),
 )
@@ -75,6 +74,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the results.")],
     vllm_python: Annotated[Path | None, typer.Option(help="Python of vLLM's environment; left out without.")] = None,
     wide: Annotated[Path | None, typer.Option(help="Folder with target and draft by scripts/widen.py.")] = None,
+    wide_options: Annotated[str, typer.Option(help="More options of ssd bench for the widened pair.")] = "",
     only: Annotated[str, typer.Option(help="Comma-separated stages.")] = "",
     limit: Annotated[int, typer.Option(help="Seconds a stage may take.")] = 300,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the commands.")] = False,
@@ -84,8 +84,7 @@ def main(
     if unknown := set(wanted) - {stage.name for stage in STAGES}:
         raise typer.BadParameter(f"unknown stages {', '.join(unknown)}")
     out.mkdir(parents=True, exist_ok=True)
-    three = out / "three.jsonl"
-    three.write_text("\n".join(CODE.read_text(encoding="utf-8").splitlines()[:3]) + "\n", encoding="utf-8")
+    three, five = (_first(out, count) for count in (3, 5))
     failed = []
     for stage in STAGES:
         if (wanted and stage.name not in wanted) or (stage.wide and wide is None):
@@ -94,7 +93,8 @@ def main(
             typer.echo(f"{stage.name}: done before")
             continue
         vllm = f"--vllm-python {vllm_python}" if vllm_python else ""
-        places = {"out": out / stage.name, "folder": out, "wide": wide, "three": three, "vllm": vllm}
+        places = {"out": out / stage.name, "folder": out, "wide": wide, "three": three, "five": five, "vllm": vllm}
+        places["wide_options"] = wide_options
         command = [sys.executable, "-m", "ssd.cli", *stage.command.format(**places).split()]
         typer.echo(f"{stage.name} (about {stage.minutes:g} min): ssd {' '.join(command[3:])}")
         if dry_run:
@@ -113,6 +113,14 @@ def main(
     if failed:
         typer.echo(f"not done: {', '.join(failed)}; run again with --only")
         raise typer.Exit(1)
+
+
+def _first(out: Path, count: int) -> Path:
+    """A file of the first code prompts."""
+    lines = CODE.read_text(encoding="utf-8").splitlines()[:count]
+    file = out / f"first-{count}.jsonl"
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
 
 
 if __name__ == "__main__":

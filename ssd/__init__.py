@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     )
     from .params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent, TokenLogprob
     from .serving.client import AsyncClient, Client
+    from .structured import StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ _HOMES = {
     "SamplingParams": "params",
     "SpeculationRecord": "params",
     "StreamEvent": "params",
+    "StructuredOutputsParams": "structured",
     "TokenLogprob": "params",
     "ConfigError": "errors",
     "LinkError": "errors",
@@ -76,6 +78,7 @@ __all__ = [
     "SamplingParams",
     "SpeculationRecord",
     "StreamEvent",
+    "StructuredOutputsParams",
     "TokenLogprob",
     "UsageError",
     "WorkerError",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from . import __version__, cli_bench, cli_certify, cli_plan, cli_remote, cli_serving, cli_tune
+from .cli_values import bias, ids, structured
 from .errors import PipelineError, RequestError, UsageError
 from .params import RequestOutput, SamplingParams, StreamEvent
 
@@ -125,6 +126,10 @@ def generate(
     logprobs: Annotated[
         int | None, typer.Option(help="List every token's log-probability, and so many of the likeliest.")
     ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The answer is JSON in one line that follows this schema.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="The answer matches this regular expression.")] = None,
     method: Annotated[str | None, typer.Option(help="none, sd or ssd; by default as configured.")] = None,
 ) -> None:
     """Continue PROMPT, printing text as it becomes certain."""
@@ -136,18 +141,19 @@ def generate(
         repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
-        logit_bias=dict(_bias(given) for given in logit_bias or ()),
+        logit_bias=dict(bias(given) for given in logit_bias or ()),
         bad_words=tuple(bad_words or ()),
-        allowed_token_ids=None if allowed_token_ids is None else _ids(allowed_token_ids, "--allowed-token-ids"),
+        allowed_token_ids=None if allowed_token_ids is None else ids(allowed_token_ids, "--allowed-token-ids"),
         n=n,
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         seed=seed,
         stop=tuple(stop or ()),
-        stop_token_ids=() if stop_token_ids is None else _ids(stop_token_ids, "--stop-token-ids"),
+        stop_token_ids=() if stop_token_ids is None else ids(stop_token_ids, "--stop-token-ids"),
         include_stop_str_in_output=include_stop_str_in_output,
         ignore_eos=ignore_eos,
         logprobs=logprobs,
+        structured_outputs=structured(json_schema, regex),
         method=method,  # type: ignore[arg-type]
     )
     if not prompt:
@@ -171,6 +177,9 @@ def generate(
     _warn(degraded)
     for output in outputs:
         typer.echo(_statistics(output), err=True)
+    for output in outputs:
+        if output.error:
+            raise PipelineError(output.error)
 
 
 @app.command()
@@ -287,21 +296,6 @@ def _print_logprobs(output: RequestOutput, tokenizer: Any) -> None:
         best = "  ".join(f"{tokenizer.decode([token_id])!r} {value:.3f}" for token_id, value in token.top)
         text = repr(tokenizer.decode([token.token_id]))
         typer.echo(f"{token.logprob:9.3f} {token.rank:5} {text:<16} {best}".rstrip(), err=True)
-
-
-def _bias(given: str) -> tuple[int, float]:
-    token, _, bias = given.partition("=")
-    try:
-        return int(token), float(bias)
-    except ValueError:
-        raise RequestError(f"--logit-bias {given!r} must look like ID=BIAS, for example 42=-1.5") from None
-
-
-def _ids(given: str, option: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(token) for token in given.split(","))
-    except ValueError:
-        raise RequestError(f"{option} {given!r} must be token ids with commas between, for example 13,198") from None
 
 
 def _settings(config: str, overrides: list[str] | None, *, models_needed: bool = True) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,7 +79,7 @@ def bench(
             repeat=repeat,
             progress=progress,
         )
-    print_bench(data, Console())
+    print_bench(data, Console() if sys.stdout.isatty() else Console(width=140))
     if json_file is not None:
         json_file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     if html is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -57,7 +58,8 @@ def plan(
         profile.write_text(found.model_dump_json() + "\n", encoding="utf-8")
         typer.echo(f"written: {profile}", err=True)
     found = load_profile(profile)
-    console = Console()
+    # Tables wrapped at 80 columns are no use in a log.
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     answers: dict[str, Any] = {"profile": found.name, "machine": found.machine}
     if validate:
         with errors.status("starting") as status:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .errors import RequestError
+from .structured import StructuredOutputsParams
 
 METHODS = ("none", "none_fast", "sd", "ssd")
 Method = Literal["none", "none_fast", "sd", "ssd"]
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 Origin = Literal["hit", "miss", "plain"]
 """Where the candidates of a round came from: the speculation set of the round before (``hit``), a
 draft made while the verifier waited (``miss``: after one, or in every round of ``sd``), nowhere
@@ -76,6 +77,9 @@ class SamplingParams:
     """Report every token's log-probability and those of so many most probable tokens, of the
     target's own distribution (before temperature, filters, penalties and biases: vLLM's
     ``raw_logprobs``)."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """What the output must look like: a JSON schema, a regular expression, a grammar. A mapping of its
+    fields does too."""
     method: Method | None = None
     """Overrides the configured method for this request. ``none_fast`` is plain decoding one
     row at a time without padding: a baseline to measure against, not bit-equal to the rest."""
@@ -87,6 +91,7 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids, "stop_token_ids"))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         object.__setattr__(self, "bad_words", _words(self.bad_words))
+        object.__setattr__(self, "structured_outputs", StructuredOutputsParams.of(self.structured_outputs))
         if self.allowed_token_ids is not None:
             object.__setattr__(self, "allowed_token_ids", _token_ids(self.allowed_token_ids, "allowed_token_ids"))
         penalties = self.presence_penalty, self.frequency_penalty
@@ -140,6 +145,7 @@ class SamplingParams:
             or self.bad_words
             or self.allowed_token_ids is not None
             or self.min_tokens
+            or self.structured_outputs is not None
         )
 
 
@@ -276,6 +282,8 @@ class RequestOutput:
     """Seconds from the end of prefill to the last token."""
     stop_reason: str | int | None = None
     """The stop string found, or the token id that ended it (None for ``max_tokens`` and so on)."""
+    error: str | None = None
+    """Why it could not go on, where ``finish_reason`` is ``error``; the tokens so far stand."""
     logprobs: tuple[TokenLogprob, ...] | None = None
     """One for every token, if asked for."""
     index: int = 0

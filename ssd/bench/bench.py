@@ -92,11 +92,13 @@ def bench(
                 continue
             try:
                 peer = Peer(name, config, tokenizer, largest, **python)  # type: ignore[arg-type]
+                stack.callback(peer.close)
+                # Better now than in the middle of the measuring.
+                peer.run(prompts[: peer.most], SamplingParams(temperature=temperature, max_tokens=8))
             except PeerUnavailable as error:
                 skipped[name] = str(error)
-                continue
-            stack.callback(peer.close)
-            running.append(peer)
+            else:
+                running.append(peer)
         for key, value, point in points:
             label = f"{key}={value}" if key else "as configured"
             if progress is not None:

@@ -21,7 +21,7 @@ from ..pipeline.build import Plan, build_draft
 from ..pipeline.messages import Admit
 from .profile import NEVER, Replay
 
-BUDGETS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48)
+BUDGETS = (4, 8, 12, 16, 24, 32, 48)
 CHUNK_BYTES = 64 << 20
 
 
@@ -38,7 +38,8 @@ def replay(
     """Tables of every tree and budget.
 
     Args:
-        plan: of the pairing; its forecast's shape and sharpness are used.
+        plan: of the pairing; its forecast's shape and sharpness are used. budgets: tried, where a
+            forecast must be tried to know (of the confidence forecast only the largest is).
         texts: prompt and the target's answer to it under ``params``, as token ids. The last
             ``max(lookaheads) + 1`` tokens of an answer only serve to judge what comes before.
         progress: texts done and in all.
@@ -50,8 +51,11 @@ def replay(
     for depth in lookaheads:
         for beside in siblings:
             trees[f"{depth}:{beside}"] = (TreeShape.comb(depth, beside), _nodes(deepest, widest, depth, beside))
+    # The confidence forecast lists outcomes by likelihood: a smaller budget is the beginning of a larger one.
+    nested = plan.config.speculation.forecast.shape == "confidence"
+    sizes = [max(budgets)] if nested else sorted(budgets, reverse=True)
     forecasts = {
-        name: [_sized(plan, shape, budget).forecast("cpu") for budget in budgets] for name, (shape, _) in trees.items()
+        name: [_sized(plan, shape, size).forecast("cpu") for size in sizes] for name, (shape, _) in trees.items()
     }
     accepted: dict[str, list[list[int]]] = {name: [[] for _ in texts] for name in trees}
     needed: dict[str, list[list[int]]] = {name: [[] for _ in texts] for name in trees}
@@ -71,10 +75,10 @@ def replay(
                 bonus = ahead.gather(1, depth[:, None])
                 accepted[name][number] += depth.tolist()
                 least = torch.full_like(node, NEVER)
-                for budget, forecast in reversed(list(zip(budgets, forecasts[name], strict=True))):
+                for size, forecast in zip(sizes, forecasts[name], strict=True):
                     outcomes, guesses = forecast.outcomes(scored, part)
-                    hit = ((outcomes == node[:, None]) & (guesses == bonus)).any(1)
-                    least = torch.where(hit, budget, least)
+                    found = (outcomes == node[:, None]) & (guesses == bonus)
+                    least = torch.where(found.any(1), found.int().argmax(1) + 1 if nested else size, least)
                 needed[name][number] += least.tolist()
         progress(number + 1, len(texts))
     return Replay(accepted=accepted, needed=needed)

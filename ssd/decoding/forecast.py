@@ -154,7 +154,7 @@ class ConfidenceForecast:
         batch = torch.arange(len(tokens), device=tokens.device)[:, None]
         # log P(node accepted | its parent is); the root is certain, what is not there impossible.
         accepted = self._sharpness * scores[batch, self._parents, child] - total[:, self._parents]
-        accepted = accepted.masked_fill(tokens == ABSENT, IMPOSSIBLE)
+        accepted = accepted.masked_fill(tokens == ABSENT, IMPOSSIBLE).clamp(min=IMPOSSIBLE)
         accepted[:, 0] = 0.0
         reached = accepted @ self._above.to(accepted.dtype)
         best = exclude_children(scores, tokens, self._parents).topk(ranks, dim=-1)

@@ -1,8 +1,11 @@
 """Logits processors: penalties, biases and bans, the same at every position a token is chosen.
 
-The order is vLLM's (``vllm/v1/sample/sampler.py``): tokens not allowed and bad words are
-excluded, end ids before ``min_tokens`` too, ``logit_bias`` is added, then come the penalties, and
-after them temperature, filters and noise (``sampling.py``). Excluded is a logit of -inf.
+The order is vLLM's (``vllm/v1/sample/sampler.py``): tokens not allowed, by ids or by a grammar, and
+bad words are excluded, end ids before ``min_tokens`` too, ``logit_bias`` is added, then come the
+penalties, and after them temperature, filters and noise (``sampling.py``). Excluded is a logit of -inf.
+
+Where these leave nothing of what a grammar allows, a token it does not allow is chosen, and whoever
+owns the sequence ends it there.
 
 A candidate's row chooses the token after its *own* path: penalties count the candidates above it,
 and bad words and ``min_tokens`` see them, just as if they had been decoded one by one. Counts are
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +25,30 @@ from torch import Tensor
 from .tree import ABSENT, TreeShape
 
 _EXCLUDED = float("-inf")
+
+
+class Constraint(Protocol):
+    """What an output may be: a grammar, after the certain tokens. Whoever owns the sequence advances
+    it by every token that becomes certain."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the output is whole and nothing may follow."""
+        ...
+
+    @property
+    def error(self) -> str | None:
+        """Why it can say no more, if that is so."""
+        ...
+
+    def advance(self, token: int) -> bool:
+        """Take in a certain token; False, and nothing changes, if it is not allowed."""
+        ...
+
+    def allowed(self, paths: Sequence[Sequence[int]]) -> Tensor:
+        """What may follow the certain tokens and each path, ``[R, V]`` bool on the host; everything
+        after a path that is not allowed itself."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,8 +94,14 @@ class _Words:
 class _Row:
     """Host-side state of a slot."""
 
-    def __init__(self, settings: ProcessorSettings, output: Sequence[int], device: torch.device | str):
-        self.settings = settings
+    def __init__(
+        self,
+        settings: ProcessorSettings,
+        output: Sequence[int],
+        constraint: Constraint | None,
+        device: torch.device | str,
+    ):
+        self.settings, self.constraint = settings, constraint
         longer = [word for word in settings.bad_words if len(word) > 1]
         self.words = _Words(longer, device) if longer else None
         self.ends = torch.tensor(sorted(set(settings.end_ids)), dtype=torch.int64, device=device)
@@ -86,7 +120,9 @@ class _Row:
 
     @property
     def active(self) -> bool:
-        return self.settings.penalizes or self.settings.biases or self.words is not None or self.too_short
+        settings = self.settings
+        excludes = self.constraint is not None or self.words is not None or self.too_short
+        return settings.penalizes or settings.biases or excludes
 
 
 class Processors:
@@ -114,10 +150,19 @@ class Processors:
         self.active = False
         """Whether ``apply`` has anything to do."""
 
-    def set(self, slot: int, settings: ProcessorSettings, *, prompt: Sequence[int], output: Sequence[int] = ()) -> None:
-        """Begin a sequence. ``prompt`` and ``output``: all its certain tokens."""
+    def set(
+        self,
+        slot: int,
+        settings: ProcessorSettings,
+        *,
+        prompt: Sequence[int],
+        output: Sequence[int] = (),
+        constraint: Constraint | None = None,
+    ) -> None:
+        """Begin a sequence. ``prompt`` and ``output``: all its certain tokens; ``constraint`` stands
+        after them."""
         self.clear(slot)
-        row = _Row(settings, output, self._device)
+        row = _Row(settings, output, constraint, self._device)
         self._rows[slot] = row
         if settings.penalizes:
             self._set_penalties(slot, settings, prompt, output)
@@ -178,6 +223,8 @@ class Processors:
             if row.too_short:
                 short = row.generated + present[at].sum(-1) < row.settings.min_tokens
                 _exclude(rows[at], row.ends, short)
+            if row.constraint is not None:
+                _constrain(rows[at], row.constraint, paths[at])
         if self._penalizes:
             self._penalize(rows, paths, present)
         if len(self._slots) == self._batch:
@@ -259,6 +306,17 @@ class TreePaths:
 def _exclude(logits: Tensor, tokens: Tensor, where: Tensor) -> None:
     """In place. logits ``[R, V]``, tokens ``[E]`` different ones, where ``[R]`` bool."""
     logits.index_copy_(1, tokens, logits[:, tokens].masked_fill(where[:, None], _EXCLUDED))
+
+
+def _constrain(logits: Tensor, constraint: Constraint, paths: Tensor) -> None:
+    """In place. logits ``[R, V]`` with all other exclusions, paths ``[R, D]``."""
+    rows = [[token for token in path if token >= 0] for path in paths.tolist()]
+    allowed = constraint.allowed(rows).to(logits.device)
+    logits.masked_fill_(~allowed, _EXCLUDED)
+    stuck = logits.amax(-1) == _EXCLUDED
+    # One finite logit, so that the row has a distribution; where all are allowed this cannot be.
+    wrong = torch.where(stuck, allowed.long().argmin(-1), -1)
+    logits.masked_fill_(wrong[:, None] == torch.arange(logits.shape[1], device=logits.device), 0.0)
 
 
 def _tails(output: Sequence[int], length: int, paths: Tensor, present: Tensor) -> Tensor:

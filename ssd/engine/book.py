@@ -184,12 +184,14 @@ class Request:
             index=self.index,
         )
 
-    def end(self, reason: FinishReason, record: SpeculationRecord, decode_s: float) -> StreamEvent:
+    def end(
+        self, reason: FinishReason, record: SpeculationRecord, decode_s: float, error: str | None = None
+    ) -> StreamEvent:
         """The last event, with the output."""
         text = self.detokenizer.finish()
         # Bytes held back may complete a stop string at the very end.
         if self.detokenizer.stopped and reason != "cancelled":
-            reason = "stop"
+            reason, error = "stop", None
         last = self.token_ids[-1] if self.token_ids else None
         stopped_by = self.detokenizer.found or (last if last in self.params.stop_token_ids else None)
         self.output = RequestOutput(
@@ -201,6 +203,7 @@ class Request:
             speculation=record,
             decode_s=decode_s,
             stop_reason=stopped_by if reason == "stop" else None,
+            error=error if reason == "error" else None,
             logprobs=None if self.logprobs is None else tuple(self.logprobs),
             index=self.index,
             num_cached_tokens=self.cached,
@@ -291,7 +294,8 @@ class RequestBook:
             return self._commit(request, message)
         reason = "cancelled" if request.state is State.CANCELLED else message.reason
         request.move(Input.FINISH)
-        return Step(events=self._close(request, reason, message.record, message.decode_s), send=self._dispatch())
+        closed = self._close(request, reason, message.record, message.decode_s, message.error)
+        return Step(events=closed, send=self._dispatch())
 
     def fail(self) -> list[Request]:
         """The pipeline is gone: forget all requests, none gets another event. Returns them."""
@@ -325,7 +329,12 @@ class RequestBook:
         return Step(events=[(request, event)])
 
     def _close(
-        self, request: Request, reason: FinishReason, record: SpeculationRecord, decode_s: float
+        self,
+        request: Request,
+        reason: FinishReason,
+        record: SpeculationRecord,
+        decode_s: float,
+        error: str | None = None,
     ) -> list[tuple[Request, StreamEvent]]:
         """Nobody has the request any more. Its last event, if that is not out."""
         del self.live[request.number]
@@ -333,7 +342,7 @@ class RequestBook:
         if request.output is not None:
             return []
         decode_s = decode_s or self._clock() - (request.first_s or request.added_s)
-        return [(request, request.end(reason, record, decode_s))]
+        return [(request, request.end(reason, record, decode_s, error))]
 
 
 def read_logprobs(tokens: Sequence[int], columns: Sequence[Sequence[Any]]) -> tuple[TokenLogprob, ...]:

@@ -15,6 +15,7 @@ from ..models.loading import load_tokenizer, read_config
 from ..models.vocabulary import shared_vocabulary
 from ..params import SamplingParams, StreamEvent, completion_seed
 from ..pipeline.build import Plan, check_sizes
+from ..pipeline.grammar import Grammars
 from ..pipeline.launch import roles
 from ..pipeline.messages import Committed, Failed, Finished, Hello, Message, Ready, RoundReport, Timings, Welcome
 from .book import Limits, Request, RequestBook, Step
@@ -53,6 +54,7 @@ class Front:
         check_sizes(self.config)
         self.tokenizer, self.plan = make_plan(self.config)
         self.book = RequestBook(limits)
+        self.grammars = Grammars(lambda: self.tokenizer, vocabulary=self.plan.vocabulary, ends=self.plan.ends)
         self.info: dict[str, Any] = {}
         """What the workers that are ready said of themselves, by role."""
         self.degraded: str | None = None
@@ -101,6 +103,8 @@ class Front:
             raise RequestError(f"method {params.method} needs a draft; this configuration has none")
         text = self.tokenizer.decode(ids) if text is None else text
         params = resolve(params, self.tokenizer, vocabulary=self.plan.vocabulary, ends=self.plan.ends)
+        if params.structured_outputs is not None:
+            self.grammars.matcher(params.structured_outputs)
         ends = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.plan.ends)
         return [
             Request(

@@ -15,11 +15,12 @@ from ..decoding.tree import TreeShape
 from ..errors import ConfigError
 from ..models import native, rows_linear, tree_attention
 from ..models.graphs import Graphs
-from ..models.loading import PreTrainedModel, lay_out_for_cpu, load_model
+from ..models.loading import PreTrainedModel, lay_out_for_cpu, load_model, load_tokenizer
 from ..models.runner import ForwardRunner, can_compile
 from .branches import scratch_slots
 from .draft import DraftWorker
 from .frames import Frames, ProbsLayout
+from .grammar import Grammars
 from .rules import CandidateSampler, Judge, probs_layout
 from .verifier import VerifierWorker
 
@@ -52,6 +53,11 @@ class Plan:
         """How the draft's distributions travel; None under ``coupled``."""
         wanted = self.config.speculation
         return probs_layout(wanted.verify, self.shape, wanted.support, self.vocabulary)
+
+    def grammars(self, model: ModelConfig) -> Grammars:
+        """For a worker of ``model``; its tokenizer is read when a grammar is first asked for."""
+        folder = resolve_model_path(model.model)
+        return Grammars(lambda: load_tokenizer(folder), vocabulary=self.vocabulary, ends=self.ends)
 
     def frames(self) -> Frames:
         return Frames(
@@ -124,6 +130,7 @@ def build_verifier(plan: Plan, model: PreTrainedModel | None = None) -> tuple[Ve
         max_model_len=config.engine.max_model_len,
         prefix_caching=config.engine.prefix_caching,
     )
+    worker.chooser.grammars = plan.grammars(config.target)
     if plan.probs is not None:
         worker.judge = Judge(
             config.speculation.verify, plan.shape, plan.probs, batch=runner.batch, device=runner.device
@@ -138,6 +145,7 @@ def build_draft(plan: Plan, model: PreTrainedModel | None = None) -> tuple[Draft
     runner = _runner(plan, config.draft, model, scratch=scratch_slots(plan.shape, config.speculation.forecast.budget))
     forecast = plan.forecast(config.draft.device)
     worker = DraftWorker(runner, shape=plan.shape, forecast=forecast, prefix_caching=config.engine.prefix_caching)
+    worker.chooser.grammars = plan.grammars(config.draft)
     if plan.probs is not None:
         worker.sampler = CandidateSampler(plan.shape, forecast, plan.probs, scale=config.speculation.saguaro_c)
     return worker, _warm(worker, config.draft)

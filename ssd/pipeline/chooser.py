@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..decoding.noise import gumbel
-from ..decoding.processors import Processors, ProcessorSettings
+from ..decoding.processors import Constraint, Processors, ProcessorSettings
 from ..decoding.sampling import SamplingTensors
+from ..errors import RequestError
 from ..models.graphs import Graphs
 from ..params import SamplingParams
+from .grammar import Grammars
 
 
 class Chooser:
@@ -38,6 +42,8 @@ class Chooser:
     ):
         self.params = SamplingTensors.empty(batch, device)
         self.processors = Processors(batch, vocabulary, device)
+        self.grammars: Grammars | None = None
+        """Needed by requests with structured output."""
         self._ahead = torch.arange(1, horizon + 1, device=device)
         self._vocabulary = vocabulary
         self._gumbel: Callable[..., Tensor] = torch.compile(gumbel, dynamic=False) if compile else gumbel
@@ -56,11 +62,16 @@ class Chooser:
 
     def process(
         self, slot: int, params: SamplingParams, *, prompt: Sequence[int], output: Sequence[int], ends: Iterable[int]
-    ) -> None:
+    ) -> Constraint | None:
         """Set the slot's logits processors, if its request asks for any. ``prompt`` and ``output``:
-        all its certain tokens. ``ends``: what ``min_tokens`` holds off."""
+        all its certain tokens. ``ends``: what ``min_tokens`` holds off. Returns the grammar of its
+        output, to be advanced by every token that becomes certain from now on.
+
+        Raises: RequestError: the grammar cannot be compiled; nothing is set.
+        """
         if not params.processed:
-            return
+            return None
+        constraint = self._constraint(params, output)
         words = [word for word in params.bad_words if not isinstance(word, str)]
         if len(words) < len(params.bad_words):
             raise ValueError("bad_words reach the workers as token ids; the front resolves texts")
@@ -74,7 +85,28 @@ class Chooser:
             min_tokens=params.min_tokens,
             end_ids=tuple(token for token in ends if 0 <= token < self._vocabulary),
         )
-        self.processors.set(slot, settings, prompt=prompt, output=output)
+        self.processors.set(slot, settings, prompt=prompt, output=output, constraint=constraint)
+        return constraint
+
+    def steer(
+        self, slot: int, params: SamplingParams, *, prompt: Sequence[int], output: Sequence[int], ends: Iterable[int]
+    ) -> Constraint | None:
+        """``process`` for a draft: a grammar that fails here costs guesses, no request."""
+        process = partial(self.process, slot, prompt=prompt, output=output, ends=ends)
+        try:
+            return process(params)
+        except RequestError:
+            return process(replace(params, structured_outputs=None))
+
+    def _constraint(self, params: SamplingParams, output: Sequence[int]) -> Constraint | None:
+        if params.structured_outputs is None:
+            return None
+        if self.grammars is None:
+            raise RequestError("structured_outputs: this worker has no tokenizer to compile grammars with")
+        matcher = self.grammars.matcher(params.structured_outputs)
+        if not all(matcher.advance(token) for token in output):
+            raise RequestError("structured_outputs: the output so far does not match")
+        return matcher
 
     def warm_up(self) -> None:
         """Compile the noise before a request needs it."""

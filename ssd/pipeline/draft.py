@@ -104,7 +104,9 @@ class DraftWorker:
         length = len(message.tokens) if message.prompt_length is None else message.prompt_length
         prompt, output = message.tokens[:length], message.tokens[length:]
         self.chooser.processors.clear(message.slot)
-        self.chooser.process(message.slot, message.params, prompt=prompt, output=output, ends=message.ends)
+        row.constraint = self.chooser.steer(
+            message.slot, message.params, prompt=prompt, output=output, ends=message.ends
+        )
 
     def release(self, slot: int) -> None:
         if (row := self.rows[slot]) is not None:
@@ -251,8 +253,12 @@ class DraftWorker:
             path = [0, *self.shape.path(node)]
             start = len(row.tokens)
             row.tokens.extend(trees[slot][n] for n in path)
+            certain = [*row.tokens[start + 1 :], int(frame.bonus[slot])]
             if self.chooser.processors.active:
-                self.chooser.processors.commit(slot, [*row.tokens[start + 1 :], int(frame.bonus[slot])])
+                self.chooser.processors.commit(slot, certain)
+            if row.constraint is not None:
+                for token in certain:
+                    row.constraint.advance(token)
             if slot in self._in_glue:
                 row.cached = len(row.tokens)
                 if node > self.shape.depth:  # off the chain: its keys stand in scratch
@@ -375,10 +381,11 @@ def _at(noise: Tensor, ahead: Tensor) -> Tensor:
 
 
 def _best(scores: Tensor, width: int) -> Tensor:
-    """The ``width`` best tokens ``[B, R, width]``, best first."""
+    """The ``width`` best tokens ``[B, R, width]``, best first; ``ABSENT`` where no more are allowed."""
     if width == 1:
         return scores.argmax(-1, keepdim=True)
-    return scores.topk(width, dim=-1).indices
+    best = scores.topk(width, dim=-1)
+    return best.indices.masked_fill(best.values == -torch.inf, ABSENT)
 
 
 def _comb_tokens(ranked: list[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 
 from ..decoding.support import DraftProbs
 from ..errors import LinkError, PipelineError
-from ..params import SpeculationRecord
+from ..params import FinishReason, SpeculationRecord
 from .control import ControlLane
 from .draft import DraftWorker
 from .frames import Frames, Next, OutcomeFrame, RowState, SpeculationSet
@@ -34,6 +34,7 @@ from .messages import (
     Timings,
     Watch,
 )
+from .sequence import Sequence
 from .verifier import Verdict, VerifierWorker
 
 IDLE_POLL_S = 0.5
@@ -241,6 +242,8 @@ def verifier_loop(
         # more than a chunk.
         if worker.prefill() or told:
             last_end = None  # prefills are no part of a round
+        while worker.refused:
+            front.send(_finished(worker.refused.pop(), "error"))
         if not worker.decoding and not (draft is not None and draft.in_round):
             last_end = None
             continue
@@ -340,14 +343,13 @@ def _report(front: ControlLane, verdict: Verdict, worker: VerifierWorker) -> Non
             )
         )
         if commit.finished is not None:
-            front.send(
-                Finished(
-                    request=commit.request,
-                    reason=commit.finished,
-                    record=sequence.record,
-                    decode_s=decode_s,
-                )
-            )
+            front.send(_finished(sequence, commit.finished, decode_s))
+
+
+def _finished(sequence: Sequence, reason: FinishReason, decode_s: float = 0.0) -> Finished:
+    return Finished(
+        request=sequence.request, reason=reason, record=sequence.record, decode_s=decode_s, error=sequence.error
+    )
 
 
 def _answer(worker: VerifierWorker, front: ControlLane, timer: RoundTimer, message: object) -> None:

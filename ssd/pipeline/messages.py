@@ -136,6 +136,8 @@ class Finished:
     reason: FinishReason
     record: SpeculationRecord
     decode_s: float
+    error: str | None = None
+    """Why, where the reason is ``error``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

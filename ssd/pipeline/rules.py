@@ -28,7 +28,7 @@ from ..decoding.rejection import Siblings, draw_bonus, inner_nodes, verify_rejec
 from ..decoding.saguaro import downscale
 from ..decoding.sampling import SamplingTensors
 from ..decoding.support import DraftProbs, scaled_logits
-from ..decoding.tree import TreeShape
+from ..decoding.tree import ABSENT, TreeShape
 from ..decoding.verify import Outcome
 from .frames import ProbsLayout, SpeculationSet
 from .lookup import found_branch
@@ -62,13 +62,14 @@ class CandidateSampler:
             tokens ``[B, R, 1 + siblings]``, the chain's first, and what they were drawn from
             ``[B, R, m]``. In rows of temperature 0: the best tokens, drawn from nothing.
         """
-        best = logits.topk(self._width, dim=-1).indices
+        best = logits.topk(self._width, dim=-1)
+        named = best.indices.masked_fill(best.values == -torch.inf, ABSENT)
         scaled = downscale(scaled_logits(logits, params), self._fan_out[depth], self._scale)
         draft = DraftProbs.of_logits(scaled, self.probs.size)
         seeds = derive(params.seed[:, None], DRAFT_STREAM, roots)
         noise = gumbel_at(seeds, torch.full_like(roots, depth), draft.tokens)
         sampled = (params.temperature > 0)[:, None, None]
-        tokens = torch.where(sampled, draft.draw(noise, self._width), best)
+        tokens = torch.where(sampled, draft.draw(noise, self._width), named)
         return tokens, DraftProbs(draft.tokens, draft.probs * sampled)
 
 

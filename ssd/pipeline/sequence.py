@@ -1,11 +1,19 @@
-"""One request inside the verifier: its tokens and when it ends; and what the draft knows of it."""
+"""One request inside the verifier: its tokens, what a round adds to them, and when it ends; and what the
+draft knows of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..params import FinishReason, Method, SamplingParams, SpeculationRecord
+from ..decoding.logprobs import Logprobs
+from ..decoding.processors import Constraint
+from ..params import FinishReason, Method, Origin, SamplingParams, SpeculationRecord
 from .messages import Submit
+
+STUCK = (
+    "structured_outputs: no token can follow; what else the request excludes (bad_words, allowed_token_ids, "
+    "min_tokens) contradicts it, or the tokenizer cannot spell it"
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,6 +41,10 @@ class Sequence:
     """Whether the draft is still computing its keys, so that nothing is drafted for it."""
     hit: bool | None = None
     """Whether the tree now under verification was found prepared; None if none was looked up."""
+    constraint: Constraint | None = None
+    """The grammar of its output, after the certain tokens."""
+    error: str | None = None
+    """Why it cannot go on."""
     record: SpeculationRecord = field(default_factory=SpeculationRecord)
 
     @classmethod
@@ -67,10 +79,13 @@ class Sequence:
         """
         emitted: list[int] = []
         for token in (*path, bonus):
+            if self.constraint is not None and not self.constraint.advance(token):
+                self.error = self.constraint.error or STUCK
+                return emitted, "error"
             self.tokens.append(self.root)
             self.root = token
             emitted.append(token)
-            if token in self.ends:
+            if token in self.ends or (self.constraint is not None and self.constraint.complete):
                 return emitted, "stop"
             if self.generated >= self.params.max_tokens or len(self.tokens) + 1 >= self.context_limit:
                 return emitted, "length"
@@ -89,8 +104,27 @@ class DraftRow:
     """Whether outcomes are prepared for it (``ssd``), or only misses served (``sd``)."""
     number: int
     """How many came before it."""
+    constraint: Constraint | None = None
+    """The grammar of its output, after the certain tokens, the root among them."""
 
     @property
     def whole(self) -> bool:
         """Whether the next forward may take it along."""
         return self.cached == len(self.tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Commit:
+    """What a round made certain for one request."""
+
+    request: int
+    tokens: list[int]
+    accepted: int
+    depth: int
+    """Drafted tokens the round accepted, before any cut."""
+    drafted: int
+    hit: bool | None
+    origin: Origin
+    finished: FinishReason | None
+    logprobs: Logprobs | None
+    sequence: Sequence

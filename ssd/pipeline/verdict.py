@@ -6,27 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..decoding.logprobs import Logprobs
 from ..decoding.verify import Outcome
-from ..params import FinishReason, Origin
-from .sequence import Sequence
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Commit:
-    """What a round made certain for one request."""
-
-    request: int
-    tokens: list[int]
-    accepted: int
-    depth: int
-    """Drafted tokens the round accepted, before any cut."""
-    drafted: int
-    hit: bool | None
-    origin: Origin
-    finished: FinishReason | None
-    logprobs: Logprobs | None
-    sequence: Sequence
+from .sequence import Commit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,6 +15,7 @@ from ..decoding.sampling import perturbed, scores
 from ..decoding.support import DraftProbs
 from ..decoding.tree import ABSENT, TreeShape
 from ..decoding.verify import Outcome, verify_coupled
+from ..errors import RequestError
 from ..models.device import Courier
 from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner
@@ -27,8 +28,8 @@ from .messages import Admit, Submit
 from .prefix import PrefixCache
 from .prompts import Prompts
 from .rules import Judge
-from .sequence import Sequence
-from .verdict import Commit, Verdict
+from .sequence import Commit, Sequence
+from .verdict import Verdict
 
 
 class VerifierWorker:
@@ -63,6 +64,8 @@ class VerifierWorker:
         self.governed = governed
         self.governors: dict[Method, Governor] = {"sd": Governor(), "ssd": Governor()}
         self.strict, self.ends, self.max_model_len, self.clock = strict, ends, max_model_len, clock
+        self.refused: list[Sequence] = []
+        """Not to be decoded (``Sequence.error``); whoever reports them empties it."""
         self.rows: list[Sequence | None] = [None] * runner.batch
         """Those that decode."""
         self.prompts = Prompts(runner, PrefixCache(runner.batch, runner.chunk, enabled=prefix_caching))
@@ -190,12 +193,20 @@ class VerifierWorker:
         return computed
 
     def _start(self, slot: int, row: Sequence) -> None:
+        prompt, output = row.prompt_and_output()
+        try:
+            row.constraint = self.chooser.process(
+                slot, row.params, prompt=prompt, output=output, ends=self._held_off(row)
+            )
+        except RequestError as error:
+            row.error = str(error)
+            self.refused.append(row)
+            self._free(slot)
+            return
         self.rows[slot] = row
         self.chooser.set(slot, row.params)
         self.trees[slot] = ABSENT
         self.trees[slot, 0] = row.root
-        prompt, output = row.prompt_and_output()
-        self.chooser.process(slot, row.params, prompt=prompt, output=output, ends=self._held_off(row))
         row.started_s = self.clock()
 
     def verify(self) -> Verdict:

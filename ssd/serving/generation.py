@@ -27,6 +27,7 @@ from .protocol import (
     refused,
     sampling_params,
     seeds,
+    structured_by,
 )
 
 AHEAD = 64
@@ -46,6 +47,8 @@ class Job:
     usage: bool
     """A stream ends with a usage chunk."""
     provenance: bool
+    structured_by: str = "structured_outputs"
+    """The field that asked for structured output, if one did."""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -121,6 +124,7 @@ def _job(
         stream=bool(body.stream),
         usage=bool(body.stream_options and body.stream_options.include_usage),
         provenance=bool(body.provenance),
+        structured_by=structured_by(body),
     )
 
 
@@ -145,7 +149,7 @@ class Generation:
                 self.streams[-1].request.label = job.head["id"]
         except RequestError as error:
             self.cancel()
-            raise refused(error) from None
+            raise refused(error, job.structured_by) from None
         except SSDError:
             self.cancel()
             raise
@@ -316,3 +320,5 @@ def _told(event: StreamEvent) -> list[dict[str, Any]]:
 def _check_end(output: RequestOutput) -> None:
     if output.finish_reason == "cancelled":
         raise APIError(503, "the server is shutting down", code="engine_unavailable")
+    if output.finish_reason == "error":
+        raise APIError(500, output.error or "the request failed", code="generation_failed")

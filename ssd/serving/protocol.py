@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from ..errors import RequestError
 from ..params import MAX_LOGPROBS, MAX_SEED, SamplingParams, completion_seed
 from .openai_errors import APIError, as_api_error
+from .structured import REPLACED, ResponseFormat, StructuredOutputs, structured_outputs
 
 MAX_STOPS = 16
 MAX_NAMED = 1024
@@ -72,7 +73,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prediction": NOTHING,
     "priority": (None, 0),
     "reasoning_effort": (None, "none"),
-    "response_format": (None, {"type": "text"}),
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
     "suffix": (None, ""),
@@ -116,6 +116,9 @@ class Common(_Body):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    """vLLM's."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     provenance: bool | None = None
     """Ours: say of each token how it came to be."""
@@ -167,6 +170,8 @@ def read_body(cls: type[Body], raw: Any) -> Body:
     for name, value in raw.items():
         if name in cls.model_fields:
             given[name] = value
+        elif name in REPLACED:
+            raise APIError(400, f"{name} is now {REPLACED[name]}", param=name, code="unknown_parameter")
         elif name not in UNSUPPORTED:
             near = get_close_matches(name, [*cls.model_fields, *UNSUPPORTED], n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -200,18 +205,31 @@ def sampling_params(body: Common, *, max_tokens: int, seed: int) -> SamplingPara
         if value is not None:
             fields[parameter.sampling or parameter.name] = value
     fields["seed"], fields["logprobs"] = seed, body.logprobs_asked
+    fields["structured_outputs"] = structured_outputs(body.structured_outputs, body.response_format)
     if fields.get("top_k") == -1:  # as vLLM says "all"
         fields["top_k"] = 0
     try:
         return SamplingParams(**fields)
     except RequestError as error:
-        raise refused(error) from None
+        raise refused(error, structured_by(body)) from None
 
 
-def refused(error: RequestError) -> APIError:
-    """An error of the engine's about sampling parameters, which names the field first; others as always."""
-    name = str(error).split()[0].rstrip(":")
-    return APIError(400, str(error), param=name, code="invalid_value") if name in _SAMPLING else as_api_error(error)
+def refused(error: RequestError, structured_by: str = "structured_outputs") -> APIError:
+    """An error of the engine's about sampling parameters, which names the field first; others as always.
+    ``structured_by``: the field that asked for structured output."""
+    message = str(error)
+    name = message.split()[0].rstrip(":").split(".")[0]
+    if name == "structured_outputs":
+        name = structured_by
+        if name == "response_format":
+            message = name + message[message.index(" ") :]
+    elif name not in _SAMPLING:
+        return as_api_error(error)
+    return APIError(400, message, param=name, code="invalid_value")
+
+
+def structured_by(body: Common) -> str:
+    return "structured_outputs" if body.structured_outputs is not None else "response_format"
 
 
 def seeds(body: Common, count: int) -> list[int]:

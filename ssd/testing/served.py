@@ -15,6 +15,7 @@ import uvicorn
 
 from ..config import load_config
 from ..pipeline.build import Plan
+from ..pipeline.launch import Pipeline
 from ..serving.app import build_app
 from ..serving.metrics import Metrics
 from ..serving.shadow import observed_engine
@@ -27,13 +28,21 @@ class Served:
     """Listens on a free port of loopback until closed.
 
     Args:
-        overrides: of the embedded configuration. round_s: how long a scripted round takes.
+        overrides: of the embedded configuration. round_s: how long a scripted round takes. launch: another
+            pipeline than a scripted one. config: another configuration.
     """
 
-    def __init__(self, *overrides: str, round_s: float = 0.002):
+    def __init__(
+        self,
+        *overrides: str,
+        round_s: float = 0.002,
+        launch: Callable[[Plan], Pipeline] | None = None,
+        config: dict[str, Any] | str = "embedded",
+    ):
         self.pipelines: list[ScriptedPipeline] = []
         self._bound, self._over = threading.Event(), threading.Event()
         self.port, self._overrides, self._round_s = 0, overrides, round_s
+        self._launch, self._config = launch, config
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self._thread.start()
         assert self._bound.wait(SOON_S)
@@ -43,9 +52,9 @@ class Served:
             self.pipelines.append(ScriptedPipeline(plan, round_s=self._round_s))
             return self.pipelines[-1]
 
-        config = load_config("embedded", ["engine.max_batch=4", *self._overrides])
+        config = load_config(self._config, ["engine.max_batch=4", *self._overrides])
         metrics = Metrics()
-        engine, shadow = observed_engine(config, metrics, launch=launch)
+        engine, shadow = observed_engine(config, metrics, launch=self._launch or launch)
         self.engine = engine
         server = uvicorn.Server(
             uvicorn.Config(build_app(engine, metrics, model="tiny"), log_level="warning", lifespan="off")

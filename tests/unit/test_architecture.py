@@ -14,19 +14,31 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "ssd"
 MAX_LINES = 400
 
-BASE = ("errors", "params")
+BASE = ("errors", "params", "structured")
 STACK = ("config", "models", "pipeline", "engine", "learning", "serving", "cluster", "bench", "testing")
 """Bottom to top: a layer imports only what stands before it (models also decoding)."""
 MEASURING = ("cli_bench", "cli_plan", "cli_tune")
 ALLOWED = {
     "errors": set(),
-    "params": {"errors"},
+    "structured": {"errors"},
+    "params": {"errors", "structured"},
     "decoding": {*BASE},
     **{layer: {*BASE, "decoding", *STACK[:index]} for index, layer in enumerate(STACK)},
     "config": {*BASE},
     # The package's face and its commands stand above everything.
     "__init__": {*BASE, "decoding", *STACK},
-    "cli": {"__init__", *BASE, "decoding", *STACK, "cli_serving", "cli_remote", "cli_certify", *MEASURING},
+    "cli": {
+        "__init__",
+        *BASE,
+        "decoding",
+        *STACK,
+        "cli_serving",
+        "cli_remote",
+        "cli_certify",
+        "cli_values",
+        *MEASURING,
+    },
+    "cli_values": {*BASE},
     "cli_serving": {"__init__", *BASE, "decoding", *STACK},
     "cli_remote": {"__init__", *BASE, "decoding", *STACK},
     "cli_certify": {"__init__", *BASE, "decoding", *STACK, "cli_serving"},
@@ -38,6 +50,7 @@ FENCED = {
     "ray": ("ssd/cluster/", "launch/"),
     "zmq": ("ssd/pipeline/", "ssd/serving/"),
     "torch.distributed": ("ssd/pipeline/", "ssd/models/", "launch/"),
+    "llguidance": ("ssd/pipeline/grammar.py",),
     "transformers": ("ssd/models/", "ssd/engine/", "ssd/testing/", "ssd/bench/peers/worker.py"),
     "typer": tuple(f"ssd/{name}.py" for name in ("cli", "cli_serving", "cli_remote", "cli_certify", *MEASURING)),
     "fastapi": ("ssd/serving/",),

@@ -154,7 +154,7 @@ def test_provenance(served: Served) -> None:
         ({"bad_words": [" "]}, 400, "bad_words"),
         ({"allowed_token_ids": []}, 400, "allowed_token_ids"),
         ({"min_tokens": 3}, 400, "min_tokens"),
-        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+        ({"response_format": {"type": "xml"}}, 400, "response_format"),
         ({"echo": True}, 400, "echo"),
         ({"seed": 1.5}, 400, "seed"),
     ],
