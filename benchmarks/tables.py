@@ -24,6 +24,14 @@ COLUMNS = (
     ("forward_ms", "forward ms", 2),
     ("draft_ms", "draft ms", 2),
 )
+RATIOS = (
+    ("ssd", "sd"),
+    ("sd", "none"),
+    ("none_fast", "transformers"),
+    ("none_fast", "vllm"),
+    ("ssd", "transformers-assisted"),
+    ("ssd", "vllm-draft"),
+)
 
 
 def tables(folder: Path) -> str:
@@ -59,7 +67,17 @@ def _methods(title: str, one: dict[str, Any]) -> str:
     for method, row in one["methods"].items():
         cells = ("–" if row.get(key) is None else f"{row[key]:.{digits}f}" for key, _, digits in COLUMNS)
         rows.append(f"| {method} | " + " | ".join(cells) + " |")
-    return head + "\n" + "\n".join(rows) + "\n"
+    return head + "\n" + "\n".join(rows) + "\n\n" + _ratios(one["methods"]) + "\n"
+
+
+def _ratios(methods: dict[str, Any]) -> str:
+    """Tokens per second of one over another's, and a hit's round over its forward."""
+    rates = {name: row["tokens_per_second"] for name, row in methods.items() if row["tokens_per_second"]}
+    found = [f"{a} / {b} {rates[a] / rates[b]:.2f}" for a, b in RATIOS if a in rates and b in rates]
+    ssd = methods.get("ssd", {})
+    if ssd.get("hit_round_ms") and ssd.get("forward_ms"):
+        found.append(f"round on a hit / forward {ssd['hit_round_ms'] / ssd['forward_ms']:.2f}")
+    return f"Ratios: {', '.join(found)}." if found else ""
 
 
 def _checks(title: str, data: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,8 @@ class PipelineActor:
     """An ``LLM`` over a ``RayPipeline``, for any process of the cluster to call. It asks for no
     resources itself: it only waits for its workers. One call runs at a time.
 
-    The pipeline is started by the first call, so that the caller sees why it cannot be.
+    The pipeline is started by the first call, so that the caller sees why it cannot be. A call that
+    breaks it raises; the next one starts another.
 
     Args:
         config, overrides: as for ``LLM``; files and models are looked up where the actor runs.
@@ -211,7 +212,8 @@ class PipelineActor:
 
     def start(self) -> dict[str, Any]:
         """Bring the workers up if they are not yet; what they say of themselves, by role."""
-        return self._started().info()
+        with self._running() as llm:
+            return llm.info()
 
     def generate(
         self,
@@ -228,18 +230,20 @@ class PipelineActor:
         """
         given = params if params is None or isinstance(params, Mapping) else list(params)
         read = [_params(one) for one in given] if isinstance(given, list) else _params(given)
-        return [dataclasses.asdict(output) for output in self._started().generate(prompts, read)]
+        with self._running() as llm:
+            return [dataclasses.asdict(output) for output in llm.generate(prompts, read)]
 
     def stream(self, prompt: str | Sequence[int], params: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
         """The fields of each ``StreamEvent``, as tokens commit."""
-        for event in self._started().stream(prompt, _params(params)):
-            yield dataclasses.asdict(event)
+        with self._running() as llm:
+            for event in llm.stream(prompt, _params(params)):
+                yield dataclasses.asdict(event)
 
     def stats(self, *, reset: bool = False) -> dict[str, Any]:
         """``workers`` (what they say of themselves, by role), ``timings`` (medians in ms; ``reset``
         starts a new window) and ``degraded`` (why the draft is gone, or None)."""
-        llm = self._started()
-        return {"workers": llm.info(), "timings": llm.timings(reset=reset), "degraded": llm.degraded}
+        with self._running() as llm:
+            return {"workers": llm.info(), "timings": llm.timings(reset=reset), "degraded": llm.degraded}
 
     def close(self) -> None:
         """Stop the workers. Another call would start new ones."""
@@ -247,10 +251,16 @@ class PipelineActor:
         if llm is not None:
             llm.close()
 
-    def _started(self) -> LLM:
+    @contextmanager
+    def _running(self) -> Iterator[LLM]:
+        """The pipeline. One that breaks is taken down, so that the next call starts another."""
         if self._llm is None:
             self._llm = self._make()
-        return self._llm
+        try:
+            yield self._llm
+        except PipelineError:
+            self.close()
+            raise
 
 
 def _params(fields: Mapping[str, Any] | None) -> SamplingParams:

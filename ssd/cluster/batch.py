@@ -25,7 +25,7 @@ import ray.data
 from ..config import Config
 from ..engine.async_engine import AHEAD, AsyncEngine
 from ..engine.book import Limits
-from ..errors import PipelineError, SSDError, WorkerError
+from ..errors import PipelineError, SSDError, UsageError, WorkerError
 from ..pipeline.build import Plan
 from ..pipeline.launch import Pipeline
 from ..serving.batch import Batch, Line, LineWorker, Progress, model_name
@@ -51,23 +51,31 @@ class BatchReplica:
     """
 
     def __init__(self, config: Config, launch: Callable[[Plan], Pipeline]):
-        self._config = with_own_gpus(CoreLease().leased(config, "target", "draft"))  # leased while the process lives
+        self._lease = CoreLease()  # for as long as this process lives
+        self._config = with_own_gpus(self._lease.leased(config, "target", "draft"))
         self._launch = launch
         self._engine: AsyncEngine | None = None
         self._changing = asyncio.Lock()
         self._busy = 0
 
     async def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Args: batch: ``lines``, one chunk as JSON. Returns: ``records``, as JSON."""
+        """Args: batch: ``lines``, one chunk as JSON. Returns: ``records``, as JSON, or what is wrong
+        (an exception would come out of Ray Data as a traceback)."""
         [chunk] = batch["lines"]
         lines = [Line(**fields) for fields in json.loads(chunk)]
+        try:
+            answer: Any = await self._decode(lines)
+        except SSDError as error:
+            answer = {"error": str(error), "usage": isinstance(error, UsageError)}
+        return {"records": [json.dumps(answer)]}
+
+    async def _decode(self, lines: list[Line]) -> list[dict[str, Any]]:
         for left in reversed(range(TRIES)):
             engine = await self._running()
             worker = LineWorker(engine, model_name(self._config))
             self._busy += 1
             try:
-                records = await asyncio.gather(*(worker.record(line) for line in lines))
-                return {"records": [json.dumps(records)]}
+                return await asyncio.gather(*(worker.record(line) for line in lines))
             except PipelineError:
                 if not left:
                     raise
@@ -142,10 +150,12 @@ class RayBatch(Batch):
         )
         try:
             for batch in dataset.iter_batches(batch_size=None, batch_format="numpy"):
-                for records in batch["records"]:
-                    yield json.loads(records)
+                for answer in map(json.loads, batch["records"]):
+                    if isinstance(answer, dict):
+                        raise (UsageError if answer["usage"] else WorkerError)(answer["error"])
+                    yield answer
         except ray.exceptions.RayError as error:
-            raise _cause(error) from error
+            raise WorkerError(f"a replica failed: {reason(error)}") from error
 
 
 def one_bundle(config: Config) -> Bundle:
@@ -165,16 +175,6 @@ def with_own_gpus(config: Config) -> Config:
             changed[name] = model.model_copy(update={"device": f"cuda:{number}"})
             number += 1
     return config.model_copy(update=changed)
-
-
-def _cause(error: BaseException) -> SSDError:
-    """What a replica raised, out of what Ray wraps it in."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, SSDError):
-            return seen
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    return WorkerError(f"a replica failed: {reason(error)}")
 
 
 def _quiet() -> None:

@@ -20,14 +20,14 @@ def ray_environment() -> Iterator[None]:
     import ray
 
     set_here = {
-        "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }
-    before = {name: os.environ.get(name) for name in set_here}
+    # Ray reads RAY_AUTH_MODE when it is imported; for a new cluster it turns tokens on by itself, and says so there.
+    before = {name: os.environ.get(name) for name in (*set_here, "RAY_AUTH_MODE")}
     os.environ.update(set_here)
     children = set(psutil.Process().children(recursive=True))
     try:
@@ -50,6 +50,7 @@ def cluster(request: pytest.FixtureRequest, ray_environment: None) -> None:
     from ssd.cluster import connect
     from ssd.errors import PipelineError
 
+    before = set(psutil.Process().children(recursive=True))
     for left in reversed(range(START_TRIES)):
         try:
             connect(cpus=request.module.CPUS)
@@ -58,3 +59,5 @@ def cluster(request: pytest.FixtureRequest, ray_environment: None) -> None:
             # Ray gives its own processes 15 and 30 s to start; on a crowded machine a later try finds them cached.
             if not left:
                 raise
+            for process in set(psutil.Process().children(recursive=True)) - before:
+                process.kill()

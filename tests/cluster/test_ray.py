@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from ssd import LLM, RequestError, SamplingParams, UsageError, WorkerError
+from ssd import LLM, PipelineError, RequestError, SamplingParams, UsageError, WorkerError
 from ssd.config import Config
 
 ray = pytest.importorskip("ray")
@@ -127,6 +127,13 @@ def test_pipeline_actor(cluster: None, config: dict[str, Any]) -> None:
     assert stats["timings"]["round_ms"] > 0
     with pytest.raises(RequestError, match="unknown sampling parameter 'max_token'"):
         ray.get(actor.generate.remote(PROMPTS, {"max_token": 3}))
+    for pid in worker_pids():  # both workers: the call says so, the next one has others
+        if psutil.Process(pid).cmdline()[0].startswith("ray::WorkerActor"):
+            psutil.Process(pid).kill()
+    with pytest.raises(PipelineError):
+        ray.get(actor.generate.remote(PROMPTS, wanted))
+    again = ray.get(actor.generate.remote(PROMPTS, wanted))
+    assert [output["token_ids"] for output in again] == [output["token_ids"] for output in plain]
     ray.get(actor.close.remote())
     ray.kill(actor)
     assert_nothing_left(pids)
@@ -144,6 +151,28 @@ def test_client(cluster: None, config: dict[str, Any]) -> None:
         assert client.degraded is None
         with pytest.raises(RequestError, match="empty"):
             client.generate("", params("none"))
+    assert_nothing_left(pids)
+
+
+def test_standing_actor(cluster: None, config: dict[str, Any]) -> None:
+    """Outlives its makers, is found by name, is left alone by those who close it, and can be stopped."""
+    from ssd.cluster import PipelineClient, stand, stop
+
+    stand("here", config)
+    pids = worker_pids()
+    assert len(pids) == 3
+    with pytest.raises(UsageError, match="named 'here' already"):
+        stand("here", config)
+    answers = []
+    for method in ("none", "ssd"):
+        with PipelineClient.attach("here") as client:
+            assert client.config.engine.max_batch == 2 and set(client.info()) == {"verifier", "draft"}
+            answers.append(client.generate(PROMPTS[0], params(method))[0].token_ids)
+    assert answers[0] == answers[1]
+    assert worker_pids() == pids
+    stop("here")
+    with pytest.raises(UsageError, match="no pipeline named 'here'"):
+        PipelineClient.attach("here")
     assert_nothing_left(pids)
 
 

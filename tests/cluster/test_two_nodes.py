@@ -22,10 +22,12 @@ PROMPTS = ["hello there", "a b c d"]
 @pytest.fixture(scope="module")
 def nodes(ray_environment: None) -> Iterator[dict[str, str]]:
     """Node ids by their resource."""
+    from ray._private.authentication.authentication_token_setup import enable_token_auth_by_default
     from ray.cluster_utils import Cluster
 
     from ssd.cluster import connect
 
+    enable_token_auth_by_default()  # as ray.init does
     cluster = Cluster()
     try:
         for name in APART["verifier"] | APART["draft"]:
