@@ -72,6 +72,7 @@ def logits_at(position: int, ends: tuple[tuple[int, int], ...]) -> Tensor:
 
 class ScriptedRunner:
     batch, vocabulary, device, compile, chunk = 8, SIZE, torch.device("cpu"), False, 16
+    graphs = None
 
     def __init__(self) -> None:
         self.changed: tuple[tuple[int, int], ...] = ()
