@@ -37,8 +37,7 @@ def certify(
     """
     from rich.console import Console
 
-    from .bench.certify import certify as run
-    from .bench.certify import check_promise, speculative, trials
+    from .bench.certify import check_promise, decode, judge, speculative, trials
     from .bench.certify_report import print_certificate
     from .bench.prompts import DEMO_PROMPTS, load_prompts
 
@@ -57,9 +56,10 @@ def certify(
     with Console(stderr=True).status("starting (the first time on a machine compiles)") as status, LLM(settings) as llm:
 
         def progress(done: int, total: int) -> None:
-            status.update(f"{done}/{total} prompts" if done < total else "judging what differs")
+            status.update(f"{done}/{total} requests")
 
-        certificate = run(llm, asked, chosen, progress=progress)
+        found = decode(llm, asked, chosen, progress=progress)
+    certificate = judge(found)  # the engine has given the target's memory back
     print_certificate(certificate, console)
     if json_file is not None:
         json_file.write_text(json.dumps(certificate.to_json(), indent=2) + "\n", encoding="utf-8")

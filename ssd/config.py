@@ -73,8 +73,8 @@ class SpeculationConfig(_Section):
     siblings: int = Field(default=0, ge=0, le=8)
     """Next-best tokens beside the chain at each depth; 0 is a chain, more a comb."""
     forecast: ForecastConfig = ForecastConfig()
-    fallback: Literal["jit", "none"] = "jit"
-    """What a missed row verifies: a speculation drafted now, or the bonus token alone."""
+    fallback: Literal["jit", "ngram", "auto", "none"] = "jit"
+    """What a missed row verifies: a speculation drafted now, one found in its text, the better, or none."""
     verify: Literal["coupled", "rejection", "block"] = "coupled"
     """``coupled``: plain decoding's very tokens. ``rejection``, ``block``: tokens of the same law
     (at temperature 0 the same tokens), higher acceptance, the draft's probabilities on the link."""

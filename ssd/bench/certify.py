@@ -10,6 +10,7 @@ tie is a failure.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -19,10 +20,10 @@ from ..errors import RequestError
 from ..params import METHODS, Method, RequestOutput, SamplingParams, SpeculationRecord, completion_seed
 from .compare import BASELINE, REFERENCE, first_difference, versions
 from .prompts import Prompt
-from .teacher import Teacher
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
+    from .teacher import Teacher
 
 LOGPROBS = 4
 """Log-probabilities of so many tokens a row are compared, beside the chosen one."""
@@ -175,10 +176,36 @@ def check_promise(config: Config, temperatures: Sequence[float]) -> None:
         )
 
 
+@dataclass(kw_only=True, slots=True)
+class Decoded:
+    """What :func:`decode` found: what is equal is counted, what is not waits for :func:`judge`."""
+
+    config: Config
+    tokenizer: Any
+    groups: dict[tuple[Method, float], Group] = field(default_factory=dict)
+    departed: list[_Departure] = field(default_factory=list)
+    sample: list[RequestOutput] = field(default_factory=list)
+    """Plain outputs the band is measured on."""
+    degraded: str | None = None
+
+    def add(self, trial: Trial, method: Method, output: RequestOutput, reference: RequestOutput) -> None:
+        key = method, trial.params.temperature
+        group = self.groups.setdefault(key, Group(method=method, temperature=trial.params.temperature))
+        if _count(group, output, reference):
+            self.departed.append(_Departure(trial, method, output, reference))
+
+
 def certify(
     llm: LLM, asked: Sequence[Trial], methods: Sequence[str] = ("sd", "ssd"), *, progress: Progress | None = None
 ) -> Certificate:
-    """Decode every trial plainly and with each method, and judge what differs.
+    """:func:`decode`, then :func:`judge`; the target is in memory twice if there is anything to judge."""
+    return judge(decode(llm, asked, methods, progress=progress))
+
+
+def decode(
+    llm: LLM, asked: Sequence[Trial], methods: Sequence[str] = ("sd", "ssd"), *, progress: Progress | None = None
+) -> Decoded:
+    """Decode every trial plainly and with each method.
 
     Trials go in portions of a few batches: first plainly, then with all methods at once, so that
     methods share batches and requests join in the middle of others.
@@ -190,33 +217,42 @@ def certify(
     if not asked:
         raise RequestError("there are no prompts to certify")
     check_promise(llm.config, [trial.params.temperature for trial in asked])
-    groups: dict[tuple[Method, float], Group] = {}
-    departed: list[_Departure] = []
-    sample: list[RequestOutput] = []
+    found = Decoded(config=llm.config, tokenizer=llm.tokenizer)
     size, done = PORTION * llm.config.engine.max_batch, 0
     for portion in (asked[start : start + size] for start in range(0, len(asked), size)):
-        plain = _run(llm, portion, (REFERENCE,))
-        for trial, references, outputs in zip(portion, plain, _run(llm, portion, chosen), strict=True):
+        plain = [outputs[REFERENCE] for outputs in _run(llm, portion, (REFERENCE,))]
+        for trial, reference, outputs in zip(portion, plain, _run(llm, portion, chosen), strict=True):
             for method, output in outputs.items():
-                key = method, trial.params.temperature
-                group = groups.setdefault(key, Group(method=method, temperature=trial.params.temperature))
-                if _count(group, output, references[REFERENCE]):
-                    departed.append(_Departure(trial, method, output, references[REFERENCE]))
-        sample += [outputs[REFERENCE] for outputs in plain][: MEASURED - len(sample)]
+                found.add(trial, method, output, reference)
+        found.sample += plain[: MEASURED - len(found.sample)]
         done += len(portion)
         if progress is not None:
             progress(done, len(asked))
-    noise, divergences = _judge(llm, departed, sample)
-    for divergence in divergences:
-        group = groups[divergence.method, divergence.temperature]
-        group.near_ties += divergence.kind == "near_tie"
-        group.structural += divergence.kind == "structural"
+    found.degraded = llm.degraded
+    return found
+
+
+def judge(found: Decoded) -> Certificate:
+    """Sort what differs. The teacher is loaded only if something does."""
+    noise, divergences = None, []
+    if found.departed:
+        from .teacher import Teacher  # torch and transformers: only when they are needed
+
+        teacher = Teacher(found.config)
+        measured = [*found.sample, *(departure.reference for departure in found.departed[:MEASURED])]
+        noise = max(teacher.noise_of(output) for output in measured)
+        divergences = [_sort(found.tokenizer, teacher, 2 * noise, departure) for departure in found.departed]
+    kinds = Counter((one.method, one.temperature, one.kind) for one in divergences)
+    groups = [
+        replace(group, near_ties=kinds[*key, "near_tie"], structural=kinds[*key, "structural"])
+        for key, group in sorted(found.groups.items(), key=lambda item: (item[0][1], METHODS.index(item[0][0])))
+    ]
     return Certificate(
-        config=llm.config,
-        groups=tuple(groups[key] for key in sorted(groups, key=lambda key: (key[1], METHODS.index(key[0])))),
+        config=found.config,
+        groups=tuple(groups),
         divergences=tuple(divergences),
         noise=noise,
-        degraded=llm.degraded,
+        degraded=found.degraded,
     )
 
 
@@ -256,18 +292,6 @@ def _count(group: Group, output: RequestOutput, reference: RequestOutput) -> boo
             difference = abs(value - theirs.get(token, value))
             group.largest_difference = max(group.largest_difference, difference)
     return not same
-
-
-def _judge(
-    llm: LLM, departed: Sequence[_Departure], sample: Sequence[RequestOutput]
-) -> tuple[float | None, list[Divergence]]:
-    """The numerical noise, and every departure sorted. The teacher is loaded only if there are any."""
-    if not departed:
-        return None, []
-    teacher = Teacher(llm.config)
-    measured = [*sample, *(departure.reference for departure in departed[:MEASURED])]
-    noise = max(teacher.noise_of(output) for output in measured)
-    return noise, [_sort(llm.tokenizer, teacher, 2 * noise, departure) for departure in departed]
 
 
 def _sort(tokenizer: Any, teacher: Teacher, band: float, departure: _Departure) -> Divergence:

@@ -46,7 +46,11 @@ class Plan:
 
     @property
     def jit(self) -> bool:
-        return self.config.speculation.fallback == "jit"
+        return self.config.speculation.fallback in ("jit", "auto")
+
+    @property
+    def ngram(self) -> bool:
+        return self.config.speculation.fallback in ("ngram", "auto")
 
     @property
     def probs(self) -> ProbsLayout | None:
@@ -124,6 +128,7 @@ def build_verifier(plan: Plan, model: PreTrainedModel | None = None) -> tuple[Ve
         shape=plan.shape,
         method=config.speculation.method,
         jit=plan.jit,
+        ngram=plan.ngram,
         strict=config.numerics == "strict",
         governed=config.speculation.governor,
         ends=frozenset(plan.ends),
@@ -144,7 +149,13 @@ def build_draft(plan: Plan, model: PreTrainedModel | None = None) -> tuple[Draft
     assert config.draft is not None
     runner = _runner(plan, config.draft, model, scratch=scratch_slots(plan.shape, config.speculation.forecast.budget))
     forecast = plan.forecast(config.draft.device)
-    worker = DraftWorker(runner, shape=plan.shape, forecast=forecast, prefix_caching=config.engine.prefix_caching)
+    worker = DraftWorker(
+        runner,
+        shape=plan.shape,
+        forecast=forecast,
+        ngram=plan.ngram,
+        prefix_caching=config.engine.prefix_caching,
+    )
     worker.chooser.grammars = plan.grammars(config.draft)
     if plan.probs is not None:
         worker.sampler = CandidateSampler(plan.shape, forecast, plan.probs, scale=config.speculation.saguaro_c)

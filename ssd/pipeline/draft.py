@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..decoding.forecast import Forecast
+from ..decoding.ngram import NgramIndex
 from ..decoding.processors import TreePaths
 from ..decoding.sampling import perturbed, scores
 from ..decoding.support import DraftProbs
@@ -17,6 +18,7 @@ from ..models.device import Courier
 from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner, Layout
 from .branches import BranchSteps
+from .candidates import best_tokens, comb_tokens, noise_at
 from .chooser import Chooser
 from .frames import OutcomeFrame, RowState, SpeculationSet
 from .lookup import lookup
@@ -31,11 +33,21 @@ class DraftWorker:
 
     Args:
         runner: of the draft model, over the same slots as the verifier's.
-        shape: the candidate tree. forecast: which outcomes get a branch.
-        prefix_caching: take over what other slots hold of a sequence.
+        shape: the candidate tree. forecast: which outcomes get a branch. ngram: whether missed rows
+            may take n-grams (the verifier says when). prefix_caching: take over what other slots hold
+            of a sequence.
     """
 
-    def __init__(self, runner: ForwardRunner, *, shape: TreeShape, forecast: Forecast, prefix_caching: bool = True):
+    def __init__(
+        self,
+        runner: ForwardRunner,
+        *,
+        shape: TreeShape,
+        forecast: Forecast,
+        ngram: bool = False,
+        prefix_caching: bool = True,
+    ):
+        self.ngram = ngram
         self.runner, self.shape, self.forecast = runner, shape, forecast
         batch, device = runner.batch, runner.device
         self.rows: list[DraftRow | None] = [None] * batch
@@ -91,10 +103,10 @@ class DraftWorker:
     def admit(self, message: Admit) -> None:
         self.release(message.slot)
         tokens = list(message.tokens[:-1])
-        # A sequence that comes back after a time of plain decoding finds its keys where they were. Keys of
-        # generated tokens will do as well as a prefill's: what the draft computes decides only the speed.
+        # A sequence that comes back finds its keys where they were, generated tokens' too.
         known = common_prefix(tokens, self._left[message.slot])
-        row = self.rows[message.slot] = DraftRow(tokens, known, message.forecasts, self._came)
+        ngrams = NgramIndex(message.tokens) if self.ngram else None
+        row = self.rows[message.slot] = DraftRow(tokens, known, message.forecasts, self._came, ngrams)
         self._take_over(message.slot, row)
         self._came += 1
         self._in_glue.discard(message.slot)
@@ -177,7 +189,7 @@ class DraftWorker:
             logits = forward(plan, fed, self._branches.layout(step, nodes))
             ranked.append(pick(logits, depths + 1 + step, nodes, fed, step))
             fed = ranked[-1][..., 0]
-        return nodes, guesses, _comb_tokens(ranked)
+        return nodes, guesses, comb_tokens(ranked)
 
     def _grow_stepwise(
         self, tokens: Tensor, lengths: Tensor, longest: int
@@ -191,7 +203,7 @@ class DraftWorker:
 
         def score(logits: Tensor, ahead: Tensor) -> Tensor:
             logits = self.chooser.processed(logits, paths)
-            return scores(logits, params, None if noise is None else _at(noise, ahead))
+            return scores(logits, params, None if noise is None else noise_at(noise, ahead))
 
         def pick(logits: Tensor, ahead: Tensor, nodes: Tensor, fed: Tensor, step: int) -> Tensor:
             nonlocal paths
@@ -199,7 +211,7 @@ class DraftWorker:
                 before = paths if step else above.gather(1, nodes[..., None].expand(-1, -1, above.shape[2]))
                 paths = torch.cat([before, fed[..., None]], dim=-1)
             if sampler is None:
-                return _best(score(logits, ahead), self._width)
+                return best_tokens(score(logits, ahead), self._width)
             logits = self.chooser.processed(logits, paths)
             found, draft = sampler.children(logits, params, lengths[:, None] + ahead - step, step)
             drawn.append(draft)
@@ -224,12 +236,12 @@ class DraftWorker:
                 tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor
             ) -> tuple[Tensor, Tensor, Tensor]:
                 def score(logits: Tensor, ahead: Tensor) -> Tensor:
-                    return perturbed(logits, _at(noise, ahead), temperature)
+                    return perturbed(logits, noise_at(noise, ahead), temperature)
 
                 return grow(
                     lambda plan, rows, layout: runner.logits(plan, rows, lengths, context, layout),
                     score,
-                    lambda logits, ahead, nodes, fed, step: _best(score(logits, ahead), width),
+                    lambda logits, ahead, nodes, fed, step: best_tokens(score(logits, ahead), width),
                     tokens,
                 )
 
@@ -238,7 +250,8 @@ class DraftWorker:
         return self._whole(tokens, lengths, self.chooser.params.temperature, self._silence if noise is None else noise)
 
     def commit(self, frame: OutcomeFrame, speculation: SpeculationSet) -> Tensor:
-        """Take in an outcome; the next trees are then those of the hits. Returns hit ``[B]``."""
+        """Take in an outcome; the next trees are then those of the hits, and n-grams where missed
+        rows take them. Returns which rows have a tree ``[B]``."""
         moves: list[tuple[int, int, int]] = []
         self._prefilled = False
         trees, nodes = self.trees.tolist(), frame.nodes.tolist()
@@ -270,13 +283,28 @@ class DraftWorker:
         active = frame.states == RowState.ACTIVE
         kept = (frame.states == RowState.PREFILL)[:, None]
         self.trees = torch.where(kept, self.trees, found.masked_fill(~active[:, None], ABSENT))
-        return hit & active
+        served = hit & active
+        if self.ngram:
+            self._take_ngrams(frame, served)
+        return served
 
-    def waiting(self, active: Tensor, hit: Tensor, *, jit: bool) -> Tensor:
-        """Rows ``[B]`` bool that wait for ``draft_now``: those that missed, unless their fallback
+    def _take_ngrams(self, frame: OutcomeFrame, served: Tensor) -> None:
+        """What the verifier does too: candidates of missed rows from their own text."""
+        for slot, row in enumerate(self.rows):
+            if row is None or row.ngrams is None or frame.states[slot] != RowState.ACTIVE:
+                continue
+            row.ngrams.extend([*row.tokens, int(frame.bonus[slot])][len(row.ngrams) :])
+            if frame.ngram and row.forecasts and not served[slot]:
+                found = row.ngrams.propose(self.shape.depth)
+                if found:
+                    self.trees[slot, 1 : len(found) + 1] = torch.tensor(found)
+                    served[slot] = True
+
+    def waiting(self, active: Tensor, served: Tensor, *, jit: bool) -> Tensor:
+        """Rows ``[B]`` bool that wait for ``draft_now``: those without a tree, unless their fallback
         is to go on plainly."""
         waits = torch.tensor([row is not None and (jit or not row.forecasts) for row in self.rows])
-        return active & ~hit & waits
+        return active & ~served & waits
 
     def draft_now(self, missed: Tensor) -> Tensor:
         """Draft for the rows that missed, while the verifier waits (fallback ``jit``).
@@ -313,13 +341,13 @@ class DraftWorker:
                 drawn.append(draft)
             else:
                 ahead = None if noise is None else noise[:, step : step + 1]
-                ranked.append(_best(scores(logits, self.chooser.params, ahead), self._width))
+                ranked.append(best_tokens(scores(logits, self.chooser.params, ahead), self._width))
             fed = ranked[-1][..., 0]
             if self.chooser.processors.active:
                 paths = torch.cat([paths, fed[..., None]], dim=-1)
         if self.sampler is not None:
             self.drafted_from = stacked(drawn)[:, 0] if drawn else self.sampler.nothing(len(self.rows))
-        return _comb_tokens(ranked)
+        return comb_tokens(ranked)
 
     @torch.no_grad()
     def _draft_at_once(self, roots: Tensor, lengths: Tensor) -> Tensor:
@@ -331,9 +359,9 @@ class DraftWorker:
                 ranked = []
                 for ahead in range(self.shape.depth):
                     logits = runner.logits(step, fed, lengths + ahead, runner.contexts[0])
-                    ranked.append(_best(perturbed(logits, noise[:, ahead : ahead + 1], temperature), width))
+                    ranked.append(best_tokens(perturbed(logits, noise[:, ahead : ahead + 1], temperature), width))
                     fed = ranked[-1][..., 0]
-                return _comb_tokens(ranked)
+                return comb_tokens(ranked)
 
             self._chain = runner.compiled(chain)
         noise = self.chooser.noise(lengths)
@@ -351,16 +379,13 @@ class DraftWorker:
     def _catch_up(self) -> None:
         """Prefill what was committed without going through here: one chunk a round, of the sequence that
         came first, for the verifier waits no longer than that."""
-        behind = [(row.number, slot) for slot, row in enumerate(self.rows) if row is not None and not row.whole]
+        behind = [(row.number, slot, row) for slot, row in enumerate(self.rows) if row is not None and not row.whole]
         if self._prefilled or not behind:
             return
-        _, slot = min(behind)
-        row = self.rows[slot]
-        assert row is not None
+        _, slot, row = min(behind)  # numbers differ
         self._take_over(slot, row)
         chunk = row.tokens[row.cached : row.cached + self.runner.chunk]
-        if chunk:
-            self.runner.prefill(slot, chunk, start=row.cached)
+        self.runner.prefill(slot, chunk, start=row.cached)
         row.cached += len(chunk)
         self._prefilled = True
 
@@ -373,22 +398,3 @@ class DraftWorker:
             if known > row.cached:
                 self.runner.copy(source, slot, known)
                 row.cached = known
-
-
-def _at(noise: Tensor, ahead: Tensor) -> Tensor:
-    """Rows ``ahead [B, R]`` of noise ``[B, horizon, V]``."""
-    return noise[torch.arange(len(noise), device=noise.device)[:, None], ahead]
-
-
-def _best(scores: Tensor, width: int) -> Tensor:
-    """The ``width`` best tokens ``[B, R, width]``, best first; ``ABSENT`` where no more are allowed."""
-    if width == 1:
-        return scores.argmax(-1, keepdim=True)
-    best = scores.topk(width, dim=-1)
-    return best.indices.masked_fill(best.values == -torch.inf, ABSENT)
-
-
-def _comb_tokens(ranked: list[Tensor]) -> Tensor:
-    """Node tokens ``[B, R, W - 1]`` of combs from the ranked tokens of each depth ``[B, R, 1 + s]``."""
-    chain = torch.stack([best[..., 0] for best in ranked], dim=-1)
-    return torch.cat([chain, *[best[..., 1:] for best in ranked]], dim=-1)

@@ -11,7 +11,8 @@ each inner node's children were drawn from: ``[B, N, I]`` (``[B, I]`` in a tree 
 as ``ProbsLayout`` lays them out.
 
 The header is magic, round, and two words of the frame's own: the outcome frame carries how many
-control messages must have been applied and what comes next, the draft's frames carry how long
+control messages must have been applied and what comes next (with a bit that says whether missed rows
+take n-grams), the draft's frames carry how long
 drafting took (µs) and 0.
 """
 
@@ -30,6 +31,7 @@ from ..errors import LinkError
 MAGIC = 0x55D00001
 MAGIC_INT32 = MAGIC - 2**32 if MAGIC >= 2**31 else MAGIC
 HEADER = 4
+NGRAM_BIT = 8
 
 
 class Next(IntEnum):
@@ -91,6 +93,8 @@ class OutcomeFrame:
     round: int
     control_count: int
     next: Next
+    ngram: bool = False
+    """Missed rows verify an n-gram where there is one."""
     states: Tensor
     """``[B]`` int64 of ``RowState``."""
     nodes: Tensor
@@ -129,12 +133,12 @@ class Frames:
 
     def pack_outcome(self, frame: OutcomeFrame) -> Tensor:
         rows = np.stack([frame.states.numpy(), frame.nodes.numpy(), frame.bonus.numpy()], axis=1)
-        return _pack(frame.round, frame.control_count, frame.next, rows)
+        return _pack(frame.round, frame.control_count, frame.next | NGRAM_BIT * frame.ngram, rows)
 
     def unpack_outcome(self, raw: Tensor, round: int) -> OutcomeFrame:
         control_count, word = _check(raw, round)
         try:
-            next_ = Next(word)
+            next_ = Next(word & ~NGRAM_BIT)
         except ValueError:
             raise LinkError(f"the verifier announced {word} next, which is nothing known") from None
         rows = _long(raw[HEADER:]).view(self.batch, 3)
@@ -142,6 +146,7 @@ class Frames:
             round=round,
             control_count=control_count,
             next=next_,
+            ngram=bool(word & NGRAM_BIT),
             states=rows[:, 0],
             nodes=rows[:, 1],
             bonus=rows[:, 2],

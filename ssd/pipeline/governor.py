@@ -32,7 +32,7 @@ class Round:
     """Of those, waiting for the draft."""
 
 
-class _Mean:
+class Mean:
     """Ratio of exponentially decaying sums."""
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Governor:
     def __init__(self, *, saving_s: float = 0.0):
         self.speculating = True
         self._saving_s = saving_s
-        self._rate, self._plain_s = _Mean(), _Mean()
+        self._rate, self._plain_s = Mean(), Mean()
         self._left, self._rest = MEMORY, REST  # rounds until the next decision
         self._trial = True
 
@@ -81,7 +81,7 @@ class Governor:
             return
         if not self.speculating:
             self.speculating = self._trial = True
-            self._left, self._rate = TRIAL, _Mean()
+            self._left, self._rate = TRIAL, Mean()
             return
         gain = self.gain
         assert gain is not None

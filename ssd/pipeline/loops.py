@@ -35,7 +35,8 @@ from .messages import (
     Watch,
 )
 from .sequence import Sequence
-from .verifier import Verdict, VerifierWorker
+from .verdict import Verdict
+from .verifier import VerifierWorker
 
 IDLE_POLL_S = 0.5
 TIMED_ROUNDS = 4096
@@ -95,12 +96,12 @@ def draft_loop(
                 raise PipelineError(f"a control message announced by the verifier did not come in {timeout_s:g} s")
             if not apply(message):
                 return
-        hit = worker.commit(frame, speculation)
+        served = worker.commit(frame, speculation)
         if frame.next is Next.STOP:
             return
         idle = frame.next is Next.IDLE
         if not idle:
-            missed = worker.waiting(frame.states == RowState.ACTIVE, hit, jit=jit)
+            missed = worker.waiting(frame.states == RowState.ACTIVE, served, jit=jit)
             if missed.any():
                 began = time.perf_counter()
                 drafted = worker.draft_now(missed)
@@ -171,6 +172,7 @@ class DraftSide:
             round=self.round,
             control_count=self.told,
             next=next_,
+            ngram=verdict.ngram,
             states=verdict.states,
             nodes=verdict.outcome.node,
             bonus=verdict.outcome.bonus,

@@ -98,6 +98,11 @@ class Judge:
             torch.where(at, draft.tokens, self._draft.tokens), torch.where(at, draft.probs, self._draft.probs)
         )
 
+    def name(self, slot: int) -> None:
+        """The slot's tree was named by a rule known to all (an n-gram), not drawn: point masses."""
+        nothing = DraftProbs.nothing(1, *self._draft.tokens.shape[1:])
+        self._draft.tokens[slot], self._draft.probs[slot] = nothing.tokens[0], nothing.probs[0]
+
     def decide(
         self,
         matched: Outcome,

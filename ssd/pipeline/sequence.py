@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..decoding.logprobs import Logprobs
+from ..decoding.ngram import NgramIndex
 from ..decoding.processors import Constraint
-from ..params import FinishReason, Method, Origin, SamplingParams, SpeculationRecord
-from .messages import Submit
+from ..params import FinishReason, Method, SamplingParams, SpeculationRecord
+from .messages import Admit, Submit
 
 STUCK = (
     "structured_outputs: no token can follow; what else the request excludes (bad_words, allowed_token_ids, "
@@ -41,6 +41,8 @@ class Sequence:
     """Whether the draft is still computing its keys, so that nothing is drafted for it."""
     hit: bool | None = None
     """Whether the tree now under verification was found prepared; None if none was looked up."""
+    ngrams: NgramIndex | None = None
+    """Of its tokens, where missed rows may take candidates from it."""
     constraint: Constraint | None = None
     """The grammar of its output, after the certain tokens."""
     error: str | None = None
@@ -61,6 +63,22 @@ class Sequence:
             context_limit=context_limit,
             ends=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else ends),
         )
+
+    def introduction(self, slot: int, ends: frozenset[int]) -> Admit:
+        """What the draft is told of it. ``ends``: end-of-text ids."""
+        return Admit(
+            slot=slot,
+            tokens=[*self.tokens, self.root],
+            params=self.params,
+            forecasts=self.method == "ssd",
+            prompt_length=self.prompt_length,
+            ends=self.held_off(ends),
+        )
+
+    def held_off(self, ends: frozenset[int]) -> list[int]:
+        """Ids that may not come before ``min_tokens``. ``ignore_eos`` lets the output go on after
+        an end-of-text id; ``min_tokens`` holds the id off all the same (as in vLLM)."""
+        return sorted({*self.params.stop_token_ids, *ends}) if self.params.min_tokens else []
 
     @property
     def generated(self) -> int:
@@ -104,6 +122,8 @@ class DraftRow:
     """Whether outcomes are prepared for it (``ssd``), or only misses served (``sd``)."""
     number: int
     """How many came before it."""
+    ngrams: NgramIndex | None = None
+    """Of its tokens, where missed rows may take candidates from it."""
     constraint: Constraint | None = None
     """The grammar of its output, after the certain tokens, the root among them."""
 
@@ -111,20 +131,3 @@ class DraftRow:
     def whole(self) -> bool:
         """Whether the next forward may take it along."""
         return self.cached == len(self.tokens)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Commit:
-    """What a round made certain for one request."""
-
-    request: int
-    tokens: list[int]
-    accepted: int
-    depth: int
-    """Drafted tokens the round accepted, before any cut."""
-    drafted: int
-    hit: bool | None
-    origin: Origin
-    finished: FinishReason | None
-    logprobs: Logprobs | None
-    sequence: Sequence

@@ -1,4 +1,4 @@
-"""What a round decided, for the front and for the draft. Values only."""
+"""What the verifier's rounds decide."""
 
 from __future__ import annotations
 
@@ -6,11 +6,31 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..decoding.logprobs import Logprobs
 from ..decoding.verify import Outcome
-from .sequence import Commit
+from ..params import FinishReason, Origin
+from .sequence import Sequence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Commit:
+    """What a round made certain for one request."""
+
+    request: int
+    tokens: list[int]
+    accepted: int
+    depth: int
+    """Drafted tokens the round accepted, before any cut."""
+    drafted: int
+    hit: bool | None
+    origin: Origin
+    finished: FinishReason | None
+    logprobs: Logprobs | None
+    sequence: Sequence
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """What a round decided."""
 
@@ -19,3 +39,5 @@ class Verdict:
     """``[B]`` int64 of ``RowState``: for the draft."""
     commits: list[Commit]
     forward_s: float
+    ngram: bool = False
+    """Rows that miss now take an n-gram where there is one."""

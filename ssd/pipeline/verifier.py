@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..decoding.logprobs import token_logprobs
+from ..decoding.ngram import NgramIndex
 from ..decoding.processors import TreePaths
 from ..decoding.sampling import perturbed, scores
 from ..decoding.support import DraftProbs
@@ -21,6 +22,7 @@ from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner
 from ..params import Method, Origin
 from .chooser import Chooser
+from .fallback import FallbackChoice
 from .frames import RowState, SpeculationSet
 from .governor import Governor, Round
 from .lookup import lookup
@@ -28,8 +30,8 @@ from .messages import Admit, Submit
 from .prefix import PrefixCache
 from .prompts import Prompts
 from .rules import Judge
-from .sequence import Commit, Sequence
-from .verdict import Verdict
+from .sequence import Sequence
+from .verdict import Commit, Verdict
 
 
 class VerifierWorker:
@@ -38,7 +40,7 @@ class VerifierWorker:
     Args:
         runner: of the target model.
         method: of requests that do not choose one. jit: whether missed ``ssd`` rows wait for the
-            draft (fallback ``jit``) or go on plainly (``none``).
+            draft (fallback ``jit``) or go on plainly (``none``). ngram: whether they may take an n-gram.
         strict: every decode forward has the same rows, plain decoding too. Otherwise plain
             rounds run one row a sequence. governed: decode plainly while speculation does not pay.
         ends: end-of-text ids. max_model_len: tokens of a sequence, prompt included.
@@ -53,6 +55,7 @@ class VerifierWorker:
         method: Method,
         jit: bool,
         strict: bool,
+        ngram: bool = False,
         governed: bool,
         ends: frozenset[int],
         max_model_len: int,
@@ -78,6 +81,8 @@ class VerifierWorker:
         """Of the candidates in ``trees``."""
         self.lookups = self.hits = 0
         """Of the round before."""
+        self.fallback = FallbackChoice() if ngram else None
+        self._missed_s = 0.0
         device, self._courier = runner.device, Courier(runner.device)
         self.chooser = Chooser(
             runner.batch,
@@ -116,7 +121,6 @@ class VerifierWorker:
 
     @property
     def decoding(self) -> bool:
-        """Whether the next round has rows."""
         return any(row is not None for row in self.rows)
 
     @property
@@ -157,22 +161,8 @@ class VerifierWorker:
         for slot, row in self._admitted:
             if self.speculates(row) and not row.at_draft:
                 row.at_draft = True
-                told.append(
-                    Admit(
-                        slot=slot,
-                        tokens=[*row.tokens, row.root],
-                        params=row.params,
-                        forecasts=row.method == "ssd",
-                        prompt_length=row.prompt_length,
-                        ends=self._held_off(row),
-                    )
-                )
+                told.append(row.introduction(slot, self.ends))
         return told
-
-    def _held_off(self, row: Sequence) -> list[int]:
-        """Ids that may not come before ``min_tokens``. ``ignore_eos`` lets the output go on after
-        an end-of-text id; ``min_tokens`` holds the id off all the same (as in vLLM)."""
-        return sorted({*row.params.stop_token_ids, *self.ends}) if row.params.min_tokens else []
 
     def observe(self, verdict: Verdict, *, seconds: float, waited_s: float) -> None:
         """Show the governor how a round went. ``waited_s``: of it, for the draft."""
@@ -195,41 +185,41 @@ class VerifierWorker:
     def _start(self, slot: int, row: Sequence) -> None:
         prompt, output = row.prompt_and_output()
         try:
-            row.constraint = self.chooser.process(
-                slot, row.params, prompt=prompt, output=output, ends=self._held_off(row)
-            )
+            ends = row.held_off(self.ends)
+            row.constraint = self.chooser.process(slot, row.params, prompt=prompt, output=output, ends=ends)
         except RequestError as error:
             row.error = str(error)
             self.refused.append(row)
             self._free(slot)
             return
         self.rows[slot] = row
+        if self.fallback is not None:
+            row.ngrams = NgramIndex([*prompt, *output])
         self.chooser.set(slot, row.params)
         self.trees[slot] = ABSENT
         self.trees[slot, 0] = row.root
         row.started_s = self.clock()
 
     def verify(self) -> Verdict:
-        """One target forward over the trees, and what it decides. While no prompt is whole there are no
-        rows, and no forward."""
+        """One target forward over the trees, and what it decides. Nothing, while no prompt is whole."""
         if not self.decoding:
             nothing = torch.zeros(len(self.rows), dtype=torch.int64)
-            return Verdict(
-                outcome=Outcome(nothing, nothing), states=torch.tensor(self._states()), commits=[], forward_s=0.0
-            )
-        running = [len(row.tokens) if row is not None else 0 for row in self.rows]
+            states = torch.tensor(self._states())
+            return Verdict(outcome=Outcome(nothing, nothing), states=states, commits=[], forward_s=0.0)
         # Rows of the other slots are computed and mean nothing: they land behind what must stay there.
-        lengths_list = [
-            length if row is not None else len(held)
-            for length, row, held in zip(running, self.rows, self.prompts.prefixes.held, strict=True)
-        ]
+        held = self.prompts.prefixes.held
+        lengths_list = [len(held[slot] if row is None else row.tokens) for slot, row in enumerate(self.rows)]
+        longest = max(len(row.tokens) for row in self.rows if row is not None)
         lengths = self._courier.place(torch.tensor(lengths_list))
         plan = self._plan()
-        context = self.runner.context_for(max(running) + max(plan.limits) + 1)
+        context = self.runner.context_for(longest + max(plan.limits) + 1)
         tokens = self._courier.place(self.trees[:, : plan.rows])
         logits, outcome, forward_s = self._decide(plan, context, tokens, lengths)
         states, commits = self._commit(outcome, lengths_list, logits)
-        return Verdict(outcome=outcome, states=states, commits=commits, forward_s=forward_s)
+        ngram = self.fallback is not None and (not self.jit or self.fallback.ngram)
+        if self.fallback is not None:
+            self.fallback.learn(commits, forward_s)
+        return Verdict(outcome, states, commits, forward_s, ngram)
 
     @torch.no_grad()
     def _decide(self, plan: RowPlan, context: int, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Outcome, float]:
@@ -304,11 +294,25 @@ class VerifierWorker:
                     self.lookups += 1
                     self.hits += hit
                 self.origins[slot] = "hit" if hit else "miss"
+                if not hit and row.method == "ssd" and verdict.ngram and self._take_ngram(slot, row):
+                    continue
                 missed[slot] = not hit and (self.jit or row.method == "sd")
         for slot, row in enumerate(self.rows):
             if row is None:
                 self.trees[slot] = ABSENT
+        self._missed_s = self.clock()
         return missed
+
+    def _take_ngram(self, slot: int, row: Sequence) -> bool:
+        """The slot's tree from what its own text says, if that says anything."""
+        assert row.ngrams is not None and self.fallback is not None
+        found = row.ngrams.propose(self.shape.depth)
+        if found:
+            self.trees[slot, 1 : len(found) + 1] = torch.tensor(found)
+            self.fallback.sources[slot] = "ngram"
+            if self.judge is not None:
+                self.judge.name(slot)
+        return bool(found)
 
     def fill(self, missed: Tensor, drafted: Tensor, draft: DraftProbs | None = None) -> None:
         """Trees drafted now, ``[B, W - 1]``, for the rows that missed; under rules that need it,
@@ -317,6 +321,9 @@ class VerifierWorker:
         for row, tree, waited in zip(self.rows, drafted.tolist(), missed.tolist(), strict=True):
             if row is not None and waited and row.method == "sd":
                 row.draft_behind = all(token == ABSENT for token in tree)
+        if self.fallback is not None:
+            self.fallback.waited(self.clock() - self._missed_s)
+            self.fallback.sources.update((slot, "jit") for slot, waited in enumerate(missed.tolist()) if waited)
         if self.judge is not None and draft is not None:
             self.judge.fill(missed, draft)
 
@@ -362,6 +369,7 @@ class VerifierWorker:
                     finished=finished,
                     logprobs=logprobs,
                     sequence=row,
+                    slot=slot,
                 )
             )
             row.hit = None

@@ -71,6 +71,7 @@ def play(
             round=number,
             control_count=0,
             next=Next.ROUND,
+            ngram=verdict.ngram,
             states=verdict.states,
             nodes=verdict.outcome.node,
             bonus=verdict.outcome.bonus,
