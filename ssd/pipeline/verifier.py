@@ -209,10 +209,9 @@ class VerifierWorker:
         # Rows of the other slots are computed and mean nothing: they land behind what must stay there.
         held = self.prompts.prefixes.held
         lengths_list = [len(held[slot] if row is None else row.tokens) for slot, row in enumerate(self.rows)]
-        longest = max(len(row.tokens) for row in self.rows if row is not None)
         lengths = self._courier.place(torch.tensor(lengths_list))
         plan = self._plan()
-        context = self.runner.context_for(longest + max(plan.limits) + 1)
+        context = self.runner.context_for(max(len(r.tokens) for r in self.rows if r is not None) + max(plan.limits) + 1)
         tokens = self._courier.place(self.trees[:, : plan.rows])
         logits, outcome, forward_s = self._decide(plan, context, tokens, lengths)
         states, commits = self._commit(outcome, lengths_list, logits)
