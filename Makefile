@@ -11,11 +11,12 @@ PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format clean
+.PHONY: help demo test gpu lint format clean
 
 help:
 	@echo "make demo    the embedded model pair: plain, speculative and speculative-speculative decoding, compared"
 	@echo "make test    the tests, without the slow ones (PYTEST_ARGS='-m slow' for those)"
+	@echo "make gpu     everything a GPU has to show, in stages; results in build/gpu (docs/gpu.md)"
 	@echo "make lint    ruff check, ruff format --check, pyright"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make clean   remove the environment and tools' caches (build/ is left alone)"
@@ -33,6 +34,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+gpu: $(READY)
+	$(BIN)/python scripts/gpu_check.py --stage all --out build/gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -21,12 +21,11 @@ from launch.torchrun import LOOPBACK  # noqa: E402
 from ssd.errors import PipelineError, UsageError  # noqa: E402
 from ssd.pipeline.build import Plan  # noqa: E402
 from ssd.pipeline.control import ControlLane, ZmqLane  # noqa: E402
-from ssd.pipeline.launch import roles  # noqa: E402
 from ssd.pipeline.messages import Shutdown  # noqa: E402
 
 
 class TorchrunPipeline:
-    """Workers as torchrun's ranks: this process's parent is the verifier, rank 1 the draft.
+    """Workers as torchrun's ranks: this process's parent is the verifier, rank 0.
 
     Args:
         orders_fd: where the parent waits for the ranks' orders. host: this node's address,
@@ -37,7 +36,7 @@ class TorchrunPipeline:
     """
 
     def __init__(self, plan: Plan, *, orders_fd: int, host: str, world: int):
-        needed = len(roles(plan))
+        needed = len(plan.roles)
         if world != needed:
             raise UsageError(
                 f"torchrun started {world} processes and this configuration has {needed} workers; "
@@ -49,13 +48,13 @@ class TorchrunPipeline:
         local = host == LOOPBACK
         self.lanes: dict[str, ControlLane] = {}
         endpoints: dict[str, str] = {}
-        for role in roles(plan):
+        for role in plan.roles:
             wanted = f"ipc://{Path(self._folder.name) / role}" if local or role == "verifier" else f"tcp://{host}:*"
             self.lanes[role], endpoints[role] = ZmqLane.bind(wanted)
-        # Nobody accepts: the kernel completes the draft's connection, and breaks it when we are gone.
+        # Nobody accepts: the kernel completes the others' connections, and breaks it when we are gone.
         self._lifeline = socket.socket(socket.AF_UNIX if local else socket.AF_INET)
         self._lifeline.bind(str(Path(self._folder.name) / "lifeline") if local else (host, 0))
-        self._lifeline.listen(1)
+        self._lifeline.listen(needed)
         orders = {
             "plan": plan.to_dict(),
             "lanes": endpoints,

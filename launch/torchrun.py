@@ -1,15 +1,17 @@
-"""A pipeline under torchrun: rank 0 is the verifier and has the front as its child, rank 1 the draft.
+"""A pipeline under torchrun: rank 0 is the verifier and has the front as its child, the last one the
+draft; ranks between them share the verifier's model (``target.tensor_parallel``).
 
 ::
 
     torchrun --standalone --nproc-per-node 2 launch/torchrun.py --config embedded generate "PROMPT"
     torchrun --standalone --nproc-per-node 2 launch/torchrun.py compare --prompts prompts.jsonl
+    torchrun --standalone --nproc-per-node 3 launch/torchrun.py --set target.tensor_parallel=2 generate "PROMPT"
 
 The arguments are those of the ``ssd`` command. The verifier runs in the main thread of rank 0, as in
 every launch; the front is a process of its own, because two threads would take the interpreter
 from each other in the middle of rounds.
 
-torchrun's store only hands the draft its orders, as JSON text. Draft and verifier meet at the
+torchrun's store only hands the other ranks their orders, as JSON text. All meet at the
 verifier's own store, as in every launch; there is no WORLD. If a rank is killed, torchrun
 ends the others.
 
@@ -42,7 +44,7 @@ import torch.distributed as dist  # noqa: E402
 from ssd.pipeline.build import Plan  # noqa: E402
 from ssd.pipeline.control import ZmqLane  # noqa: E402
 from ssd.pipeline.launch import LEAVE_S  # noqa: E402
-from ssd.pipeline.serve import run_draft, run_verifier  # noqa: E402
+from ssd.pipeline.serve import run_worker  # noqa: E402
 
 LOOPBACK = "127.0.0.1"
 ORDERS = "ssd/orders"
@@ -80,7 +82,7 @@ def lead(store: dist.Store, world: int) -> int:
         if line:
             orders = json.loads(line)
             folder = orders["folder"]
-            _work(run_verifier, orders, "verifier", lambda: front.poll() is None, host=host, folder=folder)
+            _work(orders, 0, lambda: front.poll() is None, host=host, folder=folder)
         return front.wait()
     except BaseException:
         front.terminate()
@@ -95,14 +97,14 @@ def lead(store: dist.Store, world: int) -> int:
 
 
 def follow(store: dist.Store, rank: int) -> int:
-    """Other ranks: the draft, or nothing to do. A draft that fails says so to the front and ends
-    with 0: for any other code torchrun would end the verifier, which goes on alone."""
+    """Other ranks. One that fails says so to the front and ends with 0: for any other code torchrun
+    would end the verifier, which goes on alone without its draft, and without a rank says why not."""
     while not store.check([ORDERS]):
         time.sleep(POLL_S)
     orders = json.loads(store.get(ORDERS))
-    if orders and rank == 1:
+    if orders:
         with lifeline(orders["lifeline"]) as line:
-            _work(run_draft, orders, "draft", lambda: not select.select([line], [], [], 0)[0])
+            _work(orders, rank, lambda: not select.select([line], [], [], 0)[0])
     return 0
 
 
@@ -131,14 +133,14 @@ def lifeline(address: str | list) -> socket.socket:
     return line
 
 
-def _work(
-    run: Callable[..., None], orders: dict[str, Any], role: str, alive: Callable[[], bool], **where: str | None
-) -> None:
+def _work(orders: dict[str, Any], rank: int, alive: Callable[[], bool], **where: Any) -> None:
     # Ctrl-C reaches every rank; from here on only the front acts on it, and we leave with the front.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    plan = Plan.from_dict(orders["plan"])
+    role = plan.roles[rank]
     front = ZmqLane.connect(orders["lanes"][role])
     try:
-        run(Plan.from_dict(orders["plan"]), front, alive=alive, **where)
+        run_worker(role, plan.for_role(role), front, alive=alive, **where)
     finally:
         front.close()
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .config_words import describe, first_line, given
 from .errors import ConfigError, ModelError
 
 PACKAGE = Path(__file__).resolve().parent
@@ -23,6 +24,8 @@ CONFIG_FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "configs")
 """Where shipped configurations lie: in an installed package, and in a checkout."""
 MODEL_FOLDER = PACKAGE / "data"
 SHIPPED_MODELS = ("embedded/target", "embedded/draft")
+
+_RANK = "verifier-"
 
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 
@@ -47,6 +50,14 @@ class ModelConfig(_Section):
     """``rows``: masked, on any device; ``tree``: Triton kernels; ``auto``: those, on a GPU."""
     priority: Literal["normal", "high"] = "normal"
     """Of the worker's CUDA stream, where draft and target share a GPU."""
+
+
+class TargetConfig(ModelConfig):
+    """The target, and how many ranks share it."""
+
+    tensor_parallel: int = Field(default=1, ge=1, le=64)
+    """Ranks the model is divided among, by transformers' plan. Each takes its share of ``cores``
+    (all of them if they are fewer), and the next GPU from ``device`` on."""
 
 
 class ForecastConfig(_Section):
@@ -94,6 +105,11 @@ class EngineConfig(_Section):
     """Prompt and generated tokens together."""
     prefill_chunk: int = Field(default=64, ge=8, le=2048)  # prompt tokens computed between two rounds
     prefix_caching: bool = True  # reuse keys and values that an earlier prompt left
+    workers: Literal["auto", "processes", "threads"] = "auto"
+    """``threads``: draft and target in one process, on two streams; ``auto``: where they share a GPU."""
+    link: Literal["auto", "gloo", "nccl", "host"] = "auto"
+    """Between draft and verifier. ``auto``: NCCL between distinct GPUs, ``host`` (ZMQ) where a GPU
+    cannot use it, gloo between CPUs."""
     link_timeout_s: Number = Field(default=60.0, gt=0)
     start_timeout_s: Number = Field(default=600.0, gt=0)
 
@@ -131,13 +147,37 @@ class ServerConfig(_Section):
 class Config(_Section):
     """A target–draft pairing and how to run it."""
 
-    target: ModelConfig
+    target: TargetConfig
     draft: ModelConfig | None = None
     """Needed unless ``speculation.method`` is ``none``."""
     speculation: SpeculationConfig = SpeculationConfig()
     numerics: Literal["strict", "fast"] = "strict"
     engine: EngineConfig = EngineConfig()
     server: ServerConfig = ServerConfig()
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Of all workers: ``verifier``, its other ranks ``verifier-1``.., and ``draft``."""
+        others = (f"{_RANK}{rank}" for rank in range(1, self.target.tensor_parallel))
+        return ("verifier", *others, *(() if self.draft is None else ("draft",)))
+
+    def for_role(self, role: str) -> Config:
+        """As a worker reads it: a rank of the verifier finds its own cores and device."""
+        target, rank = self.target, rank_of(role)
+        if target.tensor_parallel == 1:
+            return self
+        changed: dict[str, Any] = {}
+        if target.cores is not None:
+            changed["cores"] = target.cores[rank :: target.tensor_parallel] or target.cores
+        kind, _, index = target.device.partition(":")
+        if kind == "cuda":
+            changed["device"] = f"cuda:{int(index or 0) + rank}"
+        return self.model_copy(update={"target": target.model_copy(update=changed)})
+
+
+def rank_of(role: str) -> int:
+    """Among the ranks of the verifier; 0 for every other role."""
+    return int(role.removeprefix(_RANK)) if role.startswith(_RANK) else 0
 
 
 def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
@@ -258,16 +298,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {_first_line(error)}") from None
+        raise ConfigError(f"{path}: not valid YAML: {first_line(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping with the keys {', '.join(Config.model_fields)}")
     return _plain(tree)
-
-
-def _first_line(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return f"{problem} (line {mark.line + 1})" if mark else problem
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -281,7 +315,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: not a YAML value: {_first_line(error)}") from None
+        raise ConfigError(f"override {override!r}: not a YAML value: {first_line(error)}") from None
     *sections, last = dotted.split(".")
     for section in sections:
         if not isinstance(tree.get(section), dict):
@@ -358,43 +392,9 @@ def _one_line(error: ValidationError, tree: Mapping[str, Any]) -> str:
         if item["type"] == "missing":
             problems.setdefault(dotted, f"{dotted} is missing; it must be {allowed}")
         else:
-            problems.setdefault(dotted, f"{dotted} must be {allowed}, not {_given(tree, dotted)}")
+            problems.setdefault(dotted, f"{dotted} must be {allowed}, not {given(tree, dotted)}")
     return "; ".join(problems.values())
 
 
-def _given(tree: Any, dotted: str) -> str:
-    for part in dotted.split("."):
-        tree = tree.get(part) if isinstance(tree, Mapping) else tree
-    text = repr(tree)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _allowed(dotted: str) -> str:
-    return " or ".join(_describe(option) for option in _keys()[dotted]["options"])
-
-
-def _describe(schema: dict[str, Any]) -> str:
-    """What a JSON schema allows, in words."""
-    if "enum" in schema:
-        return "one of " + ", ".join(map(str, schema["enum"]))
-    if "const" in schema:
-        return str(schema["const"])
-    kind = schema["type"]
-    if kind in ("integer", "number"):
-        noun = "an integer" if kind == "integer" else "a number"
-        bounds = (
-            ("minimum", "of at least"),
-            ("exclusiveMinimum", "above"),
-            ("maximum", "at most"),
-            ("exclusiveMaximum", "below"),
-        )
-        if "minimum" in schema and "maximum" in schema:
-            return f"{noun} from {schema['minimum']} to {schema['maximum']}"
-        limits = [f"{words} {schema[bound]:g}" for bound, words in bounds if bound in schema]
-        return " ".join([noun, " and ".join(limits)]).strip()
-    if kind == "array":
-        texts = schema["items"].get("type") == "string"
-        return "a list of non-empty texts" if texts else "a list of integers >= 0, at least one"
-    if kind == "object":
-        return "a mapping with the keys " + ", ".join(schema["properties"])
-    return {"string": "a non-empty text", "boolean": "true or false", "null": "null"}[kind]
+    return " or ".join(describe(option) for option in _keys()[dotted]["options"])

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 from server import ROOT, Server
 
 PROMPTS = ROOT / "benchmarks" / "prompts" / "heldout-code.jsonl"

@@ -22,7 +22,7 @@ from ..pipeline.build import Plan
 from ..pipeline.control import ControlLane, ZmqLane
 from ..pipeline.launch import LEAVE_S
 from ..pipeline.messages import Shutdown
-from ..pipeline.serve import run_draft, run_verifier
+from ..pipeline.serve import run_worker
 from .cores import CoreLease
 from .placement import (
     LOOPBACK,
@@ -58,19 +58,16 @@ class WorkerActor:
             replica: other pipelines of this configuration may share the node: its cores are only
                 a number of cores.
         """
-        read = Plan.from_dict(plan)
+        read = Plan.from_dict(plan).for_role(role)
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         config = with_visible_gpu(read.config, role, gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
         lease = CoreLease()
         if replica:
-            config = lease.leased(config, "target" if role == "verifier" else "draft")
+            config = lease.leased(config, "draft" if role == "draft" else "target")
         read = dataclasses.replace(read, config=config)
         lane = ZmqLane.connect(front)
         try:
-            if role == "verifier":
-                run_verifier(read, lane, host=LOOPBACK if one_node else node_address())
-            else:
-                run_draft(read, lane)
+            run_worker(role, read, lane, host=LOOPBACK if one_node else node_address())
         finally:
             lane.close()
             lease.close()

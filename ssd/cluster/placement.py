@@ -56,9 +56,11 @@ def bundles(config: Config, resources: Mapping[str, Bundle] | None = None) -> di
         wanted = {"CPU": float(len(model.cores or [0]))}
         return {**wanted, "GPU": 1.0} if on_gpu(model) else wanted
 
-    wanted = {"verifier": bundle(config.target)}
-    if config.draft is not None:
-        wanted["draft"] = bundle(config.draft)
+    def model(role: str) -> ModelConfig:
+        own = config.for_role(role)
+        return own.draft if role == "draft" and own.draft is not None else own.target
+
+    wanted = {role: bundle(model(role)) for role in config.roles}
     for role, more in (resources or {}).items():
         if role not in wanted:
             raise UsageError(f"resources are asked for {role!r}; the roles are {', '.join(wanted)}")
@@ -216,7 +218,7 @@ def with_visible_gpu(config: Config, role: str, gpu_ids: list[str], visible: str
         return config
     shown = visible.split(",") if visible else []
     own = shown.index(gpu_ids[0]) if gpu_ids[0] in shown else int(gpu_ids[0]) if visible is None else 0
-    mine, other = ("target", "draft") if role == "verifier" else ("draft", "target")
+    mine, other = ("draft", "target") if role == "draft" else ("target", "draft")
     changed = {mine: getattr(config, mine).model_copy(update={"device": f"cuda:{own}"})}
     partner = getattr(config, other)
     if partner is not None and on_gpu(partner):

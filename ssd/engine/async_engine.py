@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..config import Config
-from ..errors import OverloadedError, PipelineError, SSDError, WorkerError
+from ..errors import OverloadedError, PipelineError, SSDError
 from ..params import RequestOutput, SamplingParams, StreamEvent
 from ..pipeline.async_lane import AsyncLane
 from ..pipeline.build import Plan
-from ..pipeline.launch import LocalPipeline, Pipeline
+from ..pipeline.launch import Pipeline, launch_here
 from ..pipeline.messages import Message, RoundReport, Watch
 from .book import Limits, Request
 from .front import Front, Taken, taken
@@ -116,7 +116,7 @@ class AsyncEngine:
         config: Config | str | Path | dict[str, Any] = "embedded",
         *,
         overrides: Sequence[str] = (),
-        launch: Callable[[Plan], Pipeline] = LocalPipeline,
+        launch: Callable[[Plan], Pipeline] = launch_here,
         limits: Limits | None = None,
         observer: Observer | None = None,
     ):
@@ -348,8 +348,8 @@ class AsyncEngine:
             except PipelineError as error:
                 self._fail(error)
                 return
-            if "verifier" in gone or (gone and not self._front.ready):
-                self._fail(WorkerError(f"the {gone[0]} worker died; its own messages are above"))
+            if (fatal := self._front.fatal(gone)) is not None:
+                self._fail(fatal)
 
     def _update_watch(self) -> None:
         wanted = bool(self._watchers) or self._observer is not None

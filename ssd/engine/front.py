@@ -16,7 +16,6 @@ from ..models.vocabulary import shared_vocabulary
 from ..params import SamplingParams, StreamEvent, completion_seed
 from ..pipeline.build import Plan, check_sizes
 from ..pipeline.grammar import Grammars
-from ..pipeline.launch import roles
 from ..pipeline.messages import Committed, Failed, Finished, Hello, Message, Ready, RoundReport, Timings, Welcome
 from .book import Limits, Request, RequestBook, Step
 from .detokenize import Detokenizer
@@ -68,12 +67,17 @@ class Front:
 
     @property
     def ready(self) -> bool:
-        return set(self.info) == set(roles(self.plan))
+        return set(self.info) == set(self.plan.roles)
+
+    def fatal(self, gone: Sequence[str]) -> WorkerError | None:
+        """What to raise when these workers are gone, if anything: without its draft the verifier goes on."""
+        missed = [role for role in gone if role != "draft" or not self.ready]
+        return WorkerError(f"the {missed[0]} worker died; its own messages are above") if missed else None
 
     @property
     def late(self) -> WorkerError:
         """What to raise when the workers are not ready in time."""
-        missing = ", ".join(sorted(set(roles(self.plan)) - set(self.info)))
+        missing = ", ".join(sorted(set(self.plan.roles) - set(self.info)))
         limit_s = self.config.engine.start_timeout_s
         return WorkerError(f"{missing} not ready after {limit_s:g} s (engine.start_timeout_s)")
 
@@ -138,11 +142,12 @@ class Front:
             self.timings = message
         elif isinstance(message, Hello):
             self._hellos[role] = message
-            # Only once both are up: until then nobody would take the message.
-            if set(self._hellos) == {"verifier", "draft"}:
-                rendezvous = self._hellos["verifier"].rendezvous
+            # Only once all are up: until then somebody would not take the message.
+            first, *others = self.plan.roles
+            if set(self._hellos) == {first, *others}:
+                rendezvous = self._hellos[first].rendezvous
                 assert rendezvous is not None
-                return Taken(send=[("draft", Welcome(rendezvous=rendezvous))])
+                return Taken(send=[(other, Welcome(rendezvous=rendezvous)) for other in others])
         elif isinstance(message, Ready):
             self.info[role] = message.info
         elif isinstance(message, Failed):

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
-from ..errors import PipelineError, RequestError, WorkerError
+from ..errors import PipelineError, RequestError
 from ..params import RequestOutput, SamplingParams, StreamEvent
 from ..pipeline.build import Plan
-from ..pipeline.launch import LocalPipeline, Pipeline
+from ..pipeline.launch import Pipeline, launch_here
 from ..pipeline.messages import GetTimings, RoundReport, Watch
 from .book import Request
 from .front import Front, Taken, taken
@@ -27,8 +27,8 @@ class LLM:
 
     Args:
         config: a shipped configuration's name, a YAML file, or a ``Config``.
-        overrides: ``a.b=c`` each. launch: from a plan to a running pipeline; local processes by
-            default.
+        overrides: ``a.b=c`` each. launch: from a plan to a running pipeline; by default
+            workers on this machine.
 
     Raises:
         UsageError: configuration, models or their pairing are wrong.
@@ -40,7 +40,7 @@ class LLM:
         config: Config | str | Path | dict[str, Any] = "embedded",
         *,
         overrides: Sequence[str] = (),
-        launch: Callable[[Plan], Pipeline] = LocalPipeline,
+        launch: Callable[[Plan], Pipeline] = launch_here,
     ):
         self._front = Front(config, overrides=overrides)
         self.config, self.tokenizer = self._front.config, self._front.tokenizer
@@ -148,7 +148,7 @@ class LLM:
         while not self._front.ready:
             if time.monotonic() > deadline:
                 raise self._front.late
-            self._pump(starting=True)
+            self._pump()
 
     def _stream(self, requests: list[Request]) -> Iterator[StreamEvent]:
         events: deque[StreamEvent] = deque()
@@ -173,7 +173,7 @@ class LLM:
                 with contextlib.suppress(PipelineError):
                     self._perform(taken(step))
 
-    def _pump(self, *, starting: bool = False) -> None:
+    def _pump(self) -> None:
         """Take in what the workers sent, waiting a little for the first message."""
         pipeline = self._running()
         seen = False
@@ -183,9 +183,9 @@ class LLM:
                 seen, wait_s = True, 0
                 self._perform(self._front.take(role, message))
         if not seen:
-            gone = pipeline.check()
-            if "verifier" in gone or (starting and gone):
-                raise WorkerError(f"the {gone[0]} worker died; its own messages are above")
+            error = self._front.fatal(pipeline.check())
+            if error is not None:
+                raise error
 
     def _perform(self, then: Taken) -> None:
         for request, event in then.events:

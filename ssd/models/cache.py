@@ -49,9 +49,10 @@ class SlotCache:
         scratch_slots: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        head_shares: int = 1,
     ):
         text = config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        heads = (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) // head_shares
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.layers: int = text.num_hidden_layers
         # Whole blocks: attention walks main in blocks of BLOCK slots.

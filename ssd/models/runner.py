@@ -17,6 +17,7 @@ from . import tree_attention
 from .cache import CacheView, SlotCache
 from .graphs import Graphs
 from .rows import RowPlan
+from .sharding import Sharding
 
 Attention = Literal["rows", "tree"]
 _NAMES: dict[Attention, str] = {"rows": rows_attention.NAME, "tree": tree_attention.NAME}
@@ -43,6 +44,7 @@ class ForwardRunner:
         compile: compile decode forwards (``torch.compile``), one shape per form and context.
         graphs: captures them (CUDA). attention: ``rows`` masks every slot of the context tier;
             ``tree`` reads what rows attend and nothing more, and so needs no tiers.
+        sharding: how the model was divided among ranks, if it was.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class ForwardRunner:
         compile: bool = False,
         graphs: Graphs | None = None,
         attention: Attention = "rows",
+        sharding: Sharding | None = None,
     ):
         self.model, self.batch, self.vocabulary = model, batch, vocabulary
         self.graphs, self.attention = graphs, attention
@@ -70,11 +73,14 @@ class ForwardRunner:
             scratch_slots=scratch_slots,
             dtype=model.dtype,
             device=model.device,
+            head_shares=sharding.head_shares if sharding is not None else 1,
         )
         self.compile = compile
         self.parameters = sum(weight.numel() for weight in model.parameters())
-        # On a CPU, half of a small model's time is that of calling its kernels: call them from C++.
-        self._options: dict[str, Any] = {"guard_filter_fn": _no_guards, "cpp_wrapper": self.device.type == "cpu"}
+        # On a CPU, half of a small model's time is that of calling its kernels: call them from C++
+        # (which knows no collectives).
+        from_cpp = self.device.type == "cpu" and sharding is None
+        self._options: dict[str, Any] = {"guard_filter_fn": _no_guards, "cpp_wrapper": from_cpp}
         self._prefill = RowPlan.sequential("prefill", prefill_chunk)
         self._decode: dict[tuple, Callable[[Tensor, Tensor, Layout], Tensor]] = {}
         self._layouts: dict[RowPlan, Layout] = {}
@@ -179,6 +185,14 @@ class ForwardRunner:
     def copy(self, source: int, slot: int, length: int) -> None:
         """Give one slot the keys and values of another's first ``length`` tokens."""
         self.cache.copy(source, slot, length)
+
+    def keep(self, slots: Tensor, scratch: Tensor, positions: Tensor) -> None:
+        """Copy scratch slots into main slots; all arguments are ``[n]`` int64."""
+        self.cache.keep(slots, scratch, positions)
+
+    def announce(self, plan: RowPlan, tokens: Tensor, lengths: Tensor, context: int) -> None:
+        """A body that runs ``logits`` with these arguments is about to be called: for runners
+        whose forwards others take part in."""
 
     def warm_up(self, plans: Sequence[RowPlan], layout: Layout | None = None) -> None:
         """Run (and compile) every plan at every context once."""

@@ -127,8 +127,12 @@ def in_torch(
     if scratch_keys is not None and scratch_values is not None and mask is not None:
         shown = packed(mask.expand(batch, -1, -1))
         parts.append(partial_attention(scaled, flat(scratch_keys), flat(scratch_values), shown, softcap))
-    itself = packed(torch.eye(rows, dtype=torch.bool, device=query.device).expand(batch, -1, -1))
-    parts.append(partial_attention(scaled, flat(own_keys), flat(own_values), itself, softcap))
+    # Not a product of matrices: where in the block a row stands must not matter.
+    keys, values = (
+        own[:, :, None].to(wide).expand(-1, -1, group, -1, -1).reshape(scaled.shape) for own in (own_keys, own_values)
+    )
+    score = (scaled * keys).sum(-1)
+    parts.append((values, torch.tanh(score / softcap) * softcap if softcap else score))
     out = merged(parts).to(query.dtype).view(batch, heads, rows, dim)
     return out.transpose(1, 2).contiguous()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,15 @@ from ..errors import ConfigError
 from ..models import native, rows_linear, tree_attention
 from ..models.graphs import Graphs
 from ..models.loading import PreTrainedModel, lay_out_for_cpu, load_model, load_tokenizer
+from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner, can_compile
+from ..models.sharding import shard
 from .branches import scratch_slots
 from .draft import DraftWorker
 from .frames import Frames, ProbsLayout
 from .grammar import Grammars
 from .rules import CandidateSampler, Judge, probs_layout
+from .tensor import LeadingRunner, Ranks
 from .verifier import VerifierWorker
 
 
@@ -32,6 +36,19 @@ class Plan:
     config: Config
     vocabulary: int
     ends: tuple[int, ...]
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return self.config.roles
+
+    def for_role(self, role: str) -> Plan:
+        """As the role's worker reads it."""
+        return Plan(config=self.config.for_role(role), vocabulary=self.vocabulary, ends=self.ends)
+
+    @property
+    def verify_plan(self) -> RowPlan:
+        """Rows of a verification."""
+        return RowPlan.tree("verify", self.shape)
 
     @property
     def shape(self) -> TreeShape:
@@ -106,10 +123,10 @@ def usable_cores(cores: list[int] | None) -> list[int] | None:
     return usable
 
 
-def set_threads(cores: list[int] | None) -> None:
-    """One compute thread per core. Without cores given, half of the machine's: draft and verifier
+def set_threads(cores: list[int] | None, workers: int) -> None:
+    """One compute thread per core. Without cores given, a worker's share of the machine's: they
     run at the same time, and threads that outnumber cores spin against each other."""
-    torch.set_num_threads(len(cores) if cores else max(1, (os.cpu_count() or 2) // 2))
+    torch.set_num_threads(len(cores) if cores else max(1, (os.cpu_count() or 2) // max(2, workers)))
 
 
 def pin(cores: list[int] | None) -> None:
@@ -119,10 +136,13 @@ def pin(cores: list[int] | None) -> None:
             os.sched_setaffinity(int(thread), cores)
 
 
-def build_verifier(plan: Plan, model: PreTrainedModel | None = None) -> tuple[VerifierWorker, dict[str, Any]]:
-    """The verifier, warm, and what to tell about it. ``model``: already loaded. Raises: UsageError."""
+def build_verifier(
+    plan: Plan, model: PreTrainedModel | None = None, ranks: Ranks | None = None
+) -> tuple[VerifierWorker, dict[str, Any]]:
+    """The verifier, warm, and what to tell about it. ``model``: already loaded. ``ranks``: those that
+    share the model, if several do; they must ``follow`` by now. Raises: UsageError."""
     config = plan.config
-    runner = _runner(plan, config.target, model, scratch=plan.shape.nodes - plan.shape.depth - 1)
+    runner = _target_runner(plan, model, ranks)
     worker = VerifierWorker(
         runner,
         shape=plan.shape,
@@ -141,6 +161,16 @@ def build_verifier(plan: Plan, model: PreTrainedModel | None = None) -> tuple[Ve
             config.speculation.verify, plan.shape, plan.probs, batch=runner.batch, device=runner.device
         )
     return worker, _warm(worker, config.target)
+
+
+def build_rank(plan: Plan, ranks: Ranks) -> tuple[ForwardRunner, list[RowPlan], dict[str, Any]]:
+    """What another rank of the verifier needs to ``follow``, and what to tell about it. Raises: UsageError."""
+    runner = _target_runner(plan, None, ranks)
+    return runner, [plan.verify_plan, RowPlan.sequential("one", 1)], _info(runner, plan.config.target)
+
+
+def _target_runner(plan: Plan, model: PreTrainedModel | None, ranks: Ranks | None) -> ForwardRunner:
+    return _runner(plan, plan.config.target, model, scratch=plan.shape.nodes - plan.shape.depth - 1, ranks=ranks)
 
 
 def build_draft(plan: Plan, model: PreTrainedModel | None = None) -> tuple[DraftWorker, dict[str, Any]]:
@@ -162,16 +192,25 @@ def build_draft(plan: Plan, model: PreTrainedModel | None = None) -> tuple[Draft
     return worker, _warm(worker, config.draft)
 
 
-def _runner(plan: Plan, wanted: ModelConfig, model: PreTrainedModel | None, *, scratch: int) -> ForwardRunner:
+def _runner(
+    plan: Plan, wanted: ModelConfig, model: PreTrainedModel | None, *, scratch: int, ranks: Ranks | None = None
+) -> ForwardRunner:
     engine = plan.config.engine
     if model is None:
         folder = resolve_model_path(wanted.model)
-        model = load_model(folder, dtype=wanted.dtype, device=wanted.device, max_positions=engine.max_model_len)
+        device = wanted.device if ranks is None else "cpu"  # a rank's device need not hold the whole model
+        model = load_model(folder, dtype=wanted.dtype, device=device, max_positions=engine.max_model_len)
+    sharding, make = None, ForwardRunner
+    if ranks is not None:
+        sharding = shard(model, ranks.group)
+        model.to(wanted.device)  # pyright: ignore[reportArgumentType]
+        if ranks.group.rank == 0:
+            make = partial(LeadingRunner, lanes=ranks.lanes)
     on_gpu = model.device.type == "cuda"
     compile_ = can_compile() if wanted.compile == "auto" else wanted.compile
     kernels = tree_attention.available() if on_gpu else native.available()
     attention = ("tree" if kernels else "rows") if wanted.attention == "auto" else wanted.attention
-    runner = ForwardRunner(
+    runner = make(
         model,
         batch=engine.max_batch,
         capacity=engine.max_model_len,
@@ -179,8 +218,10 @@ def _runner(plan: Plan, wanted: ModelConfig, model: PreTrainedModel | None, *, s
         prefill_chunk=engine.prefill_chunk,
         vocabulary=plan.vocabulary,
         compile=compile_,
-        graphs=_graphs(wanted, model),
+        # Ranks would have to capture in step; not until that has been seen on hardware.
+        graphs=_graphs(wanted, model) if ranks is None else None,
         attention=attention,
+        sharding=sharding,
     )
     if torch.device(wanted.device).type == "cpu" and wanted.dtype == "float32":
         if native.available():
@@ -202,6 +243,10 @@ def _warm(worker: VerifierWorker | DraftWorker, wanted: ModelConfig) -> dict[str
     runner = worker.runner
     if runner.fuses:
         worker.warm_up()
+    return {**_info(runner, wanted), "warm_up_s": round(time.perf_counter() - began, 2)}
+
+
+def _info(runner: ForwardRunner, wanted: ModelConfig) -> dict[str, Any]:
     return {
         "model": wanted.model,
         "parameters": runner.parameters,
@@ -212,5 +257,4 @@ def _warm(worker: VerifierWorker | DraftWorker, wanted: ModelConfig) -> dict[str
         "attention": runner.attention,
         "contexts": runner.contexts,
         "cache_bytes": runner.cache.nbytes,
-        "warm_up_s": round(time.perf_counter() - began, 2),
     }

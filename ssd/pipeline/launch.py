@@ -8,13 +8,18 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import PipelineError, WorkerError
 from .build import Plan
 from .control import ControlLane, InprocLane, ZmqLane
 from .messages import Shutdown
+
+if TYPE_CHECKING:
+    from ..models.loading import PreTrainedModel
 
 LEAVE_S = 10.0
 
@@ -23,7 +28,7 @@ class Pipeline(Protocol):
     """A launched pipeline, seen from the front."""
 
     lanes: dict[str, ControlLane]
-    """By role: ``verifier``, and ``draft`` if there is one."""
+    """By role (``Plan.roles``)."""
 
     def check(self) -> list[str]:
         """Roles whose worker is gone."""
@@ -33,27 +38,43 @@ class Pipeline(Protocol):
         """Ask the workers to leave, and see that they do."""
 
 
-def roles(plan: Plan) -> tuple[str, ...]:
-    return ("verifier",) if plan.config.draft is None else ("verifier", "draft")
-
-
 class InprocPipeline:
-    """Workers as threads; for tests and debugging. Pinning is ignored."""
+    """Workers as threads: for tests and debugging, and for two models on one GPU, where kernels of two
+    processes would take turns and those of two streams overlap. Pinning is ignored.
 
-    def __init__(self, plan: Plan):
-        from .serve import run_draft, run_verifier
+    Args: models: by role, already loaded ones (on their devices); the others are loaded.
+    """
 
+    def __init__(self, plan: Plan, models: Mapping[str, PreTrainedModel] | None = None):
+        from .build import build_draft, build_verifier
+        from .serve import run_draft, run_verifier, run_worker
+
+        # One after the other: compilers and captures of CUDA graphs do not bear company.
+        building, models = threading.Lock(), models or {}
+
+        def alone(build: Callable[..., Any], role: str, plan: Plan) -> Any:
+            with building:
+                return build(plan, models.get(role))
+
+        lives: dict[str, Callable[..., None]] = {
+            "verifier": partial(run_verifier, build=partial(alone, build_verifier, "verifier")),
+            "draft": partial(run_draft, build=partial(alone, build_draft, "draft")),
+        }
         config = plan.config
-        loose = {"target": config.target.model_copy(update={"cores": None})}
+        loose: dict[str, Any] = {"target": config.target.model_copy(update={"cores": None})}
         if config.draft is not None:
             loose["draft"] = config.draft.model_copy(update={"cores": None})
         plan = Plan(config=config.model_copy(update=loose), vocabulary=plan.vocabulary, ends=plan.ends)
         self.lanes: dict[str, ControlLane] = {}
         self._threads: dict[str, threading.Thread] = {}
-        for role in roles(plan):
+        for role in plan.roles:
             self.lanes[role], theirs = InprocLane.pair()
-            run = run_verifier if role == "verifier" else run_draft
-            thread = threading.Thread(target=run, args=(plan, theirs), name=f"ssd-{role}", daemon=True)
+            thread = threading.Thread(
+                target=lives.get(role, partial(run_worker, role)),
+                args=(plan.for_role(role), theirs),
+                name=f"ssd-{role}",
+                daemon=True,
+            )
             self._threads[role] = thread
             thread.start()
 
@@ -76,7 +97,7 @@ class LocalPipeline:
         self.lanes: dict[str, ControlLane] = {}
         self._processes: dict[str, subprocess.Popen] = {}
         try:
-            for role in roles(plan):
+            for role in plan.roles:
                 lane, endpoint = ZmqLane.bind(f"ipc://{Path(self._folder.name) / role}")
                 self.lanes[role] = lane
                 process = subprocess.Popen(
@@ -117,3 +138,12 @@ class LocalPipeline:
         for lane in self.lanes.values():
             lane.close()
         self._folder.cleanup()
+
+
+def launch_here(plan: Plan) -> Pipeline:
+    """Workers on this machine: processes, but for two models on one GPU."""
+    target, draft = plan.config.target, plan.config.draft
+    wanted = plan.config.engine.workers
+    shared = draft is not None and "cuda" in draft.device and draft.device == target.device
+    threads = shared if wanted == "auto" else wanted == "threads"
+    return InprocPipeline(plan) if threads else LocalPipeline(plan)

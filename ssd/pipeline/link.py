@@ -13,15 +13,15 @@ import queue
 from collections.abc import Callable
 from typing import Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import LinkError
+from ..models.tensor_group import first_line
 
 
-def _nothing() -> None:
-    return
+def nothing() -> None:
+    """What is done meanwhile, by default."""
 
 
 class Link(Protocol):
@@ -29,9 +29,11 @@ class Link(Protocol):
 
     Raises (all methods but close):
         LinkError: the other end is gone or missed the deadline; the link is then dead.
+
+    Beside the links here: ``link_host.HostLink`` and ``link_nccl.NcclLink``.
     """
 
-    def exchange(self, outgoing: Tensor, incoming: Tensor, meanwhile: Callable[[], None] = _nothing) -> None:
+    def exchange(self, outgoing: Tensor, incoming: Tensor, meanwhile: Callable[[], None] = nothing) -> None:
         """Send one frame and receive one, as one group; ``meanwhile`` runs once both are
         under way."""
 
@@ -55,7 +57,7 @@ class InprocLink:
         other: queue.Queue = queue.Queue()
         return cls(one, other, timeout_s), cls(other, one, timeout_s)
 
-    def exchange(self, outgoing: Tensor, incoming: Tensor, meanwhile: Callable[[], None] = _nothing) -> None:
+    def exchange(self, outgoing: Tensor, incoming: Tensor, meanwhile: Callable[[], None] = nothing) -> None:
         self.send(outgoing)
         meanwhile()
         self.receive(incoming)
@@ -105,9 +107,9 @@ class GlooLink:
             options._devices = [backend.create_device(hostname=host) if host else backend.create_default_device()]
             self._group = backend(store, rank, 2, options)
         except RuntimeError as error:
-            raise LinkError(f"could not link draft and verifier: {_first_line(error)}") from error
+            raise LinkError(f"could not link draft and verifier: {first_line(error)}") from error
 
-    def exchange(self, outgoing: Tensor, incoming: Tensor, meanwhile: Callable[[], None] = _nothing) -> None:
+    def exchange(self, outgoing: Tensor, incoming: Tensor, meanwhile: Callable[[], None] = nothing) -> None:
         group = self._alive()
         # Receive first: gloo's blocking send is not buffered, two senders would wait forever.
         try:
@@ -117,21 +119,21 @@ class GlooLink:
             receiving.wait(self._timeout)
             sending.wait(self._timeout)
         except RuntimeError as error:
-            raise LinkError(f"exchange failed: {_first_line(error)}") from error
+            raise LinkError(f"exchange failed: {first_line(error)}") from error
 
     def send(self, outgoing: Tensor) -> None:
         group = self._alive()
         try:
             group.send([outgoing], self._peer, 0).wait(self._timeout)
         except RuntimeError as error:
-            raise LinkError(f"send failed: {_first_line(error)}") from error
+            raise LinkError(f"send failed: {first_line(error)}") from error
 
     def receive(self, incoming: Tensor) -> None:
         group = self._alive()
         try:
             group.recv([incoming], self._peer, 0).wait(self._timeout)
         except RuntimeError as error:
-            raise LinkError(f"receive failed: {_first_line(error)}") from error
+            raise LinkError(f"receive failed: {first_line(error)}") from error
 
     def _alive(self) -> dist.ProcessGroupGloo:
         if self._group is None:
@@ -140,55 +142,3 @@ class GlooLink:
 
     def close(self) -> None:
         self._group = None  # its sockets close with it
-
-
-class NcclLink:
-    """Two ranks over NCCL (frames live on each rank's GPU), one communicator of their own.
-
-    Sends and receives of an exchange are coalesced into one group launch, the only order in
-    which NCCL cannot deadlock two peers (NCCL user guide, point-to-point).
-    """
-
-    def __init__(self, store: dist.Store, rank: int, timeout_s: float, device: torch.device):
-        self._peer, self._device = 1 - rank, device
-        self._timeout = datetime.timedelta(seconds=timeout_s)
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = self._timeout
-        try:
-            self._group = dist.ProcessGroupNCCL(store, rank, 2, options)
-        except RuntimeError as error:
-            raise LinkError(f"could not link draft and verifier: {_first_line(error)}") from error
-
-    def exchange(self, outgoing: Tensor, incoming: Tensor, meanwhile: Callable[[], None] = _nothing) -> None:
-        staged, landing = outgoing.to(self._device, non_blocking=True), incoming.to(self._device, non_blocking=True)
-        try:
-            self._group._start_coalescing(self._device)
-            self._group.send([staged], self._peer, 0)
-            self._group.recv([landing], self._peer, 0)
-            work = self._group._end_coalescing(self._device)
-            meanwhile()
-            work.wait(self._timeout)
-            incoming.copy_(landing)
-        except RuntimeError as error:
-            raise LinkError(f"exchange failed: {_first_line(error)}") from error
-
-    def send(self, outgoing: Tensor) -> None:
-        try:
-            self._group.send([outgoing.to(self._device)], self._peer, 0).wait(self._timeout)
-        except RuntimeError as error:
-            raise LinkError(f"send failed: {_first_line(error)}") from error
-
-    def receive(self, incoming: Tensor) -> None:
-        landing = incoming.to(self._device)
-        try:
-            self._group.recv([landing], self._peer, 0).wait(self._timeout)
-            incoming.copy_(landing)
-        except RuntimeError as error:
-            raise LinkError(f"receive failed: {_first_line(error)}") from error
-
-    def close(self) -> None:
-        self._group.abort()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

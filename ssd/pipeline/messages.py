@@ -174,6 +174,44 @@ class Welcome:
     rendezvous: dict
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decode:
+    """First rank → other ranks of the verifier: run one decode forward of all slots with us."""
+
+    plan: str
+    """Name of its ``RowPlan``."""
+    context: int
+    tokens: list[list[int]]
+    lengths: list[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prefill:
+    """First rank → other ranks of the verifier: compute keys and values of a slot with us."""
+
+    slot: int
+    tokens: list[int]
+    start: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Copy:
+    """First rank → other ranks of the verifier: give a slot another's first tokens, as we do."""
+
+    source: int
+    slot: int
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Keep:
+    """First rank → other ranks of the verifier: copy scratch slots into main slots, as we do."""
+
+    slots: list[int]
+    scratch: list[int]
+    positions: list[int]
+
+
 Message = (
     Submit
     | Cancel
@@ -189,6 +227,10 @@ Message = (
     | Failed
     | Hello
     | Welcome
+    | Decode
+    | Prefill
+    | Copy
+    | Keep
 )
 _TYPES = {cls.__name__: cls for cls in Message.__args__}
 _NESTED = {"params": SamplingParams, "record": SpeculationRecord}

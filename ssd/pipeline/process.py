@@ -17,7 +17,7 @@ import time
 
 from .build import Plan
 from .control import ZmqLane
-from .serve import run_draft, run_verifier
+from .serve import run_worker
 
 GRACE_S = 4.0
 """How long a worker may take to leave by itself once its launcher is gone."""
@@ -44,10 +44,8 @@ def main() -> None:
 
     threading.Thread(target=leave, name="ssd-lifeline", daemon=True).start()
     try:
-        if orders["role"] == "verifier":
-            run_verifier(plan, front, folder=orders["folder"], alive=alive)
-        else:
-            run_draft(plan, front, alive=alive)
+        role = orders["role"]
+        run_worker(role, plan.for_role(role), front, folder=orders["folder"], alive=alive)
     finally:
         if not alive():
             shutil.rmtree(orders["folder"], ignore_errors=True)

@@ -9,16 +9,21 @@ from __future__ import annotations
 import datetime
 import socket
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ..errors import LinkError
+from ..errors import ConfigError, LinkError
+from ..models.tensor_group import TensorGroup
 from .control import ZmqLane
-from .link import GlooLink, Link, NcclLink
+from .link import GlooLink, Link
+from .link_host import HostLink
+from .link_nccl import NcclLink
+from .tensor import Ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,8 +34,10 @@ class Rendezvous:
     port: int
     lane: str
     kind: str
-    """``gloo`` or ``nccl``."""
+    """Of the link: ``gloo``, ``nccl`` or ``host``."""
     epoch: int = 0
+    rank_lanes: list[str] = field(default_factory=list)
+    """Of the verifier's ranks 1, 2, ..: where the first one tells them what to run."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -43,6 +50,7 @@ class VerifierSide:
         host: address the draft can reach; loopback keeps everything on this machine.
         timeout_s: for the draft to come. link_timeout_s: of each exchange then; ``timeout_s`` by
             default. folder: where the lane's socket goes; somebody else removes it, too.
+        ranks: among how many the verifier's model is divided.
     """
 
     def __init__(
@@ -54,11 +62,14 @@ class VerifierSide:
         timeout_s: float,
         link_timeout_s: float | None = None,
         folder: str | None = None,
+        ranks: int = 1,
     ):
         self._timeout_s, self._link_timeout_s, self._device = timeout_s, link_timeout_s or timeout_s, device
+        self._host = host
         self._folder = tempfile.TemporaryDirectory(prefix="ssd-lane-", dir=folder) if _is_loopback(host) else None
-        endpoint = f"ipc://{Path(self._folder.name) / 'lane'}" if self._folder else f"tcp://{host}:*"
-        self.lane, endpoint = ZmqLane.bind(endpoint)
+        self.lane, endpoint = ZmqLane.bind(self._endpoint("lane"))
+        lanes = [ZmqLane.bind(self._endpoint(f"rank-{rank}")) for rank in range(1, ranks)]
+        self._rank_lanes = [lane for lane, _ in lanes]
         # TCPStore("127.0.0.1") listens on every interface; a socket bound by ourselves does not.
         listener = socket.create_server((host, 0))
         port = listener.getsockname()[1]
@@ -70,17 +81,33 @@ class VerifierSide:
             master_listen_fd=listener.detach(),
             timeout=datetime.timedelta(seconds=timeout_s),
         )
-        self.rendezvous = Rendezvous(host=host, port=port, lane=endpoint, kind=kind)
+        self.rendezvous = Rendezvous(
+            host=host, port=port, lane=endpoint, kind=kind, rank_lanes=[address for _, address in lanes]
+        )
+
+    def _endpoint(self, name: str) -> str:
+        return f"ipc://{Path(self._folder.name) / name}" if self._folder else f"tcp://{self._host}:*"
+
+    def ranks(self, *, ordered: bool) -> Ranks:
+        """Waits for the other ranks. Raises: PipelineError if they do not come in time."""
+        assert self._store is not None
+        return _ranks(self._store, self.rendezvous, 0, self._rank_lanes, self._device, self._timeout_s, ordered)
 
     def link(self) -> Link:
         """Raises: LinkError if the draft does not come in time."""
         assert self._store is not None
+        if self.rendezvous.kind == "host":
+            endpoint = self._endpoint(f"link-{self.rendezvous.epoch}")
+            return HostLink.listen(
+                _prefixed(self._store, self.rendezvous), endpoint, self._link_timeout_s, self._timeout_s
+            )
         return _link(
             self._store, self.rendezvous, 0, device=self._device, meet_s=self._timeout_s, timeout_s=self._link_timeout_s
         )
 
     def close(self) -> None:
-        self.lane.close()
+        for lane in (self.lane, *self._rank_lanes):
+            lane.close()
         self._store = None
         if self._folder is not None:
             self._folder.cleanup()
@@ -88,29 +115,75 @@ class VerifierSide:
 
 def draft_side(rendezvous: Rendezvous, *, timeout_s: float, device: str = "cpu") -> tuple[Link, ZmqLane]:
     """Raises: LinkError if the verifier cannot be reached in time."""
+    store = _store(rendezvous, timeout_s)
+    lane = ZmqLane.connect(rendezvous.lane)
+    # Patient: the verifier may be at long prompts. Should it leave, the link breaks at once.
+    if rendezvous.kind == "host":
+        return HostLink.connect(_prefixed(store, rendezvous), timeout_s, timeout_s), lane
+    return _link(store, rendezvous, 1, device=device, meet_s=timeout_s, timeout_s=timeout_s), lane
+
+
+def rank_side(rendezvous: Rendezvous, rank: int, *, timeout_s: float, device: str, ordered: bool) -> Ranks:
+    """For rank 1, 2, .. of the verifier. Raises: PipelineError if not all ranks come in time."""
+    store = _store(rendezvous, timeout_s)
+    lane = ZmqLane.connect(rendezvous.rank_lanes[rank - 1])
+    return _ranks(store, rendezvous, rank, [lane], device, timeout_s, ordered)
+
+
+def _store(rendezvous: Rendezvous, timeout_s: float) -> dist.TCPStore:
     try:
-        store = dist.TCPStore(
+        return dist.TCPStore(
             rendezvous.host, rendezvous.port, is_master=False, timeout=datetime.timedelta(seconds=timeout_s)
         )
     except RuntimeError as error:
         raise LinkError(f"the verifier's store at {rendezvous.host}:{rendezvous.port} does not answer") from error
-    lane = ZmqLane.connect(rendezvous.lane)
-    # Patient: the verifier may be at long prompts. Should it leave, the link breaks at once.
-    return _link(store, rendezvous, 1, device=device, meet_s=timeout_s, timeout_s=timeout_s), lane
 
 
-def link_kind(target_device: str, draft_device: str) -> str:
-    """``nccl`` between two distinct GPUs, otherwise ``gloo`` over host memory (two ranks on one
-    GPU are refused by NCCL before 2.30)."""
+def _ranks(
+    store: dist.Store,
+    rendezvous: Rendezvous,
+    rank: int,
+    lanes: Sequence[ZmqLane],
+    device: str,
+    timeout_s: float,
+    ordered: bool,
+) -> Ranks:
+    group = TensorGroup(
+        store,
+        rank,
+        1 + len(rendezvous.rank_lanes),
+        device=torch.device(device),
+        timeout_s=timeout_s,
+        ordered=ordered,
+        host=rendezvous.host if _is_loopback(rendezvous.host) else None,
+    )
+    return Ranks(group=group, lanes=list(lanes))
+
+
+def link_kind(target_device: str, draft_device: str, wanted: str = "auto") -> str:
+    """``nccl`` between two distinct GPUs that have it, ``host`` where a GPU cannot use it (both on one:
+    NCCL refuses that before 2.30), ``gloo`` between CPUs; or what is wanted.
+
+    Raises:
+        ConfigError: ``nccl`` is wanted where it cannot be.
+    """
     one, other = torch.device(target_device), torch.device(draft_device)
-    distinct_gpus = one.type == other.type == "cuda" and one != other
-    return "nccl" if distinct_gpus and dist.is_nccl_available() else "gloo"
+    gpus = one.type == other.type == "cuda"
+    if wanted == "nccl" and not (gpus and dist.is_nccl_available()):
+        raise ConfigError(
+            "engine.link=nccl needs target and draft on GPUs and a torch built with NCCL; use engine.link=auto"
+        )
+    if wanted != "auto":
+        return wanted
+    if gpus and one != other and dist.is_nccl_available():
+        return "nccl"
+    return "gloo" if one.type == other.type == "cpu" else "host"
 
 
 def _link(
     store: dist.Store, rendezvous: Rendezvous, rank: int, *, device: str, meet_s: float, timeout_s: float
 ) -> Link:
-    prefixed = dist.PrefixStore(f"link/{rendezvous.epoch}", store)
+    prefixed = _prefixed(store, rendezvous)
     if rendezvous.kind == "nccl":
         return NcclLink(prefixed, rank, timeout_s, torch.device(device))
     return GlooLink(prefixed, rank, timeout_s, meet_s, _own_address(rendezvous))
@@ -125,6 +198,10 @@ def _own_address(rendezvous: Rendezvous) -> str:
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(address)  # chooses a route; nothing is sent
         return probe.getsockname()[0]
+
+
+def _prefixed(store: dist.Store, rendezvous: Rendezvous) -> dist.Store:
+    return dist.PrefixStore(f"link/{rendezvous.epoch}", store)
 
 
 def _is_loopback(host: str) -> bool:

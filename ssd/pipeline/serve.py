@@ -7,18 +7,43 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from ..config import ModelConfig
-from ..errors import LinkError, PipelineError, UsageError
+from ..config import ModelConfig, rank_of
+from ..errors import LinkError, PipelineError, UsageError, WorkerError
 from ..models.device import own_stream
-from .build import Plan, build_draft, build_verifier, pin, set_threads, usable_cores
+from .build import Plan, build_draft, build_rank, build_verifier, pin, set_threads, usable_cores
 from .control import ControlLane
 from .draft import DraftWorker
 from .loops import DraftSide, draft_loop, verifier_loop
 from .messages import Failed, Hello, Ready, Shutdown, Welcome
-from .rendezvous import Rendezvous, VerifierSide, draft_side, link_kind
+from .rendezvous import Rendezvous, VerifierSide, draft_side, link_kind, rank_side
+from .tensor import follow, naming_the_lost
 from .verifier import VerifierWorker
 
 WAIT_S = 0.5
+
+
+def run_worker(
+    role: str,
+    plan: Plan,
+    front: ControlLane,
+    *,
+    host: str = "127.0.0.1",
+    folder: str | None = None,
+    alive: Callable[[], bool] = lambda: True,
+) -> None:
+    """Be the worker of that role (``Plan.roles``), from its start to its end.
+
+    Args:
+        plan: as the role reads it (``Plan.for_role``).
+        host, folder: where the verifier opens its side (``VerifierSide``).
+        alive: whether there still is somebody to serve.
+    """
+    if role == "verifier":
+        run_verifier(plan, front, host=host, folder=folder, alive=alive)
+    elif role == "draft":
+        run_draft(plan, front, alive=alive)
+    else:
+        run_rank(role, plan, front, alive=alive)
 
 
 def run_verifier(
@@ -33,28 +58,36 @@ def run_verifier(
     """Open the meeting place, say where it is, build the model, link, serve."""
 
     def body() -> None:
-        config, side, draft = plan.config, None, None
+        config, side, ranks, draft = plan.config, None, None, None
         cores = usable_cores(config.target.cores)
-        set_threads(cores)
+        set_threads(cores, len(plan.roles))
         try:
-            if config.draft is not None:
-                kind = link_kind(config.target.device, config.draft.device)
+            if len(plan.roles) > 1:
+                drafting = config.draft.device if config.draft is not None else "cpu"
                 side = VerifierSide(
                     host=host,
-                    kind=kind,
+                    kind=link_kind(config.target.device, drafting, config.engine.link),
                     device=config.target.device,
                     timeout_s=config.engine.start_timeout_s,
                     link_timeout_s=config.engine.link_timeout_s,
                     folder=folder,
+                    ranks=config.target.tensor_parallel,
                 )
                 front.send(Hello(role="verifier", rendezvous=side.rendezvous.to_dict()))
-            worker, info = build(plan)
-            if side is not None:
-                draft = DraftSide(side.link(), side.lane, plan.frames())
-            pin(cores)
-            front.send(Ready(role="verifier", info=info))
-            verifier_loop(worker, front, draft, alive=alive)
+                if config.target.tensor_parallel > 1:
+                    ranks = side.ranks(ordered=config.numerics == "strict")
+            with naming_the_lost():
+                worker, info = build(plan) if ranks is None else build_verifier(plan, ranks=ranks)
+                if side is not None and config.draft is not None:
+                    draft = DraftSide(side.link(), side.lane, plan.frames())
+                if ranks is not None:
+                    ranks.group.limit(config.engine.link_timeout_s)
+                pin(cores)
+                front.send(Ready(role="verifier", info=info))
+                verifier_loop(worker, front, draft, alive=alive)
         finally:
+            if ranks is not None:
+                ranks.close()
             if side is not None:
                 side.close()
 
@@ -74,21 +107,12 @@ def run_draft(
         config = plan.config
         assert config.draft is not None
         cores = usable_cores(config.draft.cores)
-        set_threads(cores)
-        front.send(Hello(role="draft"))
-        message = None
-        while message is None:
-            if not alive():
-                return
-            message = front.receive(WAIT_S)
-        if isinstance(message, Shutdown):
+        set_threads(cores, len(plan.roles))
+        rendezvous = _introduce("draft", front, alive)
+        if rendezvous is None:
             return
-        if not isinstance(message, Welcome):
-            raise PipelineError(f"the draft was sent {type(message).__name__} where Welcome was due")
         worker, info = build(plan)
-        link, lane = draft_side(
-            Rendezvous(**message.rendezvous), timeout_s=config.engine.start_timeout_s, device=config.draft.device
-        )
+        link, lane = draft_side(rendezvous, timeout_s=config.engine.start_timeout_s, device=config.draft.device)
         pin(cores)
         front.send(Ready(role="draft", info=info))
         try:
@@ -103,12 +127,56 @@ def run_draft(
     _report_failure("draft", front, body, plan.config.draft)
 
 
+def run_rank(role: str, plan: Plan, front: ControlLane, *, alive: Callable[[], bool] = lambda: True) -> None:
+    """One of the verifier's other ranks: build its share of the model, follow the first rank."""
+
+    def body() -> None:
+        config, target = plan.config, plan.config.target
+        cores = usable_cores(target.cores)
+        set_threads(cores, len(plan.roles))
+        rendezvous = _introduce(role, front, alive)
+        if rendezvous is None:
+            return
+        ranks = rank_side(
+            rendezvous,
+            rank_of(role),
+            timeout_s=config.engine.start_timeout_s,
+            device=target.device,
+            ordered=config.numerics == "strict",
+        )
+        try:
+            runner, plans, info = build_rank(plan, ranks)
+            front.send(Ready(role=role, info=info))
+            follow(runner, ranks.lanes[0], plans, alive=alive)
+        finally:
+            ranks.close()
+
+    _report_failure(role, front, body, plan.config.target)
+
+
+def _introduce(role: str, front: ControlLane, alive: Callable[[], bool]) -> Rendezvous | None:
+    """Say that we are up, and wait to be told where the verifier is. None: there is nothing to do."""
+    front.send(Hello(role=role))
+    message = None
+    while message is None:
+        if not alive():
+            return None
+        message = front.receive(WAIT_S)
+    if isinstance(message, Shutdown):
+        return None
+    if not isinstance(message, Welcome):
+        raise PipelineError(f"{role} was sent {type(message).__name__} where Welcome was due")
+    return Rendezvous(**message.rendezvous)
+
+
 def _report_failure(role: str, front: ControlLane, body: Callable[[], None], wanted: ModelConfig | None) -> None:
     try:
         with own_stream(wanted.device, wanted.priority) if wanted else contextlib.nullcontext():
             body()
     except UsageError as error:
         front.send(Failed(role=role, message=str(error), usage=True))
+    except WorkerError as error:  # of another worker: our own traceback says nothing
+        front.send(Failed(role=role, message=str(error)))
     except KeyboardInterrupt:
         return
     except Exception as error:

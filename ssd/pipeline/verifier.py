@@ -228,9 +228,9 @@ class VerifierWorker:
         decide = self._deciders.get((plan, context))
         if decide is None:
             decide = self._deciders[plan, context] = self.runner.compiled(self._decider(plan, context))
-        noise = self.chooser.noise(lengths)
+        noise, began = self.chooser.noise(lengths), self.clock()
         quiet = self._silence if noise is None else noise
-        began = self.clock()
+        self.runner.announce(plan, tokens, lengths, context)
         logits, node, bonus = decide(tokens, lengths, self.chooser.params.temperature, quiet)
         outcome = Outcome(*self._courier.fetch(node, bonus))
         forward_s = self.clock() - began
@@ -381,7 +381,7 @@ class VerifierWorker:
                 moves.append((slot, node - chain - 1, lengths[slot] + depth))
         if moves:
             slots, scratch, positions = (torch.tensor(column) for column in zip(*moves, strict=True))
-            self.runner.cache.keep(slots, scratch, positions)
+            self.runner.keep(slots, scratch, positions)
         return torch.tensor(states), commits
 
     def _states(self) -> list[int]:

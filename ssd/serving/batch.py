@@ -27,7 +27,7 @@ from ..engine.book import Limits
 from ..errors import PipelineError, RequestError, SSDError, UsageError
 from ..params import MAX_SEED
 from ..pipeline.build import Plan
-from ..pipeline.launch import LocalPipeline, Pipeline
+from ..pipeline.launch import Pipeline, launch_here
 from .chat import ChatTemplate
 from .generation import Generation, chat_job, completion_job
 from .journal import Journal, fingerprint
@@ -174,7 +174,7 @@ class Batch:
         out: Path,
         *,
         restart: bool = False,
-        launch: Callable[[Plan], Pipeline] = LocalPipeline,
+        launch: Callable[[Plan], Pipeline] = launch_here,
     ):
         self._config, self._source = config, source
         self._model = model_name(config)

@@ -14,7 +14,7 @@ from ..config import Config
 from ..engine.async_engine import AsyncEngine
 from ..errors import SSDError, UsageError
 from ..pipeline.build import Plan
-from ..pipeline.launch import LocalPipeline, Pipeline
+from ..pipeline.launch import Pipeline, launch_here
 from .app import build_app
 from .lane import LaneServer
 from .metrics import Metrics
@@ -44,7 +44,7 @@ async def serve(
     started: Callable[[str], None] = lambda _url: None,
     ready: Callable[[], None] = lambda: None,
     access_log: bool = False,
-    launch: Callable[[Plan], Pipeline] = LocalPipeline,
+    launch: Callable[[Plan], Pipeline] = launch_here,
 ) -> None:
     """Serve until told to stop (SIGINT, SIGTERM; a second time: at once). Nothing is left behind then.
 

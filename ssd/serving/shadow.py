@@ -26,7 +26,7 @@ from ..engine.book import Request
 from ..errors import OverloadedError, PipelineError
 from ..params import RequestOutput, StreamEvent
 from ..pipeline.build import Plan
-from ..pipeline.launch import LocalPipeline, Pipeline
+from ..pipeline.launch import Pipeline, launch_here
 from ..pipeline.messages import RoundReport
 from .metrics import Metrics
 
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 def observed_engine(
-    config: Config, metrics: Metrics, *, launch: Callable[[Plan], Pipeline] = LocalPipeline
+    config: Config, metrics: Metrics, *, launch: Callable[[Plan], Pipeline] = launch_here
 ) -> tuple[AsyncEngine, Shadow]:
     """An engine whose requests are counted, and replayed as ``server.shadow_rate`` says."""
     shadow = Shadow(metrics, config)

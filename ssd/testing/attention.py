@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..models import tree_attention
+
+Attention = Callable[[dict[str, Any]], Tensor]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 """Relative error (norms) against float64 of the same inputs: a few units of the type's last place."""
 
@@ -118,12 +121,15 @@ def error(got: Tensor, inputs: dict[str, Any]) -> float:
 
 def kernel(inputs: dict[str, Any]) -> Tensor:
     """The Triton kernels, whatever the inputs' device."""
-    from ..models.tree_attention import in_triton
-
-    return in_triton(**inputs)
+    return tree_attention.in_triton(**inputs)
 
 
-def independent(case: Case, device: str) -> bool:
+def operator(inputs: dict[str, Any]) -> Tensor:
+    """What a model calls: the kernels on CUDA, elsewhere the same algorithm in torch."""
+    return torch.ops.ssd.tree_attention(**inputs)
+
+
+def independent(case: Case, device: str, run: Attention = operator) -> bool:
     """Whether a row's bits stay when all other rows' queries, limits and own keys change."""
     inputs, others = case.inputs(device), Case(**{**asdict(case), "seed": case.seed + 100}).inputs(device)
     fixed = case.rows // 2
@@ -134,26 +140,26 @@ def independent(case: Case, device: str) -> bool:
         others["mask"][:, fixed] = inputs["mask"][:, fixed]
     for name in ("main_keys", "main_values", "scratch_keys", "scratch_values"):
         others[name] = inputs[name]
-    return torch.equal(kernel(inputs)[:, fixed], kernel(others)[:, fixed])
+    return torch.equal(run(inputs)[:, fixed], run(others)[:, fixed])
 
 
-def check(device: str, cases: Sequence[Case] = CASES) -> list[dict]:
-    """One record per case: its sizes, the kernels' error, whether it is within tolerance, and whether
+def check(device: str, cases: Sequence[Case] = CASES, run: Attention = operator) -> list[dict[str, Any]]:
+    """One record per case: its sizes, the error, whether it is within tolerance, and whether
     rows are independent."""
     records = []
     for case in cases:
         inputs = case.inputs(device)
-        found = error(kernel(inputs), inputs)
+        found = error(run(inputs), inputs)
         records.append(
             {
                 **asdict(case),
                 "error": found,
                 "within": found < TOLERANCE[case.torch_dtype],
-                "independent": independent(case, device),
+                "independent": independent(case, device, run),
             }
         )
     return records
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(check(sys.argv[1])))
+    sys.stdout.write(json.dumps(check(sys.argv[1], run=kernel)))

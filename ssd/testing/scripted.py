@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from ..params import SpeculationRecord
 from ..pipeline.build import Plan
 from ..pipeline.control import ControlLane, InprocLane
-from ..pipeline.launch import roles
 from ..pipeline.messages import (
     Cancel,
     Committed,
@@ -62,7 +61,7 @@ class ScriptedPipeline:
         self.most_waiting = 0
         """Most requests that ever waited for a slot."""
         self.lanes: dict[str, ControlLane] = {}
-        for role in roles(plan):
+        for role in plan.roles:
             self.lanes[role], theirs = InprocLane.pair()
             theirs.send(Ready(role=role, info={"model": "scripted"}))
             if role == "verifier":

@@ -112,8 +112,8 @@ def widen(
 ) -> LlamaForCausalLM:
     """A larger model with the same logits ``[B, M, V]`` up to rounding; head size is kept.
 
-    The new model is built in ``dtype`` on the CPU and filled in place, so the peak is one
-    copy of it beside the original, which is left as it was. Sizes that would shrink the
+    The new model is built in ``dtype`` on the original's device and filled in place, so the peak is
+    one copy of it beside the original, which is left as it was. Sizes that would shrink the
     model or break its head groups raise :class:`~ssd.errors.ModelError`.
     """
     original: Any = model  # transformers' types do not say what a layer consists of
@@ -131,7 +131,7 @@ def widen(
         num_key_value_heads=num_key_value_heads,
         num_hidden_layers=num_hidden_layers,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device(model.device):
         torch.manual_seed(seed)
         new: Any = LlamaForCausalLM._from_config(config, dtype=dtype)  # every matrix is random now
     new.generation_config = copy.deepcopy(model.generation_config)

@@ -208,3 +208,13 @@ def test_gpu_numbers() -> None:
     assert devices("verifier", [], "") == ("cuda:2", "cuda:2")  # a CPU worker: left alone
     mixed = config.model_copy(update={"draft": config.draft.model_copy(update={"device": "cpu"})})
     assert with_visible_gpu(mixed, "verifier", ["3"], "3").draft.device == "cpu"
+
+
+def test_a_bundle_for_each_rank_of_the_verifier() -> None:
+    from ssd.cluster.placement import bundles
+
+    target = {"model": "t", "device": "cuda", "cores": [0, 1, 2, 3], "tensor_parallel": 2}
+    config = Config.model_validate({"target": target, "draft": {"model": "d"}})
+    rank = {"CPU": 2.0, "GPU": 1.0}
+    wanted = bundles(config)
+    assert wanted == {"verifier": rank, "verifier-1": rank, "draft": {"CPU": 1.0}}

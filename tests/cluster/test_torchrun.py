@@ -158,6 +158,30 @@ def test_one_leaves_all_leave(torchrun: Callable[..., Launch], config: str, end:
     launch.assert_nothing_left()
 
 
+@pytest.mark.slow
+def test_two_ranks_of_the_verifier(torchrun: Callable[..., Launch], config: str, tmp_path: Path) -> None:
+    prompts, report = tmp_path / "prompts.jsonl", tmp_path / "report.json"
+    prompts.write_text('{"prompt": "hello there"}\n{"prompt": "a b c d"}\n')
+    options = {"--prompts": str(prompts), "--methods": "none,sd,ssd", "--json": str(report), "--max-tokens": "40"}
+    ranks = ("--config", config, "--set", "target.tensor_parallel=2")
+    launch = torchrun(*ranks, "compare", *(word for option in options.items() for word in option), ranks=3)
+    assert launch.wait() == 0, launch.err.read_text()
+    figures = json.loads(report.read_text())
+    assert figures["identical_all"] is True
+    assert figures["methods"]["ssd"]["hit_rate"] > 0
+    launch.assert_nothing_left()
+
+
+@pytest.mark.slow
+def test_a_rank_of_the_verifier_dies(torchrun: Callable[..., Launch], config: str) -> None:
+    ranks = ("--config", config, "--set", "target.tensor_parallel=2")
+    launch = torchrun(*ranks, "generate", "hello there", "--max-tokens", "390", ranks=3)
+    launch.wait_for_output()
+    launch.role("draft").kill()  # rank 1, which is the verifier's second here
+    assert launch.wait() != 0
+    launch.assert_nothing_left()
+
+
 def test_options_before_the_command() -> None:
     arguments = ["--config", "x", "--set", "a=b", "--set=c=d", "generate", "--config", "-c"]
     assert in_order(arguments) == ["generate", "--config", "x", "--set", "a=b", "--set=c=d", "--config", "-c"]

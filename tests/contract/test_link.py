@@ -28,7 +28,7 @@ class Pair:
         if kind == "inproc":
             self.verifier, self.draft = InprocLink.pair(timeout_s)
             return
-        self._side = VerifierSide(timeout_s=timeout_s)
+        self._side = VerifierSide(timeout_s=timeout_s, kind=kind)
         coming = self.pool.submit(draft_side, self._side.rendezvous, timeout_s=timeout_s)
         self.verifier: Link = self._side.link()
         self.draft, self._lane = coming.result(PATIENCE_S)
@@ -50,7 +50,7 @@ class Pair:
         self.pool.shutdown(wait=False)
 
 
-@pytest.fixture(params=["inproc", "gloo"])
+@pytest.fixture(params=["inproc", "gloo", "host"])
 def open_pair(request: pytest.FixtureRequest) -> Iterator[Callable[..., Pair]]:
     pairs: list[Pair] = []
 
@@ -190,8 +190,9 @@ def test_use_after_close(open_pair: Callable[..., Pair]) -> None:
             pair.start(getattr(pair.verifier, call), *arguments).result(PATIENCE_S)
 
 
-def test_nobody_comes() -> None:
-    side = VerifierSide(timeout_s=1.0)
+@pytest.mark.parametrize("kind", ["gloo", "host"])
+def test_nobody_comes(kind: str) -> None:
+    side = VerifierSide(timeout_s=1.0, kind=kind)
     began = time.monotonic()
     try:
         with pytest.raises(LinkError):
@@ -209,8 +210,9 @@ def test_nobody_is_there() -> None:
         draft_side(rendezvous, timeout_s=1.0)
 
 
-def test_two_pairs_do_not_meet() -> None:
-    one, other = Pair("gloo", 10.0), Pair("gloo", 10.0)
+@pytest.mark.parametrize("kind", ["gloo", "host"])
+def test_two_pairs_do_not_meet(kind: str) -> None:
+    one, other = Pair(kind, 10.0), Pair(kind, 10.0)
     try:
         for number, pair in enumerate((one, other)):
             incoming = torch.zeros(1, dtype=torch.int32)

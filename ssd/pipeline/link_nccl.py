@@ -1,0 +1,101 @@
+"""The link over NCCL: frames cross between two GPUs."""
+
+# torch declares neither the methods of its process groups nor their options.
+# pyright: reportAttributeAccessIssue=false
+from __future__ import annotations
+
+import contextlib
+import datetime
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import LinkError
+from ..models.tensor_group import first_line
+from .link import nothing
+
+ABORT_S = 5.0
+"""How long an abort may take: it can block for ever where CUDA graphs hold the communicator."""
+NEVER = datetime.timedelta(days=365)
+
+
+class NcclLink:
+    """Two ranks over NCCL, one communicator of their own.
+
+    Sends and receives of an exchange are one group launch, the only order in which NCCL cannot
+    deadlock two peers (NCCL user guide, point-to-point; what ``batch_isend_irecv`` does). NCCL itself
+    knows no deadline, and torch's, when passed, ends the process: so ours is kept here by looking
+    whether the work is done, and the group is aborted when it is not.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, timeout_s: float, device: torch.device):
+        self._peer, self._device, self._timeout_s = 1 - rank, device, timeout_s
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = NEVER
+        torch.cuda.set_device(device)
+        # A stream of our own: the forward's must not wait for the peer.
+        self._stream = torch.cuda.Stream(device)
+        try:
+            self._group = dist.ProcessGroupNCCL(store, rank, 2, options)
+        except RuntimeError as error:
+            raise LinkError(f"could not link draft and verifier: {first_line(error)}") from error
+
+    def exchange(self, outgoing: Tensor, incoming: Tensor, meanwhile: Callable[[], None] = nothing) -> None:
+        self._move("exchange", outgoing, incoming, meanwhile)
+
+    def send(self, outgoing: Tensor) -> None:
+        self._move("send", outgoing, None, nothing)
+
+    def receive(self, incoming: Tensor) -> None:
+        self._move("receive", None, incoming, nothing)
+
+    def _move(self, what: str, outgoing: Tensor | None, incoming: Tensor | None, meanwhile: Callable[[], None]) -> None:
+        group = self._group
+        if group is None:
+            raise LinkError("the link is closed")
+        try:
+            with torch.cuda.stream(self._stream):
+                staged = None if outgoing is None else outgoing.to(self._device)
+                landing = None if incoming is None else torch.empty_like(incoming, device=self._device)
+                group._start_coalescing(self._device)
+                if staged is not None:
+                    group.send([staged], self._peer, 0)
+                if landing is not None:
+                    group.recv([landing], self._peer, 0)
+                work = group._end_coalescing(self._device)
+                meanwhile()
+                self._wait(work, what)
+                work.wait()  # orders our stream behind NCCL's, now at once
+                if incoming is not None and landing is not None:
+                    incoming.copy_(landing)
+        except RuntimeError as error:
+            if isinstance(error, LinkError):
+                raise
+            self.close()
+            raise LinkError(f"{what} failed: {first_line(error)}") from error
+
+    def _wait(self, work: Any, what: str) -> None:
+        deadline = time.monotonic() + self._timeout_s
+        while not work.is_completed():
+            if time.monotonic() > deadline:
+                self.close()
+                raise LinkError(f"{what} failed: the other end sent nothing for {self._timeout_s:g} s")
+            time.sleep(0)
+
+    def close(self) -> None:
+        group, self._group = self._group, None
+        if group is None:
+            return
+
+        def abort() -> None:
+            with contextlib.suppress(RuntimeError):
+                group.abort()
+
+        watchdog = threading.Thread(target=abort, name="ssd-nccl-abort", daemon=True)
+        watchdog.start()
+        watchdog.join(ABORT_S)
