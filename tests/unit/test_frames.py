@@ -114,3 +114,13 @@ def test_lookup_equals_the_reference(data: st.DataObject, batch: int, branches: 
         expected = trees[row, right[0]].tolist() if right else [-1] * below
         assert bool(hit[row]) == bool(right)
         assert found[row].tolist() == [int(bonus[row]), *expected]
+
+
+def test_lookup_is_by_node_and_token() -> None:
+    """Two branches guess the same token, after different nodes."""
+    speculation = SpeculationSet(
+        nodes=torch.tensor([[2, 0]]), guesses=torch.tensor([[9, 9]]), trees=torch.tensor([[[1], [5]]])
+    )
+    for node, tree, expected in ((2, 1, True), (0, 5, True), (1, -1, False)):
+        found, hit = lookup(torch.tensor([node]), torch.tensor([9]), speculation)
+        assert (found.tolist(), bool(hit)) == ([[9, tree]], expected)

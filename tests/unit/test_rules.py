@@ -10,18 +10,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from ssd import LLM, SamplingParams
 from ssd.config import load_config
 from ssd.decoding.noise import ACCEPT_STREAM, DRAFT_STREAM, derive, gumbel, gumbel_at, uniform
+from ssd.decoding.rejection import verify_rejection
+from ssd.decoding.sampling import SamplingTensors
 from ssd.decoding.support import DraftProbs
 from ssd.decoding.tree import ABSENT, TreeShape
+from ssd.decoding.verify import Outcome
 from ssd.errors import ConfigError
+from ssd.pipeline import rules
 from ssd.pipeline.build import Plan
 from ssd.pipeline.draft import DraftWorker
 from ssd.pipeline.frames import Frames, ProbsLayout, SpeculationSet
 from ssd.pipeline.launch import InprocPipeline
-from ssd.pipeline.rules import CandidateSampler, probs_layout, stacked
+from ssd.pipeline.rules import CandidateSampler, Judge, probs_layout, stacked
 
 Configure = Callable[..., dict[str, Any]]
 SEEDS = st.integers(0, 2**63 - 1)
@@ -160,8 +165,6 @@ def test_hits_are_drawn_like_misses(tiny_config: Configure) -> None:
     layout = probs_layout("rejection", plan.shape, 8, 128)
     assert layout is not None
     sampler = CandidateSampler(TreeShape.comb(2, siblings=1), plan.forecast("cpu"), layout, scale=0.5)
-    from ssd.decoding.sampling import SamplingTensors
-
     params = SamplingTensors.empty(2, "cpu").with_row(1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=4)
     logits = torch.randn(2, 1, 128, generator=torch.Generator().manual_seed(0))
     many, some = logits.expand(2, 3, 128), torch.tensor([[9, 5, 9], [9, 5, 9]])
@@ -173,6 +176,56 @@ def test_hits_are_drawn_like_misses(tiny_config: Configure) -> None:
     assert tokens[0, 0].tolist() == logits[0, 0].topk(2).indices.tolist()
     assert float(draft.probs[0].sum()) == 0 and float(draft.probs[1].sum()) == pytest.approx(3)
     assert stacked([draft, draft]).probs.shape == (2, 3, 2, 8)
+
+
+def test_candidates_are_independent_of_other_noise(tiny_config: Configure) -> None:
+    """Of the noise the bonus token at their position is drawn with, and of the candidates another
+    root has at that position: as drawn by the draft, 40,000 seeds (chi-square of independence)."""
+    count, vocabulary, root = 40_000, 4, 9
+    shape = TreeShape.comb(2)
+    layout = probs_layout("block", shape, vocabulary, vocabulary)
+    assert layout is not None
+    plan = Plan(config=load_config(tiny_config(speculation={"verify": "block"})), vocabulary=vocabulary, ends=())
+    sampler = CandidateSampler(shape, plan.forecast("cpu"), layout)
+    empty = SamplingTensors.empty(count, "cpu")
+    params = replace(empty, temperature=empty.temperature + 1, seed=torch.arange(count), random=True)
+    logits = torch.tensor([1.0, 0.5, 0.0, 0.2]).expand(count, 1, vocabulary)
+
+    def candidates(root: int, depth: int) -> Tensor:
+        return sampler.children(logits, params, torch.full((count, 1), root), depth)[0][:, 0, 0]
+
+    for depth in (0, 1):
+        drawn = candidates(root, depth)
+        plain = (logits[:, 0] + gumbel(params.seed, torch.full((count,), root + 1 + depth), vocabulary)).argmax(-1)
+        for other in (plain, candidates(root - 1, depth + 1) if depth == 0 else candidates(root + 1, depth - 1)):
+            seen = torch.bincount(drawn * vocabulary + other, minlength=vocabulary**2).view(vocabulary, -1).double()
+            expected = seen.sum(1, keepdim=True) * seen.sum(0) / count
+            assert float(((seen - expected) ** 2 / expected).sum()) < 27.9  # 9 degrees: p = 0.001
+
+
+def test_uniforms_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those a round compares with, of different nodes and of different rounds: 20,000 seeds."""
+    count, vocabulary, shape = 20_000, 3, TreeShape.comb(2)
+    layout = probs_layout("rejection", shape, vocabulary, vocabulary)
+    assert layout is not None
+    judge = Judge("rejection", shape, layout, batch=count, device="cpu")
+    empty, logits = SamplingTensors.empty(count, "cpu"), torch.zeros(count, 3, vocabulary)
+    params = replace(empty, temperature=empty.temperature + 1, seed=torch.arange(count), random=True)
+    tokens = torch.zeros(count, 3, dtype=torch.int64)
+    matched, seen = Outcome(tokens[:, 0], tokens[:, 0]), []
+
+    def noting(*given: Any) -> Any:
+        seen.append(given[3])
+        return verify_rejection(*given)
+
+    monkeypatch.setattr(rules, "verify_rejection", noting)
+    for length in (4, 5):
+        judge.decide(matched, tokens, tokens, logits, torch.full((count,), length), logits, params)
+    cells = [(uniforms[:, node] * 8).long() for uniforms in seen for node in (1, 2)]
+    for i, one in enumerate(cells):
+        for other in cells[:i]:
+            counts, expected = torch.bincount(one * 8 + other, minlength=64).double(), count / 64
+            assert float(((counts - expected) ** 2 / expected).sum()) < 120  # 63 degrees: p = 2e-5
 
 
 # Configuration.

@@ -1,0 +1,34 @@
+"""p-values of sampled sequences against the target's law, per rule and fallback, as a table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from ssd.testing.chi_square import CASES, measure, save_pair, table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=40_000)
+    parser.add_argument("--seed", type=int, default=10**6, help="of the first sample")
+    parser.add_argument("--json", type=Path, help="write all p-values here")
+    wanted = parser.parse_args()
+    torch.set_num_threads(1)
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        pair = save_pair(Path(folder))
+        for fallback, case in product(("jit", "none"), CASES):
+            results.append(measure(pair, case, fallback, wanted.samples, wanted.seed))
+            if wanted.json is not None:  # after each: a long run that is cut short leaves what it has
+                wanted.json.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
