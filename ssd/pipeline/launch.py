@@ -144,6 +144,7 @@ def launch_here(plan: Plan) -> Pipeline:
     """Workers on this machine: processes, but for two models on one GPU."""
     target, draft = plan.config.target, plan.config.draft
     wanted = plan.config.engine.workers
-    shared = draft is not None and "cuda" in draft.device and draft.device == target.device
+    shared = draft is not None and "cuda" in target.device and draft.device == target.device
+    shared = shared and target.tensor_parallel == 1
     threads = shared if wanted == "auto" else wanted == "threads"
     return InprocPipeline(plan) if threads else LocalPipeline(plan)

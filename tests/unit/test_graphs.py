@@ -17,7 +17,7 @@ from ssd.config import load_config
 from ssd.errors import ConfigError
 from ssd.models.graphs import LARGE_BYTES, PLACES, Graphs
 from ssd.params import SamplingParams
-from ssd.pipeline import build
+from ssd.pipeline import build, launch
 from ssd.pipeline.build import Plan, build_draft, build_verifier
 from ssd.testing.rounds import play
 
@@ -124,3 +124,22 @@ def test_a_cache_too_large_says_what_would_fit(
     config = load_config(tiny_config(draft=None, speculation={"method": "none"}))
     with pytest.raises(ConfigError, match=r"KV cache needs 0\.00 GB and cpu has .*max_model_len to about \d+"):
         build_verifier(Plan(config=config, vocabulary=128, ends=(0,)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "threads"),
+    [
+        ([], False),
+        (["engine.workers=threads"], True),
+        (["target.device=cuda:0", "draft.device=cuda:0"], True),
+        (["target.device=cuda:0", "draft.device=cuda:0", "engine.workers=processes"], False),
+        (["target.device=cuda:0", "draft.device=cuda:1"], False),
+    ],
+)
+def test_two_models_on_one_gpu_are_threads(
+    overrides: list[str], threads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("InprocPipeline", "LocalPipeline"):
+        monkeypatch.setattr(launch, name, lambda plan, name=name: name)
+    plan = Plan(config=load_config("embedded", overrides), vocabulary=128, ends=(0,))
+    assert launch.launch_here(plan) == ("InprocPipeline" if threads else "LocalPipeline")
