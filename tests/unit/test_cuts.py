@@ -83,6 +83,9 @@ class ScriptedRunner:
     def context_for(self, longest: int) -> int:
         return longest
 
+    def announce(self, *_forward: Any) -> None:
+        return
+
     def logits(self, plan: RowPlan, tokens: Tensor, lengths: Tensor, context: int) -> Tensor:
         time.sleep(0.002)  # a forward takes a while: the front gets its turn
         rows = [[logits_at(length + offset, self.changed) for offset in plan.offsets] for length in lengths.tolist()]
