@@ -90,8 +90,7 @@ class SpeculationConfig(_Section):
     """``coupled``: plain decoding's very tokens. ``rejection``, ``block``: tokens of the same law
     (at temperature 0 the same tokens), higher acceptance, the draft's probabilities on the link."""
     support: int = Field(default=64, ge=1)
-    """Tokens the draft samples from under ``rejection`` and ``block``: its most probable ones; a
-    number beyond the vocabulary keeps them all."""
+    """Tokens the draft samples from under those two: its most probable ones, or all there are."""
     saguaro_c: Number = Field(default=1.0, gt=0, le=1)
     """Saguaro sampling: the forecast's top tokens are drafted with this share of their weight."""
     governor: bool = True
@@ -104,7 +103,8 @@ class EngineConfig(_Section):
     max_batch: int = Field(default=1, ge=1, le=256)
     max_model_len: int = Field(default=1024, ge=16)
     """Prompt and generated tokens together."""
-    prefill_chunk: int = Field(default=64, ge=8, le=2048)
+    prefill_chunk: int = Field(default=64, ge=8, le=2048)  # prompt tokens computed between two rounds
+    prefix_caching: bool = True  # reuse keys and values that an earlier prompt left
     workers: Literal["auto", "processes", "threads"] = "auto"
     """``threads``: draft and target in one process, on two streams; ``auto``: where they share a GPU."""
     link: Literal["auto", "gloo", "nccl", "host"] = "auto"

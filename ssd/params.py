@@ -288,6 +288,8 @@ class RequestOutput:
     """One for every token, if asked for."""
     index: int = 0
     """Which of the prompt's ``n`` completions this is."""
+    num_cached_tokens: int = 0
+    """Tokens of the prompt whose keys and values were found, not computed (prefix caching)."""
     others: tuple[RequestOutput, ...] = ()
     """Completions 1 .. n - 1, at completion 0 of ``LLM.generate``."""
 

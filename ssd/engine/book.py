@@ -140,6 +140,8 @@ class Request:
         self.record = SpeculationRecord()
         """Of the rounds heard of: what counts where only the front knows the end."""
         self.steps = Steps()
+        self.cached = 0
+        """Tokens of the prompt whose keys and values an earlier one had left."""
         self.output: RequestOutput | None = None
         self.added_s = 0.0
         self.sent_s: float | None = None
@@ -149,6 +151,7 @@ class Request:
 
     def commit(self, message: Committed) -> StreamEvent:
         """Take in a round's tokens, to the one that completes a stop string (``detokenizer.stopped``)."""
+        self.cached = message.cached
         self.record.count_round(drafted=message.drafted, accepted=message.depth)
         if message.hit is not None:
             self.record.count_lookup(message.hit)
@@ -203,6 +206,7 @@ class Request:
             error=error if reason == "error" else None,
             logprobs=None if self.logprobs is None else tuple(self.logprobs),
             index=self.index,
+            num_cached_tokens=self.cached,
         )
         return StreamEvent(text=text, token_ids=(), accepted=0, output=self.output, index=self.index)
 

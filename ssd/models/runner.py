@@ -94,6 +94,11 @@ class ForwardRunner:
         self.contexts.append(slots)
 
     @property
+    def chunk(self) -> int:
+        """Tokens of one prefill forward."""
+        return self._prefill.rows
+
+    @property
     def fuses(self) -> bool:
         """Whether bodies handed to ``compiled`` gain from being whole: fewer, larger ones."""
         return self.compile or self.graphs is not None

@@ -153,6 +153,7 @@ def build_verifier(
         governed=config.speculation.governor,
         ends=frozenset(plan.ends),
         max_model_len=config.engine.max_model_len,
+        prefix_caching=config.engine.prefix_caching,
     )
     worker.chooser.grammars = plan.grammars(config.target)
     if plan.probs is not None:
@@ -178,7 +179,13 @@ def build_draft(plan: Plan, model: PreTrainedModel | None = None) -> tuple[Draft
     assert config.draft is not None
     runner = _runner(plan, config.draft, model, scratch=scratch_slots(plan.shape, config.speculation.forecast.budget))
     forecast = plan.forecast(config.draft.device)
-    worker = DraftWorker(runner, shape=plan.shape, forecast=forecast, ngram=plan.ngram)
+    worker = DraftWorker(
+        runner,
+        shape=plan.shape,
+        forecast=forecast,
+        ngram=plan.ngram,
+        prefix_caching=config.engine.prefix_caching,
+    )
     worker.chooser.grammars = plan.grammars(config.draft)
     if plan.probs is not None:
         worker.sampler = CandidateSampler(plan.shape, forecast, plan.probs, scale=config.speculation.saguaro_c)

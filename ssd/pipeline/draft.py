@@ -4,14 +4,13 @@ checks. Decisions only; ``loops`` moves the frames."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..decoding.forecast import Forecast
 from ..decoding.ngram import NgramIndex
-from ..decoding.processors import Constraint, TreePaths
+from ..decoding.processors import TreePaths
 from ..decoding.sampling import perturbed, scores
 from ..decoding.support import DraftProbs
 from ..decoding.tree import ABSENT, TreeShape
@@ -19,25 +18,14 @@ from ..models.device import Courier
 from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner, Layout
 from .branches import BranchSteps
+from .candidates import best_tokens, comb_tokens, noise_at
 from .chooser import Chooser
 from .frames import OutcomeFrame, RowState, SpeculationSet
 from .lookup import lookup
 from .messages import Admit
+from .prefix import common_prefix
 from .rules import CandidateSampler, stacked
-
-
-@dataclass(slots=True)
-class _Row:
-    tokens: list[int]
-    """Committed, the root excluded."""
-    cached: int
-    """How many of them have keys and values here."""
-    forecasts: bool
-    """Whether outcomes are prepared for it (``ssd``), or only misses served (``sd``)."""
-    ngrams: NgramIndex | None
-    """Of its tokens, where missed rows may take candidates from it."""
-    constraint: Constraint | None = None
-    """The grammar of its output, after the certain tokens, the root among them."""
+from .sequence import DraftRow
 
 
 class DraftWorker:
@@ -46,16 +34,26 @@ class DraftWorker:
     Args:
         runner: of the draft model, over the same slots as the verifier's.
         shape: the candidate tree. forecast: which outcomes get a branch. ngram: whether missed rows
-            may take n-grams (the verifier says when).
+            may take n-grams (the verifier says when). prefix_caching: take over what other slots hold
+            of a sequence.
     """
 
-    def __init__(self, runner: ForwardRunner, *, shape: TreeShape, forecast: Forecast, ngram: bool = False):
+    def __init__(
+        self,
+        runner: ForwardRunner,
+        *,
+        shape: TreeShape,
+        forecast: Forecast,
+        ngram: bool = False,
+        prefix_caching: bool = True,
+    ):
         self.ngram = ngram
         self.runner, self.shape, self.forecast = runner, shape, forecast
         batch, device = runner.batch, runner.device
-        self.rows: list[_Row | None] = [None] * batch
+        self.rows: list[DraftRow | None] = [None] * batch
         self._left: list[list[int]] = [[] for _ in range(batch)]
         """Tokens whose keys and values the slot's last sequence left behind."""
+        self._prefix_caching, self._came, self._prefilled = prefix_caching, 0, False
         self.trees = torch.full((batch, shape.nodes), ABSENT)
         self._courier = Courier(device)
         self.chooser = Chooser(
@@ -105,10 +103,12 @@ class DraftWorker:
     def admit(self, message: Admit) -> None:
         self.release(message.slot)
         tokens = list(message.tokens[:-1])
-        # A sequence that comes back after a time of plain decoding finds its keys where they were.
-        known = _common_prefix(tokens, self._left[message.slot])
+        # A sequence that comes back finds its keys where they were, generated tokens' too.
+        known = common_prefix(tokens, self._left[message.slot])
         ngrams = NgramIndex(message.tokens) if self.ngram else None
-        row = self.rows[message.slot] = _Row(tokens, known, message.forecasts, ngrams)
+        row = self.rows[message.slot] = DraftRow(tokens, known, message.forecasts, self._came, ngrams)
+        self._take_over(message.slot, row)
+        self._came += 1
         self._in_glue.discard(message.slot)
         self.trees[message.slot] = ABSENT
         self.trees[message.slot, 0] = message.tokens[-1]
@@ -133,8 +133,8 @@ class DraftWorker:
         batch, branches = len(self.rows), self.forecast.budget
         lengths, longest = self._lengths()
         tokens = self._courier.place(self.trees)
-        self._in_glue = {slot for slot, row in enumerate(self.rows) if row is not None}
-        forecasting = [row is not None and row.forecasts for row in self.rows]
+        self._in_glue = {slot for slot, row in enumerate(self.rows) if row is not None and row.whole}
+        forecasting = [row is not None and row.forecasts and row.whole for row in self.rows]
         draft = self.sampler.nothing(batch, branches) if self.sampler is not None else None
         if any(forecasting):
             if self._at_once(longest):
@@ -143,8 +143,8 @@ class DraftWorker:
                 nodes, guesses, trees, drawn = self._grow_stepwise(tokens, lengths, longest)
                 draft = drawn if drawn is not None else draft
         else:
-            # The accepted part of the tree will be needed all the same.
-            self.runner.forward(self._glue, tokens.clamp(min=0), lengths, longest=longest)
+            if self._in_glue:  # the accepted part of the tree will be needed all the same
+                self.runner.forward(self._glue, tokens.clamp(min=0), lengths, longest=longest)
             nothing = torch.full((batch, branches), ABSENT)
             return SpeculationSet(
                 nodes=nothing,
@@ -189,7 +189,7 @@ class DraftWorker:
             logits = forward(plan, fed, self._branches.layout(step, nodes))
             ranked.append(pick(logits, depths + 1 + step, nodes, fed, step))
             fed = ranked[-1][..., 0]
-        return nodes, guesses, _comb_tokens(ranked)
+        return nodes, guesses, comb_tokens(ranked)
 
     def _grow_stepwise(
         self, tokens: Tensor, lengths: Tensor, longest: int
@@ -203,7 +203,7 @@ class DraftWorker:
 
         def score(logits: Tensor, ahead: Tensor) -> Tensor:
             logits = self.chooser.processed(logits, paths)
-            return scores(logits, params, None if noise is None else _at(noise, ahead))
+            return scores(logits, params, None if noise is None else noise_at(noise, ahead))
 
         def foresee(logits: Tensor, ahead: Tensor) -> tuple[Tensor, Tensor]:
             quiet = None if sampler is None else self.chooser.processed(logits, paths)
@@ -215,7 +215,7 @@ class DraftWorker:
                 before = paths if step else above.gather(1, nodes[..., None].expand(-1, -1, above.shape[2]))
                 paths = torch.cat([before, fed[..., None]], dim=-1)
             if sampler is None:
-                return _best(score(logits, ahead), self._width)
+                return best_tokens(score(logits, ahead), self._width)
             logits = self.chooser.processed(logits, paths)
             found, draft = sampler.children(logits, params, lengths[:, None] + ahead - step, step)
             drawn.append(draft)
@@ -240,12 +240,12 @@ class DraftWorker:
                 tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor
             ) -> tuple[Tensor, Tensor, Tensor]:
                 def score(logits: Tensor, ahead: Tensor) -> Tensor:
-                    return perturbed(logits, _at(noise, ahead), temperature)
+                    return perturbed(logits, noise_at(noise, ahead), temperature)
 
                 return grow(
                     lambda plan, rows, layout: runner.logits(plan, rows, lengths, context, layout),
                     lambda logits, ahead: self.forecast.outcomes(score(logits, ahead), tokens),
-                    lambda logits, ahead, nodes, fed, step: _best(score(logits, ahead), width),
+                    lambda logits, ahead, nodes, fed, step: best_tokens(score(logits, ahead), width),
                     tokens,
                 )
 
@@ -257,9 +257,12 @@ class DraftWorker:
         """Take in an outcome; the next trees are then those of the hits, and n-grams where missed
         rows take them. Returns which rows have a tree ``[B]``."""
         moves: list[tuple[int, int, int]] = []
+        self._prefilled = False
         trees, nodes = self.trees.tolist(), frame.nodes.tolist()
         for slot, state in enumerate(frame.states.tolist()):
             row = self.rows[slot]
+            if row is not None and state == RowState.PREFILL:
+                continue
             if row is None or state != RowState.ACTIVE:
                 self.release(slot)
                 continue
@@ -282,15 +285,14 @@ class DraftWorker:
             self.runner.cache.keep(slots, scratch, positions)
         found, hit = lookup(frame.nodes, frame.bonus, speculation)
         active = frame.states == RowState.ACTIVE
-        self.trees = found.masked_fill(~active[:, None], ABSENT)
-        served = hit & active
-        self._take_ngrams(frame, served)
-        return served
+        kept = (frame.states == RowState.PREFILL)[:, None]
+        self.trees = torch.where(kept, self.trees, found.masked_fill(~active[:, None], ABSENT))
+        return self._take_ngrams(frame, hit & active)
 
-    def _take_ngrams(self, frame: OutcomeFrame, served: Tensor) -> None:
-        """What the verifier does too: candidates of missed rows from their own text."""
+    def _take_ngrams(self, frame: OutcomeFrame, served: Tensor) -> Tensor:
+        """What the verifier does too: candidates of missed rows from their own text. Returns ``served`` and these."""
         for slot, row in enumerate(self.rows):
-            if row is None or row.ngrams is None:
+            if row is None or row.ngrams is None or frame.states[slot] != RowState.ACTIVE:
                 continue
             row.ngrams.extend([*row.tokens, int(frame.bonus[slot])][len(row.ngrams) :])
             if frame.ngram and row.forecasts and not served[slot]:
@@ -298,6 +300,7 @@ class DraftWorker:
                 if found:
                     self.trees[slot, 1 : len(found) + 1] = torch.tensor(found)
                     served[slot] = True
+        return served
 
     def waiting(self, active: Tensor, served: Tensor, *, jit: bool) -> Tensor:
         """Rows ``[B]`` bool that wait for ``draft_now``: those without a tree, unless their fallback
@@ -308,9 +311,14 @@ class DraftWorker:
     def draft_now(self, missed: Tensor) -> Tensor:
         """Draft for the rows that missed, while the verifier waits (fallback ``jit``).
 
-        Args: missed ``[B]`` bool. Returns: trees ``[B, W - 1]``, ``ABSENT`` in other rows.
+        Args: missed ``[B]`` bool. Returns: trees ``[B, W - 1]``, ``ABSENT`` in other rows and in those
+        whose keys are not all there yet: they go on plainly.
         """
         self._catch_up()
+        missed = missed & torch.tensor([row is not None and row.whole for row in self.rows])
+        if not missed.any():
+            self.drafted_from = self.sampler.nothing(len(self.rows)) if self.sampler is not None else None
+            return torch.full((len(self.rows), self.shape.nodes - 1), ABSENT)
         lengths, longest = self._lengths()
         roots = self.trees[:, :1].clamp(min=0).to(self.runner.device)
         if self._at_once(longest):
@@ -335,13 +343,13 @@ class DraftWorker:
                 drawn.append(draft)
             else:
                 ahead = None if noise is None else noise[:, step : step + 1]
-                ranked.append(_best(scores(logits, self.chooser.params, ahead), self._width))
+                ranked.append(best_tokens(scores(logits, self.chooser.params, ahead), self._width))
             fed = ranked[-1][..., 0]
             if self.chooser.processors.active:
                 paths = torch.cat([paths, fed[..., None]], dim=-1)
         if self.sampler is not None:
             self.drafted_from = stacked(drawn)[:, 0] if drawn else self.sampler.nothing(len(self.rows))
-        return _comb_tokens(ranked)
+        return comb_tokens(ranked)
 
     @torch.no_grad()
     def _draft_at_once(self, roots: Tensor, lengths: Tensor) -> Tensor:
@@ -353,48 +361,40 @@ class DraftWorker:
                 ranked = []
                 for ahead in range(self.shape.depth):
                     logits = runner.logits(step, fed, lengths + ahead, runner.contexts[0])
-                    ranked.append(_best(perturbed(logits, noise[:, ahead : ahead + 1], temperature), width))
+                    ranked.append(best_tokens(perturbed(logits, noise[:, ahead : ahead + 1], temperature), width))
                     fed = ranked[-1][..., 0]
-                return _comb_tokens(ranked)
+                return comb_tokens(ranked)
 
             self._chain = runner.compiled(chain)
         noise = self.chooser.noise(lengths)
         return self._chain(roots, lengths, self.chooser.params.temperature, self._silence if noise is None else noise)
 
     def _lengths(self) -> tuple[Tensor, int]:
-        """L of every slot, and the longest in use. Rows of an empty slot are computed and mean
-        nothing: they land behind what its last sequence left."""
-        lengths = [len(left if row is None else row.tokens) for row, left in zip(self.rows, self._left, strict=True)]
-        longest = max((len(row.tokens) for row in self.rows if row is not None), default=0)
+        """L of every slot, and the longest in use. Rows of a slot that is empty or not whole are computed
+        and mean nothing: they land behind what it holds."""
+        lengths = [len(left) if row is None else row.cached for row, left in zip(self.rows, self._left, strict=True)]
+        longest = max((len(row.tokens) for row in self.rows if row is not None and row.whole), default=0)
         return self._courier.place(torch.tensor(lengths)), longest
 
     def _catch_up(self) -> None:
-        """Prefill what was committed without going through here."""
-        for slot, row in enumerate(self.rows):
-            if row is not None and row.cached < len(row.tokens):
-                self.runner.prefill(slot, row.tokens[row.cached :], start=row.cached)
-                row.cached = len(row.tokens)
+        """Prefill what was committed without going through here: one chunk a round, of the sequence that
+        came first, for the verifier waits no longer than that."""
+        behind = [(row.number, slot, row) for slot, row in enumerate(self.rows) if row is not None and not row.whole]
+        if self._prefilled or not behind:
+            return
+        _, slot, row = min(behind)  # numbers differ
+        self._take_over(slot, row)
+        chunk = row.tokens[row.cached : row.cached + self.runner.chunk]
+        self.runner.prefill(slot, chunk, start=row.cached)
+        row.cached += len(chunk)
+        self._prefilled = True
 
-
-def _at(noise: Tensor, ahead: Tensor) -> Tensor:
-    """Rows ``ahead [B, R]`` of noise ``[B, horizon, V]``."""
-    return noise[torch.arange(len(noise), device=noise.device)[:, None], ahead]
-
-
-def _common_prefix(one: list[int], other: list[int]) -> int:
-    length = min(len(one), len(other))
-    return next((i for i in range(length) if one[i] != other[i]), length)
-
-
-def _best(scores: Tensor, width: int) -> Tensor:
-    """The ``width`` best tokens ``[B, R, width]``, best first; ``ABSENT`` where no more are allowed."""
-    if width == 1:
-        return scores.argmax(-1, keepdim=True)
-    best = scores.topk(width, dim=-1)
-    return best.indices.masked_fill(best.values == -torch.inf, ABSENT)
-
-
-def _comb_tokens(ranked: list[Tensor]) -> Tensor:
-    """Node tokens ``[B, R, W - 1]`` of combs from the ranked tokens of each depth ``[B, R, 1 + s]``."""
-    chain = torch.stack([best[..., 0] for best in ranked], dim=-1)
-    return torch.cat([chain, *[best[..., 1:] for best in ranked]], dim=-1)
+    def _take_over(self, slot: int, row: DraftRow) -> None:
+        """What any slot holds of a sequence, if that is more than it has."""
+        if not self._prefix_caching:
+            return
+        for source, (other, left) in enumerate(zip(self.rows, self._left, strict=True)):
+            known = common_prefix(row.tokens, left if other is None else other.tokens[: other.cached])
+            if known > row.cached:
+                self.runner.copy(source, slot, known)
+                row.cached = known

@@ -51,6 +51,8 @@ class RowState(IntEnum):
     ACTIVE = 1
     FINISHED = 2
     """The request ended with this round: forget the slot."""
+    PREFILL = 3
+    """The prompt is not whole yet: nothing was decided, keep the slot."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

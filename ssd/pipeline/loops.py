@@ -232,32 +232,36 @@ def verifier_loop(
             message = front.receive(0)
         if not alive():
             return
-        admitted, told = worker.admit(), worker.introduce()
-        while worker.refused:
-            row = worker.refused.pop()
-            front.send(_finished(row, "error"))
+        worker.admit()
+        told = worker.introduce()
         try:
             for message in told:
                 assert draft is not None
                 draft.tell(message)
         except PipelineError as error:
             draft = _lose(worker, front, draft, error)
-        for slot in admitted:  # after telling the draft: both prefill side by side
-            worker.prefill(slot)
-        if worker.idle and not (draft is not None and draft.in_round):
+        # After telling the draft: both prefill side by side, and neither holds up the rows that run for
+        # more than a chunk.
+        if worker.prefill() or told:
+            last_end = None  # prefills are no part of a round
+        while worker.refused:
+            front.send(_finished(worker.refused.pop(), "error"))
+        if not worker.decoding and not (draft is not None and draft.in_round):
             last_end = None
             continue
-        if admitted or told:
-            last_end = None  # prefills are no part of a round
         began = worker.clock()
         verdict = worker.verify()
-        timer.add("forward", verdict.forward_s)
+        if verdict.commits:
+            timer.add("forward", verdict.forward_s)
         all_hit = False
         try:
             all_hit = _finish_round(worker, front, draft, verdict, timer)
         except LinkError as error:
             draft = _lose(worker, front, draft, error)
             worker.advance(verdict, None)
+        if not verdict.commits:  # only prompts, or the draft being told that all is over
+            last_end = None
+            continue
         now = worker.clock()
         if last_end is not None:
             waited_s = draft.take_waited_s() if draft is not None else 0.0
@@ -306,8 +310,9 @@ def _finish_round(
     finally:
         if not reported:
             report()
-    timer.add("exchange", worker.clock() - began)
-    timer.add("draft", spent_us / 1e6)
+    if verdict.commits:
+        timer.add("exchange", worker.clock() - began)
+        timer.add("draft", spent_us / 1e6)
     missed = worker.advance(verdict, speculation)
     draft.in_round = next_ is Next.ROUND
     waiting = bool(missed.any())
@@ -335,6 +340,7 @@ def _report(front: ControlLane, verdict: Verdict, worker: VerifierWorker) -> Non
                 origin=commit.origin,
                 committed_s=now,
                 decode_s=decode_s,
+                cached=sequence.reused,
                 logprobs=None if commit.logprobs is None else list(commit.logprobs),
             )
         )

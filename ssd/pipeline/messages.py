@@ -92,6 +92,8 @@ class Committed:
     """On the verifier's monotonic clock."""
     decode_s: float = 0.0
     """Seconds since the end of prefill."""
+    cached: int = 0
+    """Prompt tokens whose keys and values were found, not computed."""
     logprobs: list[list] | None = None
     """The four fields of ``decoding.logprobs.Logprobs`` for these tokens, if asked for."""
 

@@ -1,4 +1,5 @@
-"""One request inside the verifier: its tokens, what a round adds to them, and when it ends."""
+"""One request inside the verifier: its tokens, what a round adds to them, and when it ends; and what the
+draft knows of it."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 from ..decoding.ngram import NgramIndex
 from ..decoding.processors import Constraint
 from ..params import FinishReason, Method, SamplingParams, SpeculationRecord
+from .messages import Admit, Submit
 
 STUCK = (
     "structured_outputs: no token can follow; what else the request excludes (bad_words, allowed_token_ids, "
@@ -28,9 +30,15 @@ class Sequence:
     """Tokens, prompt included, at which it ends."""
     ends: frozenset[int]
     """Token ids that end it."""
+    cached: int = 0
+    """Of its prompt: tokens that have keys and values."""
+    reused: int = 0
+    """How many of them were found in a slot when it came."""
     started_s: float = 0.0
     at_draft: bool = False
     """Whether the draft has it."""
+    draft_behind: bool = False
+    """Whether the draft is still computing its keys, so that nothing is drafted for it."""
     hit: bool | None = None
     """Whether the tree now under verification was found prepared; None if none was looked up."""
     ngrams: NgramIndex | None = None
@@ -40,6 +48,37 @@ class Sequence:
     error: str | None = None
     """Why it cannot go on."""
     record: SpeculationRecord = field(default_factory=SpeculationRecord)
+
+    @classmethod
+    def of(cls, message: Submit, method: Method, context_limit: int, ends: frozenset[int]) -> Sequence:
+        """Of a request. ``ends``: end-of-text ids."""
+        params = message.params
+        return cls(
+            request=message.request,
+            params=params,
+            method=method,
+            tokens=list(message.prompt[:-1]),
+            root=message.prompt[-1],
+            prompt_length=len(message.prompt),
+            context_limit=context_limit,
+            ends=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else ends),
+        )
+
+    def introduction(self, slot: int, ends: frozenset[int]) -> Admit:
+        """What the draft is told of it. ``ends``: end-of-text ids."""
+        return Admit(
+            slot=slot,
+            tokens=[*self.tokens, self.root],
+            params=self.params,
+            forecasts=self.method == "ssd",
+            prompt_length=self.prompt_length,
+            ends=self.held_off(ends),
+        )
+
+    def held_off(self, ends: frozenset[int]) -> list[int]:
+        """Ids that may not come before ``min_tokens``. ``ignore_eos`` lets the output go on after
+        an end-of-text id; ``min_tokens`` holds the id off all the same (as in vLLM)."""
+        return sorted({*self.params.stop_token_ids, *ends}) if self.params.min_tokens else []
 
     @property
     def generated(self) -> int:
@@ -69,3 +108,26 @@ class Sequence:
             if self.generated >= self.params.max_tokens or len(self.tokens) + 1 >= self.context_limit:
                 return emitted, "length"
         return emitted, None
+
+
+@dataclass(slots=True)
+class DraftRow:
+    """One sequence inside the draft."""
+
+    tokens: list[int]
+    """Committed, the root excluded."""
+    cached: int
+    """How many of them have keys and values here."""
+    forecasts: bool
+    """Whether outcomes are prepared for it (``ssd``), or only misses served (``sd``)."""
+    number: int
+    """How many came before it."""
+    ngrams: NgramIndex | None = None
+    """Of its tokens, where missed rows may take candidates from it."""
+    constraint: Constraint | None = None
+    """The grammar of its output, after the certain tokens, the root among them."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the next forward may take it along."""
+        return self.cached == len(self.tokens)

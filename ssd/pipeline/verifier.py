@@ -4,7 +4,6 @@ Decisions only; ``loops`` moves the frames and the messages."""
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -28,6 +27,8 @@ from .frames import RowState, SpeculationSet
 from .governor import Governor, Round
 from .lookup import lookup
 from .messages import Admit, Submit
+from .prefix import PrefixCache
+from .prompts import Prompts
 from .rules import Judge
 from .sequence import Sequence
 from .verdict import Commit, Verdict
@@ -43,6 +44,7 @@ class VerifierWorker:
         strict: every decode forward has the same rows, plain decoding too. Otherwise plain
             rounds run one row a sequence. governed: decode plainly while speculation does not pay.
         ends: end-of-text ids. max_model_len: tokens of a sequence, prompt included.
+        prefix_caching: reuse what earlier prompts left.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class VerifierWorker:
         governed: bool,
         ends: frozenset[int],
         max_model_len: int,
+        prefix_caching: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.runner, self.shape, self.jit = runner, shape, jit
@@ -64,10 +67,11 @@ class VerifierWorker:
         self.governed = governed
         self.governors: dict[Method, Governor] = {"sd": Governor(), "ssd": Governor()}
         self.strict, self.ends, self.max_model_len, self.clock = strict, ends, max_model_len, clock
-        self.waiting: deque[Sequence] = deque()
         self.refused: list[Sequence] = []
         """Not to be decoded (``Sequence.error``); whoever reports them empties it."""
         self.rows: list[Sequence | None] = [None] * runner.batch
+        """Those that decode."""
+        self.prompts = Prompts(runner, PrefixCache(runner.batch, runner.chunk, enabled=prefix_caching))
         self.drafting = True
         """False once the draft is lost: everything decodes plainly from then on."""
         self.judge: Judge | None = None
@@ -113,7 +117,15 @@ class VerifierWorker:
 
     @property
     def idle(self) -> bool:
-        return not self.waiting and not any(self.rows)
+        return not (self.prompts.waiting or self.prompts.filling or self.decoding)
+
+    @property
+    def decoding(self) -> bool:
+        return any(row is not None for row in self.rows)
+
+    @property
+    def _admitted(self) -> list[tuple[int, Sequence]]:
+        return [*((slot, row) for slot, row in enumerate(self.rows) if row is not None), *self.prompts.filling.items()]
 
     def speculates(self, row: Sequence | None) -> bool:
         if row is None or not self.drafting or row.method not in self.governors:
@@ -123,90 +135,38 @@ class VerifierWorker:
     @property
     def speculating(self) -> bool:
         """Whether the draft takes part in the next round."""
-        return any(self.speculates(row) for row in self.rows)
+        return any(self.speculates(row) for _, row in self._admitted)
 
     def submit(self, message: Submit) -> None:
         """Queue a request (checked by the front)."""
-        params = message.params
-        method: Method = params.method or self.method
-        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.ends)
-        self.waiting.append(
-            Sequence(
-                request=message.request,
-                params=params,
-                method=method,
-                tokens=list(message.prompt[:-1]),
-                root=message.prompt[-1],
-                prompt_length=len(message.prompt),
-                context_limit=self.max_model_len,
-                ends=ends,
-            )
-        )
+        method: Method = message.params.method or self.method
+        self.prompts.waiting.append(Sequence.of(message, method, self.max_model_len, self.ends))
 
     def cancel(self, request: int) -> Sequence | None:
         """Forget a request; its slot is free at once."""
-        for slot, row in enumerate(self.rows):
-            if row is not None and row.request == request:
+        for slot, row in self._admitted:
+            if row.request == request:
                 self._free(slot)
                 return row
-        for row in self.waiting:
-            if row.request == request:
-                self.waiting.remove(row)
-                return row
-        return None
+        return self.prompts.forget(request)
 
-    def admit(self) -> list[int]:
-        """Give free slots to waiting requests; returns those slots."""
-        admitted = []
-        for slot, row in enumerate(self.rows):
-            while row is None and self.waiting:
-                row = self.waiting.popleft()
-                prompt, output = row.prompt_and_output()
-                try:
-                    row.constraint = self.chooser.process(
-                        slot, row.params, prompt=prompt, output=output, ends=self._held_off(row)
-                    )
-                except RequestError as error:
-                    row.error = str(error)
-                    self.refused.append(row)
-                    row = None
-                    continue
-                self.rows[slot] = row
-                if self.fallback is not None:
-                    row.ngrams = NgramIndex([*prompt, *output])
-                self.chooser.set(slot, row.params)
-                self.trees[slot] = ABSENT
-                self.trees[slot, 0] = row.root
-                admitted.append(slot)
-        return admitted
+    def admit(self) -> None:
+        """Give free slots to waiting requests, with what those or others hold of their prompts."""
+        self.prompts.admit([slot for slot, row in enumerate(self.rows) if row is None])
 
     def introduce(self) -> list[Admit]:
         """What to tell the draft of sequences that speculate from now on: new ones, and those that
         decoded plainly for a while."""
         told = []
-        for slot, row in enumerate(self.rows):
-            if row is not None and self.speculates(row) and not row.at_draft:
+        for slot, row in self._admitted:
+            if self.speculates(row) and not row.at_draft:
                 row.at_draft = True
-                told.append(
-                    Admit(
-                        slot=slot,
-                        tokens=[*row.tokens, row.root],
-                        params=row.params,
-                        forecasts=row.method == "ssd",
-                        prompt_length=row.prompt_length,
-                        ends=self._held_off(row),
-                    )
-                )
+                told.append(row.introduction(slot, self.ends))
         return told
-
-    def _held_off(self, row: Sequence) -> list[int]:
-        """Ids that may not come before ``min_tokens``. ``ignore_eos`` lets the output go on after
-        an end-of-text id; ``min_tokens`` holds the id off all the same (as in vLLM)."""
-        return sorted({*row.params.stop_token_ids, *self.ends}) if row.params.min_tokens else []
 
     def observe(self, verdict: Verdict, *, seconds: float, waited_s: float) -> None:
         """Show the governor how a round went. ``waited_s``: of it, for the draft."""
-        if not self.governed:
+        if not self.governed or any(commit.sequence.draft_behind for commit in verdict.commits):
             return
         methods: set[Method] = {commit.sequence.method for commit in verdict.commits}
         # A mixed batch says little about any one method.
@@ -214,19 +174,44 @@ class VerifierWorker:
             tokens = sum(len(commit.tokens) for commit in verdict.commits)
             governor.observe(Round(tokens=tokens, rows=len(verdict.commits), seconds=seconds, waited_s=waited_s))
 
-    def prefill(self, slot: int) -> None:
-        row = self.rows[slot]
-        assert row is not None
-        if row.tokens:
-            self.runner.prefill(slot, row.tokens)
+    def prefill(self) -> bool:
+        """One chunk of the prompt that came first: running rows wait no longer than that. Sequences whose
+        prompt is whole decode from now on. Returns whether a chunk was computed."""
+        computed, whole = self.prompts.compute()
+        for slot, row in whole:
+            self._start(slot, row)
+        return computed
+
+    def _start(self, slot: int, row: Sequence) -> None:
+        prompt, output = row.prompt_and_output()
+        try:
+            ends = row.held_off(self.ends)
+            row.constraint = self.chooser.process(slot, row.params, prompt=prompt, output=output, ends=ends)
+        except RequestError as error:
+            row.error = str(error)
+            self.refused.append(row)
+            self._free(slot)
+            return
+        self.rows[slot] = row
+        if self.fallback is not None:
+            row.ngrams = NgramIndex([*prompt, *output])
+        self.chooser.set(slot, row.params)
+        self.trees[slot] = ABSENT
+        self.trees[slot, 0] = row.root
         row.started_s = self.clock()
 
     def verify(self) -> Verdict:
-        """One target forward over the trees, and what it decides."""
-        lengths_list = [len(row.tokens) if row is not None else 0 for row in self.rows]
+        """One target forward over the trees, and what it decides. Nothing, while no prompt is whole."""
+        if not self.decoding:
+            nothing = torch.zeros(len(self.rows), dtype=torch.int64)
+            states = torch.tensor(self._states())
+            return Verdict(outcome=Outcome(nothing, nothing), states=states, commits=[], forward_s=0.0)
+        # Rows of the other slots are computed and mean nothing: they land behind what must stay there.
+        held = self.prompts.prefixes.held
+        lengths_list = [len(held[slot] if row is None else row.tokens) for slot, row in enumerate(self.rows)]
         lengths = self._courier.place(torch.tensor(lengths_list))
         plan = self._plan()
-        context = self.runner.context_for(max(lengths_list) + max(plan.limits) + 1)
+        context = self.runner.context_for(max(len(r.tokens) for r in self.rows if r is not None) + max(plan.limits) + 1)
         tokens = self._courier.place(self.trees[:, : plan.rows])
         logits, outcome, forward_s = self._decide(plan, context, tokens, lengths)
         states, commits = self._commit(outcome, lengths_list, logits)
@@ -297,10 +282,12 @@ class VerifierWorker:
             self.trees, found = lookup(verdict.outcome.node, verdict.outcome.bonus, speculation)
             if self.judge is not None:
                 self.judge.take(verdict.outcome.node, verdict.outcome.bonus, speculation)
+            prepared = (speculation.guesses != ABSENT).any(-1).tolist()
             for slot, (row, hit) in enumerate(zip(self.rows, found.tolist(), strict=True)):
                 if row is None or not self.speculates(row):
                     continue
-                if row.method == "ssd":
+                row.draft_behind = row.method == "ssd" and not prepared[slot]
+                if row.method == "ssd" and prepared[slot]:
                     row.hit = hit
                     row.record.count_lookup(hit)
                     self.lookups += 1
@@ -330,6 +317,9 @@ class VerifierWorker:
         """Trees drafted now, ``[B, W - 1]``, for the rows that missed; under rules that need it,
         what they were drawn from ``[B, I, m]``."""
         self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
+        for row, tree, waited in zip(self.rows, drafted.tolist(), missed.tolist(), strict=True):
+            if row is not None and waited and row.method == "sd":
+                row.draft_behind = all(token == ABSENT for token in tree)
         if self.fallback is not None:
             self.fallback.waited(self.clock() - self._missed_s)
             self.fallback.sources.update((slot, "jit") for slot, waited in enumerate(missed.tolist()) if waited)
@@ -349,7 +339,7 @@ class VerifierWorker:
         return self._tree
 
     def _commit(self, outcome: Outcome, lengths: list[int], logits: Tensor) -> tuple[Tensor, list[Commit]]:
-        states, commits = [int(RowState.EMPTY)] * len(self.rows), []
+        states, commits = self._states(), []
         trees = self.trees.tolist()
         moves: list[tuple[int, int, int]] = []
         for slot, (node, bonus) in enumerate(zip(outcome.node.tolist(), outcome.bonus.tolist(), strict=True)):
@@ -394,7 +384,17 @@ class VerifierWorker:
             self.runner.keep(slots, scratch, positions)
         return torch.tensor(states), commits
 
+    def _states(self) -> list[int]:
+        """What the draft must know of slots that do not decode."""
+        states = [int(RowState.EMPTY)] * len(self.rows)
+        for slot, row in self.prompts.filling.items():
+            row.at_draft = row.at_draft and self.speculates(row)
+            if row.at_draft:
+                states[slot] = int(RowState.PREFILL)
+        return states
+
     def _free(self, slot: int) -> None:
         self.rows[slot] = None
+        self.prompts.leave(slot)
         self.trees[slot] = ABSENT
         self.chooser.clear(slot)

@@ -247,10 +247,18 @@ class Generation:
         usage = {"usage": None} if self.job.usage else {}
         return sse({**self.job.head, "choices": [choice], **usage})
 
-    def _usage(self, outputs: list[RequestOutput]) -> dict[str, int]:
+    def _usage(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         prompt = sum(map(len, self.job.prompts))
         completion = sum(len(output.token_ids) for output in outputs)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        cached: dict[int, int] = {}  # by prompt: the later completions of one find what the first computed
+        for (index, _), output in zip(self.job.choices, outputs, strict=True):
+            cached[index] = min(cached.get(index, output.num_cached_tokens), output.num_cached_tokens)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
+        }
 
     def _metrics(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """vLLM's per-request metrics, of requests with one choice, and our own beside them."""

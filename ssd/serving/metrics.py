@@ -37,6 +37,8 @@ class Metrics:
         self.misses = counter("spec_decode_num_forecast_misses", "Outcomes looked up and not found.")
         self.tokens = counter("generation_tokens", "Tokens generated, by how they came to be.", ("provenance",))
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished requests.")
+        self.prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked for in the prefix cache.")
+        self.prefix_hits = counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
         self.finished = counter("request_success", "Requests finished.", ("finished_reason",))
         self.refused = counter("requests_refused", "Requests refused, by HTTP status.", ("status",))
         self.rounds = counter("rounds", "Rounds of the whole batch.")
@@ -72,6 +74,8 @@ class Metrics:
             if last is None:
                 self.queue_time.observe((request.sent_s or now) - request.added_s)
                 self.first_token.observe(now - request.added_s)
+                self.prefix_queries.inc(len(request.prompt_ids))
+                self.prefix_hits.inc(request.cached)
             else:
                 self.between.observe(now - last)
             self._last[request.number] = now

@@ -110,7 +110,7 @@ def _stale_branch(seeding: Seeding) -> None:
 @mutant("a slot's last keys taken for the next request's", RIGHT)
 def _stale_slot(seeding: Seeding) -> None:
     """The draft compares lengths, not tokens. Costs speed only."""
-    seeding.everywhere(draft._common_prefix, lambda one, other: min(len(one), len(other)))
+    seeding.put(draft, "common_prefix", lambda one, other: min(len(one), len(other)))
 
 
 # Forecast, lookup, admission.

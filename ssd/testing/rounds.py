@@ -55,11 +55,10 @@ def play(
     sources: list[Source] = ["none"] * len(verifier.rows)
     number = 0
     while not verifier.idle:
-        for slot in verifier.admit():
-            verifier.prefill(slot)
-            sources[slot] = "none"
+        verifier.admit()
         for told in verifier.introduce():
             draft.admit(told)
+        verifier.prefill()
         slots = {row.request: slot for slot, row in enumerate(verifier.rows) if row is not None}
         prepared = draft.speculate()
         sent, _ = frames.unpack_speculation(frames.pack_speculation(prepared, number, 0), number)

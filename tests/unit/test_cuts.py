@@ -71,7 +71,8 @@ def logits_at(position: int, ends: tuple[tuple[int, int], ...]) -> Tensor:
 
 
 class ScriptedRunner:
-    batch, vocabulary, device, compile = 8, SIZE, torch.device("cpu"), False
+    batch, vocabulary, device, compile, chunk = 8, SIZE, torch.device("cpu"), False, 16
+    graphs = None
 
     def __init__(self) -> None:
         self.changed: tuple[tuple[int, int], ...] = ()
@@ -82,12 +83,15 @@ class ScriptedRunner:
     def context_for(self, longest: int) -> int:
         return longest
 
+    def announce(self, *_forward: Any) -> None:
+        return
+
     def logits(self, plan: RowPlan, tokens: Tensor, lengths: Tensor, context: int) -> Tensor:
         time.sleep(0.002)  # a forward takes a while: the front gets its turn
         rows = [[logits_at(length + offset, self.changed) for offset in plan.offsets] for length in lengths.tolist()]
         return torch.stack([torch.stack(row) for row in rows])
 
-    def prefill(self, slot: int, tokens: list[int]) -> None:
+    def prefill(self, slot: int, tokens: list[int], start: int) -> None:
         raise AssertionError("prompts have one token")
 
 

@@ -1,0 +1,27 @@
+"""From scores to the candidates of a comb."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..decoding.tree import ABSENT
+
+
+def noise_at(noise: Tensor, ahead: Tensor) -> Tensor:
+    """Rows ``ahead [B, R]`` of noise ``[B, horizon, V]``."""
+    return noise[torch.arange(len(noise), device=noise.device)[:, None], ahead]
+
+
+def best_tokens(scores: Tensor, width: int) -> Tensor:
+    """The ``width`` best tokens ``[B, R, width]``, best first; ``ABSENT`` where no more are allowed."""
+    if width == 1:
+        return scores.argmax(-1, keepdim=True)
+    best = scores.topk(width, dim=-1)
+    return best.indices.masked_fill(best.values == -torch.inf, ABSENT)
+
+
+def comb_tokens(ranked: list[Tensor]) -> Tensor:
+    """Node tokens ``[B, R, W - 1]`` of combs from the ranked tokens of each depth ``[B, R, 1 + s]``."""
+    chain = torch.stack([best[..., 0] for best in ranked], dim=-1)
+    return torch.cat([chain, *[best[..., 1:] for best in ranked]], dim=-1)
