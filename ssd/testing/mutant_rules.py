@@ -16,7 +16,7 @@ from ..decoding.support import DraftProbs, scaled_logits
 from ..decoding.tree import ABSENT
 from ..decoding.verify import Outcome
 from ..pipeline import draft, rules
-from .seeding import EQUAL, STREAMS, UNIFORMS, Seeding, joint_of, law_of, mutant
+from .seeding import EQUAL, OWN_DISTRIBUTIONS, STREAMS, UNIFORMS, Seeding, joint_of, law_of, mutant
 
 
 @mutant("residual of another node", law_of("rejection"))
@@ -147,7 +147,7 @@ def _argmax_match(seeding: Seeding) -> None:
     seeding.put(rules.Judge, "decide", wrong)
 
 
-@mutant("swapped rows: distributions", joint_of("rejection"))
+@mutant("swapped rows: distributions", OWN_DISTRIBUTIONS)
 def _swapped_distributions(seeding: Seeding) -> None:
     """Rejection: a row is judged by what its neighbour's candidates were drawn from."""
     honest = rules.Judge.take

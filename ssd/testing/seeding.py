@@ -72,6 +72,7 @@ def joint_of(case: str, *, many: bool = False) -> str:
 
 EQUAL = "test_played.py::test_tokens_are_plain_decodings"
 RIGHT = "test_played.py::test_a_draft_that_is_the_target_is_never_wrong"
+OWN_DISTRIBUTIONS = "test_rules.py::test_every_row_is_judged_by_what_its_own_tree_was_drawn_from"
 UNIFORMS = "test_rules.py::test_uniforms_are_independent"
 STREAMS = "test_rules.py::test_candidates_are_independent_of_other_noise"
 POSSIBLE = "test_played.py::test_guesses_are_possible_outcomes"

@@ -228,6 +228,34 @@ def test_uniforms_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
             assert float(((counts - expected) ** 2 / expected).sum()) < 120  # 63 degrees: p = 2e-5
 
 
+def test_every_row_is_judged_by_what_its_own_tree_was_drawn_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, vocabulary, seen = TreeShape.comb(1), 4, []
+    layout = probs_layout("rejection", shape, vocabulary, vocabulary)
+    assert layout is not None
+    judge = Judge("rejection", shape, layout, batch=3, device="cpu")
+    drawn = torch.rand(3, 2, 1, vocabulary, generator=torch.Generator().manual_seed(4)).softmax(-1)
+    speculation = SpeculationSet(
+        nodes=torch.zeros(3, 2, dtype=torch.int64),
+        guesses=torch.tensor([[0, 1]]).expand(3, 2),
+        trees=torch.tensor([[[2], [3]]]).expand(3, 2, 1),
+        draft=DraftProbs(torch.arange(vocabulary).expand(drawn.shape).clone(), drawn),
+    )
+    judge.take(torch.zeros(3, dtype=torch.int64), torch.tensor([1, 0, 1]), speculation)
+    judge.name(2)  # an n-gram
+
+    def noting(*given: Any) -> Any:
+        seen.append(given[2])
+        return verify_rejection(*given)
+
+    monkeypatch.setattr(rules, "verify_rejection", noting)
+    empty, logits = SamplingTensors.empty(3, "cpu"), torch.zeros(3, 2, vocabulary)
+    params = replace(empty, temperature=empty.temperature + 1, random=True)
+    tokens = torch.tensor([[1, 3], [0, 2], [1, 3]])
+    matched = Outcome(tokens[:, 0], tokens[:, 0])
+    judge.decide(matched, tokens, tokens, logits, torch.full((3,), 5), logits, params)
+    assert torch.equal(seen[0].probs, torch.stack([drawn[0, 1], drawn[1, 0], torch.zeros(1, vocabulary)]))
+
+
 # Configuration.
 
 
