@@ -11,7 +11,7 @@ import pytest
 from benchmarks import equality
 from ssd.testing.tiny import ARCHITECTURES
 
-SMALL = ["tiny", "--prompts", "8", "--cases", "2", "--max-tokens", "10"]
+SMALL = ["tiny", "--prompts", "8", "--cases", "2", "--max-tokens", "24"]
 
 
 def test_cases_cover_what_is_claimed() -> None:
