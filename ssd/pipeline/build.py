@@ -208,7 +208,7 @@ def _runner(
             make = partial(LeadingRunner, lanes=ranks.lanes)
     on_gpu = model.device.type == "cuda"
     compile_ = can_compile() if wanted.compile == "auto" else wanted.compile
-    kernels = tree_attention.available() if on_gpu else native.available()
+    kernels = tree_attention.available() if on_gpu else native.available() and wanted.dtype != "float16"
     attention = ("tree" if kernels else "rows") if wanted.attention == "auto" else wanted.attention
     runner = make(
         model,
