@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .config_self import SelfConfig
 from .config_words import describe, first_line, given
 from .errors import ConfigError, ModelError
 
@@ -63,24 +64,20 @@ class TargetConfig(ModelConfig):
 class ForecastConfig(_Section):
     """Which outcomes the draft prepares for."""
 
-    budget: int = Field(default=12, ge=1, le=256)
-    """Branches N = ΣF_u the draft prepares each round."""
+    budget: int = Field(default=12, ge=1, le=256)  # branches N = ΣF_u the draft prepares each round
     shape: Literal["uniform", "geometric", "confidence"] = "confidence"
     """``confidence``: the N likeliest outcomes of each round; the others: F_u the same each round."""
-    sharpness: Number = Field(default=1.4, gt=0)
-    """How far ``confidence`` trusts the draft's ranking (β on its scores)."""
-    acceptance: Number = Field(default=0.7, gt=0, lt=1)
-    """Prior acceptance of a draft token, by which ``geometric`` weighs the nodes."""
-    power: Number = Field(default=1.5, gt=0)
-    """Exponent r of the miss power law: at fan-out F a share F^-r of outcomes is missed."""
+    sharpness: Number = Field(default=1.4, gt=0)  # how far ``confidence`` trusts the draft's ranking (β on its scores)
+    acceptance: Number = Field(default=0.7, gt=0, lt=1)  # prior, by which ``geometric`` weighs the nodes
+    power: Number = Field(default=1.5, gt=0)  # r of the miss power law: at fan-out F a share F^-r of outcomes is missed
 
 
 class SpeculationConfig(_Section):
     """How the draft speculates."""
 
-    method: Literal["none", "sd", "ssd"] = "ssd"
-    lookahead: int = Field(default=4, ge=1, le=16)
-    """K: draft tokens verified in a round."""
+    method: Literal["none", "sd", "ssd", "self"] = "ssd"
+    self: SelfConfig | None = None  # needed by requests of method self where the configured one is another
+    lookahead: int = Field(default=4, ge=1, le=16)  # K: draft tokens verified in a round
     siblings: int = Field(default=0, ge=0, le=8)
     """Next-best tokens beside the chain at each depth; 0 is a chain, more a comb."""
     forecast: ForecastConfig = ForecastConfig()
@@ -89,12 +86,14 @@ class SpeculationConfig(_Section):
     verify: Literal["coupled", "rejection", "block"] = "coupled"
     """``coupled``: plain decoding's very tokens. ``rejection``, ``block``: tokens of the same law
     (at temperature 0 the same tokens), higher acceptance, the draft's probabilities on the link."""
-    support: int = Field(default=64, ge=1)
-    """Tokens the draft samples from under those two: its most probable ones, or all there are."""
-    saguaro_c: Number = Field(default=1.0, gt=0, le=1)
-    """Saguaro sampling: the forecast's top tokens are drafted with this share of their weight."""
-    governor: bool = True
-    """Decode plainly while that is measured to be faster, and try again now and then."""
+    support: int = Field(default=64, ge=1)  # tokens the draft samples from under those two: its most probable ones
+    saguaro_c: Number = Field(default=1.0, gt=0, le=1)  # share of their weight with which top tokens are drafted
+    governor: bool = True  # decode plainly while that is measured to be faster, and try again now and then
+
+    @property
+    def self_draft(self) -> SelfConfig | None:
+        """Of the draft within the target."""
+        return self.self or (SelfConfig() if self.method == "self" else None)
 
 
 class EngineConfig(_Section):
@@ -149,7 +148,7 @@ class Config(_Section):
 
     target: TargetConfig
     draft: ModelConfig | None = None
-    """Needed unless ``speculation.method`` is ``none``."""
+    """Needed unless ``speculation.method`` is ``none`` or ``self``."""
     speculation: SpeculationConfig = SpeculationConfig()
     numerics: Literal["strict", "fast"] = "strict"
     engine: EngineConfig = EngineConfig()
@@ -206,10 +205,10 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(where + _one_line(error, tree)) from None
-    if config.draft is None and config.speculation.method != "none":
+    if config.draft is None and config.speculation.method in ("sd", "ssd"):
         raise ConfigError(
             f"{where}draft is missing; speculation.method={config.speculation.method} needs a draft model "
-            "(or set speculation.method=none)"
+            "(or set speculation.method=none, or self)"
         )
     _check_rule(config.speculation, where)
     return config

@@ -229,7 +229,7 @@ def _order(methods: Sequence[str]) -> tuple[Method, ...]:
     for method in methods:
         if method not in METHODS:
             raise RequestError(f"method {method!r} is unknown; methods are {', '.join(METHODS)}")
-    speculative: tuple[Method, ...] = ("sd", "ssd")
+    speculative: tuple[Method, ...] = ("self", "sd", "ssd")
     return (BASELINE, REFERENCE, *(method for method in speculative if method in methods))
 
 

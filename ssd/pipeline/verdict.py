@@ -41,3 +41,5 @@ class Verdict:
     forward_s: float
     ngram: bool = False
     """Rows that miss now take an n-gram where there is one."""
+    drafted_s: float = 0.0
+    """What the verifier's own draft took before (method ``self``)."""

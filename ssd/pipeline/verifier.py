@@ -30,6 +30,7 @@ from .messages import Admit, Submit
 from .prefix import PrefixCache
 from .prompts import Prompts
 from .rules import Judge
+from .self_draft import SelfDraft
 from .sequence import Sequence
 from .verdict import Commit, Verdict
 
@@ -76,11 +77,11 @@ class VerifierWorker:
         """False once the draft is lost: everything decodes plainly from then on."""
         self.judge: Judge | None = None
         """Under ``rejection`` and ``block``: verifies the rows that sample."""
+        self.self_draft: SelfDraft | None = None
+        """Drafts for rows of method ``self``."""
         self.trees = torch.full((runner.batch, shape.nodes), ABSENT)
-        self.origins: list[Origin] = ["plain"] * runner.batch
-        """Of the candidates in ``trees``."""
-        self.lookups = self.hits = 0
-        """Of the round before."""
+        self.origins: list[Origin] = ["plain"] * runner.batch  # of the candidates in ``trees``
+        self.lookups = self.hits = 0  # of the round before
         self.fallback = FallbackChoice() if ngram else None
         self._missed_s = 0.0
         device, self._courier = runner.device, Courier(runner.device)
@@ -204,12 +205,13 @@ class VerifierWorker:
         """One target forward over the trees, and what it decides. Nothing, while no prompt is whole."""
         if not self.decoding:
             nothing = torch.zeros(len(self.rows), dtype=torch.int64)
-            states = torch.tensor(self._states())
-            return Verdict(outcome=Outcome(nothing, nothing), states=states, commits=[], forward_s=0.0)
+            return Verdict(Outcome(nothing, nothing), torch.tensor(self._states()), commits=[], forward_s=0.0)
         # Rows of the other slots are computed and mean nothing: they land behind what must stay there.
         held = self.prompts.prefixes.held
         lengths_list = [len(held[slot] if row is None else row.tokens) for slot, row in enumerate(self.rows)]
         lengths = self._courier.place(torch.tensor(lengths_list))
+        own = self.self_draft
+        drafted_s = own.fill(self.rows, self.trees, self.origins, lengths) if own is not None else 0.0
         plan = self._plan()
         context = self.runner.context_for(max(len(r.tokens) for r in self.rows if r is not None) + max(plan.limits) + 1)
         tokens = self._courier.place(self.trees[:, : plan.rows])
@@ -218,7 +220,7 @@ class VerifierWorker:
         ngram = self.fallback is not None and (not self.jit or self.fallback.ngram)
         if self.fallback is not None:
             self.fallback.learn(commits, forward_s)
-        return Verdict(outcome, states, commits, forward_s, ngram)
+        return Verdict(outcome, states, commits, forward_s, ngram, drafted_s=drafted_s)
 
     @torch.no_grad()
     def _decide(self, plan: RowPlan, context: int, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Outcome, float]:
@@ -296,9 +298,7 @@ class VerifierWorker:
                 if not hit and row.method == "ssd" and verdict.ngram and self._take_ngram(slot, row):
                     continue
                 missed[slot] = not hit and (self.jit or row.method == "sd")
-        for slot, row in enumerate(self.rows):
-            if row is None:
-                self.trees[slot] = ABSENT
+        self.trees[torch.tensor([row is None for row in self.rows])] = ABSENT
         self._missed_s = self.clock()
         return missed
 

@@ -25,7 +25,8 @@ ALLOWED = {
     "decoding": {*BASE},
     **{layer: {*BASE, "decoding", *STACK[:index]} for index, layer in enumerate(STACK)},
     "config_words": set(),
-    "config": {*BASE, "config_words"},
+    "config_self": set(),
+    "config": {*BASE, "config_self", "config_words"},
     # The package's face and its commands stand above everything.
     "__init__": {*BASE, "decoding", *STACK},
     "cli": {
