@@ -12,7 +12,7 @@ as ``ProbsLayout`` lays them out.
 
 The header is magic, round, and two words of the frame's own: the outcome frame carries how many
 control messages must have been applied and what comes next (with a bit that says whether missed rows
-take n-grams), the draft's frames carry how long
+take n-grams, and how far to draft), the draft's frames carry how long
 drafting took (µs) and 0.
 """
 
@@ -32,6 +32,7 @@ MAGIC = 0x55D00001
 MAGIC_INT32 = MAGIC - 2**32 if MAGIC >= 2**31 else MAGIC
 HEADER = 4
 NGRAM_BIT = 8
+LOOKAHEAD_SHIFT = 4
 
 
 class Next(IntEnum):
@@ -95,6 +96,8 @@ class OutcomeFrame:
     next: Next
     ngram: bool = False
     """Missed rows verify an n-gram where there is one."""
+    lookahead: int = 0
+    """How far the draft drafts from now on; 0: as deep as the tree."""
     states: Tensor
     """``[B]`` int64 of ``RowState``."""
     nodes: Tensor
@@ -133,12 +136,16 @@ class Frames:
 
     def pack_outcome(self, frame: OutcomeFrame) -> Tensor:
         rows = np.stack([frame.states.numpy(), frame.nodes.numpy(), frame.bonus.numpy()], axis=1)
-        return _pack(frame.round, frame.control_count, frame.next | NGRAM_BIT * frame.ngram, rows)
+        word = frame.next | NGRAM_BIT * frame.ngram | frame.lookahead << LOOKAHEAD_SHIFT
+        return _pack(frame.round, frame.control_count, word, rows)
 
     def unpack_outcome(self, raw: Tensor, round: int) -> OutcomeFrame:
         control_count, word = _check(raw, round)
+        lookahead, low = divmod(word, 1 << LOOKAHEAD_SHIFT)
         try:
-            next_ = Next(word & ~NGRAM_BIT)
+            next_ = Next(low & ~NGRAM_BIT)
+            if not 0 <= lookahead < self.nodes:
+                raise ValueError
         except ValueError:
             raise LinkError(f"the verifier announced {word} next, which is nothing known") from None
         rows = _long(raw[HEADER:]).view(self.batch, 3)
@@ -147,6 +154,7 @@ class Frames:
             control_count=control_count,
             next=next_,
             ngram=bool(word & NGRAM_BIT),
+            lookahead=lookahead,
             states=rows[:, 0],
             nodes=rows[:, 1],
             bonus=rows[:, 2],
