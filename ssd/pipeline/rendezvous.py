@@ -27,7 +27,6 @@ from .link_nccl import NcclLink
 from .link_shared import SharedLink
 from .tensor import Ranks
 
-
 _OVER_MEMORY = {"host": HostLink, "shared": SharedLink}
 """Links that torch.distributed has no part in."""
 
