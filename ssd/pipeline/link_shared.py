@@ -162,7 +162,7 @@ class _Way:
         slot = self._count % SLOTS
         self._count += 1
         self._frames[slot][: frame.size] = frame
-        self._headers[slot][1:] = frame.size, zlib.crc32(frame, self._count)
+        self._headers[slot][1:] = frame.size, zlib.crc32(frame.data, self._count)
         self._headers[slot][0] = self._count
         return True
 
@@ -175,7 +175,7 @@ class _Way:
         if size != into.size:
             raise ValueError(f"a frame of {size} bytes came where {into.size} were due")
         into[:] = self._frames[slot][:size]
-        if zlib.crc32(into, number) != check:
+        if zlib.crc32(into.data, number) != check:
             return False
         self._count = number
         self._taken[0] = number
