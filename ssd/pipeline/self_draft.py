@@ -120,8 +120,7 @@ class SelfDraft:
             fed, going = found[..., 0].clamp(min=0), going & (sure >= self._confidence)
             if not going.any():
                 break
-        ranked += [torch.full_like(ranked[0], ABSENT)] * (self.shape.depth - len(ranked))
-        return comb_tokens(ranked)[:, 0].cpu()
+        return comb_tokens(ranked, self.shape.depth)[:, 0].cpu()
 
     def _step(self, context: int, fed: Tensor, lengths: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Logits ``[B, 1, V]``, the best tokens ``[B, 1, 1 + s]`` and the confidence in the first ``[B]``."""

@@ -41,5 +41,7 @@ class Verdict:
     forward_s: float
     ngram: bool = False
     """Rows that miss now take an n-gram where there is one."""
+    lookahead: int = 0
+    """How far the draft drafts from now on; 0: as deep as the tree."""
     drafted_s: float = 0.0
     """What the verifier's own draft took before (method ``self``)."""
