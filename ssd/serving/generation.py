@@ -140,7 +140,7 @@ class Generation:
 
     def __init__(self, engine: AsyncEngine, job: Job, client: str):
         self.job = job
-        self._lookahead = engine.config.speculation.lookahead if engine.config.draft is not None else 0
+        self._lookahead = engine.config.speculation.depth if engine.config.draft is not None else 0
         self._texts = TokenBytes(engine.tokenizer)
         self._characters: Counter[int] = Counter()
         """By choice, of the tokens whose log-probabilities went out."""
