@@ -12,7 +12,7 @@ as ``ProbsLayout`` lays them out.
 
 The header is magic, round, and two words of the frame's own: the outcome frame carries how many
 control messages must have been applied and what comes next (with a bit that says whether missed rows
-take n-grams), the draft's frames carry how long
+take n-grams, and how far to draft), the draft's frames carry how long
 drafting took (µs) and 0.
 """
 
@@ -32,6 +32,7 @@ MAGIC = 0x55D00001
 MAGIC_INT32 = MAGIC - 2**32 if MAGIC >= 2**31 else MAGIC
 HEADER = 4
 NGRAM_BIT = 8
+LOOKAHEAD_SHIFT = 4
 
 
 class Next(IntEnum):
@@ -95,6 +96,8 @@ class OutcomeFrame:
     next: Next
     ngram: bool = False
     """Missed rows verify an n-gram where there is one."""
+    lookahead: int = 0
+    """How far the draft drafts from now on; 0: as deep as the tree."""
     states: Tensor
     """``[B]`` int64 of ``RowState``."""
     nodes: Tensor
@@ -133,15 +136,19 @@ class Frames:
 
     def pack_outcome(self, frame: OutcomeFrame) -> Tensor:
         raw = np.empty(self.outcome_size, dtype=np.int32)
-        raw[:HEADER] = _header(frame.round, frame.control_count, frame.next | NGRAM_BIT * frame.ngram)
+        word = frame.next | NGRAM_BIT * frame.ngram | frame.lookahead << LOOKAHEAD_SHIFT
+        raw[:HEADER] = _header(frame.round, frame.control_count, word)
         for column, values in enumerate((frame.states, frame.nodes, frame.bonus)):
             raw[HEADER + column :: 3] = values.numpy()
         return torch.from_numpy(raw)
 
     def unpack_outcome(self, raw: Tensor, round: int) -> OutcomeFrame:
         control_count, word = _check(raw, round)
+        lookahead, low = divmod(word, 1 << LOOKAHEAD_SHIFT)
         try:
-            next_ = Next(word & ~NGRAM_BIT)
+            next_ = Next(low & ~NGRAM_BIT)
+            if not 0 <= lookahead < self.nodes:
+                raise ValueError
         except ValueError:
             raise LinkError(f"the verifier announced {word} next, which is nothing known") from None
         rows = _long(raw[HEADER:]).view(self.batch, 3)
@@ -150,6 +157,7 @@ class Frames:
             control_count=control_count,
             next=next_,
             ngram=bool(word & NGRAM_BIT),
+            lookahead=lookahead,
             states=rows[:, 0],
             nodes=rows[:, 1],
             bonus=rows[:, 2],
