@@ -85,7 +85,9 @@ class Front:
     def tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=True)["input_ids"])
 
-    def make(self, prompt: str | Sequence[int], params: SamplingParams, client: str = "") -> list[Request]:
+    def make(
+        self, prompt: str | Sequence[int], params: SamplingParams, client: str = "", priority: int = 0
+    ) -> list[Request]:
         """The requests of a prompt, one for each completion, checked, not yet in the book.
 
         Raises: RequestError.
@@ -110,6 +112,8 @@ class Front:
             raise RequestError(
                 "method self needs a draft within the target; set speculation.self={} (or speculation.method=self)"
             )
+        if priority and self.config.engine.scheduling != "priority":
+            raise RequestError("priority is off: start with engine.scheduling=priority, or leave it out")
         text = self.tokenizer.decode(ids) if text is None else text
         params = resolve(params, self.tokenizer, vocabulary=self.plan.vocabulary, ends=self.plan.ends)
         if params.structured_outputs is not None:
@@ -131,6 +135,7 @@ class Front:
                 ),
                 context_limit=limit,
                 client=client,
+                priority=priority,
             )
             for index in range(params.n)
         ]
