@@ -65,9 +65,9 @@ class EngineConfig(Section):
     prefix_caching: bool = True  # reuse keys and values that an earlier prompt left
     workers: Literal["auto", "processes", "threads"] = "auto"
     """``threads``: draft and target in one process, on two streams; ``auto``: where they share a GPU."""
-    link: Literal["auto", "gloo", "nccl", "host"] = "auto"
-    """Between draft and verifier. ``auto``: NCCL between distinct GPUs, ``host`` (ZMQ) where a GPU
-    cannot use it, gloo between CPUs."""
+    link: Literal["auto", "shared", "gloo", "nccl", "host"] = "auto"
+    """Between draft and verifier. ``auto``: NCCL between distinct GPUs, otherwise shared memory
+    on one machine; between machines gloo, or ``host`` (ZMQ) where a GPU cannot use NCCL."""
     link_timeout_s: Number = Field(default=60.0, gt=0)
     start_timeout_s: Number = Field(default=600.0, gt=0)
 

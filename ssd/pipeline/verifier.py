@@ -260,7 +260,7 @@ class VerifierWorker:
     def advance(self, verdict: Verdict, speculation: SpeculationSet | None) -> Tensor:
         """Next trees by lookup (``None``: no draft took part). Returns the rows ``[B]`` bool that
         wait for a tree drafted now."""
-        missed = torch.zeros(len(self.rows), dtype=torch.bool)
+        missed = [False] * len(self.rows)
         self.lookups = self.hits = 0
         if speculation is None:
             self.trees = torch.full_like(self.trees, ABSENT)
@@ -269,7 +269,7 @@ class VerifierWorker:
             self.trees, found = lookup(verdict.outcome.node, verdict.outcome.bonus, speculation)
             if self.judge is not None:
                 self.judge.take(verdict.outcome.node, verdict.outcome.bonus, speculation)
-            prepared = (speculation.guesses != ABSENT).any(-1).tolist()
+            prepared = (speculation.guesses.numpy() != ABSENT).any(-1).tolist()
             for slot, (row, hit) in enumerate(zip(self.rows, found.tolist(), strict=True)):
                 if row is None or not self.speculates(row):
                     continue
@@ -291,7 +291,7 @@ class VerifierWorker:
             if row.ngrams is not None and self.steering.arm(row, drafting=self.drafting) == "ngram":
                 self._take_ngram(slot, row)
         self._missed_s, self._trees_s = self.clock(), 0.0
-        return missed
+        return torch.tensor(missed)
 
     def _take_ngram(self, slot: int, row: Sequence) -> bool:
         """The slot's tree from what its own text says, if that says anything."""
@@ -326,7 +326,7 @@ class VerifierWorker:
 
     def _plan(self) -> RowPlan:
         rows = [row for row in self.rows if row is not None]
-        plain = not bool((self.trees[:, 1:] != ABSENT).any())
+        plain = not bool((self.trees.numpy()[:, 1:] != ABSENT).any())
         if plain and (not self.strict or all(row.method == "none_fast" for row in rows)):
             return self._one
         if self.judge is not None or len(self._trees) == 1:
