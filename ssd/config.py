@@ -63,6 +63,7 @@ class EngineConfig(Section):
     """Prompt and generated tokens together."""
     prefill_chunk: int = Field(default=64, ge=8, le=2048)  # prompt tokens computed between two rounds
     prefix_caching: bool = True  # reuse keys and values that an earlier prompt left
+    scheduling: Literal["fair", "priority"] = "fair"  # who is next: clients in turn, or the lowest ``priority`` first
     workers: Literal["auto", "processes", "threads"] = "auto"
     """``threads``: draft and target in one process, on two streams; ``auto``: where they share a GPU."""
     link: Literal["auto", "shared", "gloo", "nccl", "host"] = "auto"
@@ -94,8 +95,7 @@ class ServerConfig(Section):
     """Requests that wait for a slot; beyond, clients get 429."""
     max_tokens_in_flight: int = Field(default=2**18, ge=16)
     """Prompt and answer tokens of all requests, waiting or running; beyond, clients get 429."""
-    shadow_rate: Number = Field(default=0.0, ge=0, le=1)
-    """Share of finished requests decoded again plainly, when there is room, and compared."""
+    shadow_rate: Number = Field(default=0.0, ge=0, le=1)  # share of finished requests decoded again plainly
     lane: str | None = Field(default=None, min_length=1)
     """Where ``ssd.Client`` connects: ``ipc://PATH``, or ``tcp://HOST:PORT`` with keys. None: nowhere."""
     lane_keys: str | None = Field(default=None, min_length=1)
