@@ -69,7 +69,8 @@ class Governor:
     """
 
     def __init__(self, method: Arm = "ssd", *, saving_s: float = 0.0):
-        self.arm = self.method = method
+        self.arm: Arm = method
+        self.method: Arm = method
         self._saving_s = saving_s
         self._plain_s, self._missed_s, self._named = Mean(), Mean(), Mean(NAMED_MEMORY)
         self._tokens, self._rate = Mean(), Mean()
