@@ -84,6 +84,12 @@ class Governor:
         return self.arm in ("ssd", "sd")
 
     @property
+    def undrafted(self) -> Arm:
+        """The better of those that need no draft."""
+        rates = self.rates()
+        return "ngram" if rates and rates["ngram"] > rates["none"] * (1 + MARGIN) else "none"
+
+    @property
     def missed_s(self) -> float:
         """How long rows that missed wait for a tree; 0 before any did."""
         return self._missed_s.value or 0.0

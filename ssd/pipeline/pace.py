@@ -15,6 +15,7 @@ class Pace:
 
     def __init__(self) -> None:
         self.drafted = True
+        """While the batch speculates."""
         self._tokens, self._misses = Mean(), Mean()
         self._left = MEMORY  # rounds until the next decision
         self._rest, self._trial = REST, True

@@ -11,6 +11,7 @@ from ..decoding.ngram import NgramIndex, NgramRounds
 from ..params import Method
 from .fallback import FallbackChoice
 from .governor import Arm, Governor, Round
+from .pace import Pace
 from .sequence import Sequence
 from .verdict import Commit, Verdict
 
@@ -53,7 +54,9 @@ class Steering:
             return "none"
         if not self._governed:
             return governor.method if drafting else "none"
-        return "ngram" if governor.speculating and not (drafting and row.pace.drafted) else governor.arm
+        if not drafting:
+            return governor.undrafted
+        return "ngram" if governor.speculating and not row.pace.drafted else governor.arm
 
     def name(self, slot: int) -> None:
         """The slot's next candidates are an n-gram."""
@@ -102,6 +105,8 @@ class Steering:
         tokens = sum(len(commit.tokens) for commit in verdict.commits)
         if governor.speculating and rows > 1:
             self._set_paces(verdict.commits, tokens / seconds, governor.missed_s)
+        elif not (row := verdict.commits[0].sequence).pace.drafted:
+            row.pace = Pace()  # alone, it costs nobody anything
         wide = any(commit.drafted for commit in verdict.commits)
         spent = {"seconds": seconds, "waited_s": waited_s, "missed_s": missed_s}
         governor.observe(Round(tokens=tokens, rows=rows, wide=wide, **spent))

@@ -216,3 +216,12 @@ def test_a_row_that_turns_good_comes_back() -> None:
     assert not paces[1].drafted
     drive_paces(paces, [0.95, 0.97], 1500)
     assert paces[1].drafted
+
+
+def test_without_a_draft_the_better_of_the_others() -> None:
+    governor = Governor(saving_s=0.0)
+    MACHINES["ngram"].run(governor, 100)
+    assert governor.undrafted == "ngram"
+    governor = Governor(saving_s=0.001)
+    MACHINES["none"].run(governor, 100)
+    assert governor.undrafted == "none"
