@@ -128,10 +128,11 @@ class Governor:
             if round.missed_s:
                 self._missed_s.add(round.missed_s, 1.0)
         rates = self.rates()
-        best = max((arm for arm in ARMS if arm in rates and arm != self.arm), key=lambda arm: rates[arm])
+        others: dict[Arm, float] = {arm: rate for arm, rate in rates.items() if arm != self.arm}
+        best: Arm = max(others, key=lambda arm: others[arm])
         if self._trial > 1:
             self._trial -= 1
-        elif rates[self.arm] < rates[best] * (1 + MARGIN if self._trial else 1 - MARGIN):
+        elif rates[self.arm] < others[best] * (1 + MARGIN if self._trial else 1 - MARGIN):
             self._leave(best)
         else:
             if self._trial and self.arm == self.method:
