@@ -73,14 +73,12 @@ class VerifierWorker:
         """Those that decode."""
         self.prompts = Prompts(runner, PrefixCache(runner.batch, runner.chunk, enabled=prefix_caching))
         self.drafting = True
-        """False once the draft is lost: everything decodes plainly from then on."""
+        """False while there is no draft: everything decodes plainly then."""
         self.judge: Judge | None = None
         """Under ``rejection`` and ``block``: verifies the rows that sample."""
         self.trees = torch.full((runner.batch, shape.nodes), ABSENT)
-        self.origins: list[Origin] = ["plain"] * runner.batch
-        """Of the candidates in ``trees``."""
-        self.lookups = self.hits = 0
-        """Of the round before."""
+        self.origins: list[Origin] = ["plain"] * runner.batch  # of the candidates in trees
+        self.lookups = self.hits = 0  # of the round before
         self.fallback = FallbackChoice() if ngram else None
         self._missed_s = 0.0
         device, self._courier = runner.device, Courier(runner.device)
@@ -166,7 +164,7 @@ class VerifierWorker:
 
     def observe(self, verdict: Verdict, *, seconds: float, waited_s: float) -> None:
         """Show the governor how a round went. ``waited_s``: of it, for the draft."""
-        if not self.governed or any(commit.sequence.draft_behind for commit in verdict.commits):
+        if not (self.governed and self.drafting) or any(commit.sequence.draft_behind for commit in verdict.commits):
             return
         methods: set[Method] = {commit.sequence.method for commit in verdict.commits}
         # A mixed batch says little about any one method.
@@ -330,6 +328,8 @@ class VerifierWorker:
         """Go on plainly. Losslessness does not depend on the draft: only speed is lost."""
         self.drafting = False
         self.trees[:, 1:] = ABSENT
+        for _, row in self._admitted:
+            row.at_draft = row.draft_behind = False
 
     def _plan(self) -> RowPlan:
         rows = [row for row in self.rows if row is not None]
