@@ -46,6 +46,7 @@ class LLM:
         self.config, self.tokenizer = self._front.config, self._front.tokenizer
         self._events: dict[int, deque[StreamEvent]] = {}
         """Not yet given out, of the requests being streamed."""
+        self._checked_s = 0.0
         self._pipeline = launch(self._front.plan)
         if not isinstance(self._pipeline, Restartable):
             self._front.restarts.limit = 0
@@ -184,8 +185,8 @@ class LLM:
             while (message := lane.receive(wait_s)) is not None:
                 seen, wait_s = True, 0
                 self._perform(self._front.take(role, message))
-        if not seen or self._front.restarts.pending:
-            gone = pipeline.check()
+        if not seen or time.monotonic() - self._checked_s > POLL_S:
+            gone, self._checked_s = pipeline.check(), time.monotonic()
             error = self._front.fatal(gone)
             if error is not None:
                 raise error
