@@ -212,8 +212,8 @@ def verifier_loop(
             continue
         now = worker.clock()
         if last_end is not None:
-            waited_s = draft.take_waited_s() if draft is not None else 0.0
-            worker.observe(verdict, seconds=now - last_end, waited_s=waited_s)
+            waited_s, draft_s = (draft.take_waited_s(), draft.drafted_s) if draft is not None else (0.0, 0.0)
+            worker.observe(verdict, seconds=now - last_end, waited_s=waited_s, draft_s=draft_s)
             timer.add("round", now - last_end)
             if all_hit:
                 timer.add("hit_round", now - last_end)

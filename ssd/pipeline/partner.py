@@ -27,7 +27,7 @@ class DraftSide:
         self.link, self.lane, self.frames = link, lane, frames
         self.in_round = False
         self.round = self.told = 0
-        self._waited_s = 0.0
+        self._waited_s = self.drafted_s = 0.0
         self._speculation = frames.new(frames.speculation_size)
         self._trees = frames.new(frames.tree_size)
 
@@ -44,6 +44,7 @@ class DraftSide:
             control_count=self.told,
             next=next_,
             ngram=verdict.ngram,
+            lookahead=verdict.lookahead,
             states=verdict.states,
             nodes=verdict.outcome.node,
             bonus=verdict.outcome.bonus,
@@ -59,7 +60,9 @@ class DraftSide:
         began = time.perf_counter()
         self.link.exchange(self.frames.pack_outcome(frame), self._speculation, timed)
         self._waited_s += time.perf_counter() - began - busy_s
-        return self.frames.unpack_speculation(self._speculation, self.round)
+        speculation, spent_us = self.frames.unpack_speculation(self._speculation, self.round)
+        self.drafted_s = spent_us / 1e6
+        return speculation, spent_us
 
     def receive_trees(self) -> tuple[torch.Tensor, DraftProbs | None]:
         began = time.perf_counter()
@@ -124,7 +127,7 @@ class Rejoin:
         """Await nobody. A link still being made is closed when it is there."""
         linking, self._linking, self._awaited = self._linking, None, False
         if linking is not None:
-            linking.add_done_callback(lambda done: done.exception() or done.result().close())
+            linking.add_done_callback(lambda done: None if done.exception() else done.result().close())
 
 
 def _in_background(connect: Callable[[], Link]) -> Future[Link]:
@@ -134,8 +137,8 @@ def _in_background(connect: Callable[[], Link]) -> Future[Link]:
     def work() -> None:
         try:
             linking.set_result(connect())
-        except LinkError as error:
-            linking.set_exception(error)
+        except (PipelineError, OSError, RuntimeError) as error:
+            linking.set_exception(LinkError(f"the draft came and could not be linked: {error}"))
 
     threading.Thread(target=work, name="ssd-rejoin", daemon=True).start()
     return linking
