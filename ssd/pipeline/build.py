@@ -90,12 +90,13 @@ class Plan:
         folder = resolve_model_path(model.model)
         return Grammars(lambda: load_tokenizer(folder), vocabulary=self.vocabulary, ends=self.ends)
 
-    def frames(self) -> Frames:
+    def frames(self, epoch: int = 0) -> Frames:
         return Frames(
             batch=self.config.engine.max_batch,
             branches=self.config.speculation.forecast.budget,
             nodes=self.shape.nodes,
             probs=self.probs,
+            epoch=epoch,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class VerifierWorker:
         """Those that decode."""
         self.prompts = Prompts(runner, PrefixCache(runner.batch, runner.chunk, enabled=prefix_caching))
         self.drafting = True
-        """False once the draft is lost: everything decodes plainly from then on."""
+        """False while there is no draft: everything decodes plainly then."""
         self.judge: Judge | None = None
         """Under ``rejection`` and ``block``: verifies the rows that sample."""
         self.trees = torch.full((runner.batch, shape.nodes), ABSENT)
@@ -161,7 +161,8 @@ class VerifierWorker:
     def observe(self, verdict: Verdict, *, seconds: float, waited_s: float, draft_s: float) -> None:
         """How a round went. ``waited_s``: of it, for the draft; ``draft_s``: the draft's half of it."""
         spent = {"seconds": seconds, "waited_s": waited_s, "draft_s": draft_s, "missed_s": self._trees_s}
-        self.steering.observe(verdict, **spent)
+        if self.drafting:  # without a draft it says nothing about speculation
+            self.steering.observe(verdict, **spent)
 
     def prefill(self) -> bool:
         """One chunk of the prompt that came first: running rows wait no longer than that. Sequences whose
@@ -323,6 +324,8 @@ class VerifierWorker:
         """Go on plainly. Losslessness does not depend on the draft: only speed is lost."""
         self.drafting = False
         self.trees[:, 1:] = ABSENT
+        for _, row in self._admitted:
+            row.at_draft = row.draft_behind = False
 
     def _plan(self) -> RowPlan:
         rows = [row for row in self.rows if row is not None]
