@@ -77,11 +77,9 @@ class VerifierWorker:
         """False while there is no draft: everything decodes plainly then."""
         self.judge: Judge | None = None
         """Under ``rejection`` and ``block``: verifies the rows that sample."""
-        self.self_draft: SelfDraft | None = None
-        """Drafts for rows of method ``self``."""
+        self.self_draft: SelfDraft | None = None  # drafts for rows of method ``self``
         self.trees = torch.full((runner.batch, shape.nodes), ABSENT)
-        self.origins: list[Origin] = ["plain"] * runner.batch
-        """Of the candidates in ``trees``."""
+        self.origins: list[Origin] = ["plain"] * runner.batch  # of the candidates in ``trees``
         self.lookups = self.hits = 0  # of the round before
         self._missed_s = self._trees_s = 0.0
         device, self._courier = runner.device, Courier(runner.device)
