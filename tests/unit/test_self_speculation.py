@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ssd import LLM, ConfigError, ModelError, RequestError, SamplingParams
+from ssd.bench.compare import prepared
 from ssd.config import load_config
 from ssd.engine.front import Front
 from ssd.models.skipping import SkipSet, skipping
@@ -231,6 +232,11 @@ def test_errors(configure: Callable[..., dict[str, Any]]) -> None:
     odd.get_decoder().layers[0].other.__class__ = type("OtherMLP", (torch.nn.Sequential,), {})
     with pytest.raises(ModelError, match="the MLP of a layer cannot be told"):
         skipping(odd, SkipSet.of([], [0], 2))
+
+
+def test_comparing_it_needs_no_settings() -> None:
+    assert prepared(load_config("embedded"), ["none", "self"]).speculation.self_draft is not None
+    assert prepared(load_config("embedded"), ["none", "sd"]).speculation.self_draft is None
 
 
 def test_one_process_serves_it(configure: Callable[..., dict[str, Any]]) -> None:
