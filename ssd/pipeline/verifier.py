@@ -290,6 +290,7 @@ class VerifierWorker:
                 self.trees[slot] = ABSENT
                 continue
             row.waited = bool(missed[slot])
+            row.draft_behind &= self.speculates(row)
             if row.ngrams is not None and self.steering.arm(row, drafting=self.drafting) == "ngram":
                 self._take_ngram(slot, row)
         self._missed_s, self._trees_s = self.clock(), 0.0
