@@ -70,8 +70,7 @@ class VerifierWorker:
         self.strict, self.ends, self.max_model_len, self.clock = strict, ends, max_model_len, clock
         self.refused: list[Sequence] = []
         """Not to be decoded (``Sequence.error``); whoever reports them empties it."""
-        self.rows: list[Sequence | None] = [None] * runner.batch
-        """Those that decode."""
+        self.rows: list[Sequence | None] = [None] * runner.batch  # those that decode
         self.prompts = Prompts(runner, PrefixCache(runner.batch, runner.chunk, enabled=prefix_caching))
         self.drafting = True
         """False while there is no draft: everything decodes plainly then."""
