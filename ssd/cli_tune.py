@@ -93,4 +93,93 @@ def speculation(
     console.print(f"written: {out}", markup=False, highlight=False)
 
 
-COMMANDS = (speculation,)
+def layers(
+    config: ConfigOption = "embedded",
+    overrides: SetOption = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSON lines; by default the demonstration's.")] = None,
+    out: Annotated[Path, typer.Option(help="The configuration written.")] = Path("layers.yaml"),
+    candidates: Annotated[int, typer.Option(min=1, max=8, help="Skip sets to run, after estimating many.")] = 3,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens of each answer that estimates look at.")] = 48,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate for each prompt in real runs.")] = 64,
+    repeat: Annotated[int, typer.Option(min=1, help="Run so often.")] = 1,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Limit: half for estimates; no run begins later.")] = 5.0,
+) -> None:
+    """Find the sublayers that method self skips: estimate many sets, run the best few, write the configuration."""
+    import time
+
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Table
+
+    from .bench.skip_estimate import MOST, Estimator
+    from .bench.tune_layers import Candidate, layers_yaml, measure, search, shortlist
+    from .config import load_config
+    from .engine.front import Front
+    from .errors import UsageError
+
+    settings, texts = settings_of(config, overrides), workload(prompts)
+    settings = load_config(settings, ["draft=null", "speculation.method=self", "speculation.siblings=0"])
+    front, began = Front(settings), time.monotonic()  # checks the configuration
+    if not out.parent.is_dir():
+        raise UsageError(f"--out {out}: the folder {str(out.parent)!r} does not exist; create it first")
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    errors, console = Console(stderr=True), Console()
+    with Progress(*columns, console=errors) as bar:
+        task = bar.add_task("measuring sublayers, decoding the answers", total=None)
+        room = settings.engine.max_model_len - tokens - 1
+        if room < 1:
+            raise UsageError(f"--tokens {tokens} does not fit engine.max_model_len={settings.engine.max_model_len}")
+        estimator = Estimator(front.plan, [front.tokenize(text.text)[-room:] for text in texts[:MOST]], tokens=tokens)
+        half_s = minutes * 30.0
+        bar.reset(task, total=half_s)
+
+        def searched(label: str) -> None:
+            bar.update(task, completed=time.monotonic() - began, description=label)
+
+        search(estimator.of, estimator.layers, deadline_s=began + half_s, progress=searched)
+        seen, costs = estimator.seen, estimator.costs
+        chosen = shortlist(seen, candidates)
+        del estimator
+        ran: list[Candidate] = []
+        for number, candidate in enumerate(chosen, start=1):
+            if ran and time.monotonic() > began + minutes * 60.0:
+                break
+            bar.reset(task, total=None, description=f"starting {number}/{len(chosen)}")
+
+            def run(done: int, total: int, label: str, number: int = number) -> None:
+                bar.update(task, completed=done, total=total, description=f"{number}/{len(chosen)} {label}")
+
+            ran.append(measure(settings, candidate, texts, max_tokens=max_tokens, repeat=repeat, progress=run))
+    ran.sort(key=lambda one: -(one.speedup or 0.0))
+    lines = [
+        f"By ssd tune layers from {config}: {len(seen)} skip sets estimated, {len(ran)} run on {len(texts)} prompts.",
+        f"Forward of one row {costs.plain * 1e3:.2f} ms: attention {costs.attention * 1e3:.3f} ms and MLP "
+        f"{costs.mlp * 1e3:.3f} ms a layer; one row more {costs.row * 1e3:.3f} ms.",
+    ]
+    table = Table(title="\n".join(lines), title_justify="left")
+    for column in ("attention", "MLP", "K", "stop", "c", "α", "estimate", "α run", "speedup", "identical"):
+        table.add_column(column, justify="right")
+    for one in ran:
+        found, skips = one.estimate, one.estimate.skips
+        row = [
+            ",".join(map(str, sorted(skips.attention))) or "–",
+            ",".join(map(str, sorted(skips.mlp))) or "–",
+            str(found.lookahead),
+            f"{found.confidence:g}",
+            f"{found.cost:.2f}",
+            f"{found.acceptance:.2f}",
+            f"{found.speedup:.2f}×",
+            "–" if one.acceptance is None else f"{one.acceptance:.2f}",
+            "–" if one.speedup is None else f"{one.speedup:.2f}×",
+            "yes" if one.identical else "no",
+        ]
+        table.add_row(*row)
+        lines.append(f"skip attention {row[0]}, MLP {row[1]}, K={row[2]}: estimate {row[6]}, measured {row[8]}")
+    console.print(table)
+    out.write_text(layers_yaml(settings, ran[0], "\n".join(lines)), encoding="utf-8")
+    console.print(f"written: {out}", markup=False, highlight=False)
+    if (ran[0].speedup or 0.0) <= 1:
+        console.print("plain decoding is faster on these prompts: method self does not pay with this target")
+
+
+COMMANDS = (speculation, layers)

@@ -37,7 +37,7 @@ Layers = list[Annotated[int, Field(ge=0)]]
 
 
 class SelfConfig(Section):
-    """The draft of method ``self``: the target with sublayers skipped."""
+    """The draft of method ``self``: the target with sublayers skipped. ``ssd tune layers`` finds which."""
 
     skip_attention: Layers | None = None
     """Layers, counted from 0, whose attention is skipped. None: every second layer's, first and last kept."""
