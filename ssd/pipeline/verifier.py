@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..decoding.logprobs import token_logprobs
-from ..decoding.ngram import NgramIndex
 from ..decoding.processors import TreePaths
 from ..decoding.sampling import perturbed, scores
 from ..decoding.support import DraftProbs
@@ -18,19 +17,18 @@ from ..decoding.tree import ABSENT, TreeShape
 from ..decoding.verify import Outcome, verify_coupled
 from ..errors import RequestError
 from ..models.device import Courier
-from ..models.rows import RowPlan
+from ..models.rows import RowPlan, verify_plans
 from ..models.runner import ForwardRunner
 from ..params import Method, Origin
 from .chooser import Chooser
-from .fallback import FallbackChoice
 from .frames import RowState, SpeculationSet
-from .governor import Governor, Round
 from .lookup import lookup
 from .messages import Admit, Submit
 from .prefix import PrefixCache
 from .prompts import Prompts
 from .rules import Judge
 from .sequence import Sequence
+from .steering import Steering
 from .verdict import Commit, Verdict
 
 
@@ -43,6 +41,7 @@ class VerifierWorker:
             draft (fallback ``jit``) or go on plainly (``none``). ngram: whether they may take an n-gram.
         strict: every decode forward has the same rows, plain decoding too. Otherwise plain
             rounds run one row a sequence. governed: decode plainly while speculation does not pay.
+        lookaheads: the draft may be told to draft less deep than ``shape`` is; the last is its depth.
         ends: end-of-text ids. max_model_len: tokens of a sequence, prompt included.
         prefix_caching: reuse what earlier prompts left.
     """
@@ -57,6 +56,7 @@ class VerifierWorker:
         strict: bool,
         ngram: bool = False,
         governed: bool,
+        lookaheads: tuple[int, ...] = (),
         ends: frozenset[int],
         max_model_len: int,
         prefix_caching: bool = True,
@@ -64,8 +64,8 @@ class VerifierWorker:
     ):
         self.runner, self.shape, self.jit = runner, shape, jit
         self.method: Method = method
-        self.governed = governed
-        self.governors: dict[Method, Governor] = {"sd": Governor(), "ssd": Governor()}
+        lookaheads = lookaheads or (shape.depth,)
+        self.steering = Steering(governed=governed, ngram=ngram, jit=jit, lookaheads=lookaheads)
         self.strict, self.ends, self.max_model_len, self.clock = strict, ends, max_model_len, clock
         self.refused: list[Sequence] = []
         """Not to be decoded (``Sequence.error``); whoever reports them empties it."""
@@ -73,7 +73,7 @@ class VerifierWorker:
         """Those that decode."""
         self.prompts = Prompts(runner, PrefixCache(runner.batch, runner.chunk, enabled=prefix_caching))
         self.drafting = True
-        """False once the draft is lost: everything decodes plainly from then on."""
+        """False while there is no draft: everything decodes plainly then."""
         self.judge: Judge | None = None
         """Under ``rejection`` and ``block``: verifies the rows that sample."""
         self.trees = torch.full((runner.batch, shape.nodes), ABSENT)
@@ -81,33 +81,27 @@ class VerifierWorker:
         """Of the candidates in ``trees``."""
         self.lookups = self.hits = 0
         """Of the round before."""
-        self.fallback = FallbackChoice() if ngram else None
-        self._missed_s = 0.0
+        self._missed_s = self._trees_s = 0.0
         device, self._courier = runner.device, Courier(runner.device)
-        self.chooser = Chooser(
-            runner.batch,
-            runner.vocabulary,
-            device,
-            horizon=shape.depth + 1,
-            compile=runner.compile,
-            graphs=runner.graphs,
-        )
+        kept = {"compile": runner.compile, "graphs": runner.graphs}
+        self.chooser = Chooser(runner.batch, runner.vocabulary, device, horizon=shape.depth + 1, **kept)
         self._parents, self._depths = shape.parent_index(device), shape.depth_index(device)
         self._ancestors, self._paths = shape.ancestors(device), TreePaths(shape, device)
         self._silence = torch.zeros(runner.batch, shape.depth + 1, runner.vocabulary, device=device)
         self._deciders: dict[tuple[RowPlan, int], Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
-        self._tree, self._one = RowPlan.tree("verify", shape), RowPlan.sequential("one", 1)
+        self._trees = verify_plans(shape, () if strict else lookaheads)
+        self._tree, self._one = self._trees[shape.depth], RowPlan.sequential("one", 1)
 
     def warm_up(self) -> None:
         """Compile every form a round needs."""
         self.chooser.warm_up()
         lengths = torch.zeros(self.runner.batch, dtype=torch.int64, device=self.runner.device)
-        for plan in [self._tree] if self.strict else [self._tree, self._one]:
+        for plan in [self._tree] if self.strict else [*self._trees.values(), self._one]:
             for context in self.runner.contexts:
                 self._decide(plan, context, self.trees[:, : plan.rows].to(lengths.device), lengths)
         if not self.strict:
-            saving_s = self._forward_s(self._tree) - self._forward_s(self._one)
-            self.governors = {method: Governor(saving_s=saving_s) for method in self.governors}
+            seconds = {depth: self._forward_s(plan) for depth, plan in self._trees.items()}
+            self.steering.calibrate(seconds[self.shape.depth] - self._forward_s(self._one), seconds)
 
     def _forward_s(self, plan: RowPlan) -> float:
         """Seconds of a forward: the best of a few."""
@@ -128,9 +122,7 @@ class VerifierWorker:
         return [*((slot, row) for slot, row in enumerate(self.rows) if row is not None), *self.prompts.filling.items()]
 
     def speculates(self, row: Sequence | None) -> bool:
-        if row is None or not self.drafting or row.method not in self.governors:
-            return False
-        return self.governors[row.method].speculating or not self.governed
+        return row is not None and self.drafting and self.steering.arm(row) in ("ssd", "sd")
 
     @property
     def speculating(self) -> bool:
@@ -155,24 +147,22 @@ class VerifierWorker:
         self.prompts.admit([slot for slot, row in enumerate(self.rows) if row is None])
 
     def introduce(self) -> list[Admit]:
-        """What to tell the draft of sequences that speculate from now on: new ones, and those that
-        decoded plainly for a while."""
+        """What to tell the draft of sequences that speculate from now on, or in another way: new ones, and
+        those that decoded without it for a while."""
         told = []
         for slot, row in self._admitted:
-            if self.speculates(row) and not row.at_draft:
-                row.at_draft = True
+            forecasts = self.steering.arm(row) == "ssd"
+            if self.speculates(row) and (not row.at_draft or row.forecasts != forecasts):
+                row.at_draft, row.forecasts = True, forecasts
+                self.trees[slot, 1:] = ABSENT  # of what stands there the draft does not know
                 told.append(row.introduction(slot, self.ends))
         return told
 
-    def observe(self, verdict: Verdict, *, seconds: float, waited_s: float) -> None:
-        """Show the governor how a round went. ``waited_s``: of it, for the draft."""
-        if not self.governed or any(commit.sequence.draft_behind for commit in verdict.commits):
-            return
-        methods: set[Method] = {commit.sequence.method for commit in verdict.commits}
-        # A mixed batch says little about any one method.
-        if len(methods) == 1 and (governor := self.governors.get(methods.pop())) is not None:
-            tokens = sum(len(commit.tokens) for commit in verdict.commits)
-            governor.observe(Round(tokens=tokens, rows=len(verdict.commits), seconds=seconds, waited_s=waited_s))
+    def observe(self, verdict: Verdict, *, seconds: float, waited_s: float, draft_s: float) -> None:
+        """How a round went. ``waited_s``: of it, for the draft; ``draft_s``: the draft's half of it."""
+        spent = {"seconds": seconds, "waited_s": waited_s, "draft_s": draft_s, "missed_s": self._trees_s}
+        if self.drafting:  # without a draft it says nothing about speculation
+            self.steering.observe(verdict, **spent)
 
     def prefill(self) -> bool:
         """One chunk of the prompt that came first: running rows wait no longer than that. Sequences whose
@@ -193,8 +183,7 @@ class VerifierWorker:
             self._free(slot)
             return
         self.rows[slot] = row
-        if self.fallback is not None:
-            row.ngrams = NgramIndex([*prompt, *output])
+        self.steering.start(row)
         self.chooser.set(slot, row.params)
         self.trees[slot] = ABSENT
         self.trees[slot, 0] = row.root
@@ -215,10 +204,9 @@ class VerifierWorker:
         tokens = self._courier.place(self.trees[:, : plan.rows])
         logits, outcome, forward_s = self._decide(plan, context, tokens, lengths)
         states, commits = self._commit(outcome, lengths_list, logits)
-        ngram = self.fallback is not None and (not self.jit or self.fallback.ngram)
-        if self.fallback is not None:
-            self.fallback.learn(commits, forward_s)
-        return Verdict(outcome, states, commits, forward_s, ngram)
+        ngram = self.steering.ngram
+        self.steering.learn(commits, forward_s)
+        return Verdict(outcome, states, commits, forward_s, ngram, self.steering.lookahead(self.rows))
 
     @torch.no_grad()
     def _decide(self, plan: RowPlan, context: int, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Outcome, float]:
@@ -273,7 +261,7 @@ class VerifierWorker:
     def advance(self, verdict: Verdict, speculation: SpeculationSet | None) -> Tensor:
         """Next trees by lookup (``None``: no draft took part). Returns the rows ``[B]`` bool that
         wait for a tree drafted now."""
-        missed = torch.zeros(len(self.rows), dtype=torch.bool)
+        missed = [False] * len(self.rows)
         self.lookups = self.hits = 0
         if speculation is None:
             self.trees = torch.full_like(self.trees, ABSENT)
@@ -282,33 +270,38 @@ class VerifierWorker:
             self.trees, found = lookup(verdict.outcome.node, verdict.outcome.bonus, speculation)
             if self.judge is not None:
                 self.judge.take(verdict.outcome.node, verdict.outcome.bonus, speculation)
-            prepared = (speculation.guesses != ABSENT).any(-1).tolist()
+            prepared = (speculation.guesses.numpy() != ABSENT).any(-1).tolist()
             for slot, (row, hit) in enumerate(zip(self.rows, found.tolist(), strict=True)):
                 if row is None or not self.speculates(row):
                     continue
-                row.draft_behind = row.method == "ssd" and not prepared[slot]
-                if row.method == "ssd" and prepared[slot]:
+                row.draft_behind = row.forecasts and not prepared[slot]
+                if row.forecasts and prepared[slot]:
                     row.hit = hit
                     row.record.count_lookup(hit)
                     self.lookups += 1
                     self.hits += hit
                 self.origins[slot] = "hit" if hit else "miss"
-                if not hit and row.method == "ssd" and verdict.ngram and self._take_ngram(slot, row):
+                if not hit and row.forecasts and verdict.ngram and self._take_ngram(slot, row):
                     continue
-                missed[slot] = not hit and (self.jit or row.method == "sd")
+                missed[slot] = not hit and (self.jit or not row.forecasts)
         for slot, row in enumerate(self.rows):
             if row is None:
                 self.trees[slot] = ABSENT
-        self._missed_s = self.clock()
-        return missed
+                continue
+            row.waited = bool(missed[slot])
+            if row.ngrams is not None and self.steering.arm(row, drafting=self.drafting) == "ngram":
+                self._take_ngram(slot, row)
+        self._missed_s, self._trees_s = self.clock(), 0.0
+        return torch.tensor(missed)
 
     def _take_ngram(self, slot: int, row: Sequence) -> bool:
         """The slot's tree from what its own text says, if that says anything."""
-        assert row.ngrams is not None and self.fallback is not None
-        found = row.ngrams.propose(self.shape.depth)
+        assert row.ngrams is not None
+        found, self.origins[slot] = row.ngrams.index.propose(self.shape.depth), "miss"
         if found:
+            self.trees[slot, 1:] = ABSENT
             self.trees[slot, 1 : len(found) + 1] = torch.tensor(found)
-            self.fallback.sources[slot] = "ngram"
+            self.steering.name(slot)
             if self.judge is not None:
                 self.judge.name(slot)
         return bool(found)
@@ -318,11 +311,12 @@ class VerifierWorker:
         what they were drawn from ``[B, I, m]``."""
         self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
         for row, tree, waited in zip(self.rows, drafted.tolist(), missed.tolist(), strict=True):
-            if row is not None and waited and row.method == "sd":
+            if row is not None and waited and not row.forecasts:
                 row.draft_behind = all(token == ABSENT for token in tree)
-        if self.fallback is not None:
-            self.fallback.waited(self.clock() - self._missed_s)
-            self.fallback.sources.update((slot, "jit") for slot, waited in enumerate(missed.tolist()) if waited)
+        self._trees_s = self.clock() - self._missed_s
+        if (fallback := self.steering.fallback) is not None:
+            fallback.waited(self._trees_s)
+            fallback.sources.update((slot, "jit") for slot, waited in enumerate(missed.tolist()) if waited)
         if self.judge is not None and draft is not None:
             self.judge.fill(missed, draft)
 
@@ -330,13 +324,18 @@ class VerifierWorker:
         """Go on plainly. Losslessness does not depend on the draft: only speed is lost."""
         self.drafting = False
         self.trees[:, 1:] = ABSENT
+        for _, row in self._admitted:
+            row.at_draft = row.draft_behind = False
 
     def _plan(self) -> RowPlan:
         rows = [row for row in self.rows if row is not None]
-        plain = not bool((self.trees[:, 1:] != ABSENT).any())
+        plain = not bool((self.trees.numpy()[:, 1:] != ABSENT).any())
         if plain and (not self.strict or all(row.method == "none_fast" for row in rows)):
             return self._one
-        return self._tree
+        if self.judge is not None or len(self._trees) == 1:
+            return self._tree
+        deepest = int((self.trees[:, 1:] != ABSENT).sum(-1).max())  # of chains: they have no holes
+        return next((plan for depth, plan in self._trees.items() if depth >= deepest), self._tree)
 
     def _commit(self, outcome: Outcome, lengths: list[int], logits: Tensor) -> tuple[Tensor, list[Commit]]:
         states, commits = self._states(), []

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from ..engine.book import Request
 from ..params import StreamEvent
 from ..pipeline.messages import RoundReport
+from .remote import read_metrics
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -40,6 +41,7 @@ class Metrics:
         self.prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked for in the prefix cache.")
         self.prefix_hits = counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
         self.finished = counter("request_success", "Requests finished.", ("finished_reason",))
+        self.draft_events = counter("draft_events", "Draft lost, restarting, back or given up.", ("event",))
         self.refused = counter("requests_refused", "Requests refused, by HTTP status.", ("status",))
         self.rounds = counter("rounds", "Rounds of the whole batch.")
         self.round_s = counter("round_seconds", "Time in rounds.")
@@ -65,6 +67,11 @@ class Metrics:
     @property
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The same, by sample (``name{label="value"}``)."""
+        return read_metrics(self.text.decode())
 
     def event(self, request: Request, event: StreamEvent) -> None:
         """An event of a request."""
