@@ -1,6 +1,6 @@
 """Ship the trained pair: bfloat16 weights, tokenizer, measurements and a model card.
 
-python scripts/export_pair.py --root build/pair --out ssd/data/embedded [--windows 240]
+python scripts/export_pair.py --root build/pair --out ssd/data/embedded [--windows 160]
 
 Where ``train_pair.py --from-shipped`` made the draft, the target is copied as it is, and what the
 logs of earlier stages would say is taken from the shipped ``evaluation.json``.
@@ -62,7 +62,7 @@ def export_role(recipe: Recipe, out: Path, role: str) -> None:
     if role == "target" and shipped_before(recipe):
         shutil.copytree(recipe.path(role), folder, ignore=shutil.ignore_patterns("done"))
         return
-    trained = recipe.polished("draft") if role == "draft" else recipe.path(role)
+    trained = recipe.polished("mean") if role == "draft" else recipe.path(role)
     model = LlamaForCausalLM.from_pretrained(trained, dtype=torch.bfloat16, use_safetensors=True)
     model.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
@@ -108,6 +108,7 @@ def polished(recipe: Recipe, log: list[dict]) -> dict:
     return {
         "steps": log[-1]["step"],
         "steps_planned": POLISHING.steps,
+        "kept": POLISHING.kept,
         "training_tokens": log[-1]["step"] * POLISHING.rows * SEQUENCE,
         "continuations": sum(len(rows) for rows in lengths),
         "positions": sum(int(rows.sum()) for rows in lengths),
@@ -265,7 +266,9 @@ Its last stage (`scripts/pair/polish.py`) is about acceptance alone. The target 
 {polish["continuations"]:,} windows of training text, greedily or at temperature 1, each until it began to loop;
 its {report["teaching"]["support"]} likeliest tokens were kept at {polish["positions"]:,} positions, prompts included.
 The draft learnt for {polish["steps"]:,} steps from these: forward KL, with the cross-entropy to the target's argmax
-where text is greedy and the total variation elsewhere. Curves: α on {report["logged_windows"]} held-out windows a kind.
+where text is greedy and the total variation elsewhere. It came to know these continuations better than other
+text, so what is shipped is the mean of the weights before ({polish["kept"]:.0%}) and after
+({1 - polish["kept"]:.0%}). The curves are of the latter alone, α on {report["logged_windows"]} held-out windows a kind.
 
 ![last stage]({polish_picture})
 

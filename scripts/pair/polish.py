@@ -6,6 +6,9 @@ position adds the forward KL and what makes drafts accepted there:
 
 - in greedy text the cross-entropy to the target's argmax;
 - in sampled text the total variation, one minus the acceptance rate of an ideal coupling.
+
+What comes out is a mean of the weights before and after (Wortsman et al. 2022, "Robust fine-tuning of
+zero-shot models"): the shards are few, and the end alone knows them better than it knows other text.
 """
 
 from __future__ import annotations
@@ -157,3 +160,14 @@ def polish_draft(recipe: Recipe, device: str, micro_rows: int) -> None:
         device,
         micro_rows,
     )
+    mean = mean_of_weights(recipe.path("draft"), recipe.polished("draft"), stage.kept)
+    mean.save_pretrained(recipe.polished("mean"))
+
+
+def mean_of_weights(start: Path, end: Path, kept: float) -> LlamaForCausalLM:
+    """``kept · start + (1 - kept) · end``, two models of one shape, in float32."""
+    model, other = (LlamaForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (end, start))
+    with torch.no_grad():
+        for mine, first in zip(model.parameters(), other.parameters(), strict=True):
+            mine.lerp_(first, kept)
+    return model
