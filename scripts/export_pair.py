@@ -383,7 +383,7 @@ def main() -> None:
             print(
                 f"{kind:6} T={row['temperature']:g}  α {alpha}  repeated {row['repeated_share']:.1%}  α outside {fresh}"
             )
-    print(f"wrote {args.out} ({shipped / 1e6:.1f} MB of weights) and {args.picture}")
+    print(f"wrote {args.out} ({shipped / 1e6:.1f} MB of weights) and {args.polish_picture}")
 
 
 if __name__ == "__main__":
