@@ -12,6 +12,7 @@ last one. The end prints a table and writes FILE with the suffix .json. Exit cod
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import sys
@@ -31,6 +32,7 @@ from transformers.utils import logging
 from ssd import LLM, SamplingParams
 from ssd.bench.certify import Certificate, Trial, certify
 from ssd.bench.compare import versions
+from ssd.config import resolve_model_path
 from ssd.pipeline.launch import InprocPipeline, LocalPipeline
 from ssd.testing.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
@@ -47,7 +49,8 @@ EXTRAS: tuple[dict[str, Any], ...] = (
 )
 """Filters do nothing at temperature 0; five temperatures' step keeps them from always meeting the same."""
 LOOKAHEADS, SIBLINGS, BUDGETS = (3, 1, 5, 2, 8, 4, 6), (0, 1, 2), (8, 3, 12, 24)
-SHAPES, FALLBACKS, DTYPES = ("confidence", "uniform", "geometric"), ("jit", "none"), ("float32", "bfloat16")
+SHAPES, DTYPES = ("confidence", "uniform", "geometric"), ("float32", "bfloat16")
+FALLBACKS = ("jit", "none", "ngram", "auto")
 TINY_BATCHES = (8, 3, 6, 1, 8, 4, 2, 7, 5)
 
 
@@ -75,7 +78,7 @@ def tiny_cases(folder: Path, total: int, cases: int) -> Iterator[Case]:
             for role in ("target", "draft")
         }
         lookahead, siblings = LOOKAHEADS[index % len(LOOKAHEADS)], SIBLINGS[(index + index // 9) % len(SIBLINGS)]
-        shape, fallback = SHAPES[(index // 2) % len(SHAPES)], FALLBACKS[(index // 3) % 2]
+        shape, fallback = SHAPES[(index // 2) % len(SHAPES)], FALLBACKS[(index // 3) % len(FALLBACKS)]
         budget = BUDGETS[index % len(BUDGETS)]
         name = f"{architecture} {dtype} K={lookahead} siblings={siblings} N={budget} {shape} {fallback} B={batch}"
         speculation = {
@@ -105,8 +108,9 @@ def save_tiny_pair(folder: Path, architecture: str) -> None:
 
 
 def embedded_cases(total: int) -> Iterator[Case]:
-    """The shipped pair; in each dtype one sequence at a time and four, a chain and a comb."""
-    for dtype, (batch, lookahead, siblings, budget) in itertools.product(DTYPES, ((1, 3, 0, 8), (4, 4, 1, 12))):
+    """The shipped pair; in each dtype one sequence at a time, as shipped, and four with a comb."""
+    settings = ((1, 3, 0, 8, "auto"), (4, 4, 1, 12, "jit"))
+    for dtype, (batch, lookahead, siblings, budget, fallback) in itertools.product(DTYPES, settings):
         count = total // 4 if batch == 1 else total - total // 4
         models = {
             role: {"model": f"embedded/{role}", "dtype": dtype, "cores": [core]}
@@ -115,11 +119,12 @@ def embedded_cases(total: int) -> Iterator[Case]:
         speculation = {
             "lookahead": lookahead,
             "siblings": siblings,
+            "fallback": fallback,
             "governor": False,
             "forecast": {"budget": budget},
         }
         engine = {"max_batch": batch, "max_model_len": 512}
-        name = f"embedded {dtype} K={lookahead} siblings={siblings} N={budget} confidence jit B={batch}"
+        name = f"embedded {dtype} K={lookahead} siblings={siblings} N={budget} confidence {fallback} B={batch}"
         yield Case(
             name=name, config={**models, "speculation": speculation, "engine": engine}, prompts=count, compiled=True
         )
@@ -161,8 +166,15 @@ def run_case(case: Case, trials: list[Trial]) -> dict[str, Any]:
     began = time.perf_counter()
     torch.set_num_threads(1)
     with LLM(case.config, launch=LocalPipeline if case.compiled else InprocPipeline) as llm:
+        weights = {role: weights_hash(case.config[role]["model"]) for role in ("target", "draft")}
         found = certify(llm, trials, ("sd", "ssd"))
-    return {**summary(found), "case": case.name, "prompts": case.prompts, "seconds": round(time.perf_counter() - began)}
+    seconds = round(time.perf_counter() - began)
+    return {**summary(found), "case": case.name, "prompts": case.prompts, "weights": weights, "seconds": seconds}
+
+
+def weights_hash(model: str) -> str:
+    """SHA-256 of a model's weights: which of the pair's states was run."""
+    return hashlib.sha256((resolve_model_path(model) / "model.safetensors").read_bytes()).hexdigest()
 
 
 def summary(found: Certificate) -> dict[str, Any]:
