@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,24 +29,80 @@ def chat(
     seed: Annotated[int, typer.Option(help="Same seed, same tokens.")] = 0,
     method: Annotated[str | None, typer.Option(help="none, sd or ssd; by default as the server is configured.")] = None,
 ) -> None:
-    """Chat with a running server; tokens are coloured by how they came. An empty line ends it."""
+    """Chat with a running server; tokens are coloured by how they came. /stats says what speculation did so
+    far, /clear begins anew, an empty line ends it."""
     from rich.console import Console
 
     remote, console = _remote(url, api_key_file), Console()
     model = remote.get("/v1/models")["data"][0]["id"]
-    messages = [{"role": "system", "content": system}] if system else []
+    begin = [{"role": "system", "content": system}] if system else []
+    messages, talk = [*begin], Talk()
     console.print(f"{model} at {remote.url}; [green]hit[/] [yellow]miss[/] [blue]bonus[/] plain", highlight=False)
     while said := _input():
+        if said in ("/stats", "/clear"):
+            messages = [*begin] if said == "/clear" else messages
+            console.print(str(talk) if said == "/stats" else "a new conversation", style="dim", highlight=False)
+            continue
         messages.append({"role": "user", "content": said})
         body = {"model": model, "messages": messages, "temperature": temperature, "seed": seed, "provenance": True}
         body |= {"max_tokens": max_tokens, "stream": True, "stream_options": {"include_usage": True}}
         try:
-            answer = _answer(remote, console, body | ({"method": method} if method else {}))
+            answer, one = _answer(remote, console, body | ({"method": method} if method else {}))
         except (UsageError, PipelineError) as error:
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
             messages.pop()
             continue
         messages.append({"role": "assistant", "content": answer})
+        if one.answers:
+            console.print(str(one), style="dim", highlight=False)
+            talk.add(one)
+
+
+@dataclass(slots=True)
+class Talk:
+    """What speculation did for some answers. Counts."""
+
+    answers: int = 0
+    tokens: int = 0
+    decode_s: float = 0.0
+    rounds: int = 0
+    steps: int = 0
+    """Rounds that verified draft tokens."""
+    drafted: int = 0
+    accepted: int = 0
+    lookups: int = 0
+    hits: int = 0
+
+    @classmethod
+    def of(cls, usage: dict[str, Any], metrics: dict[str, Any]) -> Talk:
+        """Of the last chunk of an answer."""
+        spec, own = metrics["speculative_decoding"], metrics["ssd"]
+        return cls(
+            answers=1,
+            tokens=usage["completion_tokens"],
+            decode_s=own["decode_s"],
+            rounds=own["rounds"],
+            steps=spec["num_spec_steps"],
+            drafted=spec["num_draft_tokens"],
+            accepted=spec["num_accepted_draft_tokens"],
+            lookups=own["lookups"],
+            hits=own["hits"],
+        )
+
+    def add(self, other: Talk) -> None:
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    def __str__(self) -> str:
+        told = [f"{self.answers} answers" if self.answers != 1 else "", f"{self.tokens} tokens"]
+        if self.decode_s:
+            told.append(f"{self.tokens / self.decode_s:.1f} tok/s")
+        told.append(f"{self.rounds} rounds")
+        if self.drafted:
+            told.append(f"acceptance {self.accepted / self.drafted:.2f}, length {1 + self.accepted / self.steps:.2f}")
+        if self.lookups:
+            told.append(f"hits {self.hits / self.lookups:.2f}")
+        return ", ".join(filter(None, told))
 
 
 def top(
@@ -88,28 +145,21 @@ def _input() -> str:
     return ""
 
 
-def _answer(remote: Remote, console: Any, body: dict[str, Any]) -> str:
-    """Stream one answer to the terminal; Ctrl-C cuts it short."""
-    text, metrics = "", None
+def _answer(remote: Remote, console: Any, body: dict[str, Any]) -> tuple[str, Talk]:
+    """Stream one answer to the terminal; Ctrl-C cuts it short, and nothing is known of it then."""
+    text, talk = "", Talk()
     events = remote.events("/v1/chat/completions", body)
     with contextlib.closing(events), contextlib.suppress(KeyboardInterrupt):
         for event in events:
-            metrics = event.get("metrics") or metrics
+            if event.get("metrics"):
+                talk = Talk.of(event["usage"], event["metrics"])
             for choice in event["choices"]:
                 text += choice["delta"].get("content") or ""
                 for token in choice.get("provenance", ()):
                     style = COLOURS[token["from"]]
                     console.print(token["text"], style=style, end="", markup=False, highlight=False, soft_wrap=True)
     console.print()
-    if metrics and metrics["speculative_decoding"]:
-        spec, own = metrics["speculative_decoding"], metrics["ssd"]
-        told = [f"{own['rounds']} rounds"]
-        if spec["num_spec_steps"]:
-            told.append(f"acceptance {spec['draft_acceptance_rate']:.2f}, length {spec['mean_acceptance_length']:.2f}")
-        if own["hit_rate"] is not None:
-            told.append(f"hits {own['hit_rate']:.2f}")
-        console.print(", ".join(told), style="dim", highlight=False)
-    return text
+    return text, talk
 
 
 def _table(url: str, values: dict[str, float], rates: Rates) -> Any:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
+from .config_speculation import Number, Section, SpeculationConfig, check_rule
 from .config_words import describe, first_line, given
 from .errors import ConfigError, ModelError
 
@@ -27,14 +28,8 @@ SHIPPED_MODELS = ("embedded/target", "embedded/draft")
 
 _RANK = "verifier-"
 
-Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """One model and where its worker runs."""
 
     model: str = Field(min_length=1)
@@ -60,44 +55,7 @@ class TargetConfig(ModelConfig):
     (all of them if they are fewer), and the next GPU from ``device`` on."""
 
 
-class ForecastConfig(_Section):
-    """Which outcomes the draft prepares for."""
-
-    budget: int = Field(default=12, ge=1, le=256)
-    """Branches N = ΣF_u the draft prepares each round."""
-    shape: Literal["uniform", "geometric", "confidence"] = "confidence"
-    """``confidence``: the N likeliest outcomes of each round; the others: F_u the same each round."""
-    sharpness: Number = Field(default=1.4, gt=0)
-    """How far ``confidence`` trusts the draft's ranking (β on its scores)."""
-    acceptance: Number = Field(default=0.7, gt=0, lt=1)
-    """Prior acceptance of a draft token, by which ``geometric`` weighs the nodes."""
-    power: Number = Field(default=1.5, gt=0)
-    """Exponent r of the miss power law: at fan-out F a share F^-r of outcomes is missed."""
-
-
-class SpeculationConfig(_Section):
-    """How the draft speculates."""
-
-    method: Literal["none", "sd", "ssd"] = "ssd"
-    lookahead: int = Field(default=4, ge=1, le=16)
-    """K: draft tokens verified in a round."""
-    siblings: int = Field(default=0, ge=0, le=8)
-    """Next-best tokens beside the chain at each depth; 0 is a chain, more a comb."""
-    forecast: ForecastConfig = ForecastConfig()
-    fallback: Literal["jit", "ngram", "auto", "none"] = "jit"
-    """What a missed row verifies: a speculation drafted now, one found in its text, the better, or none."""
-    verify: Literal["coupled", "rejection", "block"] = "coupled"
-    """``coupled``: plain decoding's very tokens. ``rejection``, ``block``: tokens of the same law
-    (at temperature 0 the same tokens), higher acceptance, the draft's probabilities on the link."""
-    support: int = Field(default=64, ge=1)
-    """Tokens the draft samples from under those two: its most probable ones, or all there are."""
-    saguaro_c: Number = Field(default=1.0, gt=0, le=1)
-    """Saguaro sampling: the forecast's top tokens are drafted with this share of their weight."""
-    governor: bool = True
-    """Decode plainly while that is measured to be faster, and try again now and then."""
-
-
-class EngineConfig(_Section):
+class EngineConfig(Section):
     """Sizes and deadlines."""
 
     max_batch: int = Field(default=1, ge=1, le=256)
@@ -105,16 +63,17 @@ class EngineConfig(_Section):
     """Prompt and generated tokens together."""
     prefill_chunk: int = Field(default=64, ge=8, le=2048)  # prompt tokens computed between two rounds
     prefix_caching: bool = True  # reuse keys and values that an earlier prompt left
+    scheduling: Literal["fair", "priority"] = "fair"  # who is next: clients in turn, or the lowest ``priority`` first
     workers: Literal["auto", "processes", "threads"] = "auto"
     """``threads``: draft and target in one process, on two streams; ``auto``: where they share a GPU."""
-    link: Literal["auto", "gloo", "nccl", "host"] = "auto"
-    """Between draft and verifier. ``auto``: NCCL between distinct GPUs, ``host`` (ZMQ) where a GPU
-    cannot use it, gloo between CPUs."""
+    link: Literal["auto", "shared", "gloo", "nccl", "host"] = "auto"
+    """Between draft and verifier. ``auto``: NCCL between distinct GPUs, otherwise shared memory
+    on one machine; between machines gloo, or ``host`` (ZMQ) where a GPU cannot use NCCL."""
     link_timeout_s: Number = Field(default=60.0, gt=0)
     start_timeout_s: Number = Field(default=600.0, gt=0)
 
 
-class ServerConfig(_Section):
+class ServerConfig(Section):
     """``ssd serve``: where it listens, whom it lets in, and how much at once."""
 
     host: str = Field(default="127.0.0.1", min_length=1)
@@ -127,24 +86,23 @@ class ServerConfig(_Section):
     """One key a line; clients send one of them as a bearer token."""
     chat_template: str | None = Field(default=None, min_length=1)
     """A Jinja file for models whose tokenizer has no chat template."""
-    allowed_hosts: list[Annotated[str, Field(min_length=1)]] = []
+    allowed_hosts: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
     """Host names, beside the bound address, by which browsers and clients may call."""
-    allowed_origins: list[Annotated[str, Field(min_length=1)]] = []
+    allowed_origins: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
     """Web origins, beside the server's own, whose pages may call."""
     max_body_bytes: int = Field(default=2**20, ge=1024, le=2**28)
     max_queue: int = Field(default=256, ge=0)
     """Requests that wait for a slot; beyond, clients get 429."""
     max_tokens_in_flight: int = Field(default=2**18, ge=16)
     """Prompt and answer tokens of all requests, waiting or running; beyond, clients get 429."""
-    shadow_rate: Number = Field(default=0.0, ge=0, le=1)
-    """Share of finished requests decoded again plainly, when there is room, and compared."""
+    shadow_rate: Number = Field(default=0.0, ge=0, le=1)  # share of finished requests decoded again plainly
     lane: str | None = Field(default=None, min_length=1)
     """Where ``ssd.Client`` connects: ``ipc://PATH``, or ``tcp://HOST:PORT`` with keys. None: nowhere."""
     lane_keys: str | None = Field(default=None, min_length=1)
     """Folder of CURVE keys for a tcp lane, made by ``ssd lane-keys``."""
 
 
-class Config(_Section):
+class Config(Section):
     """A target–draft pairing and how to run it."""
 
     target: TargetConfig
@@ -211,21 +169,8 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
             f"{where}draft is missing; speculation.method={config.speculation.method} needs a draft model "
             "(or set speculation.method=none)"
         )
-    _check_rule(config.speculation, where)
+    check_rule(config.speculation, where)
     return config
-
-
-def _check_rule(speculation: SpeculationConfig, where: str) -> None:
-    if speculation.verify == "block" and speculation.siblings:
-        raise ConfigError(
-            f"{where}speculation.verify=block verifies chains only; set speculation.siblings=0 "
-            "(or speculation.verify=rejection)"
-        )
-    if speculation.verify == "coupled" and speculation.saguaro_c != 1:
-        raise ConfigError(
-            f"{where}speculation.saguaro_c={speculation.saguaro_c:g} needs speculation.verify=rejection or block: "
-            "coupled candidates are not drawn from a distribution that could be scaled"
-        )
 
 
 def shipped_configs() -> list[str]:

@@ -14,7 +14,24 @@ import torch
 hypothesis.settings.register_profile("ssd", deadline=None)
 hypothesis.settings.load_profile("ssd")
 
+# Tiny models gain nothing from threads, and tests run side by side.
+torch.set_num_threads(1)
+
 VOCABULARY = 128
+ROOT = Path(__file__).resolve().parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For ``pytest -n N --dist loadgroup``: a file of unit tests stays together for the sake of its
+    fixtures; everything that starts processes comes one after the other. Mutants go anywhere."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        folder, *_ = item.path.relative_to(ROOT).parts
+        group = item.path.stem if folder == "unit" else "processes"
+        if group != "test_mutants":
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ the unkilled run; what the draft did for it and how long it took may differ.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from pairs import uncompiled
+from pairs import options, report, uncompiled
 from server import ROOT
 
 
@@ -109,13 +108,10 @@ def check(lines: int, kills: int, config: Path, folder: Path, seed: int) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, batch=16)
     parser.add_argument("--lines", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pair", choices=["tiny", "embedded"], default="tiny")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ssd-kill-") as name:
         folder = Path(name)
@@ -125,12 +121,7 @@ def main() -> None:
             "batch": given.batch,
             **check(given.lines, given.kills, config, folder, given.seed),
         }
-    text = json.dumps(result, indent=1) + "\n"
-    print(text, end="")
-    if given.json is not None:
-        given.json.write_text(text)
-    if not (result["complete"] and result["unique"] and result["equal"]):
-        raise SystemExit(1)
+    report(result, given.json, good=result["complete"] and result["unique"] and result["equal"])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ streams: no process, no listening socket, no file in /dev/shm or in the server's
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import signal
@@ -23,7 +22,7 @@ from urllib.parse import urlsplit
 import httpx2 as httpx
 import psutil
 from load import ask
-from pairs import uncompiled
+from pairs import options, report, uncompiled
 from server import Server
 
 SHARED = Path("/dev/shm")
@@ -98,13 +97,10 @@ def _of(process: psutil.Process, folder: str) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, batch=8)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--pair", choices=["tiny", "embedded"], default="tiny")
     parser.add_argument("--growth-mib", type=float, default=16.0)
-    parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ssd-memory-") as name:
         config = str(uncompiled(given.pair, Path(name), given.batch))
@@ -143,12 +139,7 @@ def main() -> None:
         "clean": not any(found["processes"] or found["shared_memory"] or found["files"] for found in left),
         "resident_mib": samples,
     }
-    text = json.dumps(result, indent=1) + "\n"
-    print(text, end="")
-    if given.json is not None:
-        given.json.write_text(text)
-    if errors or not (result["flat"] and result["clean"]):
-        raise SystemExit(1)
+    report(result, given.json, good=not errors and result["flat"] and result["clean"])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""The pairs these scripts run on when speed is not the question: uncompiled, small enough for thousands of
-requests."""
+"""What the scripts share that check counts and not speed: an uncompiled pair small enough for thousands of
+requests, their options, and how they say what came out."""
 
 from __future__ import annotations
 
+import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -36,3 +39,22 @@ def uncompiled(pair: str, folder: Path, batch: int) -> Path:
     path = folder / f"{pair}.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+def options(about: str | None, *, batch: int) -> argparse.ArgumentParser:
+    """``--pair``, ``--batch`` and ``--json``; a script adds its own."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", choices=["tiny", "embedded"], default="tiny")
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--json", type=Path)
+    return parser
+
+
+def report(result: dict[str, Any], path: Path | None, *, good: bool) -> None:
+    """Print it, keep it. Raises: SystemExit(1) if it is not good."""
+    text = json.dumps(result, indent=1) + "\n"
+    print(text, end="")
+    if path is not None:
+        path.write_text(text)
+    if not good:
+        raise SystemExit(1)

@@ -48,7 +48,7 @@ class Comparison:
     """And peers, by name."""
     seed: int
     temperature: float
-    lookahead: int
+    lookahead: int | str
     references: dict[str, RequestOutput]
     """Plain decoding's output, by prompt name."""
     tallies: dict[tuple[str, str], list[Tally]]

@@ -216,15 +216,22 @@ class AsyncEngine:
         if pipeline is not None:
             await asyncio.to_thread(pipeline.close)
 
-    def submit(self, prompt: str | Sequence[int], params: SamplingParams, *, client: str = "") -> RequestStream:
-        """Start a request; ``client`` is whom it is for: clients take turns when slots are short.
+    def submit(
+        self, prompt: str | Sequence[int], params: SamplingParams, *, client: str = "", priority: int = 0
+    ) -> RequestStream:
+        """Start a request.
+
+        Args:
+            client: whom it is for: clients take turns when slots are short.
+            priority: of those that wait, requests with the lowest value go first, as in vLLM; nothing that
+                runs is interrupted. Only with ``engine.scheduling=priority``.
 
         Raises:
             RequestError: the request cannot work. OverloadedError: too much is in flight.
             PipelineError: the engine is not running.
         """
         self._check()
-        return self._add(self._front.make(prompt, params, client))
+        return self._add(self._front.make(prompt, params, client, priority))
 
     async def generate(self, prompt: str | Sequence[int], params: SamplingParams) -> RequestOutput:
         """One request, to its end. Cancelling the call cancels the request."""

@@ -114,7 +114,7 @@ class Request:
 
     Args:
         params: resolved (``resolve``). ends: token ids that end it; they are none of its text.
-        index: which of its prompt's completions it is.
+        index: which of its prompt's completions it is. priority: lower values leave the queue first.
     """
 
     def __init__(
@@ -129,9 +129,11 @@ class Request:
         ends: frozenset[int] = frozenset(),
         index: int = 0,
         client: str = "",
+        priority: int = 0,
     ):
         self.number, self.prompt, self.prompt_ids, self.params = number, prompt, prompt_ids, params
-        self.detokenizer, self.ends, self.index, self.client = detokenizer, ends, index, client
+        self.detokenizer, self.ends, self.index = detokenizer, ends, index
+        self.client, self.priority = client, priority
         self.label = ""
         """What whoever asked calls it."""
         self.state = State.QUEUED
@@ -265,7 +267,7 @@ class RequestBook:
         request.added_s = self._clock()
         self.live[request.number] = request
         self.tokens += request.cost
-        self._queue.push(request.client, request.number)
+        self._queue.push(request.client, request.number, request.priority)
         return Step(send=self._dispatch())
 
     def cancel(self, number: int) -> Step:
@@ -277,7 +279,7 @@ class RequestBook:
         before = request.state
         request.move(Input.CANCEL)
         if request.state is State.DONE:
-            self._queue.remove(request.client, number)
+            self._queue.remove(request.client, number, request.priority)
             return Step(events=self._close(request, "cancelled", SpeculationRecord(), 0.0), send=self._dispatch())
         return Step(send=[Cancel(request=number)] if before in (State.SENT, State.DECODING) else [])
 

@@ -84,7 +84,9 @@ class Front:
     def tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=True)["input_ids"])
 
-    def make(self, prompt: str | Sequence[int], params: SamplingParams, client: str = "") -> list[Request]:
+    def make(
+        self, prompt: str | Sequence[int], params: SamplingParams, client: str = "", priority: int = 0
+    ) -> list[Request]:
         """The requests of a prompt, one for each completion, checked, not yet in the book.
 
         Raises: RequestError.
@@ -105,6 +107,8 @@ class Front:
             raise RequestError(f"prompt token ids must be in [0, {size})")
         if params.method in ("sd", "ssd") and self.config.draft is None:
             raise RequestError(f"method {params.method} needs a draft; this configuration has none")
+        if priority and self.config.engine.scheduling != "priority":
+            raise RequestError("priority is off: start with engine.scheduling=priority, or leave it out")
         text = self.tokenizer.decode(ids) if text is None else text
         params = resolve(params, self.tokenizer, vocabulary=self.plan.vocabulary, ends=self.plan.ends)
         if params.structured_outputs is not None:
@@ -126,6 +130,7 @@ class Front:
                 ),
                 context_limit=limit,
                 client=client,
+                priority=priority,
             )
             for index in range(params.n)
         ]

@@ -1,4 +1,4 @@
-"""Who is next: clients take turns, each client's requests in order."""
+"""Who is next: the lowest priority value; among equals clients take turns, each client's requests in order."""
 
 from __future__ import annotations
 
@@ -6,34 +6,40 @@ from collections import OrderedDict, deque
 
 
 class FairQueue:
-    """Request numbers by client. A client with a hundred requests delays another client's first
-    one by at most one turn per client."""
+    """Request numbers by priority and client. A client with a hundred requests delays another client's
+    first one of the same priority by at most one turn per client."""
 
     def __init__(self) -> None:
-        self._turns: OrderedDict[str, deque[int]] = OrderedDict()
+        self._levels: dict[int, OrderedDict[str, deque[int]]] = {}
 
     def __len__(self) -> int:
-        return sum(map(len, self._turns.values()))
+        return sum(len(numbers) for turns in self._levels.values() for numbers in turns.values())
 
-    def push(self, client: str, number: int) -> None:
-        self._turns.setdefault(client, deque()).append(number)
+    def push(self, client: str, number: int, priority: int = 0) -> None:
+        self._levels.setdefault(priority, OrderedDict()).setdefault(client, deque()).append(number)
 
     def pop(self) -> int:
-        """The next request; its client then stands at the end of the line.
+        """The next request; its client then stands at the end of its priority's line.
 
         Raises: IndexError if nothing waits.
         """
-        if not self._turns:
+        if not self._levels:
             raise IndexError("pop from an empty queue")
-        client, numbers = self._turns.popitem(last=False)
+        priority = min(self._levels)
+        turns = self._levels[priority]
+        client, numbers = turns.popitem(last=False)
         number = numbers.popleft()
         if numbers:
-            self._turns[client] = numbers
+            turns[client] = numbers
+        elif not turns:
+            del self._levels[priority]
         return number
 
-    def remove(self, client: str, number: int) -> None:
+    def remove(self, client: str, number: int, priority: int = 0) -> None:
         """Forget a request that waits."""
-        numbers = self._turns[client]
-        numbers.remove(number)
-        if not numbers:
-            del self._turns[client]
+        turns = self._levels[priority]
+        turns[client].remove(number)
+        if not turns[client]:
+            del turns[client]
+        if not turns:
+            del self._levels[priority]

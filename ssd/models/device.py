@@ -28,7 +28,7 @@ class Courier:
 
     def place(self, tensor: Tensor) -> Tensor:
         """A host tensor on the device, without waiting (CUDA takes small pageable copies at once)."""
-        return tensor.to(self._device, non_blocking=True)
+        return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
 
     def fetch(self, *tensors: Tensor) -> list[Tensor]:
         """int64 tensors on the host: gathered on the device, copied to pinned memory, waited for once."""

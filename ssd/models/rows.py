@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..decoding.tree import TreeShape
@@ -54,3 +55,11 @@ class RowPlan:
         if not shape.is_comb or shape.chain != tuple(range(chain)):
             raise ValueError("verification needs a comb: a chain first, then leaves beside it")
         return cls(name=name, offsets=shape.depths, limits=shape.depths, in_place=chain)
+
+
+def verify_plans(shape: TreeShape, depths: Sequence[int]) -> dict[int, RowPlan]:
+    """Verifications by lookahead, ascending, the whole tree last. A chain's beginnings are chains; of other
+    combs only the whole can be verified."""
+    shorter = [depth for depth in depths if depth < shape.depth] if shape.nodes == shape.depth + 1 else []
+    plans = {depth: RowPlan.tree(f"verify {depth}", TreeShape.comb(depth)) for depth in sorted(shorter)}
+    return {**plans, shape.depth: RowPlan.tree("verify", shape)}

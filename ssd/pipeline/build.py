@@ -12,12 +12,13 @@ import torch
 
 from ..config import Config, ModelConfig, resolve_model_path
 from ..decoding.forecast import ConfidenceForecast, FanOutForecast, Forecast, fan_out
+from ..decoding.lookahead import lookahead_tiers
 from ..decoding.tree import TreeShape
 from ..errors import ConfigError
 from ..models import native, rows_linear, tree_attention
 from ..models.graphs import Graphs
 from ..models.loading import PreTrainedModel, lay_out_for_cpu, load_model, load_tokenizer
-from ..models.rows import RowPlan
+from ..models.rows import RowPlan, verify_plans
 from ..models.runner import ForwardRunner, can_compile
 from ..models.sharding import shard
 from .branches import scratch_slots
@@ -46,13 +47,19 @@ class Plan:
         return Plan(config=self.config.for_role(role), vocabulary=self.vocabulary, ends=self.ends)
 
     @property
-    def verify_plan(self) -> RowPlan:
-        """Rows of a verification."""
-        return RowPlan.tree("verify", self.shape)
+    def verify_plans(self) -> list[RowPlan]:
+        """Rows of verifications."""
+        return list(verify_plans(self.shape, () if self.config.numerics == "strict" else self.lookaheads).values())
 
     @property
     def shape(self) -> TreeShape:
-        return TreeShape.comb(self.config.speculation.lookahead, self.config.speculation.siblings)
+        return TreeShape.comb(self.config.speculation.depth, self.config.speculation.siblings)
+
+    @property
+    def lookaheads(self) -> tuple[int, ...]:
+        """What may be chosen from, ascending."""
+        wanted = self.config.speculation
+        return lookahead_tiers(wanted.depth) if wanted.lookahead == "auto" else (wanted.depth,)
 
     def forecast(self, device: str) -> Forecast:
         wanted = self.config.speculation.forecast
@@ -100,10 +107,11 @@ class Plan:
 
 def check_sizes(config: Config) -> None:
     """Raises: ConfigError if the speculation cannot fit the context."""
-    lookahead, longest = config.speculation.lookahead, config.engine.max_model_len
+    lookahead, longest = config.speculation.depth, config.engine.max_model_len
     if lookahead + 2 > longest // 2:
+        which = "_max" if config.speculation.lookahead == "auto" else ""
         raise ConfigError(
-            f"speculation.lookahead={lookahead} is too deep for engine.max_model_len={longest}; "
+            f"speculation.lookahead{which}={lookahead} is too deep for engine.max_model_len={longest}; "
             f"use at most {longest // 2 - 2}"
         )
 
@@ -151,6 +159,7 @@ def build_verifier(
         ngram=plan.ngram,
         strict=config.numerics == "strict",
         governed=config.speculation.governor,
+        lookaheads=plan.lookaheads,
         ends=frozenset(plan.ends),
         max_model_len=config.engine.max_model_len,
         prefix_caching=config.engine.prefix_caching,
@@ -166,7 +175,7 @@ def build_verifier(
 def build_rank(plan: Plan, ranks: Ranks) -> tuple[ForwardRunner, list[RowPlan], dict[str, Any]]:
     """What another rank of the verifier needs to ``follow``, and what to tell about it. Raises: UsageError."""
     runner = _target_runner(plan, None, ranks)
-    return runner, [plan.verify_plan, RowPlan.sequential("one", 1)], _info(runner, plan.config.target)
+    return runner, [*plan.verify_plans, RowPlan.sequential("one", 1)], _info(runner, plan.config.target)
 
 
 def _target_runner(plan: Plan, model: PreTrainedModel | None, ranks: Ranks | None) -> ForwardRunner:
@@ -185,6 +194,7 @@ def build_draft(plan: Plan, model: PreTrainedModel | None = None) -> tuple[Draft
         forecast=forecast,
         ngram=plan.ngram,
         prefix_caching=config.engine.prefix_caching,
+        lookaheads=plan.lookaheads,
     )
     worker.chooser.grammars = plan.grammars(config.draft)
     if plan.probs is not None:

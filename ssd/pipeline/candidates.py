@@ -21,7 +21,9 @@ def best_tokens(scores: Tensor, width: int) -> Tensor:
     return best.indices.masked_fill(best.values == -torch.inf, ABSENT)
 
 
-def comb_tokens(ranked: list[Tensor]) -> Tensor:
-    """Node tokens ``[B, R, W - 1]`` of combs from the ranked tokens of each depth ``[B, R, 1 + s]``."""
+def comb_tokens(ranked: list[Tensor], depth: int) -> Tensor:
+    """Node tokens ``[B, R, W - 1]`` of combs of ``depth`` from the ranked tokens of each depth drafted
+    ``[B, R, 1 + s]``; ``ABSENT`` below those."""
+    ranked = [*ranked, *[torch.full_like(ranked[-1], ABSENT)] * (depth - len(ranked))]
     chain = torch.stack([best[..., 0] for best in ranked], dim=-1)
     return torch.cat([chain, *[best[..., 1:] for best in ranked]], dim=-1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..decoding.forecast import Forecast
+from ..decoding.lookahead import first_lookahead
 from ..decoding.ngram import NgramIndex
 from ..decoding.processors import TreePaths
 from ..decoding.sampling import perturbed, scores
@@ -35,7 +36,7 @@ class DraftWorker:
         runner: of the draft model, over the same slots as the verifier's.
         shape: the candidate tree. forecast: which outcomes get a branch. ngram: whether missed rows
             may take n-grams (the verifier says when). prefix_caching: take over what other slots hold
-            of a sequence.
+            of a sequence. lookaheads: how far the verifier may tell it to draft, the shape's depth last.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class DraftWorker:
         forecast: Forecast,
         ngram: bool = False,
         prefix_caching: bool = True,
+        lookaheads: tuple[int, ...] = (),
     ):
         self.ngram = ngram
         self.runner, self.shape, self.forecast = runner, shape, forecast
@@ -56,14 +58,8 @@ class DraftWorker:
         self._prefix_caching, self._came, self._prefilled = prefix_caching, 0, False
         self.trees = torch.full((batch, shape.nodes), ABSENT)
         self._courier = Courier(device)
-        self.chooser = Chooser(
-            batch,
-            runner.vocabulary,
-            device,
-            horizon=2 * shape.depth + 1,
-            compile=runner.compile,
-            graphs=runner.graphs,
-        )
+        kept = {"compile": runner.compile, "graphs": runner.graphs}
+        self.chooser = Chooser(batch, runner.vocabulary, device, horizon=2 * shape.depth + 1, **kept)
         self._depths = shape.depth_index(device)
         self._paths = TreePaths(shape, device)
         self._glue = RowPlan.tree("glue", shape)
@@ -75,8 +71,11 @@ class DraftWorker:
         self.drafted_from: DraftProbs | None = None
         """What ``draft_now``'s last trees were drawn from ``[B, I, m]``, if they were."""
         self._in_glue: set[int] = set()
-        self._whole: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
-        self._chain: Callable[..., Tensor] | None = None
+        self._lookaheads = lookaheads or (shape.depth,)
+        self.lookahead = first_lookahead(self._lookaheads)
+        """K of what is drafted now."""
+        self._whole: dict[int, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
+        self._chain: dict[int, Callable[..., Tensor]] = {}
         self._silence = torch.zeros(batch, 2 * shape.depth + 1, runner.vocabulary, device=device)
 
     @property
@@ -96,9 +95,11 @@ class DraftWorker:
         self.runner.warm_up([self._branches.plans[0]], self._branches.layout(0, nodes))
         self.chooser.warm_up()
         lengths = torch.zeros(len(self.rows), dtype=torch.int64, device=self.runner.device)
-        if self.runner.fuses:
+        for depth in self._lookaheads if self.runner.fuses else ():
+            self.lookahead = depth
             self._grow_at_once(self.trees.to(lengths.device), lengths)
             self._draft_at_once(self.trees[:, :1].clamp(min=0).to(lengths.device), lengths)
+        self.lookahead = first_lookahead(self._lookaheads)
 
     def admit(self, message: Admit) -> None:
         self.release(message.slot)
@@ -145,13 +146,9 @@ class DraftWorker:
         else:
             if self._in_glue:  # the accepted part of the tree will be needed all the same
                 self.runner.forward(self._glue, tokens.clamp(min=0), lengths, longest=longest)
-            nothing = torch.full((batch, branches), ABSENT)
-            return SpeculationSet(
-                nodes=nothing,
-                guesses=nothing,
-                trees=torch.full((batch, branches, self.shape.nodes - 1), ABSENT),
-                draft=draft,
-            )
+            nodes = guesses = torch.full((batch, branches), ABSENT)
+            trees = torch.full((batch, branches, self.shape.nodes - 1), ABSENT)
+            return SpeculationSet(nodes=nodes, guesses=guesses, trees=trees, draft=draft)
         nodes, guesses, trees = self._courier.fetch(nodes, guesses, trees)
         if not all(forecasting):
             absent = ~torch.tensor(forecasting)[:, None]
@@ -185,11 +182,11 @@ class DraftWorker:
         ahead = self._depths.expand(len(tokens), -1)
         nodes, guesses = foresee(forward(self._glue, tokens.clamp(min=0), None), ahead)
         ranked, fed, depths = [], guesses, self._depths[nodes]
-        for step, plan in enumerate(self._branches.plans):
+        for step, plan in enumerate(self._branches.plans[: self.lookahead]):
             logits = forward(plan, fed, self._branches.layout(step, nodes))
             ranked.append(pick(logits, depths + 1 + step, nodes, fed, step))
             fed = ranked[-1][..., 0]
-        return nodes, guesses, comb_tokens(ranked)
+        return nodes, guesses, comb_tokens(ranked, self.shape.depth)
 
     def _grow_stepwise(
         self, tokens: Tensor, lengths: Tensor, longest: int
@@ -227,13 +224,13 @@ class DraftWorker:
             pick,
             tokens,
         )
-        return *grown, stacked(drawn) if drawn else None
+        return *grown, stacked(drawn, self.shape.depth) if drawn else None
 
     @torch.no_grad()
     def _grow_at_once(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same as one compiled function: the small draft's time is mostly that of being
         called. Noise is zero while nothing samples; filters and processors it cannot do."""
-        if self._whole is None:
+        if self.lookahead not in self._whole:
             grow, runner, context, width = self._grow, self.runner, self.runner.contexts[0], self._width
 
             def tree(
@@ -249,15 +246,16 @@ class DraftWorker:
                     tokens,
                 )
 
-            self._whole = runner.compiled(tree)
+            self._whole[self.lookahead] = runner.compiled(tree)
         noise = self.chooser.noise(lengths)
-        return self._whole(tokens, lengths, self.chooser.params.temperature, self._silence if noise is None else noise)
+        quiet = self._silence if noise is None else noise
+        return self._whole[self.lookahead](tokens, lengths, self.chooser.params.temperature, quiet)
 
     def commit(self, frame: OutcomeFrame, speculation: SpeculationSet) -> Tensor:
         """Take in an outcome; the next trees are then those of the hits, and n-grams where missed
         rows take them. Returns which rows have a tree ``[B]``."""
         moves: list[tuple[int, int, int]] = []
-        self._prefilled = False
+        self._prefilled, self.lookahead = False, frame.lookahead or self.shape.depth
         trees, nodes = self.trees.tolist(), frame.nodes.tolist()
         for slot, state in enumerate(frame.states.tolist()):
             row = self.rows[slot]
@@ -334,7 +332,7 @@ class DraftWorker:
         """Candidates ``[B, 1, W - 1]`` below the roots ``fed [B, 1]``. Any parameters and rules."""
         noise, ranked, drawn = self.chooser.noise(lengths), [], []
         paths = fed.new_empty(len(fed), 1, 0)
-        for step in range(self.shape.depth):
+        for step in range(self.lookahead):
             logits = self.runner.forward(self._step, fed, lengths + step, longest=longest + step)
             logits = self.chooser.processed(logits, paths)
             if self._samples and self.sampler is not None:
@@ -348,26 +346,28 @@ class DraftWorker:
             if self.chooser.processors.active:
                 paths = torch.cat([paths, fed[..., None]], dim=-1)
         if self.sampler is not None:
-            self.drafted_from = stacked(drawn)[:, 0] if drawn else self.sampler.nothing(len(self.rows))
-        return comb_tokens(ranked)
+            nothing = self.sampler.nothing(len(self.rows))
+            self.drafted_from = stacked(drawn, self.shape.depth)[:, 0] if drawn else nothing
+        return comb_tokens(ranked, self.shape.depth)
 
     @torch.no_grad()
     def _draft_at_once(self, roots: Tensor, lengths: Tensor) -> Tensor:
         """The same as one compiled function: the verifier waits for it."""
-        if self._chain is None:
+        if (depth := self.lookahead) not in self._chain:
             runner, step, width = self.runner, self._step, self._width
 
             def chain(fed: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor) -> Tensor:
                 ranked = []
-                for ahead in range(self.shape.depth):
+                for ahead in range(depth):
                     logits = runner.logits(step, fed, lengths + ahead, runner.contexts[0])
                     ranked.append(best_tokens(perturbed(logits, noise[:, ahead : ahead + 1], temperature), width))
                     fed = ranked[-1][..., 0]
-                return comb_tokens(ranked)
+                return comb_tokens(ranked, self.shape.depth)
 
-            self._chain = runner.compiled(chain)
+            self._chain[depth] = runner.compiled(chain)
         noise = self.chooser.noise(lengths)
-        return self._chain(roots, lengths, self.chooser.params.temperature, self._silence if noise is None else noise)
+        quiet = self._silence if noise is None else noise
+        return self._chain[depth](roots, lengths, self.chooser.params.temperature, quiet)
 
     def _lengths(self) -> tuple[Tensor, int]:
         """L of every slot, and the longest in use. Rows of a slot that is empty or not whole are computed

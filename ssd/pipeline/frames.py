@@ -12,7 +12,7 @@ as ``ProbsLayout`` lays them out.
 
 The header is magic, round, and two words of the frame's own: the outcome frame carries how many
 control messages must have been applied and what comes next (with a bit that says whether missed rows
-take n-grams), the draft's frames carry how long
+take n-grams, and how far to draft), the draft's frames carry how long
 drafting took (µs) and 0.
 """
 
@@ -32,6 +32,7 @@ MAGIC = 0x55D00001
 MAGIC_INT32 = MAGIC - 2**32 if MAGIC >= 2**31 else MAGIC
 HEADER = 4
 NGRAM_BIT = 8
+LOOKAHEAD_SHIFT = 4
 
 
 class Next(IntEnum):
@@ -95,6 +96,8 @@ class OutcomeFrame:
     next: Next
     ngram: bool = False
     """Missed rows verify an n-gram where there is one."""
+    lookahead: int = 0
+    """How far the draft drafts from now on; 0: as deep as the tree."""
     states: Tensor
     """``[B]`` int64 of ``RowState``."""
     nodes: Tensor
@@ -132,13 +135,20 @@ class Frames:
         return torch.zeros(size, dtype=torch.int32)
 
     def pack_outcome(self, frame: OutcomeFrame) -> Tensor:
-        rows = np.stack([frame.states.numpy(), frame.nodes.numpy(), frame.bonus.numpy()], axis=1)
-        return _pack(frame.round, frame.control_count, frame.next | NGRAM_BIT * frame.ngram, rows)
+        raw = np.empty(self.outcome_size, dtype=np.int32)
+        word = frame.next | NGRAM_BIT * frame.ngram | frame.lookahead << LOOKAHEAD_SHIFT
+        raw[:HEADER] = _header(frame.round, frame.control_count, word)
+        for column, values in enumerate((frame.states, frame.nodes, frame.bonus)):
+            raw[HEADER + column :: 3] = values.numpy()
+        return torch.from_numpy(raw)
 
     def unpack_outcome(self, raw: Tensor, round: int) -> OutcomeFrame:
         control_count, word = _check(raw, round)
+        lookahead, low = divmod(word, 1 << LOOKAHEAD_SHIFT)
         try:
-            next_ = Next(word & ~NGRAM_BIT)
+            next_ = Next(low & ~NGRAM_BIT)
+            if not 0 <= lookahead < self.nodes:
+                raise ValueError
         except ValueError:
             raise LinkError(f"the verifier announced {word} next, which is nothing known") from None
         rows = _long(raw[HEADER:]).view(self.batch, 3)
@@ -147,6 +157,7 @@ class Frames:
             control_count=control_count,
             next=next_,
             ngram=bool(word & NGRAM_BIT),
+            lookahead=lookahead,
             states=rows[:, 0],
             nodes=rows[:, 1],
             bonus=rows[:, 2],
@@ -160,11 +171,13 @@ class Frames:
         """The set and the draft's time in µs."""
         spent_us, _ = _check(raw, round)
         cut, end = self.batch * self.branches, HEADER + self.batch * self.branches * (self.nodes + 1)
-        body = _long(raw[HEADER:end])
+        body = raw.numpy()[HEADER:end].astype(np.int64)
+        outcomes = body[: 2 * cut].reshape(2, self.batch, self.branches)
+        trees = body[2 * cut :].reshape(self.batch, self.branches, self.nodes - 1)
         return SpeculationSet(
-            nodes=body[:cut].view(self.batch, self.branches),
-            guesses=body[cut : 2 * cut].view(self.batch, self.branches),
-            trees=body[2 * cut :].view(self.batch, self.branches, self.nodes - 1),
+            nodes=torch.from_numpy(outcomes[0]),
+            guesses=torch.from_numpy(outcomes[1]),
+            trees=torch.from_numpy(trees),
             draft=self.probs.unpack(raw[end:], self.batch, self.branches) if self.probs is not None else None,
         ), spent_us
 
@@ -194,9 +207,12 @@ class Frames:
 # Frames are small and on the critical path of a round: numpy takes a fifth of torch's time per call.
 
 
+def _header(round: int, first: int, second: int) -> tuple[int, int, int, int]:
+    return MAGIC_INT32, round & 0x7FFFFFFF, min(first, 2**31 - 1), second
+
+
 def _pack(round: int, first: int, second: int, *body: np.ndarray) -> Tensor:
-    header = np.array([MAGIC_INT32, round & 0x7FFFFFFF, min(first, 2**31 - 1), second], dtype=np.int32)
-    parts = [header, *(part.ravel() for part in body)]
+    parts = [np.array(_header(round, first, second), dtype=np.int32), *(part.ravel() for part in body)]
     return torch.from_numpy(np.concatenate(parts, dtype=np.int32, casting="same_kind"))
 
 
@@ -205,7 +221,7 @@ def _long(raw: Tensor) -> Tensor:
 
 
 def _check(raw: Tensor, round: int) -> tuple[int, int]:
-    magic, got, first, second = raw[:HEADER].tolist()
+    magic, got, first, second = raw.numpy()[:HEADER].tolist()
     if magic != MAGIC_INT32:
         raise LinkError("the other side of the link does not speak this version's frames")
     if got != round & 0x7FFFFFFF:

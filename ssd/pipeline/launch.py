@@ -62,6 +62,8 @@ class InprocPipeline:
         }
         config = plan.config
         loose: dict[str, Any] = {"target": config.target.model_copy(update={"cores": None})}
+        if config.engine.link == "auto":  # threads share one interpreter: who waits must sleep
+            loose["engine"] = config.engine.model_copy(update={"link": "host"})
         if config.draft is not None:
             loose["draft"] = config.draft.model_copy(update={"cores": None})
         plan = Plan(config=config.model_copy(update=loose), vocabulary=plan.vocabulary, ends=plan.ends)

@@ -30,7 +30,7 @@ class Link(Protocol):
     Raises (all methods but close):
         LinkError: the other end is gone or missed the deadline; the link is then dead.
 
-    Beside the links here: ``link_host.HostLink`` and ``link_nccl.NcclLink``.
+    Beside the links here: ``link_shared.SharedLink``, ``link_host.HostLink`` and ``link_nccl.NcclLink``.
     """
 
     def exchange(self, outgoing: Tensor, incoming: Tensor, meanwhile: Callable[[], None] = nothing) -> None:

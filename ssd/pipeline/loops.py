@@ -156,7 +156,7 @@ class DraftSide:
         self.link, self.lane, self.frames = link, lane, frames
         self.in_round = False
         self.round = self.told = 0
-        self._waited_s = 0.0
+        self._waited_s = self.drafted_s = 0.0
         self._speculation = frames.new(frames.speculation_size)
         self._trees = frames.new(frames.tree_size)
 
@@ -173,6 +173,7 @@ class DraftSide:
             control_count=self.told,
             next=next_,
             ngram=verdict.ngram,
+            lookahead=verdict.lookahead,
             states=verdict.states,
             nodes=verdict.outcome.node,
             bonus=verdict.outcome.bonus,
@@ -188,7 +189,9 @@ class DraftSide:
         began = time.perf_counter()
         self.link.exchange(self.frames.pack_outcome(frame), self._speculation, timed)
         self._waited_s += time.perf_counter() - began - busy_s
-        return self.frames.unpack_speculation(self._speculation, self.round)
+        speculation, spent_us = self.frames.unpack_speculation(self._speculation, self.round)
+        self.drafted_s = spent_us / 1e6
+        return speculation, spent_us
 
     def receive_trees(self) -> tuple[torch.Tensor, DraftProbs | None]:
         began = time.perf_counter()
@@ -264,8 +267,8 @@ def verifier_loop(
             continue
         now = worker.clock()
         if last_end is not None:
-            waited_s = draft.take_waited_s() if draft is not None else 0.0
-            worker.observe(verdict, seconds=now - last_end, waited_s=waited_s)
+            waited_s, draft_s = (draft.take_waited_s(), draft.drafted_s) if draft is not None else (0.0, 0.0)
+            worker.observe(verdict, seconds=now - last_end, waited_s=waited_s, draft_s=draft_s)
             timer.add("round", now - last_end)
             if all_hit:
                 timer.add("hit_round", now - last_end)

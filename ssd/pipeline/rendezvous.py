@@ -7,6 +7,7 @@ whoever launched them.
 from __future__ import annotations
 
 import datetime
+import os
 import socket
 import tempfile
 from collections.abc import Sequence
@@ -23,7 +24,11 @@ from .control import ZmqLane
 from .link import GlooLink, Link
 from .link_host import HostLink
 from .link_nccl import NcclLink
+from .link_shared import SharedLink
 from .tensor import Ranks
+
+_OVER_MEMORY = {"host": HostLink, "shared": SharedLink}
+"""Links that torch.distributed has no part in."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +39,7 @@ class Rendezvous:
     port: int
     lane: str
     kind: str
-    """Of the link: ``gloo``, ``nccl`` or ``host``."""
+    """Of the link: ``shared``, ``gloo``, ``nccl`` or ``host``."""
     epoch: int = 0
     rank_lanes: list[str] = field(default_factory=list)
     """Of the verifier's ranks 1, 2, ..: where the first one tells them what to run."""
@@ -96,11 +101,10 @@ class VerifierSide:
     def link(self) -> Link:
         """Raises: LinkError if the draft does not come in time."""
         assert self._store is not None
-        if self.rendezvous.kind == "host":
+        if self.rendezvous.kind in _OVER_MEMORY:
             endpoint = self._endpoint(f"link-{self.rendezvous.epoch}")
-            return HostLink.listen(
-                _prefixed(self._store, self.rendezvous), endpoint, self._link_timeout_s, self._timeout_s
-            )
+            opened = _OVER_MEMORY[self.rendezvous.kind].listen
+            return opened(_prefixed(self._store, self.rendezvous), endpoint, self._link_timeout_s, self._timeout_s)
         return _link(
             self._store, self.rendezvous, 0, device=self._device, meet_s=self._timeout_s, timeout_s=self._link_timeout_s
         )
@@ -118,8 +122,8 @@ def draft_side(rendezvous: Rendezvous, *, timeout_s: float, device: str = "cpu")
     store = _store(rendezvous, timeout_s)
     lane = ZmqLane.connect(rendezvous.lane)
     # Patient: the verifier may be at long prompts. Should it leave, the link breaks at once.
-    if rendezvous.kind == "host":
-        return HostLink.connect(_prefixed(store, rendezvous), timeout_s, timeout_s), lane
+    if rendezvous.kind in _OVER_MEMORY:
+        return _OVER_MEMORY[rendezvous.kind].connect(_prefixed(store, rendezvous), timeout_s, timeout_s), lane
     return _link(store, rendezvous, 1, device=device, meet_s=timeout_s, timeout_s=timeout_s), lane
 
 
@@ -160,23 +164,30 @@ def _ranks(
     return Ranks(group=group, lanes=list(lanes))
 
 
-def link_kind(target_device: str, draft_device: str, wanted: str = "auto") -> str:
-    """``nccl`` between two distinct GPUs that have it, ``host`` where a GPU cannot use it (both on one:
-    NCCL refuses that before 2.30), ``gloo`` between CPUs; or what is wanted.
+def link_kind(target_device: str, draft_device: str, wanted: str = "auto", *, host: str = "127.0.0.1") -> str:
+    """``nccl`` between two distinct GPUs that have it; ``shared`` where draft and verifier otherwise share a
+    machine; ``gloo`` between CPUs of two, ``host`` where a GPU of one cannot use NCCL; or what is wanted.
+
+    Args: host: where the verifier can be reached; loopback: from its own machine only.
 
     Raises:
-        ConfigError: ``nccl`` is wanted where it cannot be.
+        ConfigError: ``nccl`` or ``shared`` is wanted where it cannot be.
     """
     one, other = torch.device(target_device), torch.device(draft_device)
     gpus = one.type == other.type == "cuda"
+    sharing = _is_loopback(host) and hasattr(os, "memfd_create")
     if wanted == "nccl" and not (gpus and dist.is_nccl_available()):
         raise ConfigError(
             "engine.link=nccl needs target and draft on GPUs and a torch built with NCCL; use engine.link=auto"
         )
+    if wanted == "shared" and not sharing:
+        raise ConfigError("engine.link=shared needs draft and verifier on one Linux machine; use engine.link=auto")
     if wanted != "auto":
         return wanted
     if gpus and one != other and dist.is_nccl_available():
         return "nccl"
+    if sharing:
+        return "shared"
     return "gloo" if one.type == other.type == "cpu" else "host"
 
 

@@ -144,9 +144,11 @@ def probs_layout(rule: str, shape: TreeShape, support: int, vocabulary: int) -> 
     return ProbsLayout(inner=len(inner_nodes(shape)), size=min(support, vocabulary), vocabulary=vocabulary)
 
 
-def stacked(steps: list[DraftProbs]) -> DraftProbs:
-    """The distributions of each depth ``[B, R, m]`` as those of whole combs ``[B, R, I, m]``, on the
-    host, ready to be sent."""
+def stacked(steps: list[DraftProbs], depth: int) -> DraftProbs:
+    """The distributions of each depth drafted ``[B, R, m]`` as those of combs of ``depth``
+    ``[B, R, I, m]``, on the host, ready to be sent. Nothing was drawn below."""
+    last = steps[-1]
+    steps = [*steps, *[DraftProbs(torch.zeros_like(last.tokens), torch.zeros_like(last.probs))] * (depth - len(steps))]
     return DraftProbs(
         torch.stack([step.tokens for step in steps], dim=2).cpu(),
         torch.stack([step.probs for step in steps], dim=2).cpu(),

@@ -66,7 +66,7 @@ def run_verifier(
                 drafting = config.draft.device if config.draft is not None else "cpu"
                 side = VerifierSide(
                     host=host,
-                    kind=link_kind(config.target.device, drafting, config.engine.link),
+                    kind=link_kind(config.target.device, drafting, config.engine.link, host=host),
                     device=config.target.device,
                     timeout_s=config.engine.start_timeout_s,
                     link_timeout_s=config.engine.link_timeout_s,

@@ -41,3 +41,5 @@ class Verdict:
     forward_s: float
     ngram: bool = False
     """Rows that miss now take an n-gram where there is one."""
+    lookahead: int = 0
+    """How far the draft drafts from now on; 0: as deep as the tree."""

@@ -18,19 +18,18 @@ from ..decoding.tree import ABSENT, TreeShape
 from ..decoding.verify import Outcome, verify_coupled
 from ..errors import RequestError
 from ..models.device import Courier
-from ..models.rows import RowPlan
+from ..models.rows import RowPlan, verify_plans
 from ..models.runner import ForwardRunner
 from ..params import Method, Origin
 from .chooser import Chooser
-from .fallback import FallbackChoice
 from .frames import RowState, SpeculationSet
-from .governor import Governor, Round
 from .lookup import lookup
 from .messages import Admit, Submit
 from .prefix import PrefixCache
 from .prompts import Prompts
 from .rules import Judge
 from .sequence import Sequence
+from .steering import Steering
 from .verdict import Commit, Verdict
 
 
@@ -43,6 +42,7 @@ class VerifierWorker:
             draft (fallback ``jit``) or go on plainly (``none``). ngram: whether they may take an n-gram.
         strict: every decode forward has the same rows, plain decoding too. Otherwise plain
             rounds run one row a sequence. governed: decode plainly while speculation does not pay.
+        lookaheads: the draft may be told to draft less deep than ``shape`` is; the last is its depth.
         ends: end-of-text ids. max_model_len: tokens of a sequence, prompt included.
         prefix_caching: reuse what earlier prompts left.
     """
@@ -57,6 +57,7 @@ class VerifierWorker:
         strict: bool,
         ngram: bool = False,
         governed: bool,
+        lookaheads: tuple[int, ...] = (),
         ends: frozenset[int],
         max_model_len: int,
         prefix_caching: bool = True,
@@ -64,8 +65,8 @@ class VerifierWorker:
     ):
         self.runner, self.shape, self.jit = runner, shape, jit
         self.method: Method = method
-        self.governed = governed
-        self.governors: dict[Method, Governor] = {"sd": Governor(), "ssd": Governor()}
+        lookaheads = lookaheads or (shape.depth,)
+        self.steering = Steering(governed=governed, ngram=ngram, jit=jit, lookaheads=lookaheads)
         self.strict, self.ends, self.max_model_len, self.clock = strict, ends, max_model_len, clock
         self.refused: list[Sequence] = []
         """Not to be decoded (``Sequence.error``); whoever reports them empties it."""
@@ -81,8 +82,7 @@ class VerifierWorker:
         """Of the candidates in ``trees``."""
         self.lookups = self.hits = 0
         """Of the round before."""
-        self.fallback = FallbackChoice() if ngram else None
-        self._missed_s = 0.0
+        self._missed_s = self._trees_s = 0.0
         device, self._courier = runner.device, Courier(runner.device)
         self.chooser = Chooser(
             runner.batch,
@@ -96,18 +96,19 @@ class VerifierWorker:
         self._ancestors, self._paths = shape.ancestors(device), TreePaths(shape, device)
         self._silence = torch.zeros(runner.batch, shape.depth + 1, runner.vocabulary, device=device)
         self._deciders: dict[tuple[RowPlan, int], Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
-        self._tree, self._one = RowPlan.tree("verify", shape), RowPlan.sequential("one", 1)
+        self._trees = verify_plans(shape, () if strict else lookaheads)
+        self._tree, self._one = self._trees[shape.depth], RowPlan.sequential("one", 1)
 
     def warm_up(self) -> None:
         """Compile every form a round needs."""
         self.chooser.warm_up()
         lengths = torch.zeros(self.runner.batch, dtype=torch.int64, device=self.runner.device)
-        for plan in [self._tree] if self.strict else [self._tree, self._one]:
+        for plan in [self._tree] if self.strict else [*self._trees.values(), self._one]:
             for context in self.runner.contexts:
                 self._decide(plan, context, self.trees[:, : plan.rows].to(lengths.device), lengths)
         if not self.strict:
-            saving_s = self._forward_s(self._tree) - self._forward_s(self._one)
-            self.governors = {method: Governor(saving_s=saving_s) for method in self.governors}
+            seconds = {depth: self._forward_s(plan) for depth, plan in self._trees.items()}
+            self.steering.calibrate(seconds[self.shape.depth] - self._forward_s(self._one), seconds)
 
     def _forward_s(self, plan: RowPlan) -> float:
         """Seconds of a forward: the best of a few."""
@@ -128,9 +129,7 @@ class VerifierWorker:
         return [*((slot, row) for slot, row in enumerate(self.rows) if row is not None), *self.prompts.filling.items()]
 
     def speculates(self, row: Sequence | None) -> bool:
-        if row is None or not self.drafting or row.method not in self.governors:
-            return False
-        return self.governors[row.method].speculating or not self.governed
+        return row is not None and self.drafting and self.steering.speculates(row)
 
     @property
     def speculating(self) -> bool:
@@ -164,15 +163,10 @@ class VerifierWorker:
                 told.append(row.introduction(slot, self.ends))
         return told
 
-    def observe(self, verdict: Verdict, *, seconds: float, waited_s: float) -> None:
-        """Show the governor how a round went. ``waited_s``: of it, for the draft."""
-        if not self.governed or any(commit.sequence.draft_behind for commit in verdict.commits):
-            return
-        methods: set[Method] = {commit.sequence.method for commit in verdict.commits}
-        # A mixed batch says little about any one method.
-        if len(methods) == 1 and (governor := self.governors.get(methods.pop())) is not None:
-            tokens = sum(len(commit.tokens) for commit in verdict.commits)
-            governor.observe(Round(tokens=tokens, rows=len(verdict.commits), seconds=seconds, waited_s=waited_s))
+    def observe(self, verdict: Verdict, *, seconds: float, waited_s: float, draft_s: float) -> None:
+        """How a round went. ``waited_s``: of it, for the draft; ``draft_s``: the draft's half of it."""
+        spent = {"seconds": seconds, "waited_s": waited_s, "draft_s": draft_s, "missed_s": self._trees_s}
+        self.steering.observe(verdict, **spent)
 
     def prefill(self) -> bool:
         """One chunk of the prompt that came first: running rows wait no longer than that. Sequences whose
@@ -193,7 +187,7 @@ class VerifierWorker:
             self._free(slot)
             return
         self.rows[slot] = row
-        if self.fallback is not None:
+        if self.steering.fallback is not None:
             row.ngrams = NgramIndex([*prompt, *output])
         self.chooser.set(slot, row.params)
         self.trees[slot] = ABSENT
@@ -215,10 +209,9 @@ class VerifierWorker:
         tokens = self._courier.place(self.trees[:, : plan.rows])
         logits, outcome, forward_s = self._decide(plan, context, tokens, lengths)
         states, commits = self._commit(outcome, lengths_list, logits)
-        ngram = self.fallback is not None and (not self.jit or self.fallback.ngram)
-        if self.fallback is not None:
-            self.fallback.learn(commits, forward_s)
-        return Verdict(outcome, states, commits, forward_s, ngram)
+        ngram = self.steering.ngram
+        self.steering.learn(commits, forward_s)
+        return Verdict(outcome, states, commits, forward_s, ngram, self.steering.lookahead(self.rows))
 
     @torch.no_grad()
     def _decide(self, plan: RowPlan, context: int, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Outcome, float]:
@@ -273,7 +266,7 @@ class VerifierWorker:
     def advance(self, verdict: Verdict, speculation: SpeculationSet | None) -> Tensor:
         """Next trees by lookup (``None``: no draft took part). Returns the rows ``[B]`` bool that
         wait for a tree drafted now."""
-        missed = torch.zeros(len(self.rows), dtype=torch.bool)
+        missed = [False] * len(self.rows)
         self.lookups = self.hits = 0
         if speculation is None:
             self.trees = torch.full_like(self.trees, ABSENT)
@@ -282,7 +275,7 @@ class VerifierWorker:
             self.trees, found = lookup(verdict.outcome.node, verdict.outcome.bonus, speculation)
             if self.judge is not None:
                 self.judge.take(verdict.outcome.node, verdict.outcome.bonus, speculation)
-            prepared = (speculation.guesses != ABSENT).any(-1).tolist()
+            prepared = (speculation.guesses.numpy() != ABSENT).any(-1).tolist()
             for slot, (row, hit) in enumerate(zip(self.rows, found.tolist(), strict=True)):
                 if row is None or not self.speculates(row):
                     continue
@@ -299,16 +292,16 @@ class VerifierWorker:
         for slot, row in enumerate(self.rows):
             if row is None:
                 self.trees[slot] = ABSENT
-        self._missed_s = self.clock()
-        return missed
+        self._missed_s, self._trees_s = self.clock(), 0.0
+        return torch.tensor(missed)
 
     def _take_ngram(self, slot: int, row: Sequence) -> bool:
         """The slot's tree from what its own text says, if that says anything."""
-        assert row.ngrams is not None and self.fallback is not None
+        assert row.ngrams is not None and self.steering.fallback is not None
         found = row.ngrams.propose(self.shape.depth)
         if found:
             self.trees[slot, 1 : len(found) + 1] = torch.tensor(found)
-            self.fallback.sources[slot] = "ngram"
+            self.steering.fallback.sources[slot] = "ngram"
             if self.judge is not None:
                 self.judge.name(slot)
         return bool(found)
@@ -320,9 +313,10 @@ class VerifierWorker:
         for row, tree, waited in zip(self.rows, drafted.tolist(), missed.tolist(), strict=True):
             if row is not None and waited and row.method == "sd":
                 row.draft_behind = all(token == ABSENT for token in tree)
-        if self.fallback is not None:
-            self.fallback.waited(self.clock() - self._missed_s)
-            self.fallback.sources.update((slot, "jit") for slot, waited in enumerate(missed.tolist()) if waited)
+        self._trees_s = self.clock() - self._missed_s
+        if (fallback := self.steering.fallback) is not None:
+            fallback.waited(self._trees_s)
+            fallback.sources.update((slot, "jit") for slot, waited in enumerate(missed.tolist()) if waited)
         if self.judge is not None and draft is not None:
             self.judge.fill(missed, draft)
 
@@ -333,10 +327,13 @@ class VerifierWorker:
 
     def _plan(self) -> RowPlan:
         rows = [row for row in self.rows if row is not None]
-        plain = not bool((self.trees[:, 1:] != ABSENT).any())
+        plain = not bool((self.trees.numpy()[:, 1:] != ABSENT).any())
         if plain and (not self.strict or all(row.method == "none_fast" for row in rows)):
             return self._one
-        return self._tree
+        if self.judge is not None or len(self._trees) == 1:
+            return self._tree
+        deepest = int((self.trees[:, 1:] != ABSENT).sum(-1).max())  # of chains: they have no holes
+        return next((plan for depth, plan in self._trees.items() if depth >= deepest), self._tree)
 
     def _commit(self, outcome: Outcome, lengths: list[int], logits: Tensor) -> tuple[Tensor, list[Commit]]:
         states, commits = self._states(), []

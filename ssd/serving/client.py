@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import threading
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,53 +21,11 @@ import zmq.asyncio
 from ..errors import PipelineError, SSDError, UsageError
 from ..params import RequestOutput, SamplingParams, StreamEvent
 from . import wire
+from .asked import Asked
 from .keys import client_keys
 
 CONNECT_S = 10.0
 Value = TypeVar("Value")
-
-
-class _Asked:
-    """One request in flight."""
-
-    def __init__(self, number: int, prompt: str | list[int], params: SamplingParams):
-        self.number, self.prompt, self.params = number, prompt, params
-        self.events: asyncio.Queue[StreamEvent | SSDError] = asyncio.Queue()
-        self.received: Counter[int] = Counter()
-        """Tokens its reader was given, by completion."""
-        self.skip: Counter[int] = Counter()
-        """Tokens still to come that the reader knows: after asking again."""
-        self.ended: set[int] = set()
-        """Completions whose last event its reader was given."""
-        self.over = False
-
-    def put(self, event: StreamEvent) -> None:
-        """Pass on what is new of an event."""
-        index = event.index
-        known = min(self.skip[index], len(event.token_ids))
-        self.skip[index] -= known
-        if index in self.ended or (known and known == len(event.token_ids) and event.output is None):
-            return
-        if known:
-            event = replace(
-                event,
-                text="".join(event.pieces[known:]),
-                token_ids=event.token_ids[known:],
-                accepted=max(0, event.accepted - known),
-                pieces=event.pieces[known:],
-                provenance=event.provenance[known:],
-                logprobs=None if event.logprobs is None else event.logprobs[known:],
-            )
-        self.received[index] += len(event.token_ids)
-        if event.output is not None:
-            self.ended.add(index)
-        self.over = self.over or len(self.ended) == self.params.n
-        self.events.put_nowait(event)
-
-    def fail(self, error: SSDError) -> None:
-        if not self.over:
-            self.over = True
-            self.events.put_nowait(error)
 
 
 class AsyncClient:
@@ -109,7 +66,8 @@ class AsyncClient:
         self._endpoint, self._timeout_s, self._reconnect = endpoint, timeout_s, reconnect
         self._keys = client_keys(Path(keys).expanduser(), name) if keys is not None else None
         self._numbers = itertools.count()
-        self._asked: dict[int, _Asked] = {}
+        self._asked: dict[int, Asked] = {}
+        self._stats: dict[int, asyncio.Future[dict[str, float]]] = {}
         self._context: zmq.asyncio.Context | None = None
         self._socket: zmq.asyncio.Socket | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -153,16 +111,16 @@ class AsyncClient:
             self._context = None
 
     async def stream(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, priority: int = 0
     ) -> AsyncGenerator[StreamEvent, None]:
-        """As ``LLM.stream``. Closing the iterator cancels.
+        """As ``LLM.stream``; ``priority`` as for ``AsyncEngine.submit``. Closing the iterator cancels.
 
         Raises: RequestError, OverloadedError: the server refuses. PipelineError: it is gone.
         """
         if self._socket is None:
             raise PipelineError("the client is not connected; use `async with`")
         text = prompt if isinstance(prompt, str) else [int(token) for token in prompt]
-        asked = _Asked(next(self._numbers), text, params or SamplingParams())
+        asked = Asked(next(self._numbers), text, params or SamplingParams(), priority)
         self._asked[asked.number] = asked
         self._ask(asked)
         left = asked.params.n
@@ -184,8 +142,10 @@ class AsyncClient:
         self,
         prompts: str | Sequence[str] | Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int = 0,
     ) -> list[RequestOutput]:
-        """As ``LLM.generate``."""
+        """As ``LLM.generate``; ``priority`` as for ``stream``."""
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         single = params is None or isinstance(params, SamplingParams)
         each = [params or SamplingParams()] * len(listed) if single else list(params)  # pyright: ignore
@@ -193,7 +153,7 @@ class AsyncClient:
             raise UsageError(f"{len(listed)} prompts but {len(each)} sampling parameters")
 
         async def one(prompt: str | Sequence[int], p: Any) -> RequestOutput:
-            async with contextlib.aclosing(self.stream(prompt, p)) as events:
+            async with contextlib.aclosing(self.stream(prompt, p, priority=priority)) as events:
                 outputs = [event.output async for event in events if event.output is not None]
             first, *others = sorted(outputs, key=lambda output: output.index)
             return replace(first, others=tuple(others)) if others else first
@@ -204,6 +164,23 @@ class AsyncClient:
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
+
+    async def stats(self) -> dict[str, float]:
+        """The server's counters and gauges, by the names they have at ``/metrics``.
+
+        Raises: PipelineError: it does not answer in time.
+        """
+        if self._socket is None:
+            raise PipelineError("the client is not connected; use `async with`")
+        number = next(self._numbers)
+        told = self._stats[number] = asyncio.get_running_loop().create_future()
+        self._send(wire.AskStats(number=number))
+        try:
+            return await asyncio.wait_for(told, min(CONNECT_S, self._timeout_s))
+        except TimeoutError:
+            raise PipelineError(f"the server at {self._endpoint} does not answer") from None
+        finally:
+            del self._stats[number]
 
     def _connect(self) -> None:
         """A new socket: with it the server sees a new client."""
@@ -229,9 +206,16 @@ class AsyncClient:
             # What cannot be sent is not missed: a server that reads nothing is soon found silent.
             sent.add_done_callback(lambda future: future.cancelled() or future.exception())
 
-    def _ask(self, asked: _Asked) -> None:
+    def _ask(self, asked: Asked) -> None:
         asked.skip = asked.received.copy()
-        self._send(wire.Ask(number=asked.number, prompt=asked.prompt, params=asked.params, credit=wire.CREDIT))
+        ask = wire.Ask(
+            number=asked.number,
+            prompt=asked.prompt,
+            params=asked.params,
+            credit=wire.CREDIT,
+            priority=asked.priority,
+        )
+        self._send(ask)
 
     async def _listen(self) -> None:
         while True:
@@ -263,6 +247,9 @@ class AsyncClient:
             if self._session is not None and message.session != self._session:
                 self._session = None
                 self._send(wire.Hello())  # another life of the server: it knows nothing of us
+        elif isinstance(message, wire.Stats):
+            if (told := self._stats.get(message.number)) is not None and not told.done():
+                told.set_result(message.values)
         elif isinstance(message, wire.Refused):
             if message.number < 0:
                 self._fail_all(wire.raised(message))
@@ -340,13 +327,21 @@ class Client:
         self,
         prompts: str | Sequence[str] | Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int = 0,
     ) -> list[RequestOutput]:
-        """As ``LLM.generate``."""
-        return self._run(self._connected().generate(prompts, params))
+        """As ``LLM.generate``; ``priority`` as for ``stream``."""
+        return self._run(self._connected().generate(prompts, params, priority=priority))
 
-    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[StreamEvent]:
-        """As ``LLM.stream``. Closing the iterator cancels."""
-        events = self._connected().stream(prompt, params)
+    def stats(self) -> dict[str, float]:
+        """As ``AsyncClient.stats``."""
+        return self._run(self._connected().stats())
+
+    def stream(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, priority: int = 0
+    ) -> Iterator[StreamEvent]:
+        """As ``LLM.stream``; ``priority`` as for ``AsyncEngine.submit``. Closing the iterator cancels."""
+        events = self._connected().stream(prompt, params, priority=priority)
         try:
             while True:
                 try:

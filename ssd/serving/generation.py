@@ -47,6 +47,7 @@ class Job:
     usage: bool
     """A stream ends with a usage chunk."""
     provenance: bool
+    priority: int = 0
     structured_by: str = "structured_outputs"
     """The field that asked for structured output, if one did."""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -124,6 +125,7 @@ def _job(
         stream=bool(body.stream),
         usage=bool(body.stream_options and body.stream_options.include_usage),
         provenance=bool(body.provenance),
+        priority=body.priority or 0,
         structured_by=structured_by(body),
     )
 
@@ -138,14 +140,15 @@ class Generation:
 
     def __init__(self, engine: AsyncEngine, job: Job, client: str):
         self.job = job
-        self._lookahead = engine.config.speculation.lookahead if engine.config.draft is not None else 0
+        self._lookahead = engine.config.speculation.depth if engine.config.draft is not None else 0
         self._texts = TokenBytes(engine.tokenizer)
         self._characters: Counter[int] = Counter()
         """By choice, of the tokens whose log-probabilities went out."""
         self.streams: list[RequestStream] = []
         try:
             for prompt, params in job.choices:
-                self.streams.append(engine.submit(job.prompts[prompt], params, client=client))
+                ids = job.prompts[prompt]
+                self.streams.append(engine.submit(ids, params, client=client, priority=job.priority))
                 self.streams[-1].request.label = job.head["id"]
         except RequestError as error:
             self.cancel()

@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import zmq
@@ -45,14 +46,24 @@ class _Client:
 class LaneServer:
     """Binds ``server.lane`` and answers until closed.
 
+    Args:
+        stats: what clients get who ask for statistics.
+
     Raises:
         ConfigError: no keys for tcp, or an endpoint of another kind.
         UsageError: the endpoint cannot be bound.
     """
 
-    def __init__(self, engine: AsyncEngine, config: ServerConfig, *, model: str):
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        config: ServerConfig,
+        *,
+        model: str,
+        stats: Callable[[], Mapping[str, float]] = dict,
+    ):
         assert config.lane is not None
-        self._engine, self._model, self.session = engine, model, uuid.uuid4().hex
+        self._engine, self._model, self._stats, self.session = engine, model, stats, uuid.uuid4().hex
         self._clients: dict[bytes, _Client] = {}
         self._context = zmq.asyncio.Context()
         self._authenticator: AsyncioAuthenticator | None = None
@@ -158,6 +169,8 @@ class LaneServer:
             )
         elif isinstance(message, wire.Ping):
             await self._send(identity, wire.Pong(session=self.session))
+        elif isinstance(message, wire.AskStats):
+            await self._send(identity, wire.Stats(number=message.number, values=dict(self._stats())))
         elif isinstance(message, wire.Credit):
             if (credit := client.credit.get(message.number)) is not None:
                 for _ in range(min(message.events, wire.CREDIT)):
@@ -176,7 +189,7 @@ class LaneServer:
             if number in client.streams or len(client.streams) >= MAX_ASKED:
                 raise PipelineError(f"request {number} cannot be asked for: in use, or too many at once")
             name = f"lane {identity.hex()}"
-            stream = self._engine.submit(message.prompt, message.params, client=name)
+            stream = self._engine.submit(message.prompt, message.params, client=name, priority=message.priority)
         except SSDError as error:
             await self._send(identity, wire.refusal(number, error))
             return

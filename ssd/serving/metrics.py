@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from ..engine.book import Request
 from ..params import StreamEvent
 from ..pipeline.messages import RoundReport
+from .remote import read_metrics
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -65,6 +66,11 @@ class Metrics:
     @property
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The same, by sample (``name{label="value"}``)."""
+        return read_metrics(self.text.decode())
 
     def event(self, request: Request, event: StreamEvent) -> None:
         """An event of a request."""

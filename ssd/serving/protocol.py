@@ -23,6 +23,7 @@ MAX_NAMED = 1024
 """Entries of ``logit_bias`` and ``bad_words``."""
 MAX_CHOICES = 128
 """Prompts × n of one request."""
+MAX_PRIORITY = 2**31 - 1
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions; chat answers may fill the context."""
 
@@ -71,7 +72,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "modalities": (None, ["text"]),
     "parallel_tool_calls": (None, False, True),
     "prediction": NOTHING,
-    "priority": (None, 0),
     "reasoning_effort": (None, "none"),
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
@@ -122,6 +122,8 @@ class Common(_Body):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     provenance: bool | None = None
     """Ours: say of each token how it came to be."""
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    """vLLM's: lower goes first. Any but 0 needs ``engine.scheduling=priority``."""
     user: str | None = None
     safety_identifier: str | None = None
     metadata: dict[str, str] | None = None
@@ -223,7 +225,7 @@ def refused(error: RequestError, structured_by: str = "structured_outputs") -> A
         name = structured_by
         if name == "response_format":
             message = name + message[message.index(" ") :]
-    elif name not in _SAMPLING:
+    elif name not in _SAMPLING and name != "priority":
         return as_api_error(error)
     return APIError(400, message, param=name, code="invalid_value")
 

@@ -89,7 +89,7 @@ async def serve(
     lane: LaneServer | None = None
     try:
         if config.server.lane is not None:
-            lane = LaneServer(engine, config.server, model=model)
+            lane = LaneServer(engine, config.server, model=model, stats=lambda: metrics.values)
         await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done() and not starting.cancelled():
             starting.result()

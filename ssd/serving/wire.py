@@ -10,6 +10,8 @@
       Credit: as events are read ──────────────►
             ◄─────────────────────────────────── Done | Refused
       Drop: give a request up ─────────────────►
+      AskStats: number ────────────────────────►
+            ◄─────────────────────────────────── Stats
       Ping, every HEARTBEAT_S ─────────────────►
             ◄─────────────────────────────────── Pong: session
 
@@ -29,7 +31,7 @@ import msgpack
 from ..errors import OverloadedError, PipelineError, RequestError, SSDError, UsageError
 from ..params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent, TokenLogprob
 
-VERSION = 1
+VERSION = 2
 MAX_MESSAGE_BYTES = 8 * 2**20
 HEARTBEAT_S = 2.0
 SILENT_S = 12.0
@@ -60,6 +62,7 @@ class Ask:
     prompt: str | list[int]
     params: SamplingParams
     credit: int
+    priority: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +74,11 @@ class Drop:
 class Credit:
     number: int
     events: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AskStats:
+    number: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,14 +106,21 @@ class Done:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Stats:
+    number: int
+    values: dict[str, float]
+    """What ``/metrics`` has, by sample."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Refused:
     number: int
     kind: str
     message: str
 
 
-FromClient = Hello | Ask | Drop | Credit | Ping
-FromServer = Hi | Pong | Tokens | Done | Refused
+FromClient = Hello | Ask | Drop | Credit | AskStats | Ping
+FromServer = Hi | Pong | Tokens | Done | Stats | Refused
 
 _ERRORS: dict[str, type[SSDError]] = {
     cls.__name__: cls for cls in (RequestError, OverloadedError, UsageError, PipelineError)
@@ -173,7 +188,9 @@ def _check(message: Any) -> None:
         good = isinstance(prompt, str) or (isinstance(prompt, list) and all(type(t) is int for t in prompt))
         if not good or type(message.number) is not int or type(message.credit) is not int:
             raise TypeError("prompt must be text or token ids")
-    elif isinstance(message, Drop | Credit) and type(message.number) is not int:
+        if type(message.priority) is not int:
+            raise TypeError("priority must be an integer")
+    elif isinstance(message, Drop | Credit | AskStats) and type(message.number) is not int:
         raise TypeError("number must be an integer")
     elif isinstance(message, Credit) and (type(message.events) is not int or message.events < 0):
         raise TypeError("events must be a count")

@@ -72,6 +72,7 @@ def play(
             control_count=0,
             next=Next.ROUND,
             ngram=verdict.ngram,
+            lookahead=verdict.lookahead,
             states=verdict.states,
             nodes=verdict.outcome.node,
             bonus=verdict.outcome.bonus,

@@ -53,7 +53,7 @@ class ScriptedPipeline:
 
     def __init__(self, plan: Plan, *, round_s: float = 0.002):
         self._vocabulary, self._round_s = plan.vocabulary, round_s
-        self._lookahead = plan.config.speculation.lookahead
+        self._lookahead = plan.config.speculation.depth
         self._slots: list[_Slot | None] = [None] * plan.config.engine.max_batch
         self._waiting: deque[Submit] = deque()
         self._watched = False

@@ -23,7 +23,8 @@ from ssd.errors import ConfigError, OverloadedError, PipelineError, RequestError
 from ssd.params import RequestOutput, SpeculationRecord, StreamEvent, completion_seed
 from ssd.pipeline.build import Plan
 from ssd.serving import wire
-from ssd.serving.client import AsyncClient, Client, _Asked
+from ssd.serving.asked import Asked
+from ssd.serving.client import AsyncClient, Client
 from ssd.serving.keys import make_keys
 from ssd.serving.lane import LaneServer
 from ssd.testing.scripted import ScriptedPipeline, scripted_token
@@ -51,7 +52,9 @@ class Server:
         return self
 
     def open(self) -> None:
-        self.lane = LaneServer(self.engine, self.config, model="tiny")
+        self.lane = LaneServer(
+            self.engine, self.config, model="tiny", stats=lambda: {"ssd:num_requests_running": self.engine.running}
+        )
 
     async def __aexit__(self, *_exc: object) -> None:
         await self.lane.close()
@@ -96,6 +99,10 @@ def test_streams_and_generates(tmp_path: Path) -> None:
             outputs = await client.generate([[n + 1] for n in range(20)], PARAMS)
             assert [o.token_ids for o in outputs] == [server.tokens([n + 1], PARAMS) for n in range(20)]
             assert outputs[0].speculation.rounds > 0
+            async for _ in (stream := client.stream([4], SamplingParams(max_tokens=400))):
+                assert await client.stats() == {"ssd:num_requests_running": 1.0}
+                break
+            await stream.aclose()
         assert not (tmp_path / "lane").exists()
 
     run(body())
@@ -136,7 +143,7 @@ def test_completions_and_logprobs(tmp_path: Path) -> None:
 def test_what_is_asked_again(temperature: float, repeats: bool, goes_on: bool) -> None:
     """A sampled answer that would come out another way does not go on with other tokens."""
     client = AsyncClient("ipc:///nowhere")
-    asked = _Asked(0, [1], SamplingParams(temperature=temperature))
+    asked = Asked(0, [1], SamplingParams(temperature=temperature))
     client._asked[0] = asked
     asked.put(StreamEvent(text="a", token_ids=(1,), accepted=0, pieces=("a",), provenance=("bonus",)))
     client._ask_again(repeats)
@@ -154,6 +161,7 @@ def test_the_blocking_client(tmp_path: Path) -> None:
                     assert output.token_ids == server.tokens([7], PARAMS)
                     events = client.stream([8], SamplingParams(max_tokens=400))
                     next(events)
+                    assert client.stats() == {"ssd:num_requests_running": 1}
                     events.close()
                     with pytest.raises(RequestError):
                         client.generate("")
@@ -255,6 +263,8 @@ def test_refusals_keep_their_kind(tmp_path: Path) -> None:
         async with served(tmp_path, max_queue=0, round_s=0.02) as (_, client):
             with pytest.raises(RequestError, match="empty"):
                 await client.generate([[]], PARAMS)
+            with pytest.raises(RequestError, match="priority is off"):
+                await client.generate([[1]], PARAMS, priority=1)
             with pytest.raises(OverloadedError, match="max_queue"):
                 await client.generate([[1]] * 6, SamplingParams(max_tokens=400))
 
@@ -333,6 +343,8 @@ MESSAGES = [
     wire.Hello(),
     wire.Ask(number=3, prompt=[1, 2], params=PARAMS, credit=4),
     wire.Ask(number=3, prompt="text", params=SamplingParams(stop=("a",)), credit=4),
+    wire.Ask(number=3, prompt=[1], params=PARAMS, credit=4, priority=-2),
+    wire.AskStats(number=4),
     wire.Drop(number=3),
     wire.Credit(number=3, events=2),
     wire.Ping(),
@@ -342,6 +354,7 @@ MESSAGES = [
         number=1, event=StreamEvent(text="a", token_ids=(4,), accepted=1, pieces=("a",), provenance=("hit",), drafted=2)
     ),
     wire.Done(number=1, event=StreamEvent(text="", token_ids=(), accepted=0, output=OUTPUT)),
+    wire.Stats(number=4, values={'ssd:generation_tokens_total{provenance="hit"}': 3.0}),
     wire.Refused(number=1, kind="RequestError", message="no"),
 ]
 

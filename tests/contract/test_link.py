@@ -50,7 +50,7 @@ class Pair:
         self.pool.shutdown(wait=False)
 
 
-@pytest.fixture(params=["inproc", "gloo", "host"])
+@pytest.fixture(params=["inproc", "shared", "gloo", "host"])
 def open_pair(request: pytest.FixtureRequest) -> Iterator[Callable[..., Pair]]:
     pairs: list[Pair] = []
 
@@ -190,7 +190,7 @@ def test_use_after_close(open_pair: Callable[..., Pair]) -> None:
             pair.start(getattr(pair.verifier, call), *arguments).result(PATIENCE_S)
 
 
-@pytest.mark.parametrize("kind", ["gloo", "host"])
+@pytest.mark.parametrize("kind", ["shared", "gloo", "host"])
 def test_nobody_comes(kind: str) -> None:
     side = VerifierSide(timeout_s=1.0, kind=kind)
     began = time.monotonic()
@@ -210,7 +210,7 @@ def test_nobody_is_there() -> None:
         draft_side(rendezvous, timeout_s=1.0)
 
 
-@pytest.mark.parametrize("kind", ["gloo", "host"])
+@pytest.mark.parametrize("kind", ["shared", "gloo", "host"])
 def test_two_pairs_do_not_meet(kind: str) -> None:
     one, other = Pair(kind, 10.0), Pair(kind, 10.0)
     try:

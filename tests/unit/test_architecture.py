@@ -15,7 +15,19 @@ PACKAGE = ROOT / "ssd"
 MAX_LINES = 400
 
 BASE = ("errors", "params", "structured")
-STACK = ("config_words", "config", "models", "pipeline", "engine", "learning", "serving", "cluster", "bench", "testing")
+STACK = (
+    "config_words",
+    "config_speculation",
+    "config",
+    "models",
+    "pipeline",
+    "engine",
+    "learning",
+    "serving",
+    "cluster",
+    "bench",
+    "testing",
+)
 """Bottom to top: a layer imports only what stands before it (models also decoding)."""
 MEASURING = ("cli_bench", "cli_plan", "cli_tune")
 ALLOWED = {
@@ -25,7 +37,8 @@ ALLOWED = {
     "decoding": {*BASE},
     **{layer: {*BASE, "decoding", *STACK[:index]} for index, layer in enumerate(STACK)},
     "config_words": set(),
-    "config": {*BASE, "config_words"},
+    "config_speculation": {"errors"},
+    "config": {*BASE, "config_words", "config_speculation"},
     # The package's face and its commands stand above everything.
     "__init__": {*BASE, "decoding", *STACK},
     "cli": {

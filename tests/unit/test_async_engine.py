@@ -26,14 +26,17 @@ SOON_S = 60.0
 class Bench:
     """An engine and the pipeline under it."""
 
-    def __init__(self, *, max_batch: int = 2, limits: Limits | None = None, round_s: float = 0.002):
+    def __init__(
+        self, *, max_batch: int = 2, limits: Limits | None = None, round_s: float = 0.002, scheduling: str = "fair"
+    ):
         self.pipelines: list[ScriptedPipeline] = []
 
         def launch(plan: Plan) -> ScriptedPipeline:
             self.pipelines.append(ScriptedPipeline(plan, round_s=round_s))
             return self.pipelines[-1]
 
-        self.engine = AsyncEngine("embedded", overrides=[f"engine.max_batch={max_batch}"], launch=launch, limits=limits)
+        overrides = [f"engine.max_batch={max_batch}", f"engine.scheduling={scheduling}"]
+        self.engine = AsyncEngine("embedded", overrides=overrides, launch=launch, limits=limits)
 
     @property
     def pipeline(self) -> ScriptedPipeline:
@@ -182,6 +185,33 @@ def test_clients_take_turns() -> None:
         assert order.index("late") <= 4  # behind what the verifier had, and one of the crowd
 
     run(body, max_batch=1)
+
+
+def test_the_lowest_priority_goes_first() -> None:
+    async def body(bench: Bench) -> None:
+        order: list[int] = []
+
+        async def one(number: int, priority: int) -> None:
+            params = SamplingParams(max_tokens=6, seed=number)
+            async with bench.engine.submit([1], params, client=str(number), priority=priority) as stream:
+                output = await stream.output()
+            assert output.token_ids == bench.expected([1], number, 6)  # whenever it ran
+            order.append(number)
+
+        asked = [0, 0, 5, 1, -1, 1]  # the first two find the slot and the place before it
+        await asyncio.gather(*(one(number, priority) for number, priority in enumerate(asked)))
+        assert order == [0, 1, 4, 3, 5, 2]
+
+    run(body, max_batch=1, scheduling="priority")
+
+
+def test_priority_is_off_by_default() -> None:
+    async def body(bench: Bench) -> None:
+        with pytest.raises(RequestError, match=r"priority is off: .*engine\.scheduling=priority"):
+            bench.engine.submit([1], LONG, priority=1)
+        assert (await bench.engine.generate([1], SamplingParams(max_tokens=2))).token_ids
+
+    run(body)
 
 
 def test_provenance_and_rounds() -> None:

@@ -25,7 +25,9 @@ class Letters:
         return "".join(chr(97 + token % 26) for token in token_ids)
 
 
-def request(number: int, *, client: str = "", stop: tuple[str, ...] = (), max_tokens: int = 12) -> Request:
+def request(
+    number: int, *, client: str = "", stop: tuple[str, ...] = (), max_tokens: int = 12, priority: int = 0
+) -> Request:
     params = SamplingParams(max_tokens=max_tokens, stop=stop)
     return Request(
         number=number,
@@ -35,6 +37,7 @@ def request(number: int, *, client: str = "", stop: tuple[str, ...] = (), max_to
         detokenizer=Detokenizer(Letters(), params.stop),
         context_limit=64,
         client=client,
+        priority=priority,
     )
 
 
@@ -93,11 +96,20 @@ class Traffic(RuleBasedStateMachine):
         for owner, event in step.events:
             self.events[owner.number].append(event)
         self.verifier.inbox.extend(step.send)
+        # Whoever went ahead had no lower value among those left behind.
+        waiting = [r.priority for r in self.book.live.values() if r.state is State.QUEUED]
+        sent = [self.requests[m.request].priority for m in step.send if isinstance(m, Submit)]
+        assert not waiting or all(priority <= min(waiting) for priority in sent)
 
-    @rule(client=st.sampled_from("ab"), stop=st.sampled_from([(), ("lm",), ("j", "hij")]), length=st.integers(1, 9))
-    def add(self, client: str, stop: tuple[str, ...], length: int) -> None:
+    @rule(
+        client=st.sampled_from("ab"),
+        stop=st.sampled_from([(), ("lm",), ("j", "hij")]),
+        length=st.integers(1, 9),
+        priority=st.integers(-1, 1),
+    )
+    def add(self, client: str, stop: tuple[str, ...], length: int, priority: int) -> None:
         number = len(self.requests) + self.refused
-        new = request(number, client=client, stop=stop, max_tokens=length)
+        new = request(number, client=client, stop=stop, max_tokens=length, priority=priority)
         before = self.book.queued, self.book.sent, self.book.tokens
         try:
             step = self.book.add(new)
@@ -242,3 +254,22 @@ def test_clients_take_turns(moves: list[tuple[str, bool]]) -> None:
         assert rest[index] != rest[index + 1] or len(set(rest[index:])) == 1
     with pytest.raises(IndexError):
         queue.pop()
+
+
+@given(st.lists(st.tuples(st.integers(-2, 2), st.sampled_from("ab"), st.sampled_from(["push", "pop", "remove"]))))
+def test_lowest_priority_first_in_order_within_a_client(moves: list[tuple[int, str, str]]) -> None:
+    queue, waiting = FairQueue(), list[tuple[int, str, int]]()
+    for number, (priority, client, what) in enumerate(moves):
+        if what == "push" or not waiting:
+            queue.push(client, number, priority)
+            waiting.append((priority, client, number))
+        elif what == "remove":
+            level, owner, gone = waiting.pop(number % len(waiting))
+            queue.remove(owner, gone, level)
+        else:
+            got = queue.pop()
+            [mine] = [entry for entry in waiting if entry[2] == got]
+            assert mine[0] == min(entry[0] for entry in waiting)
+            assert got == min(entry[2] for entry in waiting if entry[:2] == mine[:2])
+            waiting.remove(mine)
+        assert len(queue) == len(waiting)

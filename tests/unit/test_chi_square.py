@@ -71,7 +71,7 @@ def another_story(rules: Any) -> tuple[str, Any]:
     stacked = rules.stacked
 
     def lying(steps: list[Any]) -> Any:
-        honest = stacked(steps)
+        honest = stacked(steps, len(steps))
         return type(honest)(honest.tokens, honest.probs.sqrt())
 
     return "stacked", lying

@@ -157,6 +157,8 @@ def test_provenance(served: Served) -> None:
         ({"response_format": {"type": "xml"}}, 400, "response_format"),
         ({"echo": True}, 400, "echo"),
         ({"seed": 1.5}, 400, "seed"),
+        ({"priority": 1}, 400, "priority"),
+        ({"priority": 2**40}, 400, "priority"),
     ],
     ids=str,
 )
@@ -169,7 +171,7 @@ def test_wrong_parameters_are_named(served: Served, change: dict[str, Any], stat
 
 
 def test_parameters_that_ask_for_nothing(served: Served) -> None:
-    body = {"model": "tiny", "prompt": "x", "max_tokens": 2, "user": "me", "frequency_penalty": 0.0}
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 2, "user": "me", "frequency_penalty": 0.0, "priority": 0}
     neutral = {name: values[-1] for name, values in UNSUPPORTED.items()}
     assert served.ask("POST", "/v1/completions", {**neutral, **body})[0] == 200
     assert not {p.name for p in PARAMETERS} & UNSUPPORTED.keys()
@@ -190,9 +192,9 @@ def test_sampling_parameters_reach_the_verifier(served: Served) -> None:
     seen: list[SamplingParams] = []
     make = served.engine._front.make
 
-    def noting(prompt: Any, params: SamplingParams, client: str = "") -> Any:
+    def noting(prompt: Any, params: SamplingParams, *rest: Any) -> Any:
         seen.append(params)
-        return make(prompt, params, client)
+        return make(prompt, params, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(served.engine._front, "make", noting)
@@ -342,6 +344,21 @@ def test_disconnecting_frees_the_slots(stream: bool) -> None:
         slow.until(lambda: slow.pipeline.busy == slow.engine.running == slow.engine.tokens_in_flight == 0)
     finally:
         slow.close()
+
+
+def test_priority_reaches_the_queue(served: Served) -> None:
+    make, seen = served.engine._front.make, []
+
+    def noting(prompt: Any, params: SamplingParams, client: str, priority: int) -> Any:
+        seen.append(priority)
+        return make(prompt, params, client)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(served.engine._front, "make", noting)
+        for given in ({"priority": -3}, {}):
+            body = {"model": "tiny", "prompt": "x", "max_tokens": 2, **given}
+            assert served.ask("POST", "/v1/completions", body)[0] == 200
+    assert seen == [-3, 0]
 
 
 def test_too_much_is_429() -> None:

@@ -33,6 +33,14 @@ def test_chat(served: Served) -> None:
     assert "rounds" in answer.output
 
 
+def test_chat_sums_up_and_begins_anew(served: Served) -> None:
+    said = "hi\nmore\n/stats\n/clear\nhi\n\n"
+    answer = CliRunner().invoke(app, ["chat", "--url", url(served), "--max-tokens", "9", "--seed", "3"], input=said)
+    assert answer.exit_code == 0, answer.output
+    assert "2 answers, 18 tokens" in answer.output and "a new conversation" in answer.output
+    assert answer.output.count(served.text("hi\n", 3, 9).strip()) == 2  # /clear forgot what came between
+
+
 def test_chat_says_what_the_server_refuses(served: Served) -> None:
     answer = CliRunner().invoke(app, ["chat", "--url", url(served), "--max-tokens", "99999"], input="hi\n\n")
     assert answer.exit_code == 0 and "max_model_len" in answer.output

@@ -175,7 +175,7 @@ def test_hits_are_drawn_like_misses(tiny_config: Configure) -> None:
     # Temperature 0: named, not drawn.
     assert tokens[0, 0].tolist() == logits[0, 0].topk(2).indices.tolist()
     assert float(draft.probs[0].sum()) == 0 and float(draft.probs[1].sum()) == pytest.approx(3)
-    assert stacked([draft, draft]).probs.shape == (2, 3, 2, 8)
+    assert stacked([draft, draft], 2).probs.shape == (2, 3, 2, 8)
 
 
 def test_candidates_are_independent_of_other_noise(tiny_config: Configure) -> None:

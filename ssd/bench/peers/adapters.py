@@ -66,7 +66,7 @@ class Peer:
             "target": str(resolve_model_path(target.model)),
             "draft": str(resolve_model_path(draft.model)) if drafts and draft is not None else None,
             "dtype": target.dtype,
-            "lookahead": self.config.speculation.lookahead,
+            "lookahead": self.config.speculation.depth,
             "max_model_len": self.config.engine.max_model_len,
             "batch": self.batch,
             "cores": cores,

@@ -1,0 +1,80 @@
+"""The part of the configuration that says how the draft speculates."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from .errors import ConfigError
+
+Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys and values of other types are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ForecastConfig(Section):
+    """Which outcomes the draft prepares for."""
+
+    budget: int = Field(default=12, ge=1, le=256)
+    """Branches N = ΣF_u the draft prepares each round."""
+    shape: Literal["uniform", "geometric", "confidence"] = "confidence"
+    """``confidence``: the N likeliest outcomes of each round; the others: F_u the same each round."""
+    sharpness: Number = Field(default=1.4, gt=0)
+    """How far ``confidence`` trusts the draft's ranking (β on its scores)."""
+    acceptance: Number = Field(default=0.7, gt=0, lt=1)
+    """Prior acceptance of a draft token, by which ``geometric`` weighs the nodes."""
+    power: Number = Field(default=1.5, gt=0)
+    """Exponent r of the miss power law: at fan-out F a share F^-r of outcomes is missed."""
+
+
+class SpeculationConfig(Section):
+    """How the draft speculates."""
+
+    method: Literal["none", "sd", "ssd"] = "ssd"
+    lookahead: Annotated[int, Field(ge=1, le=16)] | Literal["auto"] = 4
+    """K: draft tokens verified in a round. ``auto``: chosen as it goes, by what is measured."""
+    lookahead_max: int = Field(default=5, ge=1, le=16)
+    """The deepest that ``auto`` may choose; in ``numerics: strict`` every forward has the rows for it."""
+    siblings: int = Field(default=0, ge=0, le=8)
+    """Next-best tokens beside the chain at each depth; 0 is a chain, more a comb."""
+    forecast: ForecastConfig = ForecastConfig()
+    fallback: Literal["jit", "ngram", "auto", "none"] = "jit"
+    """What a missed row verifies: a speculation drafted now, one found in its text, the better, or none."""
+    verify: Literal["coupled", "rejection", "block"] = "coupled"
+    """``coupled``: plain decoding's very tokens. ``rejection``, ``block``: tokens of the same law
+    (at temperature 0 the same tokens), higher acceptance, the draft's probabilities on the link."""
+    support: int = Field(default=64, ge=1)
+    """Tokens the draft samples from under those two: its most probable ones, or all there are."""
+    saguaro_c: Number = Field(default=1.0, gt=0, le=1)
+    """Saguaro sampling: the forecast's top tokens are drafted with this share of their weight."""
+    governor: bool = True
+    """Decode plainly while that is measured to be faster, and try again now and then."""
+
+    @property
+    def depth(self) -> int:
+        """The deepest lookahead there will be."""
+        return self.lookahead_max if self.lookahead == "auto" else self.lookahead
+
+
+def check_rule(speculation: SpeculationConfig, where: str) -> None:
+    """What fields ask of each other. Raises: ConfigError."""
+    if speculation.lookahead == "auto" and speculation.forecast.shape in ("uniform", "geometric"):
+        raise ConfigError(
+            f"{where}speculation.lookahead=auto needs a forecast that follows it; set speculation.forecast.shape"
+            f"=confidence ({speculation.forecast.shape} would prepare for nodes that are not there)"
+        )
+    if speculation.verify == "block" and speculation.siblings:
+        raise ConfigError(
+            f"{where}speculation.verify=block verifies chains only; set speculation.siblings=0 "
+            "(or speculation.verify=rejection)"
+        )
+    if speculation.verify == "coupled" and speculation.saguaro_c != 1:
+        raise ConfigError(
+            f"{where}speculation.saguaro_c={speculation.saguaro_c:g} needs speculation.verify=rejection or block: "
+            "coupled candidates are not drawn from a distribution that could be scaled"
+        )
