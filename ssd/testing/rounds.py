@@ -89,7 +89,8 @@ def play(
             verifier.fill(missed, frames.unpack_trees(raw, number)[0], frames.unpack_tree_probs(raw))
         # What was served without waiting was prepared, or was an n-gram.
         sources = ["hit" if h else "jit" if w else "none" for h, w in zip(hit.tolist(), waits.tolist(), strict=True)]
-        for slot, source in verifier.fallback.sources.items() if verifier.fallback is not None else ():
-            sources[slot] = source
+        if verifier.steering.fallback is not None:
+            for slot, source in verifier.steering.fallback.sources.items():
+                sources[slot] = source
         number += 1
     return histories
