@@ -6,7 +6,8 @@
 256 tokens each. Every case is one engine: an architecture and dtype, a lookahead, siblings, a forecast, a fallback, a
 batch size; its requests go through temperatures 0, 0.7, 1 and 1.5, filters and penalties, and come
 in while others run. A finished case is one line of FILE; a run that was stopped goes on after the
-last one. The end prints a table and writes FILE with the suffix .json. Exit code 1 if anything differs.
+last one. FILE with the suffix .json holds all of it and what it was run on; the end prints a table.
+Exit code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -259,12 +260,18 @@ def main(arguments: list[str] | None = None) -> int:
             done.append(row)
             with given.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+            write_report(given.out, done, len(cases))
             verdict = "equal" if row["passed"] else "; ".join(row["faults"])
             console.print(f"{len(done)}/{len(cases)} {row['case']}: {verdict}, {row['seconds']} s", highlight=False)
     console.print(table(done))
-    report = {"command": " ".join(sys.argv), **totals(done), "versions": versions(), "cases": done}
-    given.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report(given.out, done, len(cases))
     return 0 if all(row["passed"] for row in done) else 1
+
+
+def write_report(out: Path, done: list[dict[str, Any]], cases: int) -> None:
+    """FILE with the suffix .json: all there is so far, of so many cases."""
+    report = {"command": " ".join(sys.argv), **totals(done), "of": cases, "versions": versions(), "cases": done}
+    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def rows_of(work: list[tuple[Case, list[Trial]]], jobs: int) -> Iterator[dict[str, Any]]:

@@ -127,7 +127,7 @@ def rules(data: dict[str, Any]) -> str:
 def equality(data: dict[str, Any]) -> str:
     """Of ``benchmarks/equality.py``: a line per method and temperature."""
     cases = data["cases"]
-    lines = [f"{data['prompts']} prompts, {len(cases)} engines:\n", "| " + " | ".join(EQUALITY) + " |"]
+    lines = [f"{data['prompts']} prompts, {len(cases)} of {data['of']} engines:\n", "| " + " | ".join(EQUALITY) + " |"]
     lines.append("|---" + "|---:" * (len(EQUALITY) - 1) + "|")
     lines += ["| " + " | ".join(f"{group[key]}" for key in EQUALITY) + " |" for group in data["groups"]]
     drafts = {case["weights"]["draft"][:12] for case in cases if "weights" in case}

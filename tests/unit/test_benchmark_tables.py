@@ -85,7 +85,7 @@ def test_the_page_of_exactness_has_a_place_for_every_kind(tmp_path: Path) -> Non
     files = {
         "1/rules.json": {"rows": [row | {"rule": "older"}]},
         "2/rules.json": {"rows": [row, row | {"rule": "coupled", "speedup": 1.5}]},
-        "1/equality-embedded.json": {"prompts": 26, "groups": [group | {"tokens": 13312}], "cases": [case]},
+        "1/equality-embedded.json": {"prompts": 26, "of": 4, "groups": [group | {"tokens": 13312}], "cases": [case]},
         "1/chi_square.json": [{"case": "block", "fallback": "jit", "samples": 300, "seconds": 1, "tests": [test]}],
     }
     for name, content in files.items():

@@ -13,8 +13,8 @@ from ssd import LLM, RequestOutput, SamplingParams
 from ssd.pipeline.launch import InprocPipeline
 
 PROMPTS = [[9, 30, 77], [5], list(range(20, 44)), [100, 9, 9, 9]]
-BASE = SamplingParams(max_tokens=20, ignore_eos=True, logprobs=2, n=2, repetition_penalty=1.2, frequency_penalty=0.3)
-WARM = replace(BASE, temperature=0.9, top_p=0.95, min_p=0.01, seed=7)
+BASE = SamplingParams(max_tokens=20, ignore_eos=True, logprobs=2, repetition_penalty=1.2, frequency_penalty=0.3)
+WARM = replace(BASE, temperature=0.9, top_p=0.95, min_p=0.01, seed=7, n=2)
 KINDS = [BASE, WARM, replace(WARM, n=3, logprobs=0, min_tokens=5), replace(WARM, n=1, top_k=12, presence_penalty=0.6)]
 
 
@@ -33,7 +33,7 @@ def test_completions_stops_and_logprobs(
     speculation = {"verify": verify, "siblings": siblings, "fallback": fallback, "forecast": {"budget": 10}}
     config = tiny_config(engine={"max_batch": batch}, speculation=speculation)
     # The rules other than coupled promise the tokens at temperature 0 only.
-    params = KINDS if verify == "coupled" else [replace(kind, temperature=0.0) for kind in KINDS]
+    params = KINDS if verify == "coupled" else [replace(kind, temperature=0.0, n=1) for kind in KINDS]
     with LLM(config, launch=InprocPipeline) as llm:
         free = llm.generate(PROMPTS, [replace(p, method="none") for p in params])
         # Of every second request: what stands in the middle of each completion's text.
@@ -54,8 +54,8 @@ def test_completions_stops_and_logprobs(
         for outputs in others:
             assert [told(output) for output in outputs] == [told(output) for output in plain]
             assert sum(o.speculation.accepted for output in outputs for o in output.outputs) > 10
-        events = list(llm.stream(PROMPTS[0], replace(stopping[0], method="ssd")))
-        for one in plain[0].outputs:
+        events = list(llm.stream(PROMPTS[2], replace(stopping[2], method="ssd")))
+        for one in plain[2].outputs:
             ours = [event for event in events if event.index == one.index]
             assert "".join(event.text for event in ours) == one.text
             last = ours[-1].output
