@@ -71,6 +71,8 @@ class EngineConfig(Section):
     on one machine; between machines gloo, or ``host`` (ZMQ) where a GPU cannot use NCCL."""
     link_timeout_s: Number = Field(default=60.0, gt=0)
     start_timeout_s: Number = Field(default=600.0, gt=0)
+    draft_restarts: int = Field(default=3, ge=0, le=100)  # tries in a row to bring a lost draft back
+    draft_restart_delay_s: Number = Field(default=1.0, gt=0)  # before the first; each further one takes twice that
 
 
 class ServerConfig(Section):
@@ -78,12 +80,10 @@ class ServerConfig(Section):
 
     host: str = Field(default="127.0.0.1", min_length=1)
     """Address to bind. Off loopback an API key is required."""
-    port: int = Field(default=8000, ge=0, le=65535)
-    """0 takes a free one."""
+    port: int = Field(default=8000, ge=0, le=65535)  # 0 takes a free one
     model_name: str | None = Field(default=None, min_length=1)
     """What clients call the model; by default the target's name."""
-    api_key_file: str | None = Field(default=None, min_length=1)
-    """One key a line; clients send one of them as a bearer token."""
+    api_key_file: str | None = Field(default=None, min_length=1)  # one key a line; clients send it as a bearer token
     chat_template: str | None = Field(default=None, min_length=1)
     """A Jinja file for models whose tokenizer has no chat template."""
     allowed_hosts: list[Annotated[str, Field(min_length=1)]] = Field(default=[])

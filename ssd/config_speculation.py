@@ -22,8 +22,9 @@ class ForecastConfig(Section):
 
     budget: int = Field(default=12, ge=1, le=256)
     """Branches N = ΣF_u the draft prepares each round."""
-    shape: Literal["uniform", "geometric", "confidence"] = "confidence"
-    """``confidence``: the N likeliest outcomes of each round; the others: F_u the same each round."""
+    shape: Literal["uniform", "geometric", "confidence", "measured"] = "confidence"
+    """``confidence``: the N likeliest outcomes of each round, by the draft's scores; ``measured``: those that were
+    worth most so far; the others: F_u the same each round."""
     sharpness: Number = Field(default=1.4, gt=0)
     """How far ``confidence`` trusts the draft's ranking (β on its scores)."""
     acceptance: Number = Field(default=0.7, gt=0, lt=1)

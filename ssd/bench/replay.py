@@ -8,13 +8,14 @@ drafts the deepest and widest tree at every position, and all smaller trees are 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..config import Config
 from ..decoding.sampling import scores
 from ..decoding.tree import ABSENT, TreeShape
+from ..errors import ConfigError
 from ..models.rows import RowPlan
 from ..params import SamplingParams
 from ..pipeline.build import Plan, build_draft
@@ -44,9 +45,14 @@ def replay(
             ``max(lookaheads) + 1`` tokens of an answer only serve to judge what comes before.
         progress: texts done and in all.
     """
+    if plan.config.speculation.forecast.shape == "measured":
+        raise ConfigError(
+            "a forecast that learns is another one in every round; measure profiles with speculation.forecast.shape"
+            "=confidence (benchmarks/forecasts.py compares hit rates)"
+        )
     deepest, widest = max(lookaheads), max(siblings)
     whole = TreeShape.comb(deepest, widest)
-    worker = build_draft(_eager(plan, deepest, widest, max(budgets)))[0]
+    worker = build_draft(draft_plan(plan, deepest, widest, max(budgets)))[0]
     trees = {"0:0": (TreeShape.comb(1), [0, 0])}
     for depth in lookaheads:
         for beside in siblings:
@@ -61,7 +67,7 @@ def replay(
     needed: dict[str, list[list[int]]] = {name: [[] for _ in texts] for name in trees}
     chunk = max(1, CHUNK_BYTES // (4 * whole.nodes * plan.vocabulary))
     for number, (prompt, answer) in enumerate(texts):
-        walk = _Walk(worker, whole, widest, [*prompt, *answer], params)
+        walk = Walk(worker, whole, widest, [*prompt, *answer], params)
         roots = range(len(prompt) - 1, len(prompt) + len(answer) - deepest - 2)
         for start in range(0, len(roots), chunk):
             seen = [walk.at(root) for root in roots[start : start + chunk]]
@@ -71,7 +77,7 @@ def replay(
                 part, scored = tokens[:, nodes].clone(), marks[:, nodes]
                 if name == "0:0":
                     part[:, 1] = ABSENT
-                node, depth = _deepest(shape, part, ahead)
+                node, depth = deepest_node(shape, part, ahead)
                 bonus = ahead.gather(1, depth[:, None])
                 accepted[name][number] += depth.tolist()
                 least = torch.full_like(node, NEVER)
@@ -84,7 +90,7 @@ def replay(
     return Replay(accepted=accepted, needed=needed)
 
 
-class _Walk:
+class Walk:
     """The draft on one text: at any root, in order, the whole tree and its scores."""
 
     def __init__(self, worker, shape: TreeShape, widest: int, ids: list[int], params: SamplingParams):
@@ -116,7 +122,7 @@ class _Walk:
         return tokens.cpu(), scores(logits, chooser.params, ahead)[0].cpu()
 
 
-def _deepest(shape: TreeShape, tokens: Tensor, ahead: Tensor) -> tuple[Tensor, Tensor]:
+def deepest_node(shape: TreeShape, tokens: Tensor, ahead: Tensor) -> tuple[Tensor, Tensor]:
     """Deepest node ``[P]`` of each tree ``[P, W]`` on the path of the tokens that follow its root
     ``[P, K + 1]``, and its depth ``[P]``."""
     node = torch.zeros(len(tokens), dtype=torch.int64)
@@ -135,25 +141,29 @@ def _nodes(deepest: int, widest: int, depth: int, beside: int) -> list[int]:
     return [*range(depth + 1), *leaves]
 
 
-def _sized(plan: Plan, shape: TreeShape, budget: int) -> Plan:
+def _sized(plan: Plan, shape: TreeShape, size: int) -> Plan:
     siblings = (shape.nodes - 1) // shape.depth - 1
-    return _with(plan.config, plan, lookahead=shape.depth, siblings=siblings, budget=budget)
+    return with_speculation(plan, lookahead=shape.depth, siblings=siblings, budget=size)
 
 
-def _eager(plan: Plan, depth: int, siblings: int, budget: int) -> Plan:
+def draft_plan(plan: Plan, depth: int, siblings: int, budget: int) -> Plan:
+    """For a draft that is led over texts: one slot, nothing compiled."""
     config = plan.config
     assert config.draft is not None
     draft = config.draft.model_copy(update={"compile": False})
-    engine = config.engine.model_copy(update={"max_batch": 1})
-    config = config.model_copy(update={"draft": draft, "engine": engine})
-    return _with(config, plan, lookahead=depth, siblings=siblings, budget=budget)
+    plan = replace(plan, config=config.model_copy(update={"draft": draft}))
+    return with_speculation(plan, lookahead=depth, siblings=siblings, budget=budget, max_batch=1)
 
 
-def _with(config: Config, plan: Plan, *, lookahead: int, siblings: int, budget: int) -> Plan:
-    forecast = config.speculation.forecast.model_copy(update={"budget": budget})
+def with_speculation(
+    plan: Plan, *, lookahead: int, siblings: int, budget: int, shape: str | None = None, max_batch: int | None = None
+) -> Plan:
+    """The plan with another tree and forecast."""
+    config = plan.config
+    found = config.speculation.forecast
+    forecast = found.model_copy(update={"budget": budget, "shape": shape or found.shape})
     speculation = config.speculation.model_copy(
         update={"lookahead": lookahead, "siblings": siblings, "forecast": forecast}
     )
-    return Plan(
-        config=config.model_copy(update={"speculation": speculation}), vocabulary=plan.vocabulary, ends=plan.ends
-    )
+    engine = config.engine.model_copy(update={"max_batch": max_batch or config.engine.max_batch})
+    return replace(plan, config=config.model_copy(update={"speculation": speculation, "engine": engine}))

@@ -104,25 +104,38 @@ class RayPipeline:
         self.actors: dict[str, Any] = {}
         """Handles by role."""
         self._runs: dict[str, ray.ObjectRef] = {}
+        self._plan, self._replica = plan, placement is not None
         wanted = bundles(plan.config, resources)
         self._placement = placement or Placement.reserve(wanted, strategy=strategy, timeout_s=timeout_s, name=name)
         try:
-            host = front_address(self._placement, address)
+            self._host = front_address(self._placement, address)
             for role in wanted:
-                self.actors[role] = WorkerActor.options(**self._placement.options(role)).remote()
+                self._make(role)
             self._wait_for_processes(plan.config.engine.start_timeout_s)
-            for role, actor in self.actors.items():
-                self.lanes[role], endpoint = ZmqLane.bind(f"tcp://{host}:*")
-                self._runs[role] = actor.run.remote(
-                    role,
-                    plan.to_dict(),
-                    endpoint,
-                    one_node=self._placement.one_node,
-                    replica=placement is not None,
-                )
+            for role in wanted:
+                self._run(role)
         except BaseException:
             self._dismantle()
             raise
+
+    def _make(self, role: str) -> None:
+        self.actors[role] = WorkerActor.options(**self._placement.options(role)).remote()
+
+    def _run(self, role: str) -> None:
+        self.lanes[role], endpoint = ZmqLane.bind(f"tcp://{self._host}:*")
+        self._runs[role] = self.actors[role].run.remote(
+            role, self._plan.to_dict(), endpoint, one_node=self._placement.one_node, replica=self._replica
+        )
+
+    def restart(self, role: str) -> None:
+        """Another actor in the same bundle. That it may not come up is for whoever waits for its worker."""
+        try:
+            ray.kill(self.actors[role])
+            self.lanes[role].close()
+            self._make(role)
+            self._run(role)
+        except ray.exceptions.RayError as error:
+            raise WorkerError(f"could not start the {role}'s actor again: {reason(error)}") from error
 
     def _wait_for_processes(self, timeout_s: float) -> None:
         for role, actor in self.actors.items():

@@ -86,7 +86,8 @@ class BatchReplica:
     async def _running(self) -> AsyncEngine:
         async with self._changing:
             engine = self._engine
-            if engine is not None and engine.failure is None and (engine.degraded is None or self._busy):
+            lost = engine is not None and engine.degraded is not None and not engine.restarting
+            if engine is not None and engine.failure is None and (self._busy or not lost):
                 return engine
             if engine is not None:
                 await engine.close()

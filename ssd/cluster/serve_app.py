@@ -63,8 +63,8 @@ class ServeArgs(BaseModel):
 class Replica:
     """The OpenAI server over a pipeline of its own.
 
-    A pipeline that breaks ends its replica, and Serve starts another. One that lost its draft goes
-    on plainly, but is not healthy: Serve replaces it, letting it finish what it has.
+    A pipeline that breaks ends its replica, and Serve starts another. One that lost its draft for good
+    goes on plainly, but is not healthy: Serve replaces it, letting it finish what it has.
     """
 
     def __init__(self, config: dict[str, Any], launch: Callable[[Plan], Pipeline]):
@@ -86,7 +86,7 @@ class Replica:
         """Raises: WorkerError: this replica should be replaced."""
         if self.engine.failure is not None:
             raise WorkerError(str(self.engine.failure))
-        if self.engine.degraded is not None:
+        if self.engine.degraded is not None and not self.engine.restarting:
             raise WorkerError(f"the draft is gone: {self.engine.degraded}")
 
     async def _end_with_pipeline(self) -> None:

@@ -111,8 +111,18 @@ class Forecast(Protocol):
         """
         ...
 
+    def admit(self, slot: int, temperature: float) -> None:
+        """Another sequence has the slot."""
 
-class FanOutForecast:
+    def prepare(self, trees: Tensor) -> None:
+        """``outcomes`` is about to be asked about trees ``[B, W]``."""
+
+    def learn(self, active: Tensor, nodes: Tensor, bonus: Tensor, prepared: Tensor, guesses: Tensor) -> None:
+        """What became of them: outcomes (``nodes``, ``bonus``) ``[B]`` of ``active`` ``[B]`` bool slots; (``prepared``,
+        ``guesses``) ``[B, N]`` were the pairs prepared, ``ABSENT`` guesses in slots without."""
+
+
+class FanOutForecast(Forecast):
     """F_u guesses after node u in every round: branch n guesses the bonus of rank ``ranks[n]``
     after ``nodes[n]``.
 
@@ -131,7 +141,7 @@ class FanOutForecast:
         return self._nodes.expand(len(tokens), -1), best[:, self._nodes, self._ranks]
 
 
-class ConfidenceForecast:
+class ConfidenceForecast(Forecast):
     """The N most likely outcomes of this round, by the draft's own confidence.
 
     Let the target's scores be the draft's plus independent Gumbel errors of scale 1/β, in units

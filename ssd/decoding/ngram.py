@@ -45,3 +45,27 @@ class NgramIndex:
                     found.append(found[len(found) - (len(known) - start)])
                 return found
         return []
+
+
+class NgramRounds:
+    """Rounds of n-grams on a text, played along as it comes: what they would have brought is known
+    without running any.
+
+    Args: index: of the text so far, extended here. count: candidates of a round.
+    """
+
+    def __init__(self, index: NgramIndex, count: int):
+        self.index, self._count = index, count
+        self._expected = index.propose(count)
+
+    def extend(self, tokens: Iterable[int]) -> int:
+        """The text goes on with ``tokens``. Returns how many rounds ended within them."""
+        rounds = 0
+        for token in tokens:
+            self.index.extend((token,))
+            if self._expected and self._expected[0] == token:
+                self._expected = self._expected[1:]
+            else:  # the bonus token of the round
+                rounds += 1
+                self._expected = self.index.propose(self._count)
+        return rounds

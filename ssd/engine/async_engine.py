@@ -6,19 +6,20 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..config import Config
-from ..errors import OverloadedError, PipelineError, SSDError
+from ..errors import OverloadedError, PipelineError, SSDError, WorkerError
 from ..params import RequestOutput, SamplingParams, StreamEvent
 from ..pipeline.async_lane import AsyncLane
 from ..pipeline.build import Plan
-from ..pipeline.launch import Pipeline, launch_here
+from ..pipeline.launch import Pipeline, Restartable, launch_here
 from ..pipeline.messages import Message, RoundReport, Watch
 from .book import Limits, Request
 from .front import Front, Taken, taken
+from .restarts import News
+from .stream import RequestStream
 
 CHECK_S = 0.5
 """How often to see whether the workers live."""
@@ -34,64 +35,6 @@ class Observer(Protocol):
     def event(self, request: Request, event: StreamEvent) -> None: ...
 
     def round(self, report: RoundReport) -> None: ...
-
-
-class RequestStream:
-    """The events of one request: ``async for event in stream``. The last one carries the output; with
-    ``n`` > 1 every completion has a last one, and their events mix (``event.index``).
-
-    Leaving its ``async with`` block, or ``cancel``, gives the request up; its slot is free within a
-    round. What has been committed is never held back for a slow reader: it waits here, and is no
-    more than the request's ``max_tokens``.
-
-    Raises (iterating): PipelineError if the pipeline broke.
-    """
-
-    def __init__(self, engine: AsyncEngine, requests: list[Request]):
-        self._engine, self.requests = engine, requests
-        self._events: asyncio.Queue[StreamEvent | SSDError] = asyncio.Queue()
-        self._left = len(requests)
-        """Completions whose last event its reader does not have."""
-
-    async def __aenter__(self) -> RequestStream:
-        return self
-
-    async def __aexit__(self, *_exc: object) -> None:
-        self.cancel()
-
-    def __aiter__(self) -> RequestStream:
-        return self
-
-    async def __anext__(self) -> StreamEvent:
-        if not self._left:
-            raise StopAsyncIteration
-        event = await self._events.get()
-        if isinstance(event, SSDError):
-            self._left = 0
-            raise event
-        self._left -= event.output is not None
-        return event
-
-    @property
-    def request(self) -> Request:
-        """The first completion."""
-        return self.requests[0]
-
-    async def output(self) -> RequestOutput:
-        """Wait for the end; as ``LLM.generate`` gives it. Cancels the request if the waiting is
-        cancelled."""
-        async with self:
-            outputs = [event.output async for event in self if event.output is not None]
-        first, *others = sorted(outputs, key=lambda output: output.index)
-        return replace(first, others=tuple(others)) if others else first
-
-    def cancel(self) -> None:
-        """Give the request up, if it is not over. Its last event still comes."""
-        for request in self.requests:
-            self._engine._cancel(request)
-
-    def _put(self, event: StreamEvent | SSDError) -> None:
-        self._events.put_nowait(event)
 
 
 class AsyncEngine:
@@ -135,6 +78,7 @@ class AsyncEngine:
         self._watchers: set[asyncio.Queue[RoundReport | None]] = set()
         self._watched = False
         self._guard: asyncio.Task[None] | None = None
+        self._restarting: asyncio.Future[None] | None = None
         self._changed, self._broken = asyncio.Event(), asyncio.Event()
         self._refusal: str | None = None
         self.failure: SSDError | None = None
@@ -147,8 +91,17 @@ class AsyncEngine:
 
     @property
     def degraded(self) -> str | None:
-        """Why the draft is no longer there, if it is not."""
-        return self._front.degraded
+        """Why the draft is not there, if it is not."""
+        return self._front.restarts.degraded
+
+    @property
+    def restarting(self) -> bool:
+        """The draft is lost, and not for good."""
+        return self._front.restarts.pending
+
+    def on_draft(self, tell: Callable[[News], None]) -> None:
+        """``tell`` hears, on the loop, when the draft is lost, restarting, back or given up."""
+        self._front.restarts.tell = tell
 
     @property
     def queued(self) -> int:
@@ -185,8 +138,10 @@ class AsyncEngine:
                 await asyncio.to_thread((await launching).close)
             raise
         try:
-            for role, lane in pipeline.lanes.items():
-                self._lanes[role] = AsyncLane(lane, lambda message, role=role: self._take(role, message), self._fail)
+            for role in pipeline.lanes:
+                self._open_lane(pipeline, role)
+            if not isinstance(pipeline, Restartable):
+                self._front.restarts.limit = 0
             self._guard = asyncio.create_task(self._watch_over(pipeline))
             deadline = time.monotonic() + self.config.engine.start_timeout_s
             while not self._front.ready and self.failure is None:
@@ -207,6 +162,8 @@ class AsyncEngine:
         """Stop the workers; what still runs fails. Safe to call twice."""
         if self._guard is not None:
             self._guard.cancel()
+        if self._restarting is not None:  # what it starts must be known to be stopped
+            await asyncio.wait([self._restarting])
         if self.failure is None:
             self._fail(PipelineError("the engine is closed"))
         for lane in self._lanes.values():
@@ -357,6 +314,23 @@ class AsyncEngine:
                 return
             if (fatal := self._front.fatal(gone)) is not None:
                 self._fail(fatal)
+            elif (then := self._front.restart_due(gone)) is not None and isinstance(pipeline, Restartable):
+                await self._restart_draft(pipeline, then)
+
+    async def _restart_draft(self, pipeline: Restartable, then: Taken) -> None:
+        if (lane := self._lanes.pop("draft", None)) is not None:
+            await lane.close()
+        self._restarting = asyncio.ensure_future(asyncio.to_thread(pipeline.restart, "draft"))
+        try:
+            await asyncio.shield(self._restarting)
+        except WorkerError as error:
+            self._front.restarts.lost(str(error))
+        else:
+            self._open_lane(pipeline, "draft")
+            self._perform(then)
+
+    def _open_lane(self, pipeline: Pipeline, role: str) -> None:
+        self._lanes[role] = AsyncLane(pipeline.lanes[role], lambda message: self._take(role, message), self._fail)
 
     def _update_watch(self) -> None:
         wanted = bool(self._watchers) or self._observer is not None

@@ -16,10 +16,23 @@ from ..models.vocabulary import shared_vocabulary
 from ..params import SamplingParams, StreamEvent, completion_seed
 from ..pipeline.build import Plan, check_sizes
 from ..pipeline.grammar import Grammars
-from ..pipeline.messages import Committed, Failed, Finished, Hello, Message, Ready, RoundReport, Timings, Welcome
+from ..pipeline.messages import (
+    Committed,
+    Failed,
+    Finished,
+    Hello,
+    Message,
+    Ready,
+    Rejoined,
+    Reopen,
+    RoundReport,
+    Timings,
+    Welcome,
+)
 from .book import Limits, Request, RequestBook, Step
 from .detokenize import Detokenizer
 from .resolve import resolve
+from .restarts import DraftRestarts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,13 +69,16 @@ class Front:
         self.grammars = Grammars(lambda: self.tokenizer, vocabulary=self.plan.vocabulary, ends=self.plan.ends)
         self.info: dict[str, Any] = {}
         """What the workers that are ready said of themselves, by role."""
-        self.degraded: str | None = None
-        """Why the draft is no longer there, if it is not."""
+        engine = self.config.engine
+        self.restarts = DraftRestarts(
+            limit=engine.draft_restarts, delay_s=engine.draft_restart_delay_s, start_s=engine.start_timeout_s
+        )
         self.timings: Timings | None = None
         self.round: RoundReport | None = None
         self.rounds: list[RoundReport] | None = None
         """All rounds, while a list is here to take them."""
         self._hellos: dict[str, Hello] = {}
+        self._welcomed: set[str] = set()
         self._numbers = itertools.count()
 
     @property
@@ -73,6 +89,20 @@ class Front:
         """What to raise when these workers are gone, if anything: without its draft the verifier goes on."""
         missed = [role for role in gone if role != "draft" or not self.ready]
         return WorkerError(f"the {missed[0]} worker died; its own messages are above") if missed else None
+
+    def restart_due(self, gone: Sequence[str]) -> Taken | None:
+        """What to tell the workers once the launcher has started the draft again, if it is to do so now.
+        ``gone``: workers that are."""
+        if not self.ready:
+            return None
+        if "draft" in gone:
+            self.restarts.lost("the draft worker died")
+        if not self.restarts.due():
+            return None
+        for role in ("verifier", "draft"):
+            self._hellos.pop(role, None)
+        self._welcomed.discard("draft")
+        return Taken(send=[("verifier", Reopen(epoch=self.restarts.epoch))])
 
     @property
     def late(self) -> WorkerError:
@@ -152,13 +182,17 @@ class Front:
             if set(self._hellos) == {first, *others}:
                 rendezvous = self._hellos[first].rendezvous
                 assert rendezvous is not None
-                return Taken(send=[(other, Welcome(rendezvous=rendezvous)) for other in others])
+                waiting = [other for other in others if other not in self._welcomed]
+                self._welcomed.update(waiting)
+                return Taken(send=[(other, Welcome(rendezvous=rendezvous)) for other in waiting])
         elif isinstance(message, Ready):
             self.info[role] = message.info
+        elif isinstance(message, Rejoined):
+            self.restarts.back(message.epoch)
         elif isinstance(message, Failed):
             # A draft that fails once all are ready: the verifier notices by itself and goes on.
             if message.degraded or (role == "draft" and self.ready):
-                self.degraded = message.message
+                self.restarts.lost(message.message, message.epoch)
             elif message.usage:
                 raise UsageError(message.message)
             else:

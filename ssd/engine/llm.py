@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
-from ..errors import PipelineError, RequestError
+from ..errors import PipelineError, RequestError, WorkerError
 from ..params import RequestOutput, SamplingParams, StreamEvent
 from ..pipeline.build import Plan
-from ..pipeline.launch import Pipeline, launch_here
+from ..pipeline.launch import Pipeline, Restartable, launch_here
 from ..pipeline.messages import GetTimings, RoundReport, Watch
 from .book import Request
 from .front import Front, Taken, taken
@@ -46,7 +46,10 @@ class LLM:
         self.config, self.tokenizer = self._front.config, self._front.tokenizer
         self._events: dict[int, deque[StreamEvent]] = {}
         """Not yet given out, of the requests being streamed."""
+        self._checked_s = 0.0
         self._pipeline = launch(self._front.plan)
+        if not isinstance(self._pipeline, Restartable):
+            self._front.restarts.limit = 0
         try:
             self._wait_until_ready()
         except BaseException:
@@ -61,8 +64,8 @@ class LLM:
 
     @property
     def degraded(self) -> str | None:
-        """Why the draft is no longer there, if it is not."""
-        return self._front.degraded
+        """Why the draft is not there, if it is not; one that is restarted comes back while requests run."""
+        return self._front.restarts.degraded
 
     def close(self) -> None:
         """Stop the workers. Safe to call twice."""
@@ -182,10 +185,23 @@ class LLM:
             while (message := lane.receive(wait_s)) is not None:
                 seen, wait_s = True, 0
                 self._perform(self._front.take(role, message))
-        if not seen:
-            error = self._front.fatal(pipeline.check())
+        if not seen or time.monotonic() - self._checked_s > POLL_S:
+            gone, self._checked_s = pipeline.check(), time.monotonic()
+            error = self._front.fatal(gone)
             if error is not None:
                 raise error
+            self._restart(pipeline, gone)
+
+    def _restart(self, pipeline: Pipeline, gone: Sequence[str]) -> None:
+        """Start a lost draft again, if it is time."""
+        then = self._front.restart_due(gone)
+        if then is not None and isinstance(pipeline, Restartable):
+            try:
+                pipeline.restart("draft")
+            except WorkerError as error:
+                self._front.restarts.lost(str(error))
+            else:
+                self._perform(then)
 
     def _perform(self, then: Taken) -> None:
         for request, event in then.events:

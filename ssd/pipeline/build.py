@@ -13,6 +13,7 @@ import torch
 from ..config import Config, ModelConfig, resolve_model_path
 from ..decoding.forecast import ConfidenceForecast, FanOutForecast, Forecast, fan_out
 from ..decoding.lookahead import lookahead_tiers
+from ..decoding.measured import MeasuredForecast
 from ..decoding.tree import TreeShape
 from ..errors import ConfigError
 from ..models import native, rows_linear, tree_attention
@@ -65,6 +66,8 @@ class Plan:
         wanted = self.config.speculation.forecast
         if wanted.shape == "confidence":
             return ConfidenceForecast(self.shape, wanted.budget, wanted.sharpness, device)
+        if wanted.shape == "measured":
+            return MeasuredForecast(self.shape, wanted.budget, self.config.engine.max_batch, device)
         counts = fan_out(self.shape, wanted.budget, kind=wanted.shape, acceptance=wanted.acceptance, power=wanted.power)
         return FanOutForecast(self.shape, counts, device)
 
@@ -87,12 +90,13 @@ class Plan:
         folder = resolve_model_path(model.model)
         return Grammars(lambda: load_tokenizer(folder), vocabulary=self.vocabulary, ends=self.ends)
 
-    def frames(self) -> Frames:
+    def frames(self, epoch: int = 0) -> Frames:
         return Frames(
             batch=self.config.engine.max_batch,
             branches=self.config.speculation.forecast.budget,
             nodes=self.shape.nodes,
             probs=self.probs,
+            epoch=epoch,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class DraftWorker:
         self._glue = RowPlan.tree("glue", shape)
         self._step = RowPlan.sequential("jit", 1)
         self._branches = BranchSteps(shape, forecast.budget, device)
-        self._width = 1 + self._siblings
+        self._width = len(shape.children(0))
         self.sampler: CandidateSampler | None = None
         """Under ``rejection`` and ``block``: draws the candidates."""
         self.drafted_from: DraftProbs | None = None
@@ -77,10 +77,6 @@ class DraftWorker:
         self._whole: dict[int, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
         self._chain: dict[int, Callable[..., Tensor]] = {}
         self._silence = torch.zeros(batch, 2 * shape.depth + 1, runner.vocabulary, device=device)
-
-    @property
-    def _siblings(self) -> int:
-        return (self.shape.nodes - 1) // self.shape.depth - 1
 
     @property
     def _samples(self) -> bool:
@@ -114,6 +110,7 @@ class DraftWorker:
         self.trees[message.slot] = ABSENT
         self.trees[message.slot, 0] = message.tokens[-1]
         self.chooser.set(message.slot, message.params)
+        self.forecast.admit(message.slot, message.params.temperature)
         length = len(message.tokens) if message.prompt_length is None else message.prompt_length
         prompt, output = message.tokens[:length], message.tokens[length:]
         self.chooser.processors.clear(message.slot)
@@ -138,6 +135,7 @@ class DraftWorker:
         forecasting = [row is not None and row.forecasts and row.whole for row in self.rows]
         draft = self.sampler.nothing(batch, branches) if self.sampler is not None else None
         if any(forecasting):
+            self.forecast.prepare(self.trees)
             if self._at_once(longest):
                 nodes, guesses, trees = self._grow_at_once(tokens, lengths)
             else:
@@ -283,6 +281,7 @@ class DraftWorker:
             self.runner.cache.keep(slots, scratch, positions)
         found, hit = lookup(frame.nodes, frame.bonus, speculation)
         active = frame.states == RowState.ACTIVE
+        self.forecast.learn(active, frame.nodes, frame.bonus, speculation.nodes, speculation.guesses)
         kept = (frame.states == RowState.PREFILL)[:, None]
         self.trees = torch.where(kept, self.trees, found.masked_fill(~active[:, None], ABSENT))
         return self._take_ngrams(frame, hit & active)

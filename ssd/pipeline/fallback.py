@@ -25,12 +25,10 @@ class FallbackChoice:
         """Slots whose tree was made after a miss, and what made it."""
 
     def learn(self, commits: Iterable[Commit], forward_s: float) -> None:
-        """What a round brought: to the trees made after misses, and to the sequences' n-grams."""
+        """What a round brought to the trees made after misses."""
         for commit in commits:
             if (source := self.sources.get(commit.slot)) is not None:
                 self.served(source, commit.depth + 1, forward_s)
-            if commit.sequence.ngrams is not None:
-                commit.sequence.ngrams.extend(commit.tokens)
         self.sources.clear()
 
     def served(self, source: Source, tokens: int, forward_s: float) -> None:

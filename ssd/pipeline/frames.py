@@ -2,15 +2,15 @@
 
 ::
 
-    outcome frame (verifier → draft)      header(4) · rows [B, 3]: state, node u, bonus t
-    speculation frame (draft → verifier)  header(4) · nodes, guesses [B, N] · trees [B, N, W - 1]
-    tree frame (draft → verifier, jit)    header(4) · trees [B, W - 1]
+    outcome frame (verifier → draft)      header(5) · rows [B, 3]: state, node u, bonus t
+    speculation frame (draft → verifier)  header(5) · nodes, guesses [B, N] · trees [B, N, W - 1]
+    tree frame (draft → verifier, jit)    header(5) · trees [B, W - 1]
 
 Under verification rules that need them (``rejection``, ``block``), the draft's frames end with what
 each inner node's children were drawn from: ``[B, N, I]`` (``[B, I]`` in a tree frame) distributions
 as ``ProbsLayout`` lays them out.
 
-The header is magic, round, and two words of the frame's own: the outcome frame carries how many
+The header is magic, the link's epoch, round, and two words of the frame's own: the outcome frame carries how many
 control messages must have been applied and what comes next (with a bit that says whether missed rows
 take n-grams, and how far to draft), the draft's frames carry how long
 drafting took (µs) and 0.
@@ -28,9 +28,9 @@ from torch import Tensor
 from ..decoding.support import DraftProbs
 from ..errors import LinkError
 
-MAGIC = 0x55D00001
+MAGIC = 0x55D00002
 MAGIC_INT32 = MAGIC - 2**32 if MAGIC >= 2**31 else MAGIC
-HEADER = 4
+HEADER = 5
 NGRAM_BIT = 8
 LOOKAHEAD_SHIFT = 4
 
@@ -121,11 +121,11 @@ class SpeculationSet:
 
 
 class Frames:
-    """Packs and unpacks the frames of one pipeline: batch B, branches N, tree nodes W; ``probs``:
-    how the draft's distributions go along, if they do."""
+    """Packs and unpacks the frames of one link: batch B, branches N, tree nodes W; ``probs``: how the
+    draft's distributions go along, if they do; ``epoch``: of the link, frames of others are refused."""
 
-    def __init__(self, *, batch: int, branches: int, nodes: int, probs: ProbsLayout | None = None):
-        self.batch, self.branches, self.nodes, self.probs = batch, branches, nodes, probs
+    def __init__(self, *, batch: int, branches: int, nodes: int, probs: ProbsLayout | None = None, epoch: int = 0):
+        self.batch, self.branches, self.nodes, self.probs, self.epoch = batch, branches, nodes, probs, epoch
         words = probs.words if probs is not None else 0
         self.outcome_size = HEADER + batch * 3
         self.speculation_size = HEADER + batch * branches * (nodes + 1 + words)
@@ -137,13 +137,13 @@ class Frames:
     def pack_outcome(self, frame: OutcomeFrame) -> Tensor:
         raw = np.empty(self.outcome_size, dtype=np.int32)
         word = frame.next | NGRAM_BIT * frame.ngram | frame.lookahead << LOOKAHEAD_SHIFT
-        raw[:HEADER] = _header(frame.round, frame.control_count, word)
+        raw[:HEADER] = self._header(frame.round, frame.control_count, word)
         for column, values in enumerate((frame.states, frame.nodes, frame.bonus)):
             raw[HEADER + column :: 3] = values.numpy()
         return torch.from_numpy(raw)
 
     def unpack_outcome(self, raw: Tensor, round: int) -> OutcomeFrame:
-        control_count, word = _check(raw, round)
+        control_count, word = self._check(raw, round)
         lookahead, low = divmod(word, 1 << LOOKAHEAD_SHIFT)
         try:
             next_ = Next(low & ~NGRAM_BIT)
@@ -165,11 +165,11 @@ class Frames:
 
     def pack_speculation(self, speculation: SpeculationSet, round: int, spent_us: int) -> Tensor:
         parts = (speculation.nodes.numpy(), speculation.guesses.numpy(), speculation.trees.numpy())
-        return _pack(round, spent_us, 0, *parts, *self._packed(speculation.draft))
+        return self._pack(round, spent_us, 0, *parts, *self._packed(speculation.draft))
 
     def unpack_speculation(self, raw: Tensor, round: int) -> tuple[SpeculationSet, int]:
         """The set and the draft's time in µs."""
-        spent_us, _ = _check(raw, round)
+        spent_us, _ = self._check(raw, round)
         cut, end = self.batch * self.branches, HEADER + self.batch * self.branches * (self.nodes + 1)
         body = raw.numpy()[HEADER:end].astype(np.int64)
         outcomes = body[: 2 * cut].reshape(2, self.batch, self.branches)
@@ -183,11 +183,11 @@ class Frames:
 
     def pack_trees(self, trees: Tensor, round: int, spent_us: int, draft: DraftProbs | None = None) -> Tensor:
         """``draft`` ``[B, I, m]`` under rules that need it."""
-        return _pack(round, spent_us, 0, trees.numpy(), *self._packed(draft))
+        return self._pack(round, spent_us, 0, trees.numpy(), *self._packed(draft))
 
     def unpack_trees(self, raw: Tensor, round: int) -> tuple[Tensor, int]:
         """``[B, W - 1]`` int64 and the draft's time in µs."""
-        spent_us, _ = _check(raw, round)
+        spent_us, _ = self._check(raw, round)
         end = HEADER + self.batch * (self.nodes - 1)
         return _long(raw[HEADER:end]).view(self.batch, self.nodes - 1), spent_us
 
@@ -203,27 +203,25 @@ class Frames:
         assert draft is not None, "this rule's trees travel with what they were drawn from"
         return [self.probs.pack(draft).numpy()]
 
+    # Frames are small and on the critical path of a round: numpy takes a fifth of torch's time per call.
 
-# Frames are small and on the critical path of a round: numpy takes a fifth of torch's time per call.
+    def _header(self, round: int, first: int, second: int) -> tuple[int, int, int, int, int]:
+        return MAGIC_INT32, self.epoch, round & 0x7FFFFFFF, min(first, 2**31 - 1), second
 
+    def _pack(self, round: int, first: int, second: int, *body: np.ndarray) -> Tensor:
+        parts = [np.array(self._header(round, first, second), dtype=np.int32), *(part.ravel() for part in body)]
+        return torch.from_numpy(np.concatenate(parts, dtype=np.int32, casting="same_kind"))
 
-def _header(round: int, first: int, second: int) -> tuple[int, int, int, int]:
-    return MAGIC_INT32, round & 0x7FFFFFFF, min(first, 2**31 - 1), second
-
-
-def _pack(round: int, first: int, second: int, *body: np.ndarray) -> Tensor:
-    parts = [np.array(_header(round, first, second), dtype=np.int32), *(part.ravel() for part in body)]
-    return torch.from_numpy(np.concatenate(parts, dtype=np.int32, casting="same_kind"))
+    def _check(self, raw: Tensor, round: int) -> tuple[int, int]:
+        magic, epoch, got, first, second = raw.numpy()[:HEADER].tolist()
+        if magic != MAGIC_INT32:
+            raise LinkError("the other side of the link does not speak this version's frames")
+        if epoch != self.epoch:
+            raise LinkError(f"a frame of epoch {epoch} came on the link of epoch {self.epoch}")
+        if got != round & 0x7FFFFFFF:
+            raise LinkError(f"the link is out of step: round {got} where {round} was due")
+        return first, second
 
 
 def _long(raw: Tensor) -> Tensor:
     return torch.from_numpy(raw.numpy().astype(np.int64))
-
-
-def _check(raw: Tensor, round: int) -> tuple[int, int]:
-    magic, got, first, second = raw.numpy()[:HEADER].tolist()
-    if magic != MAGIC_INT32:
-        raise LinkError("the other side of the link does not speak this version's frames")
-    if got != round & 0x7FFFFFFF:
-        raise LinkError(f"the link is out of step: round {got} where {round} was due")
-    return first, second

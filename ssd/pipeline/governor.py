@@ -1,23 +1,31 @@
-"""The governor: does speculation pay now, and if not, when to try again.
+"""The governor: which way of decoding is fastest now, and when to try another.
 
-A speculative round brings ``tokens`` for ``rows`` sequences in ``seconds``; plainly the same rows
-would bring one token each in less time. What a plain round takes is known without decoding one:
-it is a speculative round less the waits for the draft (and, with ``numerics: fast``, less what
-the wider forward costs). While plain rounds run they are measured themselves.
+The ways are arms: ``ssd``, ``sd``, ``ngram`` (candidates from the text itself, no draft), ``none``. Most of
+what they would bring is known without trying. A plain round is a drafted one less the waits for the
+draft (and, with ``numerics: fast``, less what the wider forward costs). A round of n-grams takes as long as
+a verification and accepts what the text tells (``decoding.ngram.NgramRounds``). ``sd`` accepts what ``ssd`` does
+and waits in every round as ``ssd`` waits after a miss. Only what a draft brings while nothing is drafted
+must be tried: for a few rounds, ever more rarely.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Arm = Literal["ssd", "sd", "ngram", "none"]
+ARMS: tuple[Arm, ...] = ("ssd", "sd", "ngram", "none")
 
 MARGIN = 0.02
-"""Hysteresis: speculation stops below a gain of 1 - MARGIN and stays after a trial above 1 + MARGIN."""
+"""Hysteresis: an arm is left for one that brings so much more, and kept after a trial if it brings so much more."""
 MEMORY = 24
 """Rounds after which an observation has lost 1 - 1/e of its weight."""
+NAMED_MEMORY = 192
+"""The same, of what n-grams would have brought."""
 TRIAL = 8
 """Rounds of a trial: enough to tell twice the speed from half of it, too few to cost much."""
 REST, LONGEST_REST = 64, 4096
-"""Plain rounds before the first trial; each failed trial doubles them."""
+"""Rounds before the first trial; each failed trial doubles them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,17 +38,21 @@ class Round:
     seconds: float
     waited_s: float = 0.0
     """Of those, waiting for the draft."""
+    missed_s: float = 0.0
+    """Of those, for trees drafted after misses."""
+    wide: bool = True
+    """Whether there were candidates to verify."""
 
 
 class Mean:
     """Ratio of exponentially decaying sums."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: int | None = None) -> None:
+        self._keep = 1 - 1 / (memory or MEMORY)
         self.top = self.bottom = 0.0
 
     def add(self, top: float, bottom: float) -> None:
-        keep = 1 - 1 / MEMORY
-        self.top, self.bottom = self.top * keep + top, self.bottom * keep + bottom
+        self.top, self.bottom = self.top * self._keep + top, self.bottom * self._keep + bottom
 
     @property
     def value(self) -> float | None:
@@ -48,46 +60,97 @@ class Mean:
 
 
 class Governor:
-    """Decides between rounds with the draft and plain ones.
+    """Decides among the arms of a method, for all its requests together.
 
     Args:
-        saving_s: how much shorter a plain round's forward is than a speculative one's (0 with
+        method: the first arm; those after it in ``ARMS`` are the others.
+        saving_s: how much shorter a plain round's forward is than a verification (0 with
             ``numerics: strict``, which pads plain rounds to the same width).
     """
 
-    def __init__(self, *, saving_s: float = 0.0):
-        self.speculating = True
+    def __init__(self, method: Arm = "ssd", *, saving_s: float = 0.0):
+        self.arm: Arm = method
+        self.method: Arm = method
         self._saving_s = saving_s
-        self._rate, self._plain_s = Mean(), Mean()
-        self._left, self._rest = MEMORY, REST  # rounds until the next decision
-        self._trial = True
+        self._plain_s, self._missed_s, self._named = Mean(), Mean(), Mean(NAMED_MEMORY)
+        self._tokens, self._rate = Mean(), Mean()
+        self._trial = MEMORY
+        """Rounds left of a trial; 0: the arm is settled."""
+        self._left = self._rest = REST
+
+    @property
+    def speculating(self) -> bool:
+        """Whether the draft takes part."""
+        return self.arm in ("ssd", "sd")
+
+    @property
+    def undrafted(self) -> Arm:
+        """The better of those that need no draft."""
+        rates = self.rates()
+        return "ngram" if rates and rates["ngram"] > rates["none"] * (1 + MARGIN) else "none"
+
+    @property
+    def missed_s(self) -> float:
+        """How long rows that missed wait for a tree; 0 before any did."""
+        return self._missed_s.value or 0.0
 
     @property
     def gain(self) -> float | None:
-        """Tokens per second of the last speculative rounds over those of plain ones; None before
-        there were any."""
-        rate, plain_s = self._rate.value, self._plain_s.value
-        return None if rate is None or plain_s is None else rate * plain_s
+        """Tokens per second over those of plain rounds; None before there were any."""
+        rates = self.rates()
+        return rates[self.arm] / rates["none"] if self.arm in rates else None
+
+    def named(self, tokens: int, rounds: int) -> None:
+        """So many rounds of n-grams would have brought a row so many tokens."""
+        self._named.add(tokens, rounds)
+
+    def rates(self) -> dict[Arm, float]:
+        """Tokens per second of a row, by every arm of which something is known now."""
+        plain_s = self._plain_s.value
+        if not plain_s:
+            return {}
+        verify_s = plain_s + self._saving_s
+        rates: dict[Arm, float] = {"none": 1 / plain_s, "ngram": (self._named.value or 1.0) / verify_s}
+        tokens, rate, missed_s = self._tokens.value, self._rate.value, self._missed_s.value
+        if self.arm == "ssd" and tokens and missed_s:
+            rates["sd"] = tokens / (verify_s + missed_s)
+        if self.speculating and rate:
+            rates[self.arm] = rate
+        return rates
 
     def observe(self, round: Round) -> None:
-        """Take in a round that ran as ``speculating`` said."""
+        """Take in a round that ran as ``arm`` said."""
+        wider_s = self._saving_s if round.wide and self.arm != "none" else 0.0
+        self._plain_s.add(max(round.seconds - round.waited_s - wider_s, 0.0), 1.0)
         if self.speculating:
             self._rate.add(round.tokens / round.rows, round.seconds)
-            self._plain_s.add(max(round.seconds - round.waited_s - self._saving_s, 0.0), 1.0)
+            self._tokens.add(round.tokens / round.rows, 1.0)
+            if round.missed_s:
+                self._missed_s.add(round.missed_s, 1.0)
+        rates = self.rates()
+        others: dict[Arm, float] = {arm: rate for arm, rate in rates.items() if arm != self.arm}
+        best: Arm = max(others, key=lambda arm: others[arm])
+        if self._trial > 1:
+            self._trial -= 1
+        elif rates[self.arm] < others[best] * (1 + MARGIN if self._trial else 1 - MARGIN):
+            self._leave(best)
         else:
-            self._plain_s.add(round.seconds, 1.0)
-        self._left -= 1
-        if self._left > 0:
-            return
-        if not self.speculating:
-            self.speculating = self._trial = True
-            self._left, self._rate = TRIAL, Mean()
-            return
-        gain = self.gain
-        assert gain is not None
-        if gain < (1 + MARGIN if self._trial else 1 - MARGIN):
-            self.speculating = False
+            if self._trial and self.arm == self.method:
+                self._left = self._rest = REST
+            self._trial = 0
+            if self.arm != self.method:
+                self._left -= 1
+                if not self._left:
+                    self._try(self.method)
+
+    def _leave(self, best: Arm) -> None:
+        if self.arm == self.method:
             self._left, self._rest = self._rest, min(2 * self._rest, LONGEST_REST)
+        if best == "sd":
+            self._try(best)
         else:
-            self._trial = False
-            self._left, self._rest = 1, REST
+            self.arm, self._trial = best, 0
+
+    def _try(self, arm: Arm) -> None:
+        self.arm, self._trial = arm, TRIAL
+        self._tokens, self._rate = Mean(), Mean()

@@ -172,11 +172,12 @@ class _Way:
         number, size, check = self._headers[slot].tolist()
         if number != self._count + 1:
             return False
+        frame = self._frames[slot][:size]
+        if zlib.crc32(frame.data, number) != check:
+            return False
         if size != into.size:
             raise ValueError(f"a frame of {size} bytes came where {into.size} were due")
-        into[:] = self._frames[slot][:size]
-        if zlib.crc32(into.data, number) != check:
-            return False
+        into[:] = frame
         self._count = number
         self._taken[0] = number
         return True

@@ -6,20 +6,16 @@ its other half.
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 
-import torch
-
-from ..decoding.support import DraftProbs
 from ..errors import LinkError, PipelineError
 from ..params import FinishReason, SpeculationRecord
 from .control import ControlLane
 from .draft import DraftWorker
-from .frames import Frames, Next, OutcomeFrame, RowState, SpeculationSet
+from .frames import Frames, Next, RowState
 from .link import Link
 from .messages import (
     Admit,
@@ -28,12 +24,16 @@ from .messages import (
     Failed,
     Finished,
     GetTimings,
+    Hello,
+    Rejoined,
+    Reopen,
     RoundReport,
     Shutdown,
     Submit,
     Timings,
     Watch,
 )
+from .partner import DraftSide, Rejoin
 from .sequence import Sequence
 from .verdict import Verdict
 from .verifier import VerifierWorker
@@ -46,6 +46,7 @@ def draft_loop(
     worker: DraftWorker,
     link: Link,
     lane: ControlLane,
+    frames: Frames,
     *,
     jit: bool,
     timeout_s: float,
@@ -54,15 +55,13 @@ def draft_loop(
     """Serve the verifier until it says stop, the link breaks or nobody is alive to serve.
 
     Args:
-        lane: from the verifier. jit: draft at once for ``ssd`` rows that missed.
+        lane: from the verifier. frames: of the link's epoch. jit: draft at once for ``ssd`` rows that missed.
         timeout_s: how long an announced control message may take to arrive.
 
     Raises:
         LinkError: the verifier vanished in mid-round.
         PipelineError: an announced message did not come.
     """
-    probs = worker.sampler.probs if worker.sampler is not None else None
-    frames = Frames(batch=len(worker.rows), branches=worker.forecast.budget, nodes=worker.shape.nodes, probs=probs)
     incoming = frames.new(frames.outcome_size)
     applied = round_number = 0
 
@@ -149,76 +148,16 @@ class RoundTimer:
         return Timings(**medians)
 
 
-class DraftSide:
-    """The verifier's half of link and lane to the draft, and whether the draft is in a round."""
-
-    def __init__(self, link: Link, lane: ControlLane, frames: Frames):
-        self.link, self.lane, self.frames = link, lane, frames
-        self.in_round = False
-        self.round = self.told = 0
-        self._waited_s = self.drafted_s = 0.0
-        self._speculation = frames.new(frames.speculation_size)
-        self._trees = frames.new(frames.tree_size)
-
-    def tell(self, message: Admit) -> None:
-        self.lane.send(message)
-        self.told += 1
-        self.in_round = True
-
-    def exchange(
-        self, verdict: Verdict, next_: Next, meanwhile: Callable[[], None] = lambda: None
-    ) -> tuple[SpeculationSet, int]:
-        frame = OutcomeFrame(
-            round=self.round,
-            control_count=self.told,
-            next=next_,
-            ngram=verdict.ngram,
-            lookahead=verdict.lookahead,
-            states=verdict.states,
-            nodes=verdict.outcome.node,
-            bonus=verdict.outcome.bonus,
-        )
-        busy_s = 0.0
-
-        def timed() -> None:
-            nonlocal busy_s
-            began = time.perf_counter()
-            meanwhile()
-            busy_s = time.perf_counter() - began
-
-        began = time.perf_counter()
-        self.link.exchange(self.frames.pack_outcome(frame), self._speculation, timed)
-        self._waited_s += time.perf_counter() - began - busy_s
-        speculation, spent_us = self.frames.unpack_speculation(self._speculation, self.round)
-        self.drafted_s = spent_us / 1e6
-        return speculation, spent_us
-
-    def receive_trees(self) -> tuple[torch.Tensor, DraftProbs | None]:
-        began = time.perf_counter()
-        self.link.receive(self._trees)
-        self._waited_s += time.perf_counter() - began
-        trees, _ = self.frames.unpack_trees(self._trees, self.round)
-        return trees, self.frames.unpack_tree_probs(self._trees)
-
-    def take_waited_s(self) -> float:
-        """Seconds spent waiting for the draft since the last call."""
-        waited_s, self._waited_s = self._waited_s, 0.0
-        return waited_s
-
-    def stop(self) -> None:
-        with contextlib.suppress(PipelineError):  # it may be gone already
-            self.lane.send(Shutdown())
-        self.link.close()
-
-
 def verifier_loop(
     worker: VerifierWorker,
     front: ControlLane,
     draft: DraftSide | None,
+    rejoin: Rejoin | None = None,
     *,
     alive: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Serve requests from the front until it says shut down or is gone."""
+    """Serve requests from the front until it says shut down or is gone. ``rejoin``: lets another draft in
+    when the front says so."""
     if draft is None:
         worker.drafting = False
     timer = RoundTimer()
@@ -231,10 +170,14 @@ def verifier_loop(
                 if draft is not None:
                     draft.stop()
                 return
+            if isinstance(message, Reopen) and rejoin is not None:
+                draft = _reopen(worker, front, draft, rejoin, message.epoch)
             _answer(worker, front, timer, message)
             message = front.receive(0)
         if not alive():
             return
+        if draft is None and rejoin is not None:
+            draft = _take_back(worker, front, rejoin)
         worker.admit()
         told = worker.introduce()
         try:
@@ -242,6 +185,7 @@ def verifier_loop(
                 assert draft is not None
                 draft.tell(message)
         except PipelineError as error:
+            assert draft is not None
             draft = _lose(worker, front, draft, error)
         # After telling the draft: both prefill side by side, and neither holds up the rows that run for
         # more than a chunk.
@@ -260,6 +204,7 @@ def verifier_loop(
         try:
             all_hit = _finish_round(worker, front, draft, verdict, timer)
         except LinkError as error:
+            assert draft is not None
             draft = _lose(worker, front, draft, error)
             worker.advance(verdict, None)
         if not verdict.commits:  # only prompts, or the draft being told that all is over
@@ -279,12 +224,34 @@ def verifier_loop(
             front.send(timer.report(began, now, verdict, worker))
 
 
-def _lose(worker: VerifierWorker, front: ControlLane, draft: DraftSide | None, error: PipelineError) -> None:
+def _lose(worker: VerifierWorker, front: ControlLane, draft: DraftSide, error: PipelineError) -> None:
     """Go on without the draft, and say why."""
     worker.lose_draft()
+    draft.link.close()
+    front.send(Failed(role="draft", message=str(error), degraded=True, epoch=draft.frames.epoch))
+
+
+def _reopen(worker: VerifierWorker, front: ControlLane, draft: DraftSide | None, rejoin: Rejoin, epoch: int) -> None:
+    """Await the draft of this epoch; the one before is over."""
     if draft is not None:
-        draft.link.close()
-    front.send(Failed(role="draft", message=str(error), degraded=True))
+        _lose(worker, front, draft, LinkError("another takes its place"))
+    try:
+        front.send(Hello(role="verifier", rendezvous=rejoin.reopen(epoch).to_dict()))
+    except LinkError as error:
+        front.send(Failed(role="draft", message=str(error), degraded=True, epoch=epoch))
+
+
+def _take_back(worker: VerifierWorker, front: ControlLane, rejoin: Rejoin) -> DraftSide | None:
+    """The awaited draft, if it is linked by now. Whatever speculates is introduced to it next."""
+    try:
+        draft = rejoin.arrived()
+    except PipelineError as error:
+        front.send(Failed(role="draft", message=str(error), degraded=True, epoch=rejoin.epoch))
+        return None
+    if draft is not None:
+        worker.drafting = True
+        front.send(Rejoined(epoch=rejoin.epoch))
+    return draft
 
 
 def _finish_round(

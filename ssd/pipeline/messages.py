@@ -151,17 +151,19 @@ class Ready:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failed:
     """Worker → front: it cannot go on. ``usage``: the user's to mend. ``degraded``: the
-    verifier goes on without its draft."""
+    verifier goes on without its draft, that of ``epoch``."""
 
     role: str
     message: str
     usage: bool = False
     degraded: bool = False
+    epoch: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hello:
-    """Worker → front: it is up, and where its side of the link is (verifier only)."""
+    """Worker → front: it is up, and where its side of the link is (verifier only). Draft → verifier:
+    its model is warm, it comes to the link now."""
 
     role: str
     rendezvous: dict | None = None
@@ -172,6 +174,21 @@ class Welcome:
     """Front → worker: where to meet the other worker."""
 
     rendezvous: dict
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reopen:
+    """Front → verifier: the draft is gone, or to go; another will come under this epoch. Answered by
+    ``Hello``."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rejoined:
+    """Verifier → front: the draft of this epoch is there, speculation goes on."""
+
+    epoch: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,6 +244,8 @@ Message = (
     | Failed
     | Hello
     | Welcome
+    | Reopen
+    | Rejoined
     | Decode
     | Prefill
     | Copy

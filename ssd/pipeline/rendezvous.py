@@ -11,12 +11,13 @@ import os
 import socket
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import zmq
 
 from ..errors import ConfigError, LinkError
 from ..models.tensor_group import TensorGroup
@@ -25,8 +26,11 @@ from .link import GlooLink, Link
 from .link_host import HostLink
 from .link_nccl import NcclLink
 from .link_shared import SharedLink
+from .messages import Hello
 from .tensor import Ranks
 
+MEET_S = 60.0
+"""For both ends to link, once the draft has said that it comes."""
 _OVER_MEMORY = {"host": HostLink, "shared": SharedLink}
 """Links that torch.distributed has no part in."""
 
@@ -41,6 +45,7 @@ class Rendezvous:
     kind: str
     """Of the link: ``shared``, ``gloo``, ``nccl`` or ``host``."""
     epoch: int = 0
+    """How many drafts there were before."""
     rank_lanes: list[str] = field(default_factory=list)
     """Of the verifier's ranks 1, 2, ..: where the first one tells them what to run."""
 
@@ -72,7 +77,7 @@ class VerifierSide:
         self._timeout_s, self._link_timeout_s, self._device = timeout_s, link_timeout_s or timeout_s, device
         self._host = host
         self._folder = tempfile.TemporaryDirectory(prefix="ssd-lane-", dir=folder) if _is_loopback(host) else None
-        self.lane, endpoint = ZmqLane.bind(self._endpoint("lane"))
+        self.lane, endpoint = ZmqLane.bind(self._endpoint("lane-0"))
         lanes = [ZmqLane.bind(self._endpoint(f"rank-{rank}")) for rank in range(1, ranks)]
         self._rank_lanes = [lane for lane, _ in lanes]
         # TCPStore("127.0.0.1") listens on every interface; a socket bound by ourselves does not.
@@ -99,15 +104,38 @@ class VerifierSide:
         return _ranks(self._store, self.rendezvous, 0, self._rank_lanes, self._device, self._timeout_s, ordered)
 
     def link(self) -> Link:
-        """Raises: LinkError if the draft does not come in time."""
+        """Waits for the draft. Raises: LinkError if it does not come in time."""
+        if not self.came(self._timeout_s):
+            raise LinkError(f"the draft did not come in {self._timeout_s:g} s")
+        return self.connect()
+
+    def came(self, timeout_s: float) -> bool:
+        """Whether the draft says within that time that it comes to the link."""
+        return isinstance(self.lane.receive(timeout_s), Hello)
+
+    def connect(self) -> Link:
+        """Link with the draft that came. Raises: LinkError if it does not meet us there."""
         assert self._store is not None
+        meet_s = min(self._timeout_s, MEET_S)
         if self.rendezvous.kind in _OVER_MEMORY:
             endpoint = self._endpoint(f"link-{self.rendezvous.epoch}")
             opened = _OVER_MEMORY[self.rendezvous.kind].listen
-            return opened(_prefixed(self._store, self.rendezvous), endpoint, self._link_timeout_s, self._timeout_s)
+            return opened(_prefixed(self._store, self.rendezvous), endpoint, self._link_timeout_s, meet_s)
         return _link(
-            self._store, self.rendezvous, 0, device=self._device, meet_s=self._timeout_s, timeout_s=self._link_timeout_s
+            self._store, self.rendezvous, 0, device=self._device, meet_s=meet_s, timeout_s=self._link_timeout_s
         )
+
+    def reopen(self, epoch: int) -> None:
+        """Another lane, another name for the link: a draft that knows the former ones finds nobody.
+
+        Raises: LinkError if the lane cannot be opened.
+        """
+        self.lane.close()
+        try:
+            self.lane, endpoint = ZmqLane.bind(self._endpoint(f"lane-{epoch}"))
+        except zmq.ZMQError as error:
+            raise LinkError(f"no lane for another draft: {error}") from error
+        self.rendezvous = replace(self.rendezvous, epoch=epoch, lane=endpoint)
 
     def close(self) -> None:
         for lane in (self.lane, *self._rank_lanes):
@@ -118,9 +146,10 @@ class VerifierSide:
 
 
 def draft_side(rendezvous: Rendezvous, *, timeout_s: float, device: str = "cpu") -> tuple[Link, ZmqLane]:
-    """Raises: LinkError if the verifier cannot be reached in time."""
+    """For a draft that is ready. Raises: LinkError if the verifier cannot be reached in time."""
     store = _store(rendezvous, timeout_s)
     lane = ZmqLane.connect(rendezvous.lane)
+    lane.send(Hello(role="draft"))
     # Patient: the verifier may be at long prompts. Should it leave, the link breaks at once.
     if rendezvous.kind in _OVER_MEMORY:
         return _OVER_MEMORY[rendezvous.kind].connect(_prefixed(store, rendezvous), timeout_s, timeout_s), lane

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..decoding.ngram import NgramIndex
+from ..decoding.ngram import NgramIndex, NgramRounds
 from ..decoding.processors import Constraint
 from ..params import FinishReason, Method, SamplingParams, SpeculationRecord
 from .messages import Admit, Submit
+from .pace import Pace
 
 STUCK = (
     "structured_outputs: no token can follow; what else the request excludes (bad_words, allowed_token_ids, "
@@ -41,8 +42,13 @@ class Sequence:
     """Whether the draft is still computing its keys, so that nothing is drafted for it."""
     hit: bool | None = None
     """Whether the tree now under verification was found prepared; None if none was looked up."""
-    ngrams: NgramIndex | None = None
-    """Of its tokens, where missed rows may take candidates from it."""
+    forecasts: bool = False
+    """Whether the draft was told to prepare for its outcomes (``ssd``) or only to serve misses (``sd``)."""
+    waited: bool = False
+    """Whether the round before ended with a wait for its tree."""
+    pace: Pace = field(default_factory=Pace)
+    ngrams: NgramRounds | None = None
+    """Of its tokens, where it may take candidates from them."""
     constraint: Constraint | None = None
     """The grammar of its output, after the certain tokens."""
     error: str | None = None
@@ -70,7 +76,7 @@ class Sequence:
             slot=slot,
             tokens=[*self.tokens, self.root],
             params=self.params,
-            forecasts=self.method == "ssd",
+            forecasts=self.forecasts,
             prompt_length=self.prompt_length,
             ends=self.held_off(ends),
         )

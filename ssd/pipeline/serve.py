@@ -13,8 +13,9 @@ from ..models.device import own_stream
 from .build import Plan, build_draft, build_rank, build_verifier, pin, set_threads, usable_cores
 from .control import ControlLane
 from .draft import DraftWorker
-from .loops import DraftSide, draft_loop, verifier_loop
+from .loops import draft_loop, verifier_loop
 from .messages import Failed, Hello, Ready, Shutdown, Welcome
+from .partner import DraftSide, Rejoin
 from .rendezvous import Rendezvous, VerifierSide, draft_side, link_kind, rank_side
 from .tensor import follow, naming_the_lost
 from .verifier import VerifierWorker
@@ -58,7 +59,7 @@ def run_verifier(
     """Open the meeting place, say where it is, build the model, link, serve."""
 
     def body() -> None:
-        config, side, ranks, draft = plan.config, None, None, None
+        config, side, ranks, draft, rejoin = plan.config, None, None, None, None
         cores = usable_cores(config.target.cores)
         set_threads(cores, len(plan.roles))
         try:
@@ -79,12 +80,12 @@ def run_verifier(
             with naming_the_lost():
                 worker, info = build(plan) if ranks is None else build_verifier(plan, ranks=ranks)
                 if side is not None and config.draft is not None:
-                    draft = DraftSide(side.link(), side.lane, plan.frames())
+                    draft, rejoin = DraftSide(side.link(), side.lane, plan.frames()), Rejoin(side, plan.frames)
                 if ranks is not None:
                     ranks.group.limit(config.engine.link_timeout_s)
                 pin(cores)
                 front.send(Ready(role="verifier", info=info))
-                verifier_loop(worker, front, draft, alive=alive)
+                verifier_loop(worker, front, draft, rejoin, alive=alive)
         finally:
             if ranks is not None:
                 ranks.close()
@@ -112,11 +113,14 @@ def run_draft(
         if rendezvous is None:
             return
         worker, info = build(plan)
+        if isinstance(front.receive(0), Shutdown):  # meanwhile; nobody may be there to meet
+            return
         link, lane = draft_side(rendezvous, timeout_s=config.engine.start_timeout_s, device=config.draft.device)
         pin(cores)
         front.send(Ready(role="draft", info=info))
         try:
-            draft_loop(worker, link, lane, jit=plan.jit, timeout_s=config.engine.link_timeout_s, alive=alive)
+            frames, timeout_s = plan.frames(rendezvous.epoch), config.engine.link_timeout_s
+            draft_loop(worker, link, lane, frames, jit=plan.jit, timeout_s=timeout_s, alive=alive)
         except LinkError:
             # The verifier left: between rounds it says so, in mid-round the link breaks.
             return

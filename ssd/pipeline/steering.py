@@ -1,14 +1,17 @@
-"""What the next rounds do, decided by what the last ones brought: whether rows speculate, what missed
-rows verify, how far the draft drafts."""
+"""What the next rounds do, decided by what the last ones brought: how rows decode, what missed rows
+verify, how far the draft drafts."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 from ..decoding.lookahead import LookaheadChooser
+from ..decoding.ngram import NgramIndex, NgramRounds
 from ..params import Method
 from .fallback import FallbackChoice
-from .governor import Governor, Round
+from .governor import Arm, Governor, Round
+from .pace import Pace
 from .sequence import Sequence
 from .verdict import Commit, Verdict
 
@@ -17,20 +20,21 @@ class Steering:
     """Of one verifier.
 
     Args:
-        governed: decode plainly while speculation does not pay. ngram: whether missed rows may take
-            n-grams; jit: whether they may wait for the draft instead.
+        governed: decode by the fastest arm, plainly if speculation does not pay. ngram: whether missed
+            rows may take n-grams; jit: whether they may wait for the draft instead.
         lookaheads: to choose from, ascending; a single one is no choice.
     """
 
     def __init__(self, *, governed: bool, ngram: bool, jit: bool, lookaheads: tuple[int, ...]):
         self._governed, self._jit, self._lookaheads = governed, jit, lookaheads
         self.fallback = FallbackChoice() if ngram else None
-        self._governors: dict[Method, Governor] = {"sd": Governor(), "ssd": Governor()}
+        self._governors: dict[Method, Governor] = {"sd": Governor("sd"), "ssd": Governor("ssd")}
         self._depths = self._choosers(None)
+        self._named: set[int] = set()
 
     def calibrate(self, saving_s: float, forward_s: Mapping[int, float]) -> None:
         """With ``numerics: fast``: how much shorter a plain forward is, and one of each lookahead."""
-        self._governors = {method: Governor(saving_s=saving_s) for method in self._governors}
+        self._governors = {"sd": Governor("sd", saving_s=saving_s), "ssd": Governor("ssd", saving_s=saving_s)}
         self._depths = self._choosers(forward_s)
 
     def _choosers(self, forward_s: Mapping[int, float] | None) -> dict[Method, LookaheadChooser]:
@@ -38,10 +42,27 @@ class Steering:
             return {}
         return {method: LookaheadChooser(self._lookaheads, forward_s) for method in self._governors}
 
-    def speculates(self, row: Sequence) -> bool:
-        """Whether the draft has a part in it."""
+    def start(self, row: Sequence) -> None:
+        """The row decodes from now on."""
+        if row.method in self._governors and (self.fallback is not None or self._governed):
+            row.ngrams = NgramRounds(NgramIndex([*row.tokens, row.root]), self._lookaheads[-1])
+
+    def arm(self, row: Sequence, *, drafting: bool = True) -> Arm:
+        """How a row decodes now. ``drafting``: whether there is a draft."""
         governor = self._governors.get(row.method)
-        return governor is not None and (governor.speculating or not self._governed)
+        if governor is None:
+            return "none"
+        if not self._governed:
+            return governor.method if drafting else "none"
+        if not drafting:
+            return governor.undrafted
+        return "ngram" if governor.speculating and not row.pace.drafted else governor.arm
+
+    def name(self, slot: int) -> None:
+        """The slot's next candidates are an n-gram."""
+        self._named.add(slot)
+        if self.fallback is not None:
+            self.fallback.sources[slot] = "ngram"
 
     @property
     def ngram(self) -> bool:
@@ -58,9 +79,13 @@ class Steering:
     def learn(self, commits: Iterable[Commit], forward_s: float) -> None:
         """What a verification decided, before anything follows from it."""
         for commit in commits:
-            named = self.fallback is not None and self.fallback.sources.get(commit.slot) == "ngram"
-            if commit.drafted and not named and (chooser := self._depths.get(commit.sequence.method)) is not None:
+            row, method = commit.sequence, commit.sequence.method
+            if commit.drafted and commit.slot not in self._named and (chooser := self._depths.get(method)) is not None:
                 chooser.learn(commit.depth, commit.drafted)
+            if row.ngrams is not None:
+                rounds = row.ngrams.extend(commit.tokens)
+                self._governors[method].named(len(commit.tokens), rounds)
+        self._named.clear()
         if self.fallback is not None:
             self.fallback.learn(commits, forward_s)
 
@@ -75,6 +100,25 @@ class Steering:
         governor, chooser = self._governors.get(method), self._depths.get(method)
         if chooser is not None and all(commit.drafted for commit in verdict.commits):
             chooser.observe(seconds=seconds, forward_s=verdict.forward_s, draft_s=draft_s, wait_s=missed_s)
-        if governor is not None and self._governed:
-            tokens = sum(len(commit.tokens) for commit in verdict.commits)
-            governor.observe(Round(tokens=tokens, rows=rows, seconds=seconds, waited_s=waited_s))
+        if governor is None or not self._governed:
+            return
+        tokens = sum(len(commit.tokens) for commit in verdict.commits)
+        if governor.speculating and rows > 1:
+            self._set_paces(verdict.commits, tokens / seconds, governor.missed_s)
+        elif not (row := verdict.commits[0].sequence).pace.drafted:
+            row.pace = Pace()  # alone, it costs nobody anything
+        wide = any(commit.drafted for commit in verdict.commits)
+        spent = {"seconds": seconds, "waited_s": waited_s, "missed_s": missed_s}
+        governor.observe(Round(tokens=tokens, rows=rows, wide=wide, **spent))
+
+    def _set_paces(self, commits: list[Commit], batch_rate: float, wait_s: float) -> None:
+        paces = [commit.sequence.pace for commit in commits]
+        hits = [1.0 - pace.misses if pace.drafted else 1.0 for pace in paces]
+        for number, (commit, pace) in enumerate(zip(commits, paces, strict=True)):
+            pace.observe(
+                tokens=len(commit.tokens),
+                missed=commit.sequence.waited,
+                others_hit=math.prod(hits[:number] + hits[number + 1 :]),
+                wait_s=wait_s,
+                batch_rate=batch_rate,
+            )

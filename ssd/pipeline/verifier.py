@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..decoding.logprobs import token_logprobs
-from ..decoding.ngram import NgramIndex
 from ..decoding.processors import TreePaths
 from ..decoding.sampling import perturbed, scores
 from ..decoding.support import DraftProbs
@@ -74,7 +73,7 @@ class VerifierWorker:
         """Those that decode."""
         self.prompts = Prompts(runner, PrefixCache(runner.batch, runner.chunk, enabled=prefix_caching))
         self.drafting = True
-        """False once the draft is lost: everything decodes plainly from then on."""
+        """False while there is no draft: everything decodes plainly then."""
         self.judge: Judge | None = None
         """Under ``rejection`` and ``block``: verifies the rows that sample."""
         self.trees = torch.full((runner.batch, shape.nodes), ABSENT)
@@ -84,14 +83,8 @@ class VerifierWorker:
         """Of the round before."""
         self._missed_s = self._trees_s = 0.0
         device, self._courier = runner.device, Courier(runner.device)
-        self.chooser = Chooser(
-            runner.batch,
-            runner.vocabulary,
-            device,
-            horizon=shape.depth + 1,
-            compile=runner.compile,
-            graphs=runner.graphs,
-        )
+        kept = {"compile": runner.compile, "graphs": runner.graphs}
+        self.chooser = Chooser(runner.batch, runner.vocabulary, device, horizon=shape.depth + 1, **kept)
         self._parents, self._depths = shape.parent_index(device), shape.depth_index(device)
         self._ancestors, self._paths = shape.ancestors(device), TreePaths(shape, device)
         self._silence = torch.zeros(runner.batch, shape.depth + 1, runner.vocabulary, device=device)
@@ -129,7 +122,7 @@ class VerifierWorker:
         return [*((slot, row) for slot, row in enumerate(self.rows) if row is not None), *self.prompts.filling.items()]
 
     def speculates(self, row: Sequence | None) -> bool:
-        return row is not None and self.drafting and self.steering.speculates(row)
+        return row is not None and self.drafting and self.steering.arm(row) in ("ssd", "sd")
 
     @property
     def speculating(self) -> bool:
@@ -154,19 +147,22 @@ class VerifierWorker:
         self.prompts.admit([slot for slot, row in enumerate(self.rows) if row is None])
 
     def introduce(self) -> list[Admit]:
-        """What to tell the draft of sequences that speculate from now on: new ones, and those that
-        decoded plainly for a while."""
+        """What to tell the draft of sequences that speculate from now on, or in another way: new ones, and
+        those that decoded without it for a while."""
         told = []
         for slot, row in self._admitted:
-            if self.speculates(row) and not row.at_draft:
-                row.at_draft = True
+            forecasts = self.steering.arm(row) == "ssd"
+            if self.speculates(row) and (not row.at_draft or row.forecasts != forecasts):
+                row.at_draft, row.forecasts = True, forecasts
+                self.trees[slot, 1:] = ABSENT  # of what stands there the draft does not know
                 told.append(row.introduction(slot, self.ends))
         return told
 
     def observe(self, verdict: Verdict, *, seconds: float, waited_s: float, draft_s: float) -> None:
         """How a round went. ``waited_s``: of it, for the draft; ``draft_s``: the draft's half of it."""
         spent = {"seconds": seconds, "waited_s": waited_s, "draft_s": draft_s, "missed_s": self._trees_s}
-        self.steering.observe(verdict, **spent)
+        if self.drafting:  # without a draft it says nothing about speculation
+            self.steering.observe(verdict, **spent)
 
     def prefill(self) -> bool:
         """One chunk of the prompt that came first: running rows wait no longer than that. Sequences whose
@@ -187,8 +183,7 @@ class VerifierWorker:
             self._free(slot)
             return
         self.rows[slot] = row
-        if self.steering.fallback is not None:
-            row.ngrams = NgramIndex([*prompt, *output])
+        self.steering.start(row)
         self.chooser.set(slot, row.params)
         self.trees[slot] = ABSENT
         self.trees[slot, 0] = row.root
@@ -279,29 +274,34 @@ class VerifierWorker:
             for slot, (row, hit) in enumerate(zip(self.rows, found.tolist(), strict=True)):
                 if row is None or not self.speculates(row):
                     continue
-                row.draft_behind = row.method == "ssd" and not prepared[slot]
-                if row.method == "ssd" and prepared[slot]:
+                row.draft_behind = row.forecasts and not prepared[slot]
+                if row.forecasts and prepared[slot]:
                     row.hit = hit
                     row.record.count_lookup(hit)
                     self.lookups += 1
                     self.hits += hit
                 self.origins[slot] = "hit" if hit else "miss"
-                if not hit and row.method == "ssd" and verdict.ngram and self._take_ngram(slot, row):
+                if not hit and row.forecasts and verdict.ngram and self._take_ngram(slot, row):
                     continue
-                missed[slot] = not hit and (self.jit or row.method == "sd")
+                missed[slot] = not hit and (self.jit or not row.forecasts)
         for slot, row in enumerate(self.rows):
             if row is None:
                 self.trees[slot] = ABSENT
+                continue
+            row.waited = bool(missed[slot])
+            if row.ngrams is not None and self.steering.arm(row, drafting=self.drafting) == "ngram":
+                self._take_ngram(slot, row)
         self._missed_s, self._trees_s = self.clock(), 0.0
         return torch.tensor(missed)
 
     def _take_ngram(self, slot: int, row: Sequence) -> bool:
         """The slot's tree from what its own text says, if that says anything."""
-        assert row.ngrams is not None and self.steering.fallback is not None
-        found = row.ngrams.propose(self.shape.depth)
+        assert row.ngrams is not None
+        found, self.origins[slot] = row.ngrams.index.propose(self.shape.depth), "miss"
         if found:
+            self.trees[slot, 1:] = ABSENT
             self.trees[slot, 1 : len(found) + 1] = torch.tensor(found)
-            self.steering.fallback.sources[slot] = "ngram"
+            self.steering.name(slot)
             if self.judge is not None:
                 self.judge.name(slot)
         return bool(found)
@@ -311,7 +311,7 @@ class VerifierWorker:
         what they were drawn from ``[B, I, m]``."""
         self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
         for row, tree, waited in zip(self.rows, drafted.tolist(), missed.tolist(), strict=True):
-            if row is not None and waited and row.method == "sd":
+            if row is not None and waited and not row.forecasts:
                 row.draft_behind = all(token == ABSENT for token in tree)
         self._trees_s = self.clock() - self._missed_s
         if (fallback := self.steering.fallback) is not None:
@@ -324,6 +324,8 @@ class VerifierWorker:
         """Go on plainly. Losslessness does not depend on the draft: only speed is lost."""
         self.drafting = False
         self.trees[:, 1:] = ABSENT
+        for _, row in self._admitted:
+            row.at_draft = row.draft_behind = False
 
     def _plan(self) -> RowPlan:
         rows = [row for row in self.rows if row is not None]

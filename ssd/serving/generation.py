@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..engine.async_engine import AsyncEngine, RequestStream
+from ..engine.async_engine import AsyncEngine
+from ..engine.stream import RequestStream
 from ..errors import RequestError, SSDError
 from ..params import RequestOutput, SamplingParams, StreamEvent, TokenLogprob
 from .chat import ChatTemplate

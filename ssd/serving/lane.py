@@ -14,7 +14,8 @@ import zmq.asyncio
 from zmq.auth.asyncio import AsyncioAuthenticator
 
 from ..config import ServerConfig
-from ..engine.async_engine import AsyncEngine, RequestStream
+from ..engine.async_engine import AsyncEngine
+from ..engine.stream import RequestStream
 from ..errors import ConfigError, PipelineError, SSDError, UsageError
 from . import wire
 from .guard import is_loopback

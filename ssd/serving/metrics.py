@@ -41,6 +41,7 @@ class Metrics:
         self.prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked for in the prefix cache.")
         self.prefix_hits = counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
         self.finished = counter("request_success", "Requests finished.", ("finished_reason",))
+        self.draft_events = counter("draft_events", "Draft lost, restarting, back or given up.", ("event",))
         self.refused = counter("requests_refused", "Requests refused, by HTTP status.", ("status",))
         self.rounds = counter("rounds", "Rounds of the whole batch.")
         self.round_s = counter("round_seconds", "Time in rounds.")

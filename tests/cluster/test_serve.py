@@ -177,10 +177,11 @@ def test_replicas_heal_and_roll(port: int, deploy: Callable[[Any], None]) -> Non
 def test_a_pipeline_in_the_replicas_group(
     port: int, deploy: Callable[[Any], None], tiny_config: Callable[..., dict[str, Any]]
 ) -> None:
-    """Real workers: the tokens are plain decoding's; a lost draft and a lost verifier are replaced."""
+    """Real workers: the tokens are plain decoding's; a replica that lost its draft for good, and one that lost
+    its verifier, are replaced."""
     from ssd.cluster.serve_app import app
 
-    config = tiny_config(cores=True, engine={"max_batch": 2, "max_model_len": 400})
+    config = tiny_config(cores=True, engine={"max_batch": 2, "max_model_len": 400, "draft_restarts": 0})
     with LLM(config, launch=InprocPipeline) as llm:
         params = SamplingParams(method="none", max_tokens=30, temperature=0.7, seed=5, ignore_eos=True)
         expected = llm.generate("hello there", params)[0]

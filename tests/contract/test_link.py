@@ -180,6 +180,27 @@ def test_a_dead_link_stays_dead(open_pair: Callable[..., Pair]) -> None:
             pair.start(getattr(pair.verifier, call), *arguments).result(PATIENCE_S)
 
 
+@pytest.mark.parametrize("kind", ["inproc", "shared", "host"])
+def test_a_frame_of_another_size_is_refused(kind: str) -> None:
+    pair = Pair(kind, 10.0)
+    try:
+        with pytest.raises(LinkError, match="were due"):
+            pair.both(lambda link: link.send(frame(3, 0)), lambda link: link.receive(torch.zeros(4, dtype=torch.int32)))
+    finally:
+        pair.close()
+
+
+def test_a_sender_far_ahead_waits_until_the_deadline() -> None:
+    pair = Pair("shared", 1.0)
+    try:
+        for number in range(4):
+            pair.verifier.send(frame(3, number))
+        with pytest.raises(LinkError, match="for 1 s"):
+            pair.verifier.send(frame(3, 4))
+    finally:
+        pair.close()
+
+
 def test_use_after_close(open_pair: Callable[..., Pair]) -> None:
     pair = open_pair()
     pair.verifier.close()

@@ -121,25 +121,69 @@ def test_closing_in_the_middle(config: dict[str, Any], scratch: Path) -> None:
     llm.close()  # twice is fine
 
 
+def killed_in_the_middle(llm: LLM) -> list[int]:
+    """An answer whose draft is killed when it has some tokens."""
+    draft, got = pipeline_of(llm).pids["draft"], []
+    for event in llm.stream(ASKED[0], LONG):
+        if len(got) < 40 <= len(got) + len(event.token_ids):
+            os.kill(draft, signal.SIGKILL)
+        got.extend(event.token_ids)
+    return got
+
+
+def until_back(llm: LLM) -> None:
+    deadline = time.monotonic() + 3 * SOON_S
+    while llm.degraded:
+        assert time.monotonic() < deadline, llm.degraded
+        plain(llm, PARAMS[0])
+
+
 def test_the_draft_is_killed_in_the_middle(config: dict[str, Any], scratch: Path) -> None:
+    """It comes back as often as it may; then decoding goes on plainly."""
+    config["engine"] |= {"draft_restarts": 1, "draft_restart_delay_s": 0.1}
+    me, drafts = psutil.Process(), set()
+    children = set(me.children(recursive=True))
     with LLM(config) as llm:
         expected = plain(llm, LONG)
-        events, got = llm.stream(ASKED[0], LONG), []
-        for event in events:
-            got.extend(event.token_ids)
-            if len(got) < 40 and event.output is None:
-                continue
-            if pipeline_of(llm).check() == []:
-                os.kill(pipeline_of(llm).pids["draft"], signal.SIGKILL)
-        assert tuple(got) == expected
-        assert llm.degraded
+        verifier = psutil.Process(pipeline_of(llm).pids["verifier"])
+        open_before = verifier.num_fds()
+        drafts.add(pipeline_of(llm).pids["draft"])
+        assert tuple(killed_in_the_middle(llm)) == expected
+        until_back(llm)
+        drafts.add(pipeline_of(llm).pids["draft"])
+        assert len(drafts) == 2
+        assert llm.generate([ASKED[0]], PARAMS[0])[0].speculation.hits > 0
+        assert tokens(llm, "ssd") == tokens(llm, "none")
+        assert verifier.num_fds() <= open_before + 2
+        assert tuple(killed_in_the_middle(llm)) == expected
         assert tokens(llm, "ssd") == tokens(llm, "none")  # and it goes on, plainly
+        assert str(llm.degraded).endswith("(not restarted again: engine.draft_restarts=1)")
+        assert pipeline_of(llm).check() == ["draft"]
+    assert gone(list(drafts), 0.5)
+    assert set(me.children(recursive=True)) == children
+    assert list(scratch.glob("ssd-*")) == []
+
+
+@pytest.mark.slow
+def test_closing_while_the_draft_is_restarted(config: dict[str, Any], scratch: Path) -> None:
+    config["engine"]["draft_restart_delay_s"] = 0.1
+    llm = LLM(config)
+    first = pipeline_of(llm).pids["draft"]
+    os.kill(first, signal.SIGKILL)
+    deadline = time.monotonic() + SOON_S
+    while pipeline_of(llm).pids.get("draft", first) == first:  # it takes seconds to import and load
+        assert time.monotonic() < deadline
+        plain(llm, PARAMS[0])
+    pids = list(pipeline_of(llm).pids.values())
+    llm.close()
+    assert gone(pids, 0.5)
     assert list(scratch.glob("ssd-*")) == []
 
 
 @pytest.mark.slow
 def test_the_draft_is_killed_while_idle(config: dict[str, Any]) -> None:
     """The next request is told to nobody: it must not wait for an answer."""
+    config["engine"]["draft_restarts"] = 0
     with LLM(config) as llm:
         expected = tokens(llm, "none")
         tokens(llm, "ssd")
@@ -156,8 +200,8 @@ def test_the_draft_is_killed_while_idle(config: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_the_draft_falls_silent(config: dict[str, Any]) -> None:
-    """Stopped, not dead: engine.link_timeout_s decides."""
-    config["engine"]["link_timeout_s"] = 2.0
+    """Stopped, not dead: engine.link_timeout_s decides. It is killed, and another takes its place."""
+    config["engine"] |= {"link_timeout_s": 2.0, "draft_restart_delay_s": 0.1}
     with LLM(config) as llm:
         expected = plain(llm, LONG)
         draft = pipeline_of(llm).pids["draft"]
@@ -171,11 +215,14 @@ def test_the_draft_falls_silent(config: dict[str, Any]) -> None:
                 if not stopped and len(got) > 20:
                     os.kill(draft, signal.SIGSTOP)
                     stopped = True
+            until_back(llm)
+            assert gone([draft], 0.5)
         finally:
-            os.kill(draft, signal.SIGCONT)
+            if psutil.pid_exists(draft):
+                os.kill(draft, signal.SIGCONT)
         assert tuple(got) == expected
-        assert llm.degraded
         assert 1.9 < max(pauses) < 2 + SOON_S
+        assert llm.generate([ASKED[0]], PARAMS[0])[0].speculation.hits > 0
 
 
 def test_the_verifier_is_killed_in_the_middle(config: dict[str, Any]) -> None:

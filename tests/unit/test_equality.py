@@ -269,7 +269,9 @@ def test_governor_in_and_out(
     """A governor that changes its mind all the time: sequences leave the draft and come back."""
     for name, value in {"MEMORY": 3, "TRIAL": 2, "REST": 2, "LONGEST_REST": 2}.items():
         monkeypatch.setattr(f"ssd.pipeline.governor.{name}", value)
-    monkeypatch.setattr(Governor, "gain", property(lambda self: 0.0))
+    monkeypatch.setattr(
+        Governor, "rates", lambda self: {"none": 2.0, "ngram": 1.0, self.arm: 2.0 * (self.arm == "none")}
+    )
     config = tiny_config(draft=draft, engine={"max_batch": 2}, speculation={"governor": True})
     params = [replace(p, max_tokens=40) for p in (GREEDY, WARM, HOT)]
     asked = prompts(3)

@@ -80,6 +80,10 @@ def test_foreign_and_late_frames_are_refused(size: int) -> None:
     wrong[0] ^= 1
     with pytest.raises(LinkError, match="does not speak"):
         unpack(wrong, 5)
+    wrong = good(size, 5)
+    wrong[1] = 1
+    with pytest.raises(LinkError, match="epoch 1 came on the link of epoch 0"):
+        unpack(wrong, 5)
     for round in (4, 6):
         with pytest.raises(LinkError, match=f"round 5 where {round} was due"):
             unpack(good(size, 5), round)
@@ -87,7 +91,7 @@ def test_foreign_and_late_frames_are_refused(size: int) -> None:
 
 def test_an_unknown_next_is_refused() -> None:
     raw = good(FRAMES.outcome_size, 5)
-    raw[3] = 77
+    raw[4] = 77
     with pytest.raises(LinkError):
         FRAMES.unpack_outcome(raw, 5)
 

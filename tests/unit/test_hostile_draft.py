@@ -28,7 +28,8 @@ ASKED = [[9, 30, 77], [5], list(range(20, 50))]
 
 @pytest.fixture
 def config(tiny_config: Configure) -> dict[str, Any]:
-    return tiny_config(engine={"max_batch": 2}, speculation={"lookahead": 4, "siblings": 1, "forecast": {"budget": 20}})
+    engine = {"max_batch": 2, "draft_restarts": 0}
+    return tiny_config(engine=engine, speculation={"lookahead": 4, "siblings": 1, "forecast": {"budget": 20}})
 
 
 def check(config: dict[str, Any], method: str = "ssd") -> tuple[str | None, int]:

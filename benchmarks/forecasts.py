@@ -1,0 +1,61 @@
+"""Hit rates of the forecasts by replay on the embedded pair, as a Markdown table.
+
+python benchmarks/forecasts.py --prompts benchmarks/prompts/heldout-code.jsonl
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from ssd import LLM, SamplingParams
+from ssd.bench.forecasts import hit_rates
+from ssd.bench.prompts import load_prompts
+from ssd.config import load_config
+from ssd.engine.front import make_plan
+from ssd.pipeline.launch import InprocPipeline
+
+SHAPES = ("uniform", "geometric", "measured", "confidence")
+BUDGETS = (8, 16, 24)
+
+
+def main(
+    prompts: Path = Path("benchmarks/prompts/heldout-code.jsonl"),
+    config: str = "embedded",
+    lookahead: int = 3,
+    max_tokens: int = 128,
+    temperatures: str = "0,1",
+) -> None:
+    """Let the target answer, lead the draft along the answers, and count."""
+    settings = load_config(
+        config, [f"speculation.lookahead={lookahead}", "target.compile=false", "draft.compile=false"]
+    )
+    asked, plan = load_prompts(prompts), make_plan(settings)[1]
+    heats = [float(heat) for heat in temperatures.split(",")]
+    with Console(stderr=True).status("the target answers") as status, LLM(settings, launch=InprocPipeline) as llm:
+        rows = []
+        for heat in heats:
+            params = SamplingParams(temperature=heat, max_tokens=max_tokens + lookahead + 1, ignore_eos=True)
+            plain = SamplingParams(temperature=heat, max_tokens=params.max_tokens, ignore_eos=True, method="none_fast")
+            outputs = [llm.generate([prompt.text], plain)[0] for prompt in asked]
+            texts = [(output.prompt_token_ids, output.token_ids) for output in outputs]
+            found = hit_rates(
+                plan,
+                texts,
+                params,
+                shapes=SHAPES,
+                budgets=BUDGETS,
+                progress=lambda done, total: status.update(f"the draft along text {done}/{total}"),
+            )
+            rows += [
+                f"| {heat:g} | {n} | " + " | ".join(f"{found[shape][n]:.3f}" for shape in SHAPES) + " |"
+                for n in BUDGETS
+            ]
+    typer.echo(f"| temperature | budget | {' | '.join(SHAPES)} |\n|{'---|' * (2 + len(SHAPES))}")
+    typer.echo("\n".join(rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)

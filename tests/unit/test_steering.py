@@ -1,0 +1,79 @@
+"""Whatever is steered, however often: the tokens are those of plain decoding."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ssd import LLM, SamplingParams
+from ssd.pipeline.governor import ARMS, Arm, Governor, Round
+from ssd.pipeline.launch import InprocPipeline
+from ssd.pipeline.pace import Pace
+
+
+@pytest.fixture
+def wandering(monkeypatch: pytest.MonkeyPatch) -> set[Arm]:
+    """Governors and paces that change their minds at random; which arms were taken."""
+    taken: set[Arm] = set()
+    draw = random.Random(4)
+
+    def observe(self: Governor, round: Round) -> None:
+        taken.add(self.arm)
+        if draw.random() < 0.5:
+            self.arm = draw.choice(ARMS[ARMS.index(self.method) :])
+
+    def drift(self: Pace, **_: Any) -> None:
+        self.drafted = draw.random() < 0.6
+
+    monkeypatch.setattr(Governor, "observe", observe)
+    monkeypatch.setattr(Pace, "observe", drift)
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("verify", "siblings", "fallback", "lookahead", "numerics", "batch"),
+    [
+        ("coupled", 0, "auto", 3, "strict", 3),
+        ("coupled", 1, "jit", "auto", "strict", 2),
+        ("coupled", 0, "none", "auto", "fast", 1),
+        ("rejection", 1, "auto", 3, "strict", 3),
+    ],
+)
+def test_tokens_do_not_depend_on_the_arm(
+    verify: str,
+    siblings: int,
+    fallback: str,
+    lookahead: int | str,
+    numerics: str,
+    batch: int,
+    wandering: set[Arm],
+    tiny_config: Callable[..., dict[str, Any]],
+) -> None:
+    speculation = {
+        "lookahead": lookahead,
+        "siblings": siblings,
+        "fallback": fallback,
+        "verify": verify,
+        "governor": True,
+        "forecast": {"budget": 6},
+    }
+    config = tiny_config(engine={"max_batch": batch}, speculation=speculation) | {"numerics": numerics}
+    prompts = [[5, 6, 7, 8] * 5, [9, 9, 9, 4, 5], list(range(20, 50))]
+    temperatures = (0.0, 0.9) if verify == "coupled" else (0.0,)
+    with LLM(config, launch=InprocPipeline) as llm:
+        for temperature in temperatures:
+            params = [SamplingParams(max_tokens=45, temperature=temperature, seed=s, ignore_eos=True) for s in range(3)]
+            outputs = {
+                method: llm.generate(prompts, [replace(one, method=method) for one in params])
+                for method in ("none", "ssd", "sd")
+            }
+            assert llm.degraded is None
+            for method in ("ssd", "sd"):
+                for one, plain in zip(outputs[method], outputs["none"], strict=True):
+                    assert one.token_ids == plain.token_ids
+    assert wandering == set(ARMS)
+    assert sum(one.speculation.accepted for one in outputs["ssd"]) > 5
