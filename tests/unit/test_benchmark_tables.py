@@ -83,7 +83,7 @@ def test_the_page_of_exactness_has_a_place_for_every_kind(tmp_path: Path) -> Non
     case = {"case": "embedded float32", "weights": {"target": "a" * 64, "draft": "b" * 64}}
     test = {"split": "all", "samples": 300, "freedom": 9, "p": 0.125}
     files = {
-        "1/rules.json": {"rows": [row | {"rule": "older"}]},
+        "1/rules.json": {"rows": [row | {"rule": "of yesterday"}]},
         "2/rules.json": {"rows": [row, row | {"rule": "coupled", "speedup": 1.5}]},
         "1/equality-embedded.json": {"prompts": 26, "of": 4, "groups": [group | {"tokens": 13312}], "cases": [case]},
         "1/chi_square.json": [{"case": "block", "fallback": "jit", "samples": 300, "seconds": 1, "tests": [test]}],
@@ -101,7 +101,7 @@ def test_the_page_of_exactness_has_a_place_for_every_kind(tmp_path: Path) -> Non
         "| block | jit | 0.125 |",
     ):
         assert part in text
-    assert "older" not in text
+    assert "of yesterday" not in text
     assert module.exactness(text, tmp_path) == text
 
 
