@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--methods", default="none,sd,ssd")
     parser.add_argument("--concurrency", default="1,4,16,64")
     parser.add_argument("--requests", type=int, default=16, help="per concurrency up to it, in each repetition")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--prompts", type=Path, default=PROMPTS)

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ssd.errors import LinkError
@@ -17,6 +18,15 @@ from ssd.pipeline.rendezvous import VerifierSide, draft_side
 
 PATIENCE_S = 20.0
 """No wait of a test is longer: a hang is a failure, not a stuck run."""
+
+
+def nccl_devices() -> tuple[str, str] | None:
+    """Where NCCL can link two ends on this machine, if anywhere: on two GPUs, or on one from NCCL 2.30 on."""
+    if not (torch.cuda.is_available() and dist.is_nccl_available()):
+        return None
+    if torch.cuda.device_count() > 1:
+        return "cuda:0", "cuda:1"
+    return ("cuda:0", "cuda:0") if torch.cuda.nccl.version() >= (2, 30) else None
 
 
 class Pair:
@@ -28,8 +38,9 @@ class Pair:
         if kind == "inproc":
             self.verifier, self.draft = InprocLink.pair(timeout_s)
             return
-        self._side = VerifierSide(timeout_s=timeout_s, kind=kind)
-        coming = self.pool.submit(draft_side, self._side.rendezvous, timeout_s=timeout_s)
+        one, other = nccl_devices() or ("", "") if kind == "nccl" else ("cpu", "cpu")
+        self._side = VerifierSide(timeout_s=timeout_s, kind=kind, device=one)
+        coming = self.pool.submit(draft_side, self._side.rendezvous, timeout_s=timeout_s, device=other)
         self.verifier: Link = self._side.link()
         self.draft, self._lane = coming.result(PATIENCE_S)
 
@@ -50,8 +61,12 @@ class Pair:
         self.pool.shutdown(wait=False)
 
 
-@pytest.fixture(params=["inproc", "shared", "gloo", "host"])
-def open_pair(request: pytest.FixtureRequest) -> Iterator[Callable[..., Pair]]:
+@pytest.fixture(params=["inproc", "shared", "gloo", "host", "nccl"])
+def open_pair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Pair]]:
+    if request.param == "nccl":
+        if nccl_devices() is None:
+            pytest.skip("needs two GPUs, or one with NCCL 2.30 or later")
+        monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")  # read by NCCL when a communicator is made
     pairs: list[Pair] = []
 
     def make(timeout_s: float = 10.0) -> Pair:
@@ -146,7 +161,9 @@ def test_what_was_sent_is_what_arrives_though_the_sender_reuses_its_buffer(open_
 
 
 @pytest.mark.parametrize("call", ["exchange", "receive"])
-def test_a_close_is_seen_at_once(open_pair: Callable[..., Pair], call: str) -> None:
+def test_a_close_is_seen_at_once(open_pair: Callable[..., Pair], call: str, request: pytest.FixtureRequest) -> None:
+    if request.node.callspec.params["open_pair"] == "nccl":
+        pytest.skip("NCCL does not tell that a peer has left: the deadline does")
     pair = open_pair(timeout_s=15.0)
     incoming = torch.zeros(3, dtype=torch.int32)
     arguments = (frame(3, 0), incoming) if call == "exchange" else (incoming,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from ssd import LLM, SamplingParams
+from ssd.engine.async_engine import AsyncEngine
 from ssd.engine.restarts import STEADY_S, DraftRestarts
 from ssd.errors import LinkError, WorkerError
 from ssd.pipeline import build
@@ -324,3 +326,30 @@ def test_a_draft_of_an_old_epoch_is_not_let_in(config: dict[str, Any]) -> None:
     finally:
         rejoin.close()
         side.close()
+
+
+def test_an_engine_restarts_it_while_nobody_asks(config: dict[str, Any], breaking: Breaking) -> None:
+    """``AsyncEngine`` watches by itself, and tells what happens; closing while a draft comes is clean."""
+    params = replace(LONG, method="ssd")
+
+    async def body() -> None:
+        news: list[str] = []
+        engine = AsyncEngine(config, launch=InprocPipeline)
+        engine.on_draft(news.append)
+        async with engine:
+            expected = (await engine.generate(PROMPT, replace(LONG, method="none"))).token_ids
+            breaking.now.set()
+            assert (await engine.generate(PROMPT, params)).token_ids == expected
+            async with asyncio.timeout(SOON_S):
+                while news != ["lost", "restarting", "back"]:
+                    await asyncio.sleep(0.01)
+            assert engine.degraded is None and not engine.restarting
+            output = await engine.generate(PROMPT, params)
+            assert output.token_ids == expected and output.speculation.hits > 0
+            breaking.now.set()
+            await engine.generate(PROMPT, params)
+            async with asyncio.timeout(SOON_S):
+                while news[3:5] != ["lost", "restarting"]:
+                    await asyncio.sleep(0.01)
+
+    asyncio.run(body())
