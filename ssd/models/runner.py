@@ -63,7 +63,8 @@ class ForwardRunner:
         sharding: Sharding | None = None,
     ):
         self.model, self.batch, self.vocabulary = model, batch, vocabulary
-        self.graphs, self.attention = graphs, attention
+        self.graphs = graphs
+        self.attention: Attention = attention
         model.config._attn_implementation = _NAMES[attention]
         model.config.get_text_config()._attn_implementation = _NAMES[attention]
         self.device, self.dtype = model.device, model.dtype
