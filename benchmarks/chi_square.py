@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ssd.testing.chi_square import CASES, measure, save_pair, table
+from ssd.testing.chi_square import CASES, FALLBACKS, measure, save_pair, table
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         pair = save_pair(Path(folder))
-        for fallback, case in product(("jit", "none"), CASES):
+        for fallback, case in product(FALLBACKS, CASES):
             results.append(measure(pair, case, fallback, wanted.samples, wanted.seed))
             if wanted.json is not None:  # after each: a long run that is cut short leaves what it has
                 wanted.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -6,12 +6,14 @@
 256 tokens each. Every case is one engine: an architecture and dtype, a lookahead, siblings, a forecast, a fallback, a
 batch size; its requests go through temperatures 0, 0.7, 1 and 1.5, filters and penalties, and come
 in while others run. A finished case is one line of FILE; a run that was stopped goes on after the
-last one. The end prints a table and writes FILE with the suffix .json. Exit code 1 if anything differs.
+last one. FILE with the suffix .json holds all of it and what it was run on; the end prints a table.
+Exit code 1 if anything differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import sys
@@ -31,6 +33,7 @@ from transformers.utils import logging
 from ssd import LLM, SamplingParams
 from ssd.bench.certify import Certificate, Trial, certify
 from ssd.bench.compare import versions
+from ssd.config import resolve_model_path
 from ssd.pipeline.launch import InprocPipeline, LocalPipeline
 from ssd.testing.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
@@ -47,7 +50,8 @@ EXTRAS: tuple[dict[str, Any], ...] = (
 )
 """Filters do nothing at temperature 0; five temperatures' step keeps them from always meeting the same."""
 LOOKAHEADS, SIBLINGS, BUDGETS = (3, 1, 5, 2, 8, 4, 6), (0, 1, 2), (8, 3, 12, 24)
-SHAPES, FALLBACKS, DTYPES = ("confidence", "uniform", "geometric"), ("jit", "none"), ("float32", "bfloat16")
+SHAPES, DTYPES = ("confidence", "uniform", "geometric"), ("float32", "bfloat16")
+FALLBACKS = ("jit", "none", "ngram", "auto")
 TINY_BATCHES = (8, 3, 6, 1, 8, 4, 2, 7, 5)
 
 
@@ -75,7 +79,7 @@ def tiny_cases(folder: Path, total: int, cases: int) -> Iterator[Case]:
             for role in ("target", "draft")
         }
         lookahead, siblings = LOOKAHEADS[index % len(LOOKAHEADS)], SIBLINGS[(index + index // 9) % len(SIBLINGS)]
-        shape, fallback = SHAPES[(index // 2) % len(SHAPES)], FALLBACKS[(index // 3) % 2]
+        shape, fallback = SHAPES[(index // 2) % len(SHAPES)], FALLBACKS[(index // 3) % len(FALLBACKS)]
         budget = BUDGETS[index % len(BUDGETS)]
         name = f"{architecture} {dtype} K={lookahead} siblings={siblings} N={budget} {shape} {fallback} B={batch}"
         speculation = {
@@ -105,8 +109,9 @@ def save_tiny_pair(folder: Path, architecture: str) -> None:
 
 
 def embedded_cases(total: int) -> Iterator[Case]:
-    """The shipped pair; in each dtype one sequence at a time and four, a chain and a comb."""
-    for dtype, (batch, lookahead, siblings, budget) in itertools.product(DTYPES, ((1, 3, 0, 8), (4, 4, 1, 12))):
+    """The shipped pair; in each dtype one sequence at a time, as shipped, and four with a comb."""
+    settings = ((1, 3, 0, 8, "auto"), (4, 4, 1, 12, "jit"))
+    for dtype, (batch, lookahead, siblings, budget, fallback) in itertools.product(DTYPES, settings):
         count = total // 4 if batch == 1 else total - total // 4
         models = {
             role: {"model": f"embedded/{role}", "dtype": dtype, "cores": [core]}
@@ -115,11 +120,12 @@ def embedded_cases(total: int) -> Iterator[Case]:
         speculation = {
             "lookahead": lookahead,
             "siblings": siblings,
+            "fallback": fallback,
             "governor": False,
             "forecast": {"budget": budget},
         }
         engine = {"max_batch": batch, "max_model_len": 512}
-        name = f"embedded {dtype} K={lookahead} siblings={siblings} N={budget} confidence jit B={batch}"
+        name = f"embedded {dtype} K={lookahead} siblings={siblings} N={budget} confidence {fallback} B={batch}"
         yield Case(
             name=name, config={**models, "speculation": speculation, "engine": engine}, prompts=count, compiled=True
         )
@@ -161,8 +167,15 @@ def run_case(case: Case, trials: list[Trial]) -> dict[str, Any]:
     began = time.perf_counter()
     torch.set_num_threads(1)
     with LLM(case.config, launch=LocalPipeline if case.compiled else InprocPipeline) as llm:
+        weights = {role: weights_hash(case.config[role]["model"]) for role in ("target", "draft")}
         found = certify(llm, trials, ("sd", "ssd"))
-    return {**summary(found), "case": case.name, "prompts": case.prompts, "seconds": round(time.perf_counter() - began)}
+    seconds = round(time.perf_counter() - began)
+    return {**summary(found), "case": case.name, "prompts": case.prompts, "weights": weights, "seconds": seconds}
+
+
+def weights_hash(model: str) -> str:
+    """SHA-256 of a model's weights: which of the pair's states was run."""
+    return hashlib.sha256((resolve_model_path(model) / "model.safetensors").read_bytes()).hexdigest()
 
 
 def summary(found: Certificate) -> dict[str, Any]:
@@ -247,12 +260,18 @@ def main(arguments: list[str] | None = None) -> int:
             done.append(row)
             with given.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+            write_report(given.out, done, len(cases))
             verdict = "equal" if row["passed"] else "; ".join(row["faults"])
             console.print(f"{len(done)}/{len(cases)} {row['case']}: {verdict}, {row['seconds']} s", highlight=False)
     console.print(table(done))
-    report = {"command": " ".join(sys.argv), **totals(done), "versions": versions(), "cases": done}
-    given.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report(given.out, done, len(cases))
     return 0 if all(row["passed"] for row in done) else 1
+
+
+def write_report(out: Path, done: list[dict[str, Any]], cases: int) -> None:
+    """FILE with the suffix .json: all there is so far, of so many cases."""
+    report = {"command": " ".join(sys.argv), **totals(done), "of": cases, "versions": versions(), "cases": done}
+    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def rows_of(work: list[tuple[Case, list[Trial]]], jobs: int) -> Iterator[dict[str, Any]]:

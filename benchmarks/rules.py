@@ -3,8 +3,10 @@
     python benchmarks/rules.py --out FILE.json [--prompts FILE.jsonl] [--repeat 3]
 
 One engine per rule, asked at every temperature by ``ssd.bench.compare`` (``none_fast``, ``none`` and
-``ssd`` interleaved prompt by prompt, so a speedup is within one engine's run). Prints a Markdown table.
+``ssd`` interleaved prompt by prompt, so a speedup is within one engine's run). ``benchmarks/tables.py`` writes
+the table of benchmarks/results/*/rules.json into docs/exactness.md.
 
+Missed rows wait for a draft (fallback ``jit``), whatever the configuration says: n-grams are no rule's draft.
 Bytes per round: one outcome frame and one speculation frame in every round, a tree frame after a miss,
 from the sizes of the frames as they travel.
 """
@@ -25,6 +27,7 @@ from ssd.config import Config, load_config
 from ssd.engine.front import make_plan
 
 PROMPTS = Path(__file__).parent / "prompts" / "heldout-code.jsonl"
+BASE = ("speculation.governor=false", "speculation.fallback=jit")
 RULES: dict[str, tuple[str, ...]] = {
     "coupled": (),
     "rejection": ("speculation.verify=rejection",),
@@ -34,7 +37,6 @@ RULES: dict[str, tuple[str, ...]] = {
     "block": ("speculation.verify=block",),
     "block, C = 0.5": ("speculation.verify=block", "speculation.saguaro_c=0.5"),
 }
-COLUMNS = ("T", "rule", "α", "hits", "tokens/round", "bytes/round", "tok/s", "speedup", "round ms", "draft ms")
 
 
 def bytes_per_round(config: Config, found: Comparison) -> float:
@@ -78,25 +80,6 @@ def measure(config: Config, given: argparse.Namespace, report: Any) -> list[dict
     return rows
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
-    for row in sorted(rows, key=lambda row: row["temperature"]):
-        cells = (
-            f"{row['temperature']:g}",
-            row["rule"],
-            f"{row['acceptance_rate']:.2f}",
-            f"{row['hit_rate']:.2f}",
-            f"{row['acceptance_length']:.2f}",
-            f"{row['bytes_per_round']:,.0f}",
-            f"{row['tokens_per_second']:.0f}",
-            f"{row['speedup']:.2f}",
-            f"{row['round_ms']:.2f}",
-            f"{row['draft_ms']:.2f}",
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
@@ -111,15 +94,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with Console(stderr=True).status("starting") as status:
         for rule in given.rules:
-            config = load_config(given.config, ["speculation.governor=false", *given.overrides, *RULES[rule]])
+            config = load_config(given.config, [*BASE, *given.overrides, *RULES[rule]])
             found = measure(config, given, lambda text, rule=rule: status.update(f"{rule}, {text}"))
             rows += [{"rule": rule, **row} for row in found]
             result = {"rows": rows, "overrides": given.overrides, "prompts": str(given.prompts), "versions": versions()}
             given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(markdown(rows))
-    for temperature in given.temperature:
-        best = max((row for row in rows if row["temperature"] == temperature), key=lambda row: row["speedup"])
-        print(f"T = {temperature:g}: {best['rule']} has the largest speedup, {best['speedup']:.2f}")
 
 
 if __name__ == "__main__":

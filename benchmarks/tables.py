@@ -1,17 +1,21 @@
-"""Write the tables of all results into docs/performance.md, between its markers.
+"""Write the tables of all results into docs/performance.md and docs/exactness.md, between their markers.
 
 python benchmarks/tables.py
+
+docs/exactness.md shows the newest file of each kind: equality*.json (benchmarks/equality.py), chi_square*.json
+(chi_square.py) and rules*.json (rules.py); a part without a file stays as it is.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
+EXACTNESS = HERE.parent / "docs" / "exactness.md"
 BEGIN, END = "<!-- tables: begin (benchmarks/tables.py) -->", "<!-- tables: end -->"
 COLUMNS = (
     ("tokens_per_second", "tok/s", 1),
@@ -92,12 +96,83 @@ def _checks(title: str, data: dict[str, Any]) -> str:
     return head + "\n" + "\n".join(rows) + "\n"
 
 
+RULES = (
+    ("temperature", "T", "g"),
+    ("rule", "rule", ""),
+    ("acceptance_rate", "α", ".2f"),
+    ("hit_rate", "hits", ".2f"),
+    ("acceptance_length", "tokens/round", ".2f"),
+    ("bytes_per_round", "bytes/round", ",.0f"),
+    ("tokens_per_second", "tok/s", ".0f"),
+    ("speedup", "speedup", ".2f"),
+    ("round_ms", "round ms", ".2f"),
+    ("draft_ms", "draft ms", ".2f"),
+)
+EQUALITY = ("method", "temperature", "outputs", "equal", "near_ties", "structural", "tokens")
+
+
+def rules(data: dict[str, Any]) -> str:
+    """Of ``benchmarks/rules.py``: a line per temperature and rule, and which was fastest."""
+    lines = ["| " + " | ".join(name for _, name, _ in RULES) + " |", "|---|---|" + "---:|" * (len(RULES) - 2)]
+    for row in sorted(data["rows"], key=lambda row: row["temperature"]):
+        lines.append("| " + " | ".join(format(row[key], form) for key, _, form in RULES) + " |")
+    lines.append("")
+    for temperature in sorted({row["temperature"] for row in data["rows"]}):
+        found = [row for row in data["rows"] if row["temperature"] == temperature]
+        best = max(found, key=lambda row: row["speedup"])
+        lines.append(f"T = {temperature:g}: {best['rule']} has the largest speedup, {best['speedup']:.2f}.")
+    return "\n".join(lines)
+
+
+def equality(data: dict[str, Any]) -> str:
+    """Of ``benchmarks/equality.py``: a line per method and temperature."""
+    cases = data["cases"]
+    lines = [f"{data['prompts']} prompts, {len(cases)} of {data['of']} engines:\n", "| " + " | ".join(EQUALITY) + " |"]
+    lines.append("|---" + "|---:" * (len(EQUALITY) - 1) + "|")
+    lines += ["| " + " | ".join(f"{group[key]}" for key in EQUALITY) + " |" for group in data["groups"]]
+    drafts = {case["weights"]["draft"][:12] for case in cases if "weights" in case}
+    if cases[0]["case"].startswith("embedded"):
+        lines.append(f"\nThe draft's weights (SHA-256): {', '.join(sorted(drafts))}.")
+    return "\n".join(lines)
+
+
+def chi_square(data: list[dict[str, Any]]) -> str:
+    from ssd.testing.chi_square import table  # torch: only where it is needed
+
+    return table(data)
+
+
+PARTS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "equality-tiny": ("equality-tiny*.json", equality),
+    "equality-embedded": ("equality-embedded*.json", equality),
+    "chi-square": ("chi_square*.json", chi_square),
+    "rules": ("rules*.json", rules),
+}
+
+
+def between(page: str, begin: str, end: str, text: str) -> str:
+    """The page with another text between its markers."""
+    before, rest = page.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n\n{text}\n{end}{after}"
+
+
+def exactness(page: str, folder: Path) -> str:
+    """docs/exactness.md with the newest figures of each kind below the folder."""
+    for name, (pattern, write) in PARTS.items():
+        files = sorted(folder.glob(f"*/{pattern}"))
+        if files:
+            text = write(json.loads(files[-1].read_text(encoding="utf-8")))
+            source = f"`benchmarks/results/{files[-1].relative_to(folder)}`\n\n"
+            page = between(page, f"<!-- {name}: begin -->", f"<!-- {name}: end -->", source + text + "\n")
+    return page
+
+
 def main() -> None:
-    """Rewrite the part of the page between the markers."""
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{tables(HERE / 'results')}\n{END}{after}", encoding="utf-8")
+    """Rewrite the parts of the pages between their markers."""
+    folder = HERE / "results"
+    PAGE.write_text(between(PAGE.read_text(encoding="utf-8"), BEGIN, END, tables(folder)), encoding="utf-8")
+    EXACTNESS.write_text(exactness(EXACTNESS.read_text(encoding="utf-8"), folder), encoding="utf-8")
 
 
 if __name__ == "__main__":

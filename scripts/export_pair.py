@@ -1,6 +1,9 @@
 """Ship the trained pair: bfloat16 weights, tokenizer, measurements and a model card.
 
-python scripts/export_pair.py --root build/pair --out ssd/data/embedded [--windows 40]
+python scripts/export_pair.py --root build/pair --out ssd/data/embedded [--windows 160]
+
+Where ``train_pair.py --from-shipped`` made the draft, the target is copied as it is, and what the
+logs of earlier stages would say is taken from the shipped ``evaluation.json``.
 """
 
 from __future__ import annotations
@@ -11,18 +14,31 @@ import os
 import platform
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import transformers
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from pair.data import KINDS
-from pair.evaluate import GRAM, NEW, PROMPT, continue_text, evaluate, live_positions, ticks
-from pair.recipe import SEQUENCE, Recipe
+from pair.evaluate import (
+    GRAM,
+    LOGGED_WINDOWS,
+    NEW,
+    PROMPT,
+    WINDOWS,
+    continue_text,
+    evaluate,
+    heldout_text,
+    live_positions,
+    ticks,
+)
+from pair.recipe import POLISHING, SEQUENCE, TEACHING, Recipe
 
 ROLES = ("target", "draft")
 MAX_BYTES = 40_000_000  # both models together
@@ -33,20 +49,30 @@ SAMPLE_PROMPTS = (
 )
 
 
+def shipped_before(recipe: Recipe) -> dict | None:
+    """The report of the pair that training started from; None where it started from nothing."""
+    path = recipe.path("shipped.json")
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def export_role(recipe: Recipe, out: Path, role: str) -> None:
     """Write ``out/role``: what ``AutoModelForCausalLM`` and ``AutoTokenizer`` load."""
     folder = out / role
     shutil.rmtree(folder, ignore_errors=True)
-    model = LlamaForCausalLM.from_pretrained(recipe.path(role), dtype=torch.bfloat16, use_safetensors=True)
+    if role == "target" and shipped_before(recipe):
+        shutil.copytree(recipe.path(role), folder, ignore=shutil.ignore_patterns("done"))
+        return
+    trained = recipe.polished("mean") if role == "draft" else recipe.path(role)
+    model = LlamaForCausalLM.from_pretrained(trained, dtype=torch.bfloat16, use_safetensors=True)
     model.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # written for the owner alone, but package data is everybody's
     for path in (recipe.root / "tokenizer").iterdir():
         shutil.copyfile(path, folder / path.name)
     # The folder's config.json makes AutoTokenizer look again at which class to use.
-    trained, shipped = AutoTokenizer.from_pretrained(recipe.root / "tokenizer"), AutoTokenizer.from_pretrained(folder)
+    learnt, shipped = AutoTokenizer.from_pretrained(recipe.root / "tokenizer"), AutoTokenizer.from_pretrained(folder)
     for text in (*SAMPLE_PROMPTS, "Naïve → 12345  tabs\there\r\n"):
-        ids = trained.encode(text, add_special_tokens=False)
+        ids = learnt.encode(text, add_special_tokens=False)
         if shipped.encode(text) != ids or shipped.decode(ids) != text:
             sys.exit(f"error: the tokenizer in {folder} does not give the ids it was trained with")
 
@@ -74,6 +100,44 @@ def describe(recipe: Recipe, out: Path, role: str, model: LlamaForCausalLM, log:
         "training_loss": sum(r["loss"] for r in log[-20:]) / len(log[-20:]),
         **{f"{measure}_{kind}": last(log, f"{measure}_{kind}") for measure in measures for kind in KINDS},
     }
+
+
+def polished(recipe: Recipe, log: list[dict]) -> dict:
+    """The draft's last stage."""
+    lengths = [load_file(path)["lengths"] for path in sorted(recipe.polished("shards").glob("*.safetensors"))]
+    return {
+        "steps": log[-1]["step"],
+        "steps_planned": POLISHING.steps,
+        "kept": POLISHING.kept,
+        "training_tokens": log[-1]["step"] * POLISHING.rows * SEQUENCE,
+        "continuations": sum(len(rows) for rows in lengths),
+        "positions": sum(int(rows.sum()) for rows in lengths),
+    }
+
+
+def draw_polish(log: list[dict], path: Path) -> None:
+    """Loss of the draft's last stage and its acceptance rate on held-out text, over training steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    steps = [r["step"] for r in log]
+    losses = [r["loss"] for r in log]
+    left.plot(steps, losses, color="0.75", linewidth=0.8)
+    mean = [sum(losses[max(0, i - 24) : i + 1]) / len(losses[max(0, i - 24) : i + 1]) for i in range(len(losses))]
+    left.plot(steps, mean, color="tab:blue", label="mean of 25 steps")
+    left.set(title="Draft, last stage", xlabel="step", ylabel="loss on the training batch")
+    for kind, color in (("code", "tab:blue"), ("prose", "tab:orange")):
+        for temperature, style in (("0", "-"), ("1", "--")):
+            points = [(r["step"], r[key]) for r in log if (key := f"alpha_{kind}_{temperature}") in r]
+            right.plot(*zip(*points, strict=True), style, color=color, marker=".", label=f"{kind}, T = {temperature}")
+    right.set(title="Held-out text outside repetitions", xlabel="step", ylabel="α")
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=130)
 
 
 def draw(logs: dict[str, list[dict]], path: Path) -> None:
@@ -131,7 +195,7 @@ def _alpha(value: float | None, error: float | None) -> str:
     return "–" if value is None else f"{value:.3f} ± {error:.3f}"
 
 
-def card(report: dict, picture: str) -> str:
+def card(report: dict, picture: str, polish_picture: str) -> str:
     """The model card, markdown."""
     target, draft, corpus = report["target"], report["draft"], report["corpus"]
 
@@ -144,10 +208,11 @@ def card(report: dict, picture: str) -> str:
     rows = [
         f"| {kind} | {row['temperature']:g} | {_alpha(row['alpha'], row['alpha_error'])} | "
         f"{row['repeated_share']:.1%} | {_alpha(row['alpha_fresh'], row['alpha_fresh_error'])} | "
-        f"{row['positions']:,} / {row['fresh_positions']:,} |"
+        f"{before['alpha_fresh']:.3f} | {row['positions']:,} / {row['fresh_positions']:,} |"
         for kind, results in report["acceptance"].items()
-        for row in results
+        for row, before in zip(results, report["acceptance_before"][kind], strict=True)
     ]
+    polish = draft["polish"]
     data = [
         f"| {kind} | {split} | {part['documents']:,} | {part['characters']:,} | {part['tokens']:,} |"
         for kind, split, part in ((*name.split("-"), part) for name, part in corpus.items())
@@ -162,7 +227,7 @@ def card(report: dict, picture: str) -> str:
         else (
             "\n> **Unfinished:** exported before its training ended "
             f"(target {target['steps']}/{target['steps_planned']} steps, "
-            f"draft {draft['steps']}/{draft['steps_planned']}).\n"
+            f"last stage of the draft {draft['polish']['steps']}/{draft['polish']['steps_planned']}).\n"
         )
     )
     return f"""# The embedded pair
@@ -192,11 +257,20 @@ BPE, 4,096 entries, trained on the training split.
 
 The target learns the next token. The draft is distilled: forward KL to the target's distribution at every
 position, on training text and on text the target wrote itself. Held-out loss of the target:
-{target["heldout_code"]:.3f} nats a token on code, {target["heldout_prose"]:.3f} on prose. The draft's last
-training KL is {draft["training_loss"]:.3f} nats; on held-out *text* it has the target's argmax at
-{draft["agree_code"]:.1%} (code) and {draft["agree_prose"]:.1%} (prose) of positions.
+{target["heldout_code"]:.3f} nats a token on code, {target["heldout_prose"]:.3f} on prose. The training KL of
+this distillation ended at {draft["training_loss"]:.3f} nats.
 
 ![loss curves]({picture})
+
+Its last stage (`scripts/pair/polish.py`) is about acceptance alone. The target continued
+{polish["continuations"]:,} windows of training text, greedily or at temperature 1, each until it began to loop;
+its {report["teaching"]["support"]} likeliest tokens were kept at {polish["positions"]:,} positions, prompts included.
+The draft learnt for {polish["steps"]:,} steps from these: forward KL, with the cross-entropy to the target's argmax
+where text is greedy and the total variation elsewhere. It came to know these continuations better than other
+text, so what is shipped is the mean of the weights before ({polish["kept"]:.0%}) and after
+({1 - polish["kept"]:.0%}). The curves are of the latter alone, α on {report["logged_windows"]} held-out windows a kind.
+
+![last stage]({polish_picture})
 
 ## Acceptance rate
 
@@ -205,11 +279,11 @@ Share of positions at which the draft's token equals the target's, where the tar
 continued after each (less where the text ended). Temperature 0: argmax; temperature 1: `argmax(log probs +
 gumbel)` with the same noise on both sides (coupled verification), whole vocabulary. Text that loops is easy to
 draft, so the share of {report["gram"]}-grams that occurred before in their continuation stands beside α, and so
-does α where the text does not repeat. ± is one standard error over windows. bfloat16 weights, computed in
-{report["computed_in"]}.
+does α where the text does not repeat, and that of the draft before its last stage. ± is one standard error over
+windows. bfloat16 weights, computed in {report["computed_in"]}.
 
-| held-out | temperature | α | repeated {report["gram"]}-grams | α outside them | positions (all / outside) |
-|---|---|---|---|---|---|
+| held-out | temperature | α | repeated {report["gram"]}-grams | α outside them | before | positions (all / outside) |
+|---|---|---|---|---|---|---|
 {chr(10).join(rows)}
 
 ## What it writes
@@ -240,14 +314,16 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("build/pair"))
     parser.add_argument("--out", type=Path, default=Path("ssd/data/embedded"))
     parser.add_argument("--picture", type=Path, default=Path("docs/embedded_loss.png"))
-    parser.add_argument("--windows", type=int, default=40, help="held-out windows per kind of text")
+    parser.add_argument("--polish-picture", type=Path, default=Path("docs/embedded_polish.png"))
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="held-out windows per kind of text")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute α in")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--unfinished", action="store_true", help="export although training has not ended")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     recipe = Recipe(root=args.root)
-    finished = all((recipe.path(role) / "done").exists() for role in ROLES)
+    before = shipped_before(recipe)
+    finished = all((path / "done").exists() for path in (*map(recipe.path, ROLES), recipe.polished("draft")))
     if not finished and not args.unfinished:
         sys.exit(f"error: training in {args.root} has not ended; wait, or add --unfinished")
     for role in ROLES:
@@ -260,15 +336,27 @@ def main() -> None:
         role: LlamaForCausalLM.from_pretrained(args.out / role, dtype=getattr(torch, args.dtype)).eval()
         for role in ROLES
     }
-    logs = {role: json.loads((recipe.path(role) / "log.json").read_text()) for role in ROLES}
-    draw(logs, args.picture)
+    polish_log = json.loads((recipe.polished("draft") / "log.json").read_text())
+    draw_polish(polish_log, args.polish_picture)
+    if before:
+        described = {role: before[role] for role in ROLES}
+    else:
+        logs = {role: json.loads((recipe.path(role) / "log.json").read_text()) for role in ROLES}
+        draw(logs, args.picture)
+        described = {role: describe(recipe, args.out, role, models[role], logs[role]) for role in ROLES}
+    polish = polished(recipe, polish_log)
+    for key in ("steps", "training_tokens"):
+        described["draft"][key] += polish[key]
+    described["draft"]["polish"] = polish
+    unpolished = LlamaForCausalLM.from_pretrained(recipe.path("draft"), dtype=getattr(torch, args.dtype)).eval()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
-        bar = progress.add_task("acceptance rate", total=ticks(args.windows))
-        acceptance = evaluate(args.root, **models, windows=args.windows, tick=lambda: progress.advance(bar))
+        bar = progress.add_task("held-out text", total=ticks(args.windows))
+        text = heldout_text(args.root, models["target"], windows=args.windows, tick=lambda: progress.advance(bar))
+    acceptance, acceptance_before = (evaluate(args.root, draft, text) for draft in (models["draft"], unpolished))
     report = {
         "finished": finished,
-        **{role: describe(recipe, args.out, role, models[role], logs[role]) for role in ROLES},
+        **described,
         "corpus": json.loads((args.root / "corpus.json").read_text()),
         "windows": args.windows,
         "prompt_tokens": PROMPT,
@@ -276,6 +364,9 @@ def main() -> None:
         "gram": GRAM,
         "computed_in": args.dtype,
         "acceptance": acceptance,
+        "acceptance_before": acceptance_before,
+        "teaching": asdict(TEACHING),
+        "logged_windows": LOGGED_WINDOWS,
         "samples": samples(models["target"], AutoTokenizer.from_pretrained(args.out / "target")),
         "versions": {
             "torch": torch.__version__,
@@ -284,15 +375,15 @@ def main() -> None:
         },
     }
     (args.out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
-    picture = Path(os.path.relpath(args.picture, args.out)).as_posix()
-    (args.out / "README.md").write_text(card(report, picture))
+    pictures = [Path(os.path.relpath(path, args.out)).as_posix() for path in (args.picture, args.polish_picture)]
+    (args.out / "README.md").write_text(card(report, *pictures))
     for kind, results in acceptance.items():
         for row in results:
             alpha, fresh = (_alpha(row[key], row[f"{key}_error"]) for key in ("alpha", "alpha_fresh"))
             print(
                 f"{kind:6} T={row['temperature']:g}  α {alpha}  repeated {row['repeated_share']:.1%}  α outside {fresh}"
             )
-    print(f"wrote {args.out} ({shipped / 1e6:.1f} MB of weights) and {args.picture}")
+    print(f"wrote {args.out} ({shipped / 1e6:.1f} MB of weights) and {args.polish_picture}")
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def generate(
         Path | None, typer.Option(metavar="FILE", help="The answer is JSON in one line that follows this schema.")
     ] = None,
     regex: Annotated[str | None, typer.Option(help="The answer matches this regular expression.")] = None,
-    method: Annotated[str | None, typer.Option(help="none, sd or ssd; by default as configured.")] = None,
+    method: Annotated[str | None, typer.Option(help="none, sd, self or ssd; by default as configured.")] = None,
 ) -> None:
     """Continue PROMPT, printing text as it becomes certain."""
     params = SamplingParams(
@@ -203,7 +203,7 @@ def compare(
     from rich.console import Console
 
     from .bench.compare import compare as run
-    from .bench.compare import parse_methods
+    from .bench.compare import parse_methods, prepared
     from .bench.prompts import DEMO_PROMPTS, load_prompts
     from .bench.report import print_comparison
 
@@ -215,7 +215,7 @@ def compare(
     if json_file is not None and not json_file.parent.is_dir():
         raise UsageError(f"--json {json_file}: the folder {str(json_file.parent)!r} does not exist; create it first")
     # Methods are compared as such: a governor would turn them into plain decoding where they do not pay.
-    settings = _settings(config, ["speculation.governor=false", *(overrides or ())])
+    settings = prepared(_settings(config, ["speculation.governor=false", *(overrides or ())]), chosen)
 
     from ssd import LLM
 

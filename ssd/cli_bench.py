@@ -45,7 +45,7 @@ def bench(
     from .bench.bench import bench as run
     from .bench.bench import parse_sweep
     from .bench.bench_report import print_bench
-    from .bench.compare import parse_methods
+    from .bench.compare import parse_methods, prepared
     from .bench.html import bench_page, bench_pictures, rounds_of
     from .bench.peers.adapters import parse_peers
     from .bench.trace import chrome_trace
@@ -58,7 +58,7 @@ def bench(
         if file is not None and not file.parent.is_dir():
             raise UsageError(f"{file}: the folder {str(file.parent)!r} does not exist; create it first")
     # Methods are measured as such: a governor would turn them into plain decoding where they do not pay.
-    settings = settings_of(config, ["speculation.governor=false", *(overrides or ())])
+    settings = prepared(settings_of(config, ["speculation.governor=false", *(overrides or ())]), chosen)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("starting", total=None)

@@ -107,7 +107,7 @@ class Config(Section):
 
     target: TargetConfig
     draft: ModelConfig | None = None
-    """Needed unless ``speculation.method`` is ``none``."""
+    """Needed unless ``speculation.method`` is ``none`` or ``self``."""
     speculation: SpeculationConfig = SpeculationConfig()
     numerics: Literal["strict", "fast"] = "strict"
     engine: EngineConfig = EngineConfig()
@@ -164,10 +164,10 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(where + _one_line(error, tree)) from None
-    if config.draft is None and config.speculation.method != "none":
+    if config.draft is None and config.speculation.method in ("sd", "ssd"):
         raise ConfigError(
             f"{where}draft is missing; speculation.method={config.speculation.method} needs a draft model "
-            "(or set speculation.method=none)"
+            "(or set speculation.method=none, or self)"
         )
     check_rule(config.speculation, where)
     return config

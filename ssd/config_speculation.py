@@ -33,10 +33,26 @@ class ForecastConfig(Section):
     """Exponent r of the miss power law: at fan-out F a share F^-r of outcomes is missed."""
 
 
+Layers = list[Annotated[int, Field(ge=0)]]
+
+
+class SelfConfig(Section):
+    """The draft of method ``self``: the target with sublayers skipped."""
+
+    skip_attention: Layers | None = None
+    """Layers, counted from 0, whose attention is skipped. None: every second layer's, first and last kept."""
+    skip_mlp: Layers | None = None
+    """Layers whose MLP is skipped; None as above."""
+    confidence: Number = Field(default=0.6, ge=0, le=1)
+    """A chain ends with the first token that the draft gives less probability than this; 0: never."""
+
+
 class SpeculationConfig(Section):
     """How the draft speculates."""
 
-    method: Literal["none", "sd", "ssd"] = "ssd"
+    method: Literal["none", "sd", "self", "ssd"] = "ssd"
+    self: SelfConfig | None = None
+    """Needed by requests of method ``self`` where the configured method is another."""
     lookahead: Annotated[int, Field(ge=1, le=16)] | Literal["auto"] = 4
     """K: draft tokens verified in a round. ``auto``: chosen as it goes, by what is measured."""
     lookahead_max: int = Field(default=5, ge=1, le=16)
@@ -55,6 +71,11 @@ class SpeculationConfig(Section):
     """Saguaro sampling: the forecast's top tokens are drafted with this share of their weight."""
     governor: bool = True
     """Decode plainly while that is measured to be faster, and try again now and then."""
+
+    @property
+    def self_draft(self) -> SelfConfig | None:
+        """Of the draft within the target, if there is one."""
+        return self.self or (SelfConfig() if self.method == "self" else None)
 
     @property
     def depth(self) -> int:

@@ -29,7 +29,8 @@ def describe(schema: dict[str, Any]) -> str:
         return " ".join([noun, " and ".join(limits)]).strip()
     if kind == "array":
         texts = schema["items"].get("type") == "string"
-        return "a list of non-empty texts" if texts else "a list of integers >= 0, at least one"
+        least = ", at least one" if schema.get("minItems") else ""
+        return "a list of non-empty texts" if texts else f"a list of integers >= 0{least}"
     if kind == "object":
         return "a mapping with the keys " + ", ".join(schema["properties"])
     return {"string": "a non-empty text", "boolean": "true or false", "null": "null"}[kind]

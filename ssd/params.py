@@ -10,12 +10,12 @@ from typing import Any, Literal
 from .errors import RequestError
 from .structured import StructuredOutputsParams
 
-METHODS = ("none", "none_fast", "sd", "ssd")
-Method = Literal["none", "none_fast", "sd", "ssd"]
+METHODS = ("none", "none_fast", "sd", "self", "ssd")
+Method = Literal["none", "none_fast", "sd", "self", "ssd"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Origin = Literal["hit", "miss", "plain"]
 """Where the candidates of a round came from: the speculation set of the round before (``hit``), a
-draft made while the verifier waited (``miss``: after one, or in every round of ``sd``), nowhere
+draft made while the verifier waited (``miss``: after one, or in every round of ``sd`` and ``self``), nowhere
 (``plain``: nothing was drafted)."""
 Provenance = Literal["hit", "miss", "bonus", "plain"]
 """How a token came to be: drafted and accepted in a round of origin ``hit`` or ``miss``, the

@@ -45,13 +45,16 @@ def _pattern():
 
 
 def prepare(root: Path) -> None:
-    """Write ``tokenizer/``, ``{kind}-{split}.npy`` (uint16 token streams) and ``corpus.json``."""
+    """Write ``tokenizer/`` (unless it is there), ``{kind}-{split}.npy`` (uint16 token streams) and ``corpus.json``."""
     if (root / "corpus.json").exists():
         return
     root.mkdir(parents=True, exist_ok=True)
     documents = collect()
-    tokenizer = _train_tokenizer(documents)
-    tokenizer.save_pretrained(root / "tokenizer")
+    if (root / "tokenizer").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(root / "tokenizer")
+    else:
+        tokenizer = _train_tokenizer(documents)
+        tokenizer.save_pretrained(root / "tokenizer")
     end = tokenizer.eos_token_id
     summary: dict[str, dict[str, int]] = {}
     held_out: dict[str, list[str]] = {kind: [] for kind in KINDS}

@@ -15,11 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from .data import KINDS, heldout_windows
 from .recipe import SEED
 
+WINDOWS = 160  # held-out windows a kind: the standard error of α on code is then about .011
+LOGGED_WINDOWS = 80  # while training
 PROMPT = 64  # tokens of held-out text before each continuation
 NEW = 128  # tokens the target then writes
 GRAM = 8
@@ -124,22 +127,13 @@ def rate(hits: torch.Tensor, counted: torch.Tensor) -> tuple[float | None, float
     return alpha, (hit - alpha * count).square().sum().sqrt().item() / count.sum().item()
 
 
-def agreement(
-    target: LlamaForCausalLM,
-    draft: LlamaForCausalLM,
-    prompts: torch.Tensor,
-    temperature: float,
-    *,
-    tokens: int = NEW,
-    tick: Callable[[], None] = lambda: None,
-) -> Agreement:
-    """Measure ``prompts [rows, length]``; ``tick`` is called after every decoding step."""
-    written, drafted = [], []
-    for batch, part in enumerate(prompts.split(BATCH)):
-        written.append(continue_text(target, part, temperature, tokens=tokens, batch=batch, tick=tick))
-        drafted.append(draft_tokens(draft, part, written[-1], temperature, batch=batch))
-    ids = torch.cat(written)
-    live = live_positions(ids, target.config.eos_token_id)
+def agreement(draft: LlamaForCausalLM, prompts: torch.Tensor, ids: torch.Tensor, temperature: float) -> Agreement:
+    """Measure what the target wrote, ``ids [rows, tokens]``, after ``prompts [rows, length]``."""
+    drafted = [
+        draft_tokens(draft, part, written, temperature, batch=batch)
+        for batch, (part, written) in enumerate(zip(prompts.split(BATCH), ids.split(BATCH), strict=True))
+    ]
+    live = live_positions(ids, draft.config.eos_token_id)
     fresh, repeated, grams = live.clone(), 0, 0
     for index, row in enumerate(ids):
         alive = int(live[index].sum())
@@ -163,22 +157,45 @@ def agreement(
     )
 
 
-def evaluate(
-    root: Path,
-    target: LlamaForCausalLM,
-    draft: LlamaForCausalLM,
-    *,
-    windows: int,
-    tick: Callable[[], None] = lambda: None,
-) -> dict[str, list[dict]]:
+def heldout_text(
+    root: Path, target: LlamaForCausalLM, *, windows: int, tick: Callable[[], None] = lambda: None
+) -> dict[str, torch.Tensor]:
+    """What the target writes after the held-out windows: ids ``[windows, NEW]`` by kind and temperature.
+
+    Kept in ``root``, each as soon as it is written, for it belongs to the target alone. ``tick`` is
+    called after every decoding step.
+    """
+    path = root / f"heldout-{windows}.safetensors"
+    out = load_file(path) if path.exists() else {}
+    for kind in KINDS:
+        prompts = heldout_windows(root, kind, count=windows, length=PROMPT)
+        for temperature in TEMPERATURES:
+            if (name := text_name(kind, temperature)) not in out:
+                written = [
+                    continue_text(target, part, temperature, tokens=NEW, batch=batch, tick=tick)
+                    for batch, part in enumerate(prompts.split(BATCH))
+                ]
+                out[name] = torch.cat(written)
+                save_file(out, path)
+    return out
+
+
+def text_name(kind: str, temperature: float) -> str:
+    return f"{kind}-{temperature:g}"
+
+
+def evaluate(root: Path, draft: LlamaForCausalLM, text: dict[str, torch.Tensor]) -> dict[str, list[dict]]:
     """``{"code": [...], "prose": [...]}``, one :class:`Agreement` as a dict per temperature."""
     out: dict[str, list[dict]] = {}
     for kind in KINDS:
-        prompts = heldout_windows(root, kind, count=windows, length=PROMPT)
-        out[kind] = [asdict(agreement(target, draft, prompts, t, tick=tick)) for t in TEMPERATURES]
+        out[kind] = []
+        for temperature in TEMPERATURES:
+            ids = text[text_name(kind, temperature)]
+            prompts = heldout_windows(root, kind, count=len(ids), length=PROMPT)
+            out[kind].append(asdict(agreement(draft, prompts, ids, temperature)))
     return out
 
 
 def ticks(windows: int) -> int:
-    """How often :func:`evaluate` calls ``tick``."""
+    """How often :func:`heldout_text` calls ``tick`` when nothing is kept."""
     return len(KINDS) * len(TEMPERATURES) * math.ceil(windows / BATCH) * NEW

@@ -60,12 +60,56 @@ GENERATIONS = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Teaching:
+    """What the finished target writes for the last stage of the draft, its distribution kept."""
+
+    shards: int = 40
+    rows: int = 96  # continuations of a shard
+    shortest_prompt: int = 32
+    longest_prompt: int = 96
+    new_tokens: int = 96
+    support: int = 32  # likeliest tokens kept of every distribution
+    fewest_share: float = 0.08  # a shard ends when fewer of its rows still go on
+    # One shard after the other; the cycles' lengths have no common factor.
+    kinds: tuple[str, ...] = ("code", "code", "code", "prose")
+    temperatures: tuple[float, ...] = (0.0, 1.0, 0.0, 1.0, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Polishing:
+    """The draft's last stage. Rows hold SEQUENCE tokens of continuations, laid end to end.
+
+    The first 450 steps of the shipped draft followed the learning rates of a run of 600.
+    """
+
+    steps: int = 800
+    rows: int = 4
+    muon_lr: float = 0.01
+    adamw_lr: float = 1.5e-3
+    warmup_steps: int = 40
+    decay_share: float = 0.7
+    save_every: int = 175
+    first_step: int = 0
+    context: int = 8  # first positions of a continuation that are not learnt: the target, too, only guesses
+    kept: float = 0.5  # share of the weights it started from in the weights it ends with
+    acceptance: float = 0.5  # share of the loss that is acceptance, the rest is forward KL
+
+
+TEACHING = Teaching()
+POLISHING = Polishing()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     root: Path
     generation: Generation = GENERATIONS[-1]
 
     def path(self, name: str) -> Path:
         return self.root / self.generation.name / name
+
+    def polished(self, name: str) -> Path:
+        """Of the draft's last stage."""
+        return self.root / "polished" / name
 
     def grown_from(self) -> Recipe | None:
         """The same recipe one generation earlier."""

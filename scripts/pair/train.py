@@ -15,23 +15,24 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from ssd.testing.widen import widen
 
 from .data import KINDS, Batches, heldout_windows
-from .recipe import SEED, SEQUENCE, Recipe, Stage, model_config
+from .muon import Muon
+from .recipe import SEED, SEQUENCE, Polishing, Recipe, Stage, model_config
 
 LOGIT_CHUNK = 2048  # rows whose logits are held at once
 
 
-def _optimizers(model: torch.nn.Module, stage: Stage) -> list[torch.optim.Optimizer]:
+def _optimizers(model: torch.nn.Module, stage: Stage | Polishing) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embeddings and norms."""
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     ids = {id(p) for p in hidden}
     others = [p for p in model.parameters() if id(p) not in ids]
     return [
-        torch.optim.Muon(hidden, lr=stage.muon_lr, weight_decay=0.01, ns_steps=5, adjust_lr_fn="original"),
+        Muon(hidden, lr=stage.muon_lr, weight_decay=0.01),
         torch.optim.AdamW(others, lr=stage.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 
-def _lr_scale(step: int, stage: Stage) -> float:
+def _lr_scale(step: int, stage: Stage | Polishing) -> float:
     if step < stage.warmup_steps:
         return (step + 1) / stage.warmup_steps
     decay_from = stage.steps * (1 - stage.decay_share)
@@ -48,9 +49,9 @@ def _save(path: Path, model, optimizers, step: int, log: list[dict]) -> None:
     (path / "log.json").write_text(json.dumps(log))
 
 
-def _run(
+def run(
     name: str,
-    stage: Stage,
+    stage: Stage | Polishing,
     path: Path,
     start_model: Callable[[], LlamaForCausalLM],
     batch_at: Callable[[int], torch.Tensor],
@@ -100,7 +101,7 @@ def _run(
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            seen += batch.shape[0] * SEQUENCE
+            seen += len(batch) * SEQUENCE
             record = {"step": step + 1, "loss": total, "tokens_per_s": seen / (time.monotonic() - began)}
             if (step + 1) % stage.save_every == 0 or step + 1 == stage.steps:
                 model.eval()
@@ -167,7 +168,7 @@ def train_target(recipe: Recipe, device: str, micro_rows: int) -> None:
     root, stage = recipe.root, recipe.generation.target
     batches = Batches(root, rows=stage.rows, code_share=stage.code_share, seed=SEED)
     windows = {kind: heldout_windows(root, kind, count=24, length=SEQUENCE + 1) for kind in KINDS}
-    _run(
+    run(
         "target",
         stage,
         recipe.path("target"),
@@ -274,4 +275,4 @@ def distill_draft(recipe: Recipe, device: str, micro_rows: int) -> None:
         left, scale, _ = torch.linalg.svd(target.model.embed_tokens.weight.float(), full_matrices=False)
         return _fresh(recipe, "draft", left[:, :width] * scale[:width])
 
-    _run("draft", stage, recipe.path("draft"), start_model, batch_at, loss_of, evaluate, device, micro_rows)
+    run("draft", stage, recipe.path("draft"), start_model, batch_at, loss_of, evaluate, device, micro_rows)

@@ -14,6 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..config import Config, load_config
 from ..errors import RequestError
 from ..params import METHODS, Method, RequestOutput, SamplingParams
 from .arms import Arm, MethodArm, Progress, Tally, interleave, merge
@@ -224,12 +225,19 @@ def parse_methods(names: str) -> tuple[str, ...]:
     return methods
 
 
+def prepared(config: Config, methods: Sequence[str]) -> Config:
+    """The configuration with what the methods need: for ``self`` a draft within the target, the default one where
+    none is configured."""
+    needs = "self" in methods and config.speculation.self_draft is None
+    return load_config(config, ["speculation.self={}"]) if needs else config
+
+
 def _order(methods: Sequence[str]) -> tuple[Method, ...]:
     """The baseline, the reference, then the methods asked for."""
     for method in methods:
         if method not in METHODS:
             raise RequestError(f"method {method!r} is unknown; methods are {', '.join(METHODS)}")
-    speculative: tuple[Method, ...] = ("sd", "ssd")
+    speculative: tuple[Method, ...] = ("self", "sd", "ssd")
     return (BASELINE, REFERENCE, *(method for method in speculative if method in methods))
 
 

@@ -9,13 +9,13 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config, load_config
-from ..params import Method, SamplingParams
+from ..params import SamplingParams
 from .arms import MethodArm, interleave, merge
 from .calibrate import Size
 from .profile import Profile, hit_curve, survival
 from .prompts import Prompt
 from .replay import BUDGETS
-from .simulate import Setting, Simulated, Simulator, simulate
+from .simulate import Modelled, Setting, Simulated, Simulator, simulate
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
@@ -153,7 +153,7 @@ def validate(
     *,
     sizes: Sequence[Size] = VALIDATION,
     temperatures: Sequence[float] = (0.0, 1.0),
-    methods: Sequence[Method] = ("sd", "ssd"),
+    methods: Sequence[Modelled] = ("sd", "ssd"),
     max_tokens: int = 96,
     launch: Callable[[Config], LLM] | None = None,
     say: Callable[[str], None] = lambda text: None,

@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import RequestError
+from ..params import Method
 
 NEVER = 0
 """In a replay's ``needed``: no forecast that was tried holds the outcome."""
@@ -175,7 +176,7 @@ Content = Annotated[Replay | Independent, Field(discriminator="kind")]
 class Point(_Part):
     """Means over the rounds of one real run, seconds: what the costs were fitted to."""
 
-    method: Literal["none", "none_fast", "sd", "ssd"]
+    method: Method
     temperature: float
     lookahead: int
     siblings: int

@@ -20,13 +20,14 @@ from ..pipeline.messages import RoundReport
 from .profile import NEVER, Costs, Independent, Profile, Replay
 
 KEPT_ROUNDS = 64
+Modelled = Literal["none", "none_fast", "sd", "ssd"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
     """What to run, and on what."""
 
-    method: Literal["none", "none_fast", "sd", "ssd"] = "ssd"
+    method: Modelled = "ssd"
     lookahead: int = 4
     budget: int = 12
     siblings: int = 0

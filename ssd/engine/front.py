@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, load_config, resolve_model_path
-from ..errors import RequestError, UsageError, WorkerError
+from ..errors import ConfigError, RequestError, UsageError, WorkerError
 from ..models.loading import load_tokenizer, read_config
+from ..models.skipping import SkipSet
 from ..models.vocabulary import shared_vocabulary
 from ..params import SamplingParams, StreamEvent, completion_seed
 from ..pipeline.build import Plan, check_sizes
@@ -137,6 +138,10 @@ class Front:
             raise RequestError(f"prompt token ids must be in [0, {size})")
         if params.method in ("sd", "ssd") and self.config.draft is None:
             raise RequestError(f"method {params.method} needs a draft; this configuration has none")
+        if params.method == "self" and self.config.speculation.self_draft is None:
+            raise RequestError(
+                "method self needs a draft within the target; set speculation.self={} (or speculation.method=self)"
+            )
         if priority and self.config.engine.scheduling != "priority":
             raise RequestError("priority is off: start with engine.scheduling=priority, or leave it out")
         text = self.tokenizer.decode(ids) if text is None else text
@@ -214,7 +219,14 @@ def make_plan(config: Config) -> tuple[Any, Plan]:
     def head(folder: Path) -> int:
         return read_config(folder).get_text_config().vocab_size
 
-    sizes = [head(target)]
+    text = read_config(target).get_text_config()
+    if (wanted := config.speculation.self_draft) is not None:
+        SkipSet.of(wanted.skip_attention, wanted.skip_mlp, text.num_hidden_layers)  # raises what the verifier would
+        if config.target.tensor_parallel > 1:
+            raise ConfigError(
+                "method self runs on one rank; set target.tensor_parallel=1 (or take away speculation.self)"
+            )
+    sizes = [text.vocab_size]
     other = tokenizer
     if config.draft is not None:
         draft = resolve_model_path(config.draft.model)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -92,6 +93,12 @@ class ForwardRunner:
             self.contexts.append(tier)
             tier *= 4
         self.contexts.append(slots)
+
+    def over(self, model: PreTrainedModel) -> Self:
+        """A runner of another model over the same slots: of this one with sublayers left out."""
+        twin = copy.copy(self)
+        twin.model, twin._decode = model, {}
+        return twin
 
     @property
     def chunk(self) -> int:

@@ -22,11 +22,13 @@ from ..models.loading import PreTrainedModel, lay_out_for_cpu, load_model, load_
 from ..models.rows import RowPlan, verify_plans
 from ..models.runner import ForwardRunner, can_compile
 from ..models.sharding import shard
+from ..models.skipping import SkipSet, skipping
 from .branches import scratch_slots
 from .draft import DraftWorker
 from .frames import Frames, ProbsLayout
 from .grammar import Grammars
 from .rules import CandidateSampler, Judge, probs_layout
+from .self_draft import SelfDraft
 from .tensor import LeadingRunner, Ranks
 from .verifier import VerifierWorker
 
@@ -154,7 +156,7 @@ def build_verifier(
     """The verifier, warm, and what to tell about it. ``model``: already loaded. ``ranks``: those that
     share the model, if several do; they must ``follow`` by now. Raises: UsageError."""
     config = plan.config
-    runner = _target_runner(plan, model, ranks)
+    runner = target_runner(plan, model, ranks)
     worker = VerifierWorker(
         runner,
         shape=plan.shape,
@@ -173,16 +175,27 @@ def build_verifier(
         worker.judge = Judge(
             config.speculation.verify, plan.shape, plan.probs, batch=runner.batch, device=runner.device
         )
+    if (wanted := config.speculation.self_draft) is not None:
+        skips = SkipSet.of(wanted.skip_attention, wanted.skip_mlp, runner.cache.layers)
+        worker.self_draft = SelfDraft(
+            runner.over(skipping(runner.model, skips)),
+            shape=plan.shape,
+            chooser=worker.chooser,
+            judge=worker.judge,
+            confidence=wanted.confidence,
+            governed=config.speculation.governor,
+        )
     return worker, _warm(worker, config.target)
 
 
 def build_rank(plan: Plan, ranks: Ranks) -> tuple[ForwardRunner, list[RowPlan], dict[str, Any]]:
     """What another rank of the verifier needs to ``follow``, and what to tell about it. Raises: UsageError."""
-    runner = _target_runner(plan, None, ranks)
+    runner = target_runner(plan, None, ranks)
     return runner, [*plan.verify_plans, RowPlan.sequential("one", 1)], _info(runner, plan.config.target)
 
 
-def _target_runner(plan: Plan, model: PreTrainedModel | None, ranks: Ranks | None) -> ForwardRunner:
+def target_runner(plan: Plan, model: PreTrainedModel | None = None, ranks: Ranks | None = None) -> ForwardRunner:
+    """The target's, cold. Raises: UsageError."""
     return _runner(plan, plan.config.target, model, scratch=plan.shape.nodes - plan.shape.depth - 1, ranks=ranks)
 
 
@@ -257,6 +270,8 @@ def _warm(worker: VerifierWorker | DraftWorker, wanted: ModelConfig) -> dict[str
     runner = worker.runner
     if runner.fuses:
         worker.warm_up()
+        if isinstance(worker, VerifierWorker) and worker.self_draft is not None:
+            worker.self_draft.warm_up()
     return {**_info(runner, wanted), "warm_up_s": round(time.perf_counter() - began, 2)}
 
 

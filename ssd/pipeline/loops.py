@@ -200,6 +200,8 @@ def verifier_loop(
         verdict = worker.verify()
         if verdict.commits:
             timer.add("forward", verdict.forward_s)
+        if verdict.drafted_s:
+            timer.add("draft", verdict.drafted_s)
         all_hit = False
         try:
             all_hit = _finish_round(worker, front, draft, verdict, timer)
@@ -214,6 +216,8 @@ def verifier_loop(
         if last_end is not None:
             waited_s, draft_s = (draft.take_waited_s(), draft.drafted_s) if draft is not None else (0.0, 0.0)
             worker.observe(verdict, seconds=now - last_end, waited_s=waited_s, draft_s=draft_s)
+            if worker.self_draft is not None:
+                worker.self_draft.observe(verdict, now - last_end)
             timer.add("round", now - last_end)
             if all_hit:
                 timer.add("hit_round", now - last_end)

@@ -43,3 +43,5 @@ class Verdict:
     """Rows that miss now take an n-gram where there is one."""
     lookahead: int = 0
     """How far the draft drafts from now on; 0: as deep as the tree."""
+    drafted_s: float = 0.0
+    """What the verifier's own draft took before (method ``self``)."""

@@ -27,6 +27,7 @@ from .messages import Admit, Submit
 from .prefix import PrefixCache
 from .prompts import Prompts
 from .rules import Judge
+from .self_draft import SelfDraft
 from .sequence import Sequence
 from .steering import Steering
 from .verdict import Commit, Verdict
@@ -69,18 +70,16 @@ class VerifierWorker:
         self.strict, self.ends, self.max_model_len, self.clock = strict, ends, max_model_len, clock
         self.refused: list[Sequence] = []
         """Not to be decoded (``Sequence.error``); whoever reports them empties it."""
-        self.rows: list[Sequence | None] = [None] * runner.batch
-        """Those that decode."""
+        self.rows: list[Sequence | None] = [None] * runner.batch  # those that decode
         self.prompts = Prompts(runner, PrefixCache(runner.batch, runner.chunk, enabled=prefix_caching))
         self.drafting = True
         """False while there is no draft: everything decodes plainly then."""
         self.judge: Judge | None = None
         """Under ``rejection`` and ``block``: verifies the rows that sample."""
+        self.self_draft: SelfDraft | None = None  # drafts for rows of method ``self``
         self.trees = torch.full((runner.batch, shape.nodes), ABSENT)
-        self.origins: list[Origin] = ["plain"] * runner.batch
-        """Of the candidates in ``trees``."""
-        self.lookups = self.hits = 0
-        """Of the round before."""
+        self.origins: list[Origin] = ["plain"] * runner.batch  # of the candidates in ``trees``
+        self.lookups = self.hits = 0  # of the round before
         self._missed_s = self._trees_s = 0.0
         device, self._courier = runner.device, Courier(runner.device)
         kept = {"compile": runner.compile, "graphs": runner.graphs}
@@ -193,12 +192,13 @@ class VerifierWorker:
         """One target forward over the trees, and what it decides. Nothing, while no prompt is whole."""
         if not self.decoding:
             nothing = torch.zeros(len(self.rows), dtype=torch.int64)
-            states = torch.tensor(self._states())
-            return Verdict(outcome=Outcome(nothing, nothing), states=states, commits=[], forward_s=0.0)
+            return Verdict(Outcome(nothing, nothing), torch.tensor(self._states()), commits=[], forward_s=0.0)
         # Rows of the other slots are computed and mean nothing: they land behind what must stay there.
         held = self.prompts.prefixes.held
         lengths_list = [len(held[slot] if row is None else row.tokens) for slot, row in enumerate(self.rows)]
         lengths = self._courier.place(torch.tensor(lengths_list))
+        own = self.self_draft
+        drafted_s = own.fill(self.rows, self.trees, self.origins, lengths) if own is not None else 0.0
         plan = self._plan()
         context = self.runner.context_for(max(len(r.tokens) for r in self.rows if r is not None) + max(plan.limits) + 1)
         tokens = self._courier.place(self.trees[:, : plan.rows])
@@ -206,7 +206,7 @@ class VerifierWorker:
         states, commits = self._commit(outcome, lengths_list, logits)
         ngram = self.steering.ngram
         self.steering.learn(commits, forward_s)
-        return Verdict(outcome, states, commits, forward_s, ngram, self.steering.lookahead(self.rows))
+        return Verdict(outcome, states, commits, forward_s, ngram, self.steering.lookahead(self.rows), drafted_s)
 
     @torch.no_grad()
     def _decide(self, plan: RowPlan, context: int, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Outcome, float]:

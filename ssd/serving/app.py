@@ -129,7 +129,11 @@ def build_app(engine: AsyncEngine, metrics: Metrics, *, model: str) -> App:
             "numerics": config.numerics,
             "engine": config.engine.model_dump(),
             "workers": engine.info(),
-            "methods": ["none", "sd", "ssd"] if config.draft is not None else ["none"],
+            "methods": [
+                "none",
+                *(["self"] if config.speculation.self_draft is not None else []),
+                *(["sd", "ssd"] if config.draft is not None else []),
+            ],
             "running": engine.running,
             "queued": engine.queued,
         }

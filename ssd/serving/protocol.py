@@ -57,7 +57,7 @@ PARAMETERS = (
     Parameter("logit_bias", Annotated[dict[str, float], Field(max_length=MAX_NAMED)]),
     Parameter("bad_words", Annotated[list[str | list[int]], Field(max_length=MAX_NAMED)]),
     Parameter("allowed_token_ids", list[int]),
-    Parameter("method", Literal["none", "sd", "ssd"]),
+    Parameter("method", Literal["none", "sd", "self", "ssd"]),
     Parameter("seed", Annotated[int, Field(ge=-(2**63), le=MAX_SEED)]),
 )
 """A new sampling parameter is one line here, and none in ``UNSUPPORTED``."""

@@ -141,5 +141,5 @@ def rates(before: Sample, after: Sample) -> Rates:
         wait_share=ratio(grew("verifier_wait_seconds_total"), round_s),
         jit_share=ratio(grew("verifier_jit_wait_seconds_total"), round_s),
         draft_busy_share=ratio(draft_s, round_s),
-        provenance={name: count / total for name, count in tokens.items() if total},
+        provenance={name: count / total for name, count in tokens.items() if count},
     )

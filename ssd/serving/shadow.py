@@ -85,7 +85,7 @@ class Shadow:
     def _sampled(self, request: Request, output: RequestOutput) -> bool:
         speculation = self._config.speculation
         promised = speculation.verify == "coupled" or request.params.temperature < GREEDY_BELOW
-        speculated = (request.params.method or speculation.method) in ("sd", "ssd")
+        speculated = (request.params.method or speculation.method) in ("sd", "self", "ssd")
         whole = output.finish_reason != "cancelled"
         return promised and speculated and whole and self._random.random() < self._config.server.shadow_rate
 

@@ -14,21 +14,28 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import replace
-from functools import cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from ..config import load_config
-from ..decoding.sampling import SamplingTensors, filter_logits
 from ..params import SamplingParams
 from ..pipeline.build import Plan, build_draft, build_verifier
 from .rounds import History, play
 from .tiny import save_tiny, tiny_model
 
-VOCABULARY, START, COUNT = 24, 7, 5
+VOCABULARY, COUNT = 24, 5
+PROMPT, REPEATING = (7,), (7, 9, 9, 5, 18, 13, 7, 21, 2, 5, 14, 0, 9, 21, 0, 7, 9)
 PARAMS = SamplingParams(temperature=2.5, top_k=3, max_tokens=COUNT, ignore_eos=True)
 SHAPE: dict[str, Any] = {
     "num_hidden_layers": 1,
@@ -39,12 +46,28 @@ SHAPE: dict[str, Any] = {
 }
 Prefix = tuple[int, ...]
 Pair = tuple[Path, Path]
-CASES: dict[str, dict[str, Any]] = {
-    "rejection": {"verify": "rejection", "support": 99},
-    "rejection, tree, scaled, m=2": {"verify": "rejection", "siblings": 1, "support": 2, "saguaro_c": 0.4},
-    "block": {"verify": "block", "support": 2},
-    "block, scaled": {"verify": "block", "support": 99, "saguaro_c": 0.4},
+PENALIZED = replace(
+    PARAMS, top_p=0.95, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.4, logit_bias={3: 1.5, 11: 1}
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """A rule with what it is asked for; ``speculation``: the section's settings."""
+
+    speculation: dict[str, Any]
+    params: SamplingParams = PARAMS
+
+
+CASES = {
+    "rejection": Case(speculation={"verify": "rejection", "support": 99}),
+    "rejection, tree, scaled, m=2, penalties": Case(
+        speculation={"verify": "rejection", "siblings": 1, "support": 2, "saguaro_c": 0.4}, params=PENALIZED
+    ),
+    "block": Case(speculation={"verify": "block", "support": 2}),
+    "block, scaled": Case(speculation={"verify": "block", "support": 99, "saguaro_c": 0.4}),
 }
+FALLBACKS = ("jit", "none", "ngram")
 
 
 def save_pair(folder: Path) -> Pair:
@@ -59,45 +82,65 @@ def save_pair(folder: Path) -> Pair:
     return target, folder / "draft"
 
 
-def sampled(pair: Pair, count: int, seed: int = 0, **speculation: Any) -> list[History]:
+def sampled(pair: Pair, count: int, case: str, fallback: str = "jit", seed: int = 0) -> list[History]:
     """``count`` requests that differ in their seed only, from ``seed`` on."""
+    asked = CASES[case]
     target, draft = ({"model": str(folder), "compile": False} for folder in pair)
     config = load_config(
         {
             "target": target,
             "draft": draft,
-            "speculation": {"lookahead": 2, "forecast": {"budget": 4}, **speculation},
-            "engine": {"max_batch": min(256, count), "max_model_len": 16, "prefill_chunk": 8},
+            "speculation": {"lookahead": 2, "forecast": {"budget": 4}, "fallback": fallback, **asked.speculation},
+            "engine": {"max_batch": min(256, count), "max_model_len": 32, "prefill_chunk": 8},
         }
     )
     plan = Plan(config=config, vocabulary=VOCABULARY, ends=())
     verifier, worker = build_verifier(plan)[0], build_draft(plan)[0]
-    seeds = [replace(PARAMS, seed=seed + number) for number in range(count)]
-    return play(verifier, worker, plan, [[START]] * count, seeds)
+    prompt, seeds = list(prompt_for(fallback)), [replace(asked.params, seed=seed + number) for number in range(count)]
+    play(verifier, worker, plan, [prompt], seeds[:1])  # the others find its keys: none of them waits for the draft
+    return play(verifier, worker, plan, [prompt] * count, seeds)
 
 
-@cache
-def target_law(temperature: float = PARAMS.temperature) -> dict[Prefix, float]:
+def prompt_for(fallback: str) -> Prefix:
+    """One in which n-grams are found, where they are the fallback."""
+    return REPEATING if fallback == "ngram" else PROMPT
+
+
+def law_of(case: str, fallback: str = "jit") -> dict[Prefix, float]:
+    """``target_law`` of the case's requests."""
+    return target_law(CASES[case].params, prompt_for(fallback))
+
+
+def target_law(params: SamplingParams = PARAMS, prompt: Prefix = PROMPT) -> dict[Prefix, float]:
     """Of every sequence of up to ``COUNT`` tokens: its probability, from the target's own forward."""
     model = tiny_model("llama", **SHAPE)
     law: dict[Prefix, float] = {(): 1.0}
     frontier: list[Prefix] = [()]
     for _ in range(COUNT):
+        ids = torch.tensor([[*prompt, *prefix] for prefix in frontier])
         with torch.no_grad():
-            logits = model(torch.tensor([[START, *prefix] for prefix in frontier])).logits[:, -1:, :VOCABULARY]
-        params = SamplingTensors.empty(len(frontier), "cpu")
-        params = replace(
-            params,
-            temperature=params.temperature + temperature,
-            top_k=params.top_k + PARAMS.top_k,
-            filtered=True,
-            random=True,
-        )
-        probs = filter_logits(logits, params).double().softmax(-1).squeeze(1).tolist()
+            logits = model(ids).logits[:, -1, :VOCABULARY]
+        probs = _as_transformers(ids, len(prompt), logits, params).double().softmax(-1).tolist()
         grown = {(*f, t): law[f] * p for f, row in zip(frontier, probs, strict=True) for t, p in enumerate(row) if p}
         law |= grown
         frontier = list(grown)
     return law
+
+
+def _as_transformers(ids: Tensor, start: int, logits: Tensor, params: SamplingParams) -> Tensor:
+    """``[R, V]`` after bias, penalties and filters: transformers' own, and vLLM's formulas for the two it lacks.
+    ``ids`` ``[R, L]``, the output from ``start`` on."""
+    if params.logit_bias:
+        biases = [[[token], value] for token, value in dict(params.logit_bias).items()]
+        logits = SequenceBiasLogitsProcessor(biases)(ids, logits)  # type: ignore[arg-type]
+    logits = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, logits)  # type: ignore[arg-type]
+    output = ids[:, start:]
+    counts = torch.zeros_like(logits).scatter_add_(1, output, torch.ones(output.shape))
+    logits = logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+    filters = TopKLogitsWarper(params.top_k), TopPLogitsWarper(params.top_p)
+    for warper in (TemperatureLogitsWarper(params.temperature), *filters):
+        logits = warper(ids, logits)  # type: ignore[arg-type]
+    return logits
 
 
 def p_value(samples: Iterable[tuple[Prefix, Prefix]], law: dict[Prefix, float]) -> tuple[float, int]:
@@ -160,7 +203,7 @@ def check(histories: list[History], law: dict[Prefix, float], smallest: int) -> 
 def measure(pair: Pair, case: str, fallback: str, samples: int, seed: int) -> dict[str, Any]:
     """One case: every split's samples, degrees of freedom and p-value."""
     began = time.perf_counter()
-    histories, law = sampled(pair, samples, seed, fallback=fallback, **CASES[case]), target_law()
+    histories, law = sampled(pair, samples, case, fallback, seed), law_of(case, fallback)
     tests = []
     for name, pairs in sorted(splits(histories).items()):
         p, freedom = p_value(pairs, law)
@@ -172,15 +215,16 @@ def measure(pair: Pair, case: str, fallback: str, samples: int, seed: int) -> di
 
 def table(results: list[dict[str, Any]]) -> str:
     """A line per case: the p-values asked for most, and the smallest of all times their number."""
-    names = ("all", "from round 1 on, tree hit", "from round 1 on, tree jit", "from round 2 on, tree hit")
+    names = ["all", "from round 1 on, tree hit", "", "from round 2 on, tree hit"]
     heads = "rule, fallback, joint, after hit, after miss, round 2 after hit, after 0 accepted, 1, 2, tests, smallest p"
     lines = [f"| {heads.replace(', ', ' | ')} |", "|---|---|---|---|---|---|---|---|---|---|---|"]
     for result in results:
         p = {test["split"]: test["p"] for test in result["tests"]}
         # After k accepted candidates of a tree that hit.
         names_here = [*names, *(f"after {k} accepted in round 1, tree hit" for k in range(3))]
-        if result["fallback"] == "none":
-            names_here[2] = "from round 2 on, tree none"
+        names_here[2] = {"none": "from round 2 on, tree none"}.get(
+            result["fallback"], f"from round 1 on, tree {result['fallback']}"
+        )
         cells = [f"{p[name]:.3f}" if name in p else "" for name in names_here]
         cells += [str(len(p)), f"{min(p.values()):.4f}"]
         lines.append(f"| {result['case']} | {result['fallback']} | " + " | ".join(cells) + " |")

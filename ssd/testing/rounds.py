@@ -18,7 +18,7 @@ from ..pipeline.frames import Next, OutcomeFrame, RowState
 from ..pipeline.messages import Submit
 from ..pipeline.verifier import VerifierWorker
 
-Source = Literal["none", "hit", "jit"]
+Source = Literal["none", "hit", "jit", "ngram"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +26,7 @@ class Round:
     """One round of one request."""
 
     source: Source
-    """Where the tree came from: prepared and looked up, drafted after a miss, or there was none."""
+    """Where the tree came from: prepared and looked up, drafted after a miss, the text itself, or there was none."""
     accepted: int
     tokens: tuple[int, ...]
     """What was emitted, the bonus token last."""
@@ -87,6 +87,10 @@ def play(
             drafted = draft.draft_now(waits)
             raw = frames.pack_trees(drafted, number, 0, draft.drafted_from)
             verifier.fill(missed, frames.unpack_trees(raw, number)[0], frames.unpack_tree_probs(raw))
+        # What was served without waiting was prepared, or was an n-gram.
         sources = ["hit" if h else "jit" if w else "none" for h, w in zip(hit.tolist(), waits.tolist(), strict=True)]
+        if verifier.steering.fallback is not None:
+            for slot, source in verifier.steering.fallback.sources.items():
+                sources[slot] = source
         number += 1
     return histories

@@ -10,7 +10,7 @@ from ..config import Config, load_config
 from ..params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent
 from ..pipeline.messages import RoundReport
 
-SECONDS = {"none_fast": 2.0, "none": 2.5, "sd": 1.6, "ssd": 1.0}
+SECONDS = {"none_fast": 2.0, "none": 2.5, "sd": 1.6, "self": 1.8, "ssd": 1.0}
 """Of decoding, for each prompt."""
 
 

@@ -7,6 +7,7 @@ always or never.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,18 @@ import torch
 
 from ssd.pipeline import draft as draft_module
 from ssd.pipeline import rules
-from ssd.testing.chi_square import CASES, PARAMS, Pair, check, measure, sampled, save_pair, target_law
+from ssd.testing.chi_square import (
+    CASES,
+    FALLBACKS,
+    PARAMS,
+    Pair,
+    check,
+    law_of,
+    measure,
+    sampled,
+    save_pair,
+    target_law,
+)
 
 P_VALUE = 1e-3
 SAMPLES = 1280
@@ -27,8 +39,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 @pytest.mark.parametrize("case", CASES)
 def test_joint_law(case: str, pair: Pair) -> None:
-    histories = sampled(pair, SAMPLES, **CASES[case])
-    results = check(histories, target_law(), 60)
+    histories = sampled(pair, SAMPLES, case)
+    results = check(histories, law_of(case), 60)
     assert {"all", "from round 1 on, tree hit", "from round 1 on, tree jit"} <= results.keys()
     assert {depth for depth in range(3) if any(f"after {depth} acc" in name for name in results)} >= {0, 1}
     assert min(results.values()) > P_VALUE, results
@@ -36,7 +48,7 @@ def test_joint_law(case: str, pair: Pair) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("fallback", ["jit", "none"])
+@pytest.mark.parametrize("fallback", FALLBACKS)
 def test_joint_law_of_many(case: str, fallback: str, pair: Pair) -> None:
     """The whole of ``benchmarks/chi_square.py``: some hundred tests, hence Bonferroni's bound."""
     tests = measure(pair, case, fallback, 40_000, 10**6)["tests"]
@@ -72,10 +84,10 @@ def test_mistakes_show(mistake: Callable[[Any], tuple[str, Any]], pair: Pair, mo
     for module in (rules, draft_module):
         if name in vars(module):
             monkeypatch.setattr(module, name, wrong)
-    results = check(sampled(pair, SAMPLES, **CASES["rejection"]), target_law(), 60)
+    results = check(sampled(pair, SAMPLES, "rejection"), target_law(), 60)
     assert min(results.values()) < P_VALUE / 100, results
 
 
 def test_another_temperature_shows(pair: Pair) -> None:
-    histories = sampled(pair, SAMPLES, **CASES["rejection"])
-    assert check(histories, target_law(PARAMS.temperature * 1.2), 60)["all"] < P_VALUE
+    histories = sampled(pair, SAMPLES, "rejection")
+    assert check(histories, target_law(replace(PARAMS, temperature=1.2 * PARAMS.temperature)), 60)["all"] < P_VALUE

@@ -124,7 +124,7 @@ def test_unknown_key_in_a_file_names_file_key_and_nearest(tmp_path: Path) -> Non
         ("speculation.lookahead=true", ("speculation.lookahead", "True", "an integer")),
         ("speculation.lookahead=2.5", ("speculation.lookahead", "2.5", "an integer")),
         ("speculation.siblings=-1", ("speculation.siblings", "-1", "from 0 to 8")),
-        ("speculation.method=fast", ("speculation.method", "'fast'", "none, sd, ssd")),
+        ("speculation.method=fast", ("speculation.method", "'fast'", "none, sd, self, ssd")),
         ("speculation.verify=typical", ("speculation.verify", "'typical'", "coupled, rejection, block")),
         ("speculation.forecast=3", ("speculation.forecast", "3", "budget, shape")),
         ("speculation.forecast.acceptance=1.0", ("speculation.forecast.acceptance", "1.0", "below 1")),
