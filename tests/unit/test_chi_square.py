@@ -70,8 +70,8 @@ def another_story(rules: Any) -> tuple[str, Any]:
     """One row is drawn from; another one is sent."""
     stacked = rules.stacked
 
-    def lying(steps: list[Any]) -> Any:
-        honest = stacked(steps, len(steps))
+    def lying(steps: list[Any], depth: int) -> Any:
+        honest = stacked(steps, depth)
         return type(honest)(honest.tokens, honest.probs.sqrt())
 
     return "stacked", lying

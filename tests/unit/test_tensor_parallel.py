@@ -157,5 +157,5 @@ def test_whatever_changes_the_cache_is_told_to_the_other_ranks() -> None:
     assert told >= {"announce", "prefill", "keep", "copy"}
     public = {name for name, value in vars(ForwardRunner).items() if callable(value) and not name.startswith("_")}
     harmless = {"context_for", "logits", "compiled", "warm_up"}
-    # ``forward`` is the draft's and the followers' own.
-    assert public - told - harmless == {"forward"}
+    # ``forward`` is the draft's and the followers' own; ``over`` is self-speculation's, which several ranks refuse.
+    assert public - told - harmless == {"forward", "over"}
