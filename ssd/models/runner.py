@@ -141,7 +141,7 @@ class ForwardRunner:
                 return self._logits(tokens, lengths, layout, in_place, context)
 
             run = self._decode[form] = self.compiled(decode)
-        return run(tokens, lengths, layout)
+        return run(tokens.contiguous(), lengths, layout)  # compiled for these strides, unguarded
 
     def logits(
         self, plan: RowPlan, tokens: Tensor, lengths: Tensor, context: int, layout: Layout | None = None

@@ -12,7 +12,7 @@ from ssd.decoding.tree import TreeShape
 from ssd.errors import RequestError
 from ssd.models.loading import lay_out_for_cpu
 from ssd.models.rows import BLOCK, RowPlan
-from ssd.models.runner import ForwardRunner
+from ssd.models.runner import ForwardRunner, can_compile
 from ssd.testing.tiny import ARCHITECTURES, tiny_model
 
 VOCABULARY = 128
@@ -240,3 +240,15 @@ def test_what_does_not_fit_is_refused() -> None:
     slots = Slots("llama", FP32, capacity=100)
     with pytest.raises(RequestError, match="do not fit"):
         slots.runner.prefill(0, [5] * 1000)
+
+
+@pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
+def test_a_compiled_forward_takes_tokens_that_do_not_lie_side_by_side() -> None:
+    """The first tokens of a comb's candidates do not, and compiled code does not look."""
+    slots = Slots("llama", FP32, compile=True)
+    plan, tokens = RowPlan.sequential("jit", 1), torch.tensor([[[7, 8]], [[9, 10]]])
+    lengths = torch.zeros(2, dtype=torch.int64)
+    first, apart = tokens[..., 0].contiguous(), tokens[..., 0]
+    assert not apart.is_contiguous()
+    right = slots.runner.forward(plan, first, lengths, longest=0)
+    assert torch.equal(slots.runner.forward(plan, apart, lengths, longest=0), right)
