@@ -52,9 +52,8 @@ class DraftRestarts:
     def lost(self, why: str, epoch: int | None = None) -> None:
         """The draft died, or did not come back. ``epoch``: whose loss this is, where others may be meant."""
         if self.state in ("lost", "given_up") or epoch not in (None, self.epoch):
-            if epoch is None:  # the verifier only saw the link break; what the draft says itself is the reason
-                self._why = why
-                log.warning("the draft that was lost says: %s", why)
+            if epoch is None:  # the verifier only saw the link break; the draft itself knows why
+                log.warning("of the draft that was lost: %s", why)
             return
         now, self._why = self._clock(), why
         if self.state == "there" and now - self._since >= STEADY_S:
