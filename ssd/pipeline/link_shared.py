@@ -70,6 +70,9 @@ class SharedLink:
             os.ftruncate(descriptor, 2 * _Way.size())
             socket.send_fds(peer, [b"\0"], [descriptor])
             return cls(peer, mmap.mmap(descriptor, 2 * _Way.size()), 0, timeout_s)
+        except OSError as error:
+            peer.close()
+            raise LinkError(f"the draft came to the link and left: {error}") from error
         finally:
             os.close(descriptor)
 
