@@ -109,10 +109,14 @@ def save_tiny_pair(folder: Path, architecture: str) -> None:
 
 
 def embedded_cases(total: int) -> Iterator[Case]:
-    """The shipped pair; in each dtype one sequence at a time, as shipped, and four with a comb."""
-    settings = ((1, 3, 0, 8, "auto"), (4, 4, 1, 12, "jit"))
+    """The shipped pair: in each dtype as shipped, and in batches with a comb, a short and a long chain."""
+    settings = (
+        (1, 3, 0, 8, "auto"),
+        (4, 4, 1, 12, "jit"),
+        (8, 2, 0, 6, "ngram"),
+        (2, 6, 0, 16, "none"),
+    )
     for dtype, (batch, lookahead, siblings, budget, fallback) in itertools.product(DTYPES, settings):
-        count = total // 4 if batch == 1 else total - total // 4
         models = {
             role: {"model": f"embedded/{role}", "dtype": dtype, "cores": [core]}
             for core, role in enumerate(("target", "draft"))
@@ -126,9 +130,8 @@ def embedded_cases(total: int) -> Iterator[Case]:
         }
         engine = {"max_batch": batch, "max_model_len": 512}
         name = f"embedded {dtype} K={lookahead} siblings={siblings} N={budget} confidence {fallback} B={batch}"
-        yield Case(
-            name=name, config={**models, "speculation": speculation, "engine": engine}, prompts=count, compiled=True
-        )
+        config = {**models, "speculation": speculation, "engine": engine}
+        yield Case(name=name, config=config, prompts=total // len(settings), compiled=True)
 
 
 def random_prompts(count: int, seed: int) -> list[tuple[int, ...]]:
