@@ -273,7 +273,7 @@ def info(config: ConfigOption = "embedded", overrides: SetOption = None) -> None
     speculation = settings.speculation
     _row(
         "speculation",
-        f"{speculation.method}, lookahead {speculation.lookahead}, siblings {speculation.siblings}, "
+        f"{speculation.method}, lookahead {speculation.lookahead}, {speculation.tree}, "
         f"{speculation.forecast.shape} forecast of {speculation.forecast.budget}, fallback {speculation.fallback}",
     )
     _row("numerics", settings.numerics)

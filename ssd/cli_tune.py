@@ -118,7 +118,8 @@ def layers(
     from .errors import UsageError
 
     settings, texts = settings_of(config, overrides), workload(prompts)
-    settings = load_config(settings, ["draft=null", "speculation.method=self", "speculation.siblings=0"])
+    chain = ["speculation.siblings=0", "speculation.rows=null"]
+    settings = load_config(settings, ["draft=null", "speculation.method=self", *chain])
     front, began = Front(settings), time.monotonic()  # checks the configuration
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: the folder {str(out.parent)!r} does not exist; create it first")

@@ -33,6 +33,7 @@ class ForecastConfig(Section):
     """Exponent r of the miss power law: at fan-out F a share F^-r of outcomes is missed."""
 
 
+Siblings = Annotated[int, Field(ge=0, le=8)]
 Layers = list[Annotated[int, Field(ge=0)]]
 
 
@@ -57,8 +58,12 @@ class SpeculationConfig(Section):
     """K: draft tokens verified in a round. ``auto``: chosen as it goes, by what is measured."""
     lookahead_max: int = Field(default=5, ge=1, le=16)
     """The deepest that ``auto`` may choose; in ``numerics: strict`` every forward has the rows for it."""
-    siblings: int = Field(default=0, ge=0, le=8)
-    """Next-best tokens beside the chain at each depth; 0 is a chain, more a comb."""
+    siblings: Siblings | list[Siblings] = 0
+    """Next-best tokens beside the chain: at every depth, or a number for each depth from the first on (0 at those not
+    named). 0 is a chain, more a comb."""
+    rows: int | None = Field(default=None, ge=2, le=145)
+    """W, a budget instead of ``siblings``: as many rows are verified, and siblings stand where they are likeliest
+    accepted."""
     copy_bias: Annotated[list[Annotated[Number, Field(ge=0)]], Field(max_length=16)] = []
     """Nats the draft's score of a token gains if it followed the last place where the sequence's last 1, 2, .. tokens
     stood before: an entry for each length, the longest found counts. Empty: nothing."""
@@ -85,6 +90,23 @@ class SpeculationConfig(Section):
         """The deepest lookahead there will be."""
         return self.lookahead_max if self.lookahead == "auto" else self.lookahead
 
+    @property
+    def beside(self) -> tuple[int, ...]:
+        """``siblings`` at each depth ``[depth]``."""
+        if isinstance(self.siblings, int):
+            return (self.siblings,) * self.depth
+        return (*self.siblings, *[0] * (self.depth - len(self.siblings)))
+
+    @property
+    def tree(self) -> str:
+        """What stands beside the chain, in words."""
+        return f"siblings {self.siblings}" if self.rows is None else f"rows {self.rows}"
+
+    @property
+    def chain(self) -> bool:
+        """Whether nothing stands beside the chain."""
+        return not any(self.beside) if self.rows is None else self.rows == self.depth + 1
+
 
 def check_rule(speculation: SpeculationConfig, where: str) -> None:
     """What fields ask of each other. Raises: ConfigError."""
@@ -93,10 +115,24 @@ def check_rule(speculation: SpeculationConfig, where: str) -> None:
             f"{where}speculation.lookahead=auto needs a forecast that follows it; set speculation.forecast.shape"
             f"=confidence ({speculation.forecast.shape} would prepare for nodes that are not there)"
         )
-    if speculation.verify == "block" and speculation.siblings:
+    deepest = "lookahead_max" if speculation.lookahead == "auto" else "lookahead"
+    if isinstance(speculation.siblings, list) and len(speculation.siblings) > speculation.depth:
         raise ConfigError(
-            f"{where}speculation.verify=block verifies chains only; set speculation.siblings=0 "
-            "(or speculation.verify=rejection)"
+            f"{where}speculation.siblings names {len(speculation.siblings)} depths; name at most "
+            f"speculation.{deepest}={speculation.depth}"
+        )
+    if speculation.rows is not None:
+        if any(speculation.beside):
+            raise ConfigError(f"{where}speculation.rows chooses the siblings; leave speculation.siblings at 0")
+        if not speculation.depth < speculation.rows <= 1 + 9 * speculation.depth:
+            raise ConfigError(
+                f"{where}speculation.rows={speculation.rows} must be from {speculation.depth + 1} (root and chain of "
+                f"speculation.{deepest}={speculation.depth}) to {1 + 9 * speculation.depth} (8 siblings at each depth)"
+            )
+    if speculation.verify == "block" and not speculation.chain:
+        raise ConfigError(
+            f"{where}speculation.verify=block verifies chains only; set speculation.siblings=0 and leave "
+            "speculation.rows out (or speculation.verify=rejection)"
         )
     if speculation.verify == "coupled" and speculation.saguaro_c != 1:
         raise ConfigError(

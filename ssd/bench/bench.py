@@ -146,7 +146,7 @@ def _points(config: Config, sweeps: Sequence[Sweep]) -> Iterator[tuple[str | Non
 
 def _sizes(config: Config) -> dict[str, Any]:
     speculation = config.speculation
-    return {"budget": speculation.forecast.budget, "siblings": speculation.siblings}
+    return {"budget": speculation.forecast.budget, "siblings": speculation.siblings, "rows": speculation.rows}
 
 
 def _rounds(llm: LLM, prompts: Sequence[Prompt], params: SamplingParams, method: str) -> list[dict[str, Any]]:

@@ -14,9 +14,8 @@ def print_bench(data: dict[str, Any], console: Console) -> None:
     """A table for every setting, categories apart in the first."""
     for one in data["settings"]:
         title = f"{one['sweep']} = {one['value']}" if one["sweep"] else "as configured"
-        sizes = (
-            f"lookahead {one['lookahead']}, siblings {one['siblings']}, budget {one['budget']}, batch {one['batch']}"
-        )
+        tree = f"rows {one['rows']}" if one.get("rows") else f"siblings {one['siblings']}"
+        sizes = f"lookahead {one['lookahead']}, {tree}, budget {one['budget']}, batch {one['batch']}"
         console.print(_table(f"{title}: {sizes}, temperature {one['temperature']:g}", one["methods"]))
         categories = next(iter(one["methods"].values()))["categories"]
         if not one["sweep"] and len(categories) > 1:

@@ -41,6 +41,7 @@ class Size:
         return [
             f"speculation.lookahead={self.lookahead}",
             f"speculation.siblings={self.siblings}",
+            "speculation.rows=null",
             f"speculation.forecast.budget={self.budget}",
             f"engine.max_batch={self.batch}",
             "speculation.governor=false",

@@ -14,7 +14,7 @@ def certificate_table(certificate: Certificate) -> Table:
     config = certificate.config
     table = Table(
         title=f"against plain decoding: numerics {config.numerics}, verify {config.speculation.verify}, "
-        f"lookahead {config.speculation.lookahead}, siblings {config.speculation.siblings}, "
+        f"lookahead {config.speculation.lookahead}, {config.speculation.tree}, "
         f"batch {config.engine.max_batch}",
         title_justify="left",
     )

@@ -35,7 +35,7 @@ def hit_rates(
         progress: texts done and in all.
     """
     tree = plan.shape
-    siblings = (tree.nodes - 1) // tree.depth - 1
+    siblings = list(tree.siblings)
     worker = build_draft(draft_plan(plan, tree.depth, siblings, max(budgets)))[0]
     forecasts = {
         (shape, budget): with_speculation(
@@ -46,7 +46,7 @@ def hit_rates(
     }
     hits, rounds = dict.fromkeys(forecasts, 0), 0
     for number, (prompt, answer) in enumerate(texts):
-        walk = Walk(worker, tree, siblings, [*prompt, *answer], params)
+        walk = Walk(worker, tree, [*prompt, *answer], params)
         for forecast in forecasts.values():
             forecast.admit(0, params.temperature)
         root, last, first = len(prompt) - 1, len(prompt) + len(answer) - tree.depth - 2, True

@@ -67,7 +67,7 @@ def replay(
     needed: dict[str, list[list[int]]] = {name: [[] for _ in texts] for name in trees}
     chunk = max(1, CHUNK_BYTES // (4 * whole.nodes * plan.vocabulary))
     for number, (prompt, answer) in enumerate(texts):
-        walk = Walk(worker, whole, widest, [*prompt, *answer], params)
+        walk = Walk(worker, whole, [*prompt, *answer], params)
         roots = range(len(prompt) - 1, len(prompt) + len(answer) - deepest - 2)
         for start in range(0, len(roots), chunk):
             seen = [walk.at(root) for root in roots[start : start + chunk]]
@@ -93,8 +93,8 @@ def replay(
 class Walk:
     """The draft on one text: at any root, in order, the whole tree and its scores."""
 
-    def __init__(self, worker, shape: TreeShape, widest: int, ids: list[int], params: SamplingParams):
-        self.worker, self.shape, self.ids, self._widest = worker, shape, ids, widest
+    def __init__(self, worker, shape: TreeShape, ids: list[int], params: SamplingParams):
+        self.worker, self.shape, self.ids = worker, shape, ids
         worker.admit(Admit(slot=0, tokens=ids, params=params, forecasts=True))
         self._glue, self._step = RowPlan.tree("replay", shape), RowPlan.sequential("step", 1)
         self._depths = shape.depth_index()
@@ -114,7 +114,7 @@ class Walk:
         for step in range(self.shape.depth):
             logits = trail.add(runner.forward(self._step, fed, length + step, longest=root + step))
             ahead = None if noise is None else noise[:, step : step + 1]
-            ranked.append(scores(logits, chooser.params, ahead)[0, 0].topk(1 + self._widest).indices)
+            ranked.append(scores(logits, chooser.params, ahead)[0, 0].topk(1 + self.shape.siblings[step]).indices)
             fed = ranked[-1][None, :1]
             trail.feed(fed)
         chain, beside = [best[:1] for best in ranked], [best[1:] for best in ranked]
@@ -145,11 +145,10 @@ def _nodes(deepest: int, widest: int, depth: int, beside: int) -> list[int]:
 
 
 def _sized(plan: Plan, shape: TreeShape, size: int) -> Plan:
-    siblings = (shape.nodes - 1) // shape.depth - 1
-    return with_speculation(plan, lookahead=shape.depth, siblings=siblings, budget=size)
+    return with_speculation(plan, lookahead=shape.depth, siblings=list(shape.siblings), budget=size)
 
 
-def draft_plan(plan: Plan, depth: int, siblings: int, budget: int) -> Plan:
+def draft_plan(plan: Plan, depth: int, siblings: int | list[int], budget: int) -> Plan:
     """For a draft that is led over texts: one slot, nothing compiled."""
     config = plan.config
     assert config.draft is not None
@@ -159,14 +158,20 @@ def draft_plan(plan: Plan, depth: int, siblings: int, budget: int) -> Plan:
 
 
 def with_speculation(
-    plan: Plan, *, lookahead: int, siblings: int, budget: int, shape: str | None = None, max_batch: int | None = None
+    plan: Plan,
+    *,
+    lookahead: int,
+    siblings: int | list[int],
+    budget: int,
+    shape: str | None = None,
+    max_batch: int | None = None,
 ) -> Plan:
     """The plan with another tree and forecast."""
     config = plan.config
     found = config.speculation.forecast
     forecast = found.model_copy(update={"budget": budget, "shape": shape or found.shape})
     speculation = config.speculation.model_copy(
-        update={"lookahead": lookahead, "siblings": siblings, "forecast": forecast}
+        update={"lookahead": lookahead, "siblings": siblings, "rows": None, "forecast": forecast}
     )
     engine = config.engine.model_copy(update={"max_batch": max_batch or config.engine.max_batch})
     return replace(plan, config=config.model_copy(update={"speculation": speculation, "engine": engine}))

@@ -51,6 +51,7 @@ class Candidate:
             "speculation.method=self",
             f"speculation.lookahead={found.lookahead}",
             "speculation.siblings=0",
+            "speculation.rows=null",
             f"speculation.self.skip_attention={sorted(found.skips.attention)}",
             f"speculation.self.skip_mlp={sorted(found.skips.mlp)}",
             f"speculation.self.confidence={found.confidence:g}",

@@ -8,6 +8,7 @@ this round (a shorter branch, a missed row), and neither is anything below it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,12 +34,16 @@ class TreeShape:
                 raise ValueError(f"node {node} has parent {parent}; parents stand before their children")
 
     @classmethod
-    def comb(cls, lookahead: int, siblings: int = 0) -> TreeShape:
-        """A chain of ``lookahead`` nodes (1..K) and, at every depth, ``siblings`` leaves beside
-        the chain's node: the draft's next ranks. ``siblings=0`` is the chain."""
-        chain = tuple(range(lookahead))
-        leaves = tuple(depth for depth in range(lookahead) for _ in range(siblings))
-        return cls(chain + leaves)
+    def comb(cls, lookahead: int, siblings: int | Sequence[int] = 0) -> TreeShape:
+        """A chain of ``lookahead`` nodes (1..K) and leaves beside the chain's node: the draft's next ranks,
+        ``siblings`` at every depth, or at each its own number ``[K]``. ``siblings=0`` is the chain.
+
+        Raises:
+            ValueError: numbers for more or fewer depths.
+        """
+        counts = [siblings] * lookahead if isinstance(siblings, int) else siblings
+        leaves = tuple(depth for depth, count in zip(range(lookahead), counts, strict=True) for _ in range(count))
+        return cls(tuple(range(lookahead)) + leaves)
 
     @property
     def nodes(self) -> int:
@@ -75,6 +80,11 @@ class TreeShape:
         """Every node off the chain is a leaf beside it."""
         on_chain = set(self.chain)
         return all(parent in on_chain for parent in self.parents)
+
+    @cached_property
+    def siblings(self) -> tuple[int, ...]:
+        """Of a comb: leaves beside the chain at each depth ``[K]``."""
+        return tuple(len(self.children(node)) - 1 for node in self.chain[:-1])
 
     def path(self, node: int) -> tuple[int, ...]:
         """Nodes from below the root down to ``node`` (empty for the root)."""

@@ -16,6 +16,7 @@ from ..decoding.forecast import ConfidenceForecast, FanOutForecast, Forecast, fa
 from ..decoding.lookahead import lookahead_tiers
 from ..decoding.measured import MeasuredForecast
 from ..decoding.tree import TreeShape
+from ..decoding.widths import siblings_within
 from ..errors import ConfigError
 from ..models import native, rows_linear, tree_attention
 from ..models.graphs import Graphs
@@ -57,7 +58,9 @@ class Plan:
 
     @property
     def shape(self) -> TreeShape:
-        return TreeShape.comb(self.config.speculation.depth, self.config.speculation.siblings)
+        wanted = self.config.speculation
+        beside = wanted.beside if wanted.rows is None else siblings_within(wanted.rows, wanted.depth)
+        return TreeShape.comb(wanted.depth, beside)
 
     @property
     def lookaheads(self) -> tuple[int, ...]:

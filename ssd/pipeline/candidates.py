@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,9 +23,10 @@ def best_tokens(scores: Tensor, width: int) -> Tensor:
     return best.indices.masked_fill(best.values == -torch.inf, ABSENT)
 
 
-def comb_tokens(ranked: list[Tensor], depth: int) -> Tensor:
-    """Node tokens ``[B, R, W - 1]`` of combs of ``depth`` from the ranked tokens of each depth drafted
-    ``[B, R, 1 + s]``; ``ABSENT`` below those."""
-    ranked = [*ranked, *[torch.full_like(ranked[-1], ABSENT)] * (depth - len(ranked))]
+def comb_tokens(ranked: list[Tensor], siblings: Sequence[int]) -> Tensor:
+    """Node tokens ``[B, R, W - 1]`` of combs with ``siblings [K]`` from the ranked tokens of each depth drafted
+    ``[B, R, n]``, of which those beyond a depth's siblings are left out; ``ABSENT`` below those."""
+    ranked = [*ranked, *[torch.full_like(ranked[-1], ABSENT)] * (len(siblings) - len(ranked))]
     chain = torch.stack([best[..., 0] for best in ranked], dim=-1)
-    return torch.cat([chain, *[best[..., 1:] for best in ranked]], dim=-1)
+    beside = [best[..., 1 : 1 + count] for best, count in zip(ranked, siblings, strict=True)]
+    return torch.cat([chain, *beside], dim=-1)

@@ -53,7 +53,7 @@ class Drafting:
         self._paths = TreePaths(shape, device)
         self._glue = RowPlan.tree("glue", shape)
         self._step = RowPlan.sequential("jit", 1)
-        self._width = len(shape.children(0))
+        self._width = 1 + max(shape.siblings)
         self._lookaheads = lookaheads or (shape.depth,)
         self.lookahead = first_lookahead(self._lookaheads)
         """K of what is drafted now."""
@@ -130,7 +130,7 @@ class Drafting:
             forward: plan, row tokens ``[B, R]`` and layout to logits ``[B, R, V]``. foresee: the
                 tree's logits and how far ahead of L each row's noise is ``[B, W]`` to outcomes. pick: logits, how
                 far ahead, the branches' nodes, the tokens fed and the step to the next candidates
-                ``[B, N, 1 + s]``, the chain's first. tokens: ``[B, W]``. lengths: L ``[B]``.
+                ``[B, N, n]``, the chain's first. tokens: ``[B, W]``. lengths: L ``[B]``.
 
         Returns: nodes and guesses ``[B, N]``, and trees ``[B, N, W - 1]``.
         """
@@ -144,7 +144,7 @@ class Drafting:
             logits = trail.add(forward(plan, fed, self.branches.layout(step, nodes)))
             ranked.append(pick(logits, depths + 1 + step, nodes, fed, step))
             fed = ranked[-1][..., 0]
-        return nodes, guesses, comb_tokens(ranked, self.shape.depth)
+        return nodes, guesses, comb_tokens(ranked, self.shape.siblings)
 
     def _grow_stepwise(
         self, tokens: Tensor, lengths: Tensor, longest: int
@@ -230,7 +230,7 @@ class Drafting:
             if self.chooser.processors.active:
                 paths = torch.cat([paths, fed[..., None]], dim=-1)
         self.drafted_from = stacked(drawn, self.shape.depth)[:, 0] if drawn else self.nothing()
-        return comb_tokens(ranked, self.shape.depth)
+        return comb_tokens(ranked, self.shape.siblings)
 
     @torch.no_grad()
     def _chains_at_once(self, roots: Tensor, lengths: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ class Drafting:
                     ranked.append(best_tokens(perturbed(logits, noise[:, ahead : ahead + 1], temperature), width))
                     fed = ranked[-1][..., 0]
                     trail.feed(fed)
-                return comb_tokens(ranked, self.shape.depth)
+                return comb_tokens(ranked, self.shape.siblings)
 
             self._chain[depth] = runner.compiled(chain)
         noise = self.chooser.noise(lengths)

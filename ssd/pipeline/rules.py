@@ -44,7 +44,7 @@ class CandidateSampler:
 
     def __init__(self, shape: TreeShape, forecast: Forecast, probs: ProbsLayout, *, scale: float = 1.0):
         self.probs, self._scale = probs, scale
-        self._width = len(shape.children(0))
+        self._width = 1 + max(shape.siblings)
         self._fan_out = [forecast.fan_out[node] for node in shape.chain]
 
     def nothing(self, *shape: int) -> DraftProbs:
@@ -59,7 +59,7 @@ class CandidateSampler:
                 tree's root. depth: of the nodes the candidates continue.
 
         Returns:
-            tokens ``[B, R, 1 + siblings]``, the chain's first, and what they were drawn from
+            tokens ``[B, R, n]``, the chain's first, as many as the widest depth has, and what they were drawn from
             ``[B, R, m]``. In rows of temperature 0: the best tokens, drawn from nothing.
         """
         best = logits.topk(self._width, dim=-1)

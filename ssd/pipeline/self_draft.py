@@ -57,7 +57,7 @@ class SelfDraft:
         self._confidence, self._judge = confidence, judge
         self.governor = Governor() if governed else None
         self._plan = RowPlan.sequential("self", 1)
-        self._width = (shape.nodes - 1) // shape.depth
+        self._width = 1 + max(shape.siblings)
         self._steps: dict[int, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
         self._silence = torch.zeros(runner.batch, 1, runner.vocabulary, device=runner.device)
 
@@ -120,7 +120,7 @@ class SelfDraft:
             fed, going = found[..., 0].clamp(min=0), going & (sure >= self._confidence)
             if not going.any():
                 break
-        return comb_tokens(ranked, self.shape.depth)[:, 0].cpu()
+        return comb_tokens(ranked, self.shape.siblings)[:, 0].cpu()
 
     def _step(self, context: int, fed: Tensor, lengths: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Logits ``[B, 1, V]``, the best tokens ``[B, 1, 1 + s]`` and the confidence in the first ``[B]``."""
