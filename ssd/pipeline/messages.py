@@ -192,6 +192,24 @@ class Rejoined:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Prepare:
+    """First rank → other ranks of the draft: trees ``[B][W]`` are under verification; send your share of the set."""
+
+    round: int
+    trees: list[list[int]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decided:
+    """First rank → other ranks of the draft: the outcomes of these trees, as in an ``OutcomeFrame``, ``[B]`` each."""
+
+    states: list[int]
+    nodes: list[int]
+    bonus: list[int]
+    lookahead: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Decode:
     """First rank → other ranks of the verifier: run one decode forward of all slots with us."""
 
@@ -233,6 +251,8 @@ Message = (
     Submit
     | Cancel
     | Admit
+    | Prepare
+    | Decided
     | Shutdown
     | GetTimings
     | Timings
