@@ -249,7 +249,7 @@ def _link(
 ) -> Link:
     prefixed = _prefixed(store, rendezvous)
     if rendezvous.kind == "nccl":
-        return NcclLink(prefixed, rank, timeout_s, torch.device(device))
+        return NcclLink(prefixed, rank, timeout_s, torch.device(device), meet_s)
     return GlooLink(prefixed, rank, timeout_s, meet_s, own_address(rendezvous))
 
 
