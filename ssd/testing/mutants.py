@@ -15,7 +15,7 @@ from ..decoding.tree import ABSENT
 from ..engine.detokenize import Detokenizer
 from ..models.cache import CacheView, SlotCache
 from ..params import SamplingParams
-from ..pipeline import draft, lookup, verifier
+from ..pipeline import branches, draft, lookup, verifier
 from ..pipeline import launch as _launch  # noqa: F401  so that nothing is imported, and bound, while seeded
 from ..pipeline import serve as _serve  # noqa: F401
 from ..pipeline.sequence import Sequence
@@ -98,13 +98,13 @@ def _not_kept(seeding: Seeding) -> None:
 @mutant("stale branch keys", RIGHT)
 def _stale_branch(seeding: Seeding) -> None:
     """A branch attends what its neighbour fed. Costs speed only."""
-    honest = draft.BranchSteps.__init__
+    honest = branches.BranchSteps.__init__
 
-    def wrong(self: draft.BranchSteps, *given: Any) -> None:
+    def wrong(self: branches.BranchSteps, *given: Any) -> None:
         honest(self, *given)
         self._own = self._own.roll(1, dims=1)
 
-    seeding.put(draft.BranchSteps, "__init__", wrong)
+    seeding.put(branches.BranchSteps, "__init__", wrong)
 
 
 @mutant("a slot's last keys taken for the next request's", RIGHT)
