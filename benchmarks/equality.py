@@ -33,7 +33,7 @@ from transformers.utils import logging
 from ssd import LLM, SamplingParams
 from ssd.bench.certify import Certificate, Trial, certify
 from ssd.bench.compare import versions
-from ssd.config import resolve_model_path
+from ssd.config import load_config, resolve_model_path
 from ssd.pipeline.launch import InprocPipeline, LocalPipeline
 from ssd.testing.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
@@ -109,7 +109,8 @@ def save_tiny_pair(folder: Path, architecture: str) -> None:
 
 
 def embedded_cases(total: int) -> Iterator[Case]:
-    """The shipped pair: in each dtype as shipped, and in batches with a comb, a short and a long chain."""
+    """The shipped pair: one sequence at a time, and in batches with a comb, a short and a long chain; in
+    float32 the draft alone, in bfloat16 with the shipped copy bias."""
     settings = (
         (1, 3, 0, 8, "auto"),
         (4, 4, 1, 12, "jit"),
@@ -127,9 +128,11 @@ def embedded_cases(total: int) -> Iterator[Case]:
             "fallback": fallback,
             "governor": False,
             "forecast": {"budget": budget},
+            "copy_bias": load_config("embedded").speculation.copy_bias if dtype == "bfloat16" else [],
         }
         engine = {"max_batch": batch, "max_model_len": 512}
         name = f"embedded {dtype} K={lookahead} siblings={siblings} N={budget} confidence {fallback} B={batch}"
+        name += " copying" * bool(speculation["copy_bias"])
         config = {**models, "speculation": speculation, "engine": engine}
         yield Case(name=name, config=config, prompts=total // len(settings), compiled=True)
 

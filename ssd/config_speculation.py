@@ -59,6 +59,9 @@ class SpeculationConfig(Section):
     """The deepest that ``auto`` may choose; in ``numerics: strict`` every forward has the rows for it."""
     siblings: int = Field(default=0, ge=0, le=8)
     """Next-best tokens beside the chain at each depth; 0 is a chain, more a comb."""
+    copy_bias: Annotated[list[Annotated[Number, Field(ge=0)]], Field(max_length=16)] = []
+    """Nats the draft's score of a token gains if it followed the last place where the sequence's last 1, 2, .. tokens
+    stood before: an entry for each length, the longest found counts. Empty: nothing."""
     forecast: ForecastConfig = ForecastConfig()
     fallback: Literal["jit", "ngram", "auto", "none"] = "jit"
     """What a missed row verifies: a speculation drafted now, one found in its text, the better, or none."""

@@ -152,9 +152,9 @@ def _draft(bench: Bench, size: Size, way: str) -> dict[str, Any]:
     tree = torch.randint(4, runner.vocabulary, (1, shape.nodes), device=bench.device)
     nodes = torch.zeros(1, BUDGET, dtype=torch.int64, device=bench.device)
     guesses = torch.randint(4, runner.vocabulary, (1, BUDGET), device=bench.device)
-    plan, layout = worker._branches.plans[0], worker._branches.layout(0, nodes)
+    plan, layout = worker.drafting.branches.plans[0], worker.drafting.branches.layout(0, nodes)
     step = bench.seconds(lambda: runner.forward(plan, guesses, lengths, longest=slots, layout=layout))
-    whole = bench.seconds(lambda: worker._grow_at_once(tree, lengths))
+    whole = bench.seconds(lambda: worker.drafting.grow_at_once(tree, lengths))
     floor = sum(w.nbytes for w in model.parameters()) / bench.results["bandwidth"]["bytes_per_s"]
     return {
         "parameters": runner.parameters,

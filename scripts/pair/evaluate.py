@@ -10,13 +10,16 @@ pipeline's counter-based generator: the distribution is the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
+
+from ssd.decoding.copying import CopyBias
+from ssd.decoding.tree import TreeShape
 
 from .data import KINDS, heldout_windows
 from .recipe import SEED
@@ -87,13 +90,34 @@ def continue_text(
 
 @torch.no_grad()
 def draft_tokens(
-    draft: LlamaForCausalLM, prompts: torch.Tensor, written: torch.Tensor, temperature: float, *, batch: int = 0
+    draft: LlamaForCausalLM,
+    prompts: torch.Tensor,
+    written: torch.Tensor,
+    temperature: float,
+    *,
+    batch: int = 0,
+    gains: Sequence[float] = (),
 ) -> torch.Tensor:
-    """The draft's choice at every position of ``written [rows, tokens]``, given all before it."""
+    """The draft's choice at every position of ``written [rows, tokens]``, given all before it, with these gains
+    of a copy bias."""
     ids = torch.cat([prompts, written], dim=1)[:, :-1]
     tokens = written.shape[1]
-    logits = draft(ids, use_cache=False, logits_to_keep=tokens).logits
+    logits = with_gains(draft(ids, use_cache=False, logits_to_keep=tokens).logits, ids, gains)
     return torch.stack([choose(logits[:, step], temperature, step, batch) for step in range(tokens)], dim=1)
+
+
+def with_gains(logits: torch.Tensor, ids: torch.Tensor, gains: Sequence[float]) -> torch.Tensor:
+    """Logits ``[rows, tokens, V]`` of the last positions of ``ids [rows, length]``, as the pipeline has them."""
+    (rows, length), tokens = ids.shape, logits.shape[1]
+    bias = CopyBias(gains, TreeShape.comb(1), batch=rows, capacity=length)
+    for slot, row in enumerate(ids.tolist()):
+        bias.write(slot, 0, row)
+    steps = []
+    for step in range(tokens):
+        root = length - tokens + step
+        trail = bias.trail(ids[:, root : root + 1], torch.full((rows,), root))
+        steps.append(trail.add(logits[:, step : step + 1]))
+    return torch.cat(steps, dim=1)
 
 
 def live_positions(written: torch.Tensor, end: int) -> torch.Tensor:
@@ -127,10 +151,16 @@ def rate(hits: torch.Tensor, counted: torch.Tensor) -> tuple[float | None, float
     return alpha, (hit - alpha * count).square().sum().sqrt().item() / count.sum().item()
 
 
-def agreement(draft: LlamaForCausalLM, prompts: torch.Tensor, ids: torch.Tensor, temperature: float) -> Agreement:
+def agreement(
+    draft: LlamaForCausalLM,
+    prompts: torch.Tensor,
+    ids: torch.Tensor,
+    temperature: float,
+    gains: Sequence[float] = (),
+) -> Agreement:
     """Measure what the target wrote, ``ids [rows, tokens]``, after ``prompts [rows, length]``."""
     drafted = [
-        draft_tokens(draft, part, written, temperature, batch=batch)
+        draft_tokens(draft, part, written, temperature, batch=batch, gains=gains)
         for batch, (part, written) in enumerate(zip(prompts.split(BATCH), ids.split(BATCH), strict=True))
     ]
     live = live_positions(ids, draft.config.eos_token_id)
@@ -184,7 +214,9 @@ def text_name(kind: str, temperature: float) -> str:
     return f"{kind}-{temperature:g}"
 
 
-def evaluate(root: Path, draft: LlamaForCausalLM, text: dict[str, torch.Tensor]) -> dict[str, list[dict]]:
+def evaluate(
+    root: Path, draft: LlamaForCausalLM, text: dict[str, torch.Tensor], gains: Sequence[float] = ()
+) -> dict[str, list[dict]]:
     """``{"code": [...], "prose": [...]}``, one :class:`Agreement` as a dict per temperature."""
     out: dict[str, list[dict]] = {}
     for kind in KINDS:
@@ -192,7 +224,7 @@ def evaluate(root: Path, draft: LlamaForCausalLM, text: dict[str, torch.Tensor])
         for temperature in TEMPERATURES:
             ids = text[text_name(kind, temperature)]
             prompts = heldout_windows(root, kind, count=len(ids), length=PROMPT)
-            out[kind].append(asdict(agreement(draft, prompts, ids, temperature)))
+            out[kind].append(asdict(agreement(draft, prompts, ids, temperature, gains)))
     return out
 
 

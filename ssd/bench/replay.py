@@ -108,16 +108,19 @@ class Walk:
             runner.prefill(0, self.ids[:root])  # later positions are written as the walk goes on
         self._ready = True
         length = torch.tensor([root], device=runner.device)
-        noise = chooser.noise(length)
+        noise, copying = chooser.noise(length), self.worker.drafting.copying
         fed, ranked = torch.tensor([[self.ids[root]]], device=runner.device), []
+        trail = copying.trail(fed, length)
         for step in range(self.shape.depth):
-            logits = runner.forward(self._step, fed, length + step, longest=root + step)
+            logits = trail.add(runner.forward(self._step, fed, length + step, longest=root + step))
             ahead = None if noise is None else noise[:, step : step + 1]
             ranked.append(scores(logits, chooser.params, ahead)[0, 0].topk(1 + self._widest).indices)
             fed = ranked[-1][None, :1]
+            trail.feed(fed)
         chain, beside = [best[:1] for best in ranked], [best[1:] for best in ranked]
         tokens = torch.cat([torch.tensor([self.ids[root]], device=runner.device), *chain, *beside])
-        logits = runner.forward(self._glue, tokens[None], length, longest=root)
+        trail = copying.trail(tokens[None], length)
+        logits = trail.add(runner.forward(self._glue, tokens[None], length, longest=root))
         ahead = None if noise is None else noise[:, self._depths.to(noise.device)]
         return tokens.cpu(), scores(logits, chooser.params, ahead)[0].cpu()
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..config import Config, ModelConfig, resolve_model_path
+from ..decoding.copying import CopyBias
 from ..decoding.forecast import ConfidenceForecast, FanOutForecast, Forecast, fan_out
 from ..decoding.lookahead import lookahead_tiers
 from ..decoding.measured import MeasuredForecast
@@ -212,10 +213,17 @@ def build_draft(plan: Plan, model: PreTrainedModel | None = None) -> tuple[Draft
         ngram=plan.ngram,
         prefix_caching=config.engine.prefix_caching,
         lookaheads=plan.lookaheads,
+        copying=CopyBias(
+            config.speculation.copy_bias,
+            plan.shape,
+            batch=runner.batch,
+            capacity=config.engine.max_model_len,
+            device=runner.device,
+        ),
     )
     worker.chooser.grammars = plan.grammars(config.draft)
     if plan.probs is not None:
-        worker.sampler = CandidateSampler(plan.shape, forecast, plan.probs, scale=config.speculation.saguaro_c)
+        worker.drafting.sampler = CandidateSampler(plan.shape, forecast, plan.probs, scale=config.speculation.saguaro_c)
     return worker, _warm(worker, config.draft)
 
 

@@ -3,29 +3,21 @@ checks. Decisions only; ``loops`` moves the frames."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from ..decoding.copying import CopyBias
 from ..decoding.forecast import Forecast
-from ..decoding.lookahead import first_lookahead
 from ..decoding.ngram import NgramIndex
-from ..decoding.processors import TreePaths
-from ..decoding.sampling import perturbed, scores
-from ..decoding.support import DraftProbs
 from ..decoding.tree import ABSENT, TreeShape
 from ..models.device import Courier
-from ..models.rows import RowPlan
-from ..models.runner import ForwardRunner, Layout
-from .branches import BranchSteps
-from .candidates import best_tokens, comb_tokens, noise_at
+from ..models.runner import ForwardRunner
 from .chooser import Chooser
+from .drafting import Drafting
 from .frames import OutcomeFrame, RowState, SpeculationSet
 from .lookup import lookup
 from .messages import Admit
 from .prefix import common_prefix
-from .rules import CandidateSampler, stacked
 from .sequence import DraftRow
 
 
@@ -37,6 +29,7 @@ class DraftWorker:
         shape: the candidate tree. forecast: which outcomes get a branch. ngram: whether missed rows
             may take n-grams (the verifier says when). prefix_caching: take over what other slots hold
             of a sequence. lookaheads: how far the verifier may tell it to draft, the shape's depth last.
+            copying: what its scores gain by the sequences' own text.
     """
 
     def __init__(
@@ -48,6 +41,7 @@ class DraftWorker:
         ngram: bool = False,
         prefix_caching: bool = True,
         lookaheads: tuple[int, ...] = (),
+        copying: CopyBias | None = None,
     ):
         self.ngram = ngram
         self.runner, self.shape, self.forecast = runner, shape, forecast
@@ -60,42 +54,15 @@ class DraftWorker:
         self._courier = Courier(device)
         kept = {"compile": runner.compile, "graphs": runner.graphs}
         self.chooser = Chooser(batch, runner.vocabulary, device, horizon=2 * shape.depth + 1, **kept)
-        self._depths = shape.depth_index(device)
-        self._paths = TreePaths(shape, device)
-        self._glue = RowPlan.tree("glue", shape)
-        self._step = RowPlan.sequential("jit", 1)
-        self._branches = BranchSteps(shape, forecast.budget, device)
-        self._width = len(shape.children(0))
-        self.sampler: CandidateSampler | None = None
-        """Under ``rejection`` and ``block``: draws the candidates."""
-        self.drafted_from: DraftProbs | None = None
-        """What ``draft_now``'s last trees were drawn from ``[B, I, m]``, if they were."""
+        self.drafting = Drafting(
+            runner, self.chooser, shape=shape, forecast=forecast, lookaheads=lookaheads, copying=copying
+        )
         self._in_glue: set[int] = set()
-        self._lookaheads = lookaheads or (shape.depth,)
-        self.lookahead = first_lookahead(self._lookaheads)
-        """K of what is drafted now."""
-        self._whole: dict[int, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
-        self._chain: dict[int, Callable[..., Tensor]] = {}
-        self._silence = torch.zeros(batch, 2 * shape.depth + 1, runner.vocabulary, device=device)
-
-    @property
-    def _samples(self) -> bool:
-        """Whether candidates are drawn, not matched: some row samples, under a rule that compares
-        probabilities."""
-        return self.sampler is not None and self.chooser.params.random
 
     def warm_up(self) -> None:
         """Compile every form a round needs."""
-        self.runner.warm_up([self._glue, self._step])
-        nodes = torch.zeros(len(self.rows), self.forecast.budget, dtype=torch.int64, device=self.runner.device)
-        self.runner.warm_up([self._branches.plans[0]], self._branches.layout(0, nodes))
+        self.drafting.warm_up()
         self.chooser.warm_up()
-        lengths = torch.zeros(len(self.rows), dtype=torch.int64, device=self.runner.device)
-        for depth in self._lookaheads if self.runner.fuses else ():
-            self.lookahead = depth
-            self._grow_at_once(self.trees.to(lengths.device), lengths)
-            self._draft_at_once(self.trees[:, :1].clamp(min=0).to(lengths.device), lengths)
-        self.lookahead = first_lookahead(self._lookaheads)
 
     def admit(self, message: Admit) -> None:
         self.release(message.slot)
@@ -109,6 +76,7 @@ class DraftWorker:
         self._in_glue.discard(message.slot)
         self.trees[message.slot] = ABSENT
         self.trees[message.slot, 0] = message.tokens[-1]
+        self.drafting.copying.write(message.slot, 0, message.tokens)
         self.chooser.set(message.slot, message.params)
         self.forecast.admit(message.slot, message.params.temperature)
         length = len(message.tokens) if message.prompt_length is None else message.prompt_length
@@ -133,127 +101,26 @@ class DraftWorker:
         tokens = self._courier.place(self.trees)
         self._in_glue = {slot for slot, row in enumerate(self.rows) if row is not None and row.whole}
         forecasting = [row is not None and row.forecasts and row.whole for row in self.rows]
-        draft = self.sampler.nothing(batch, branches) if self.sampler is not None else None
-        if any(forecasting):
-            self.forecast.prepare(self.trees)
-            if self._at_once(longest):
-                nodes, guesses, trees = self._grow_at_once(tokens, lengths)
-            else:
-                nodes, guesses, trees, drawn = self._grow_stepwise(tokens, lengths, longest)
-                draft = drawn if drawn is not None else draft
-        else:
+        if not any(forecasting):
             if self._in_glue:  # the accepted part of the tree will be needed all the same
-                self.runner.forward(self._glue, tokens.clamp(min=0), lengths, longest=longest)
+                self.drafting.glue(tokens, lengths, longest)
             nodes = guesses = torch.full((batch, branches), ABSENT)
             trees = torch.full((batch, branches, self.shape.nodes - 1), ABSENT)
-            return SpeculationSet(nodes=nodes, guesses=guesses, trees=trees, draft=draft)
+            return SpeculationSet(nodes=nodes, guesses=guesses, trees=trees, draft=self.drafting.nothing(branches))
+        self.forecast.prepare(self.trees)
+        nodes, guesses, trees, drawn = self.drafting.grow(tokens, lengths, longest)
+        draft = self.drafting.nothing(branches) if drawn is None else drawn
         nodes, guesses, trees = self._courier.fetch(nodes, guesses, trees)
         if not all(forecasting):
             absent = ~torch.tensor(forecasting)[:, None]
             guesses, trees = guesses.masked_fill(absent, ABSENT), trees.masked_fill(absent[..., None], ABSENT)
         return SpeculationSet(nodes=nodes, guesses=guesses, trees=trees, draft=draft)
 
-    def _at_once(self, longest: int) -> bool:
-        """Whether this round's drafting may run as one compiled function: compiled for the shortest
-        context only (it takes the compiler half a minute), and without what only single steps can do."""
-        short = longest + self.shape.depth < self.runner.contexts[0]
-        params, processors = self.chooser.params, self.chooser.processors
-        return self.runner.fuses and short and not (params.filtered or processors.active or self._samples)
-
-    def _grow(
-        self,
-        forward: Callable[[RowPlan, Tensor, Layout | None], Tensor],
-        foresee: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-        pick: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor],
-        tokens: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The draft's half of a round: glue, forecast, K branch steps.
-
-        Args:
-            forward: plan, row tokens ``[B, R]`` and layout to logits ``[B, R, V]``. foresee: the
-                tree's logits and how far ahead of L each row's noise is ``[B, W]`` to outcomes. pick: logits, how
-                far ahead, the branches' nodes, the tokens fed and the step to the next candidates
-                ``[B, N, 1 + s]``, the chain's first. tokens: ``[B, W]``.
-
-        Returns: nodes and guesses ``[B, N]``, and trees ``[B, N, W - 1]``.
-        """
-        ahead = self._depths.expand(len(tokens), -1)
-        nodes, guesses = foresee(forward(self._glue, tokens.clamp(min=0), None), ahead)
-        ranked, fed, depths = [], guesses, self._depths[nodes]
-        for step, plan in enumerate(self._branches.plans[: self.lookahead]):
-            logits = forward(plan, fed, self._branches.layout(step, nodes))
-            ranked.append(pick(logits, depths + 1 + step, nodes, fed, step))
-            fed = ranked[-1][..., 0]
-        return nodes, guesses, comb_tokens(ranked, self.shape.depth)
-
-    def _grow_stepwise(
-        self, tokens: Tensor, lengths: Tensor, longest: int
-    ) -> tuple[Tensor, Tensor, Tensor, DraftProbs | None]:
-        """Any parameters and rules. The last of the four: what the branches were drawn from
-        ``[B, N, I, m]``, if they were. Guesses are ranked with plain decoding's noise under every
-        rule: the bonus token is drawn with it too."""
-        noise, sampler, drawn = self.chooser.noise(lengths), self.sampler if self._samples else None, []
-        params = self.chooser.params
-        paths = above = self._paths.of(tokens) if self.chooser.processors.active else None
-
-        def score(logits: Tensor, ahead: Tensor) -> Tensor:
-            logits = self.chooser.processed(logits, paths)
-            return scores(logits, params, None if noise is None else noise_at(noise, ahead))
-
-        def foresee(logits: Tensor, ahead: Tensor) -> tuple[Tensor, Tensor]:
-            quiet = None if sampler is None else self.chooser.processed(logits, paths)
-            return self.forecast.outcomes(score(logits, ahead), tokens, quiet)
-
-        def pick(logits: Tensor, ahead: Tensor, nodes: Tensor, fed: Tensor, step: int) -> Tensor:
-            nonlocal paths
-            if above is not None and paths is not None:  # the path to a branch's node, its guess, its tokens so far
-                before = paths if step else above.gather(1, nodes[..., None].expand(-1, -1, above.shape[2]))
-                paths = torch.cat([before, fed[..., None]], dim=-1)
-            if sampler is None:
-                return best_tokens(score(logits, ahead), self._width)
-            logits = self.chooser.processed(logits, paths)
-            found, draft = sampler.children(logits, params, lengths[:, None] + ahead - step, step)
-            drawn.append(draft)
-            return found
-
-        grown = self._grow(
-            lambda plan, rows, layout: self.runner.forward(plan, rows, lengths, longest=longest, layout=layout),
-            foresee,
-            pick,
-            tokens,
-        )
-        return *grown, stacked(drawn, self.shape.depth) if drawn else None
-
-    @torch.no_grad()
-    def _grow_at_once(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same as one compiled function: the small draft's time is mostly that of being
-        called. Noise is zero while nothing samples; filters and processors it cannot do."""
-        if self.lookahead not in self._whole:
-            grow, runner, context, width = self._grow, self.runner, self.runner.contexts[0], self._width
-
-            def tree(
-                tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor
-            ) -> tuple[Tensor, Tensor, Tensor]:
-                def score(logits: Tensor, ahead: Tensor) -> Tensor:
-                    return perturbed(logits, noise_at(noise, ahead), temperature)
-
-                return grow(
-                    lambda plan, rows, layout: runner.logits(plan, rows, lengths, context, layout),
-                    lambda logits, ahead: self.forecast.outcomes(score(logits, ahead), tokens),
-                    lambda logits, ahead, nodes, fed, step: best_tokens(score(logits, ahead), width),
-                    tokens,
-                )
-
-            self._whole[self.lookahead] = runner.compiled(tree)
-        noise = self.chooser.noise(lengths)
-        quiet = self._silence if noise is None else noise
-        return self._whole[self.lookahead](tokens, lengths, self.chooser.params.temperature, quiet)
-
     def commit(self, frame: OutcomeFrame, speculation: SpeculationSet) -> Tensor:
         """Take in an outcome; the next trees are then those of the hits, and n-grams where missed
         rows take them. Returns which rows have a tree ``[B]``."""
         moves: list[tuple[int, int, int]] = []
-        self._prefilled, self.lookahead = False, frame.lookahead or self.shape.depth
+        self._prefilled, self.drafting.lookahead = False, frame.lookahead or self.shape.depth
         trees, nodes = self.trees.tolist(), frame.nodes.tolist()
         for slot, state in enumerate(frame.states.tolist()):
             row = self.rows[slot]
@@ -272,6 +139,7 @@ class DraftWorker:
             if row.constraint is not None:
                 for token in certain:
                     row.constraint.advance(token)
+            self.drafting.copying.write(slot, start + 1, certain)
             if slot in self._in_glue:
                 row.cached = len(row.tokens)
                 if node > self.shape.depth:  # off the chain: its keys stand in scratch
@@ -314,65 +182,20 @@ class DraftWorker:
         self._catch_up()
         missed = missed & torch.tensor([row is not None and row.whole for row in self.rows])
         if not missed.any():
-            self.drafted_from = self.sampler.nothing(len(self.rows)) if self.sampler is not None else None
+            self.drafting.drafted_from = self.drafting.nothing()
             return torch.full((len(self.rows), self.shape.nodes - 1), ABSENT)
         lengths, longest = self._lengths()
         roots = self.trees[:, :1].clamp(min=0).to(self.runner.device)
-        if self._at_once(longest):
-            self.drafted_from = self.sampler.nothing(len(self.rows)) if self.sampler is not None else None
-            found = self._draft_at_once(roots, lengths)
-        else:
-            found = self._draft_stepwise(roots, lengths, longest)
-        drafted = found[:, 0].cpu().masked_fill(~missed[:, None], ABSENT)
+        drafted = self.drafting.chains(roots, lengths, longest).cpu().masked_fill(~missed[:, None], ABSENT)
         self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
         return drafted
-
-    def _draft_stepwise(self, fed: Tensor, lengths: Tensor, longest: int) -> Tensor:
-        """Candidates ``[B, 1, W - 1]`` below the roots ``fed [B, 1]``. Any parameters and rules."""
-        noise, ranked, drawn = self.chooser.noise(lengths), [], []
-        paths = fed.new_empty(len(fed), 1, 0)
-        for step in range(self.lookahead):
-            logits = self.runner.forward(self._step, fed, lengths + step, longest=longest + step)
-            logits = self.chooser.processed(logits, paths)
-            if self._samples and self.sampler is not None:
-                found, draft = self.sampler.children(logits, self.chooser.params, lengths[:, None], step)
-                ranked.append(found)
-                drawn.append(draft)
-            else:
-                ahead = None if noise is None else noise[:, step : step + 1]
-                ranked.append(best_tokens(scores(logits, self.chooser.params, ahead), self._width))
-            fed = ranked[-1][..., 0]
-            if self.chooser.processors.active:
-                paths = torch.cat([paths, fed[..., None]], dim=-1)
-        if self.sampler is not None:
-            nothing = self.sampler.nothing(len(self.rows))
-            self.drafted_from = stacked(drawn, self.shape.depth)[:, 0] if drawn else nothing
-        return comb_tokens(ranked, self.shape.depth)
-
-    @torch.no_grad()
-    def _draft_at_once(self, roots: Tensor, lengths: Tensor) -> Tensor:
-        """The same as one compiled function: the verifier waits for it."""
-        if (depth := self.lookahead) not in self._chain:
-            runner, step, width = self.runner, self._step, self._width
-
-            def chain(fed: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor) -> Tensor:
-                ranked = []
-                for ahead in range(depth):
-                    logits = runner.logits(step, fed, lengths + ahead, runner.contexts[0])
-                    ranked.append(best_tokens(perturbed(logits, noise[:, ahead : ahead + 1], temperature), width))
-                    fed = ranked[-1][..., 0]
-                return comb_tokens(ranked, self.shape.depth)
-
-            self._chain[depth] = runner.compiled(chain)
-        noise = self.chooser.noise(lengths)
-        quiet = self._silence if noise is None else noise
-        return self._chain[depth](roots, lengths, self.chooser.params.temperature, quiet)
 
     def _lengths(self) -> tuple[Tensor, int]:
         """L of every slot, and the longest in use. Rows of a slot that is empty or not whole are computed
         and mean nothing: they land behind what it holds."""
         lengths = [len(left) if row is None else row.cached for row, left in zip(self.rows, self._left, strict=True)]
         longest = max((len(row.tokens) for row in self.rows if row is not None and row.whole), default=0)
+        self.drafting.copying.flush()
         return self._courier.place(torch.tensor(lengths)), longest
 
     def _catch_up(self) -> None:

@@ -105,7 +105,7 @@ def draft_loop(
                 began = time.perf_counter()
                 drafted = worker.draft_now(missed)
                 spent_us = int((time.perf_counter() - began) * 1e6)
-                link.send(frames.pack_trees(drafted, round_number, spent_us, worker.drafted_from))
+                link.send(frames.pack_trees(drafted, round_number, spent_us, worker.drafting.drafted_from))
         round_number += 1
 
 

@@ -230,8 +230,8 @@ def _discarded(seeding: Seeding) -> None:
 
     def wrong_now(self: draft.DraftWorker, missed: Tensor) -> Tensor:
         drafted = draft_now(self, missed)
-        assert self.drafted_from is not None
-        drafted = kept(drafted, self.drafted_from)
+        assert self.drafting.drafted_from is not None
+        drafted = kept(drafted, self.drafting.drafted_from)
         self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
         return drafted
 

@@ -81,6 +81,7 @@ COVER = [
     (7, 1, 3, "confidence", "none", 4, "bfloat16"),
     (8, 2, 48, "confidence", "jit", 4, "float32"),
     (8, 0, 5, "geometric", "none", 1, "float32"),
+    (5, 1, 20, "confidence", "auto", 3, "float32"),
     (1, 2, 64, "confidence", "jit", 4, "bfloat16"),
 ]
 
@@ -107,6 +108,7 @@ def test_speculations(
             "siblings": siblings,
             "fallback": fallback,
             "forecast": {"budget": budget, "shape": shape},
+            "copy_bias": [0.5, 1, 2] if lookahead % 2 else [],
         },
     )
     outputs = same_as_plain(config, MIXED)

@@ -24,6 +24,7 @@ from ssd import LLM, SamplingParams
 from ssd.decoding.noise import gumbel
 from ssd.params import completion_seed
 from ssd.pipeline.draft import DraftWorker
+from ssd.pipeline.drafting import Drafting
 from ssd.pipeline.launch import InprocPipeline
 
 Configure = Callable[..., dict[str, Any]]
@@ -159,17 +160,17 @@ def test_a_draft_that_is_the_target_is_always_right(tiny_config: Configure, case
 def test_the_compiled_tree_is_not_taken(tiny_config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     """It knows no processors. Which way is taken follows the batch, round by round."""
     taken: dict[int, set[str]] = defaultdict(set)
-    stepwise = DraftWorker._grow_stepwise
-    for name in ("_grow_stepwise", "_grow_at_once"):
+    stepwise = Drafting._grow_stepwise
+    for name in ("_grow_stepwise", "grow_at_once"):
 
-        def noting(self: DraftWorker, tokens: Tensor, lengths: Tensor, longest: int = 0, name: str = name) -> Any:
+        def noting(self: Drafting, tokens: Tensor, lengths: Tensor, longest: int = 0, name: str = name) -> Any:
             # By seed: the draft's last round may run on after the front has its answer.
             taken[int(self.chooser.params.seed[0])].add(name)
             self.runner.compile = False  # only the choice is of interest
             grown = stepwise(self, tokens, lengths, longest)
             return grown if name == "_grow_stepwise" else grown[:3]
 
-        monkeypatch.setattr(DraftWorker, name, noting)
+        monkeypatch.setattr(Drafting, name, noting)
 
     speculate = DraftWorker.speculate
 
@@ -182,12 +183,12 @@ def test_the_compiled_tree_is_not_taken(tiny_config: Configure, monkeypatch: pyt
 
     monkeypatch.setattr(DraftWorker, "speculate", as_if_compiled)
     ways: list[tuple[dict[str, Any], str]] = [
-        ({}, "_grow_at_once"),
+        ({}, "grow_at_once"),
         ({"presence_penalty": 1.0}, "_grow_stepwise"),
         ({"min_tokens": 16}, "_grow_stepwise"),
-        ({"temperature": 1.0, "logprobs": 2}, "_grow_at_once"),
+        ({"temperature": 1.0, "logprobs": 2}, "grow_at_once"),
         ({"temperature": 1.0, "top_k": 9}, "_grow_stepwise"),
-        ({"logprobs": 1}, "_grow_at_once"),
+        ({"logprobs": 1}, "grow_at_once"),
     ]
     with LLM(tiny_config(), launch=InprocPipeline) as llm:
         for seed, (given, _) in enumerate(ways, start=1):

@@ -1,0 +1,253 @@
+"""What the draft model drafts: the branches of a round, and the chains of rows that missed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..decoding.copying import CopyBias
+from ..decoding.forecast import Forecast
+from ..decoding.lookahead import first_lookahead
+from ..decoding.processors import TreePaths
+from ..decoding.sampling import perturbed, scores
+from ..decoding.support import DraftProbs
+from ..decoding.tree import ABSENT, TreeShape
+from ..models.rows import RowPlan
+from ..models.runner import ForwardRunner, Layout
+from .branches import BranchSteps
+from .candidates import best_tokens, comb_tokens, noise_at
+from .chooser import Chooser
+from .rules import CandidateSampler, stacked
+
+
+class Drafting:
+    """Runs the draft model over the trees it is given; which sequences they are of is the ``DraftWorker``'s.
+
+    Args:
+        runner: of the draft model. chooser: what its rows' requests ask for. shape: the candidate tree.
+            forecast: which outcomes get a branch. lookaheads: how far it may be told to draft, the shape's
+            depth last. copying: what its scores gain by the sequences' own text.
+    """
+
+    def __init__(
+        self,
+        runner: ForwardRunner,
+        chooser: Chooser,
+        *,
+        shape: TreeShape,
+        forecast: Forecast,
+        lookaheads: tuple[int, ...] = (),
+        copying: CopyBias | None = None,
+    ):
+        batch, device = runner.batch, runner.device
+        self.runner, self.chooser, self.shape, self.forecast = runner, chooser, shape, forecast
+        self.copying = copying or CopyBias((), shape, batch=batch, capacity=0, device=device)
+        self.sampler: CandidateSampler | None = None
+        """Under ``rejection`` and ``block``: draws the candidates."""
+        self.drafted_from: DraftProbs | None = None
+        """What ``chains``' last trees were drawn from ``[B, I, m]``, if they were."""
+        self.branches = BranchSteps(shape, forecast.budget, device)
+        self._depths = shape.depth_index(device)
+        self._paths = TreePaths(shape, device)
+        self._glue = RowPlan.tree("glue", shape)
+        self._step = RowPlan.sequential("jit", 1)
+        self._width = len(shape.children(0))
+        self._lookaheads = lookaheads or (shape.depth,)
+        self.lookahead = first_lookahead(self._lookaheads)
+        """K of what is drafted now."""
+        self._whole: dict[int, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
+        self._chain: dict[int, Callable[..., Tensor]] = {}
+        self._silence = torch.zeros(batch, 2 * shape.depth + 1, runner.vocabulary, device=device)
+
+    @property
+    def _samples(self) -> bool:
+        """Whether candidates are drawn, not matched: some row samples, under a rule that compares
+        probabilities."""
+        return self.sampler is not None and self.chooser.params.random
+
+    def warm_up(self) -> None:
+        """Compile every form a round needs."""
+        batch, device = self.runner.batch, self.runner.device
+        self.runner.warm_up([self._glue, self._step])
+        nodes = torch.zeros(batch, self.forecast.budget, dtype=torch.int64, device=device)
+        self.runner.warm_up([self.branches.plans[0]], self.branches.layout(0, nodes))
+        lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        trees = torch.full((batch, self.shape.nodes), ABSENT, device=device)
+        for depth in self._lookaheads if self.runner.fuses else ():
+            self.lookahead = depth
+            self.grow_at_once(trees, lengths)
+            self._chains_at_once(trees[:, :1].clamp(min=0), lengths)
+        self.lookahead = first_lookahead(self._lookaheads)
+
+    def glue(self, tokens: Tensor, lengths: Tensor, longest: int) -> None:
+        """Only the keys and values of the trees ``[B, W]``."""
+        self.runner.forward(self._glue, tokens.clamp(min=0), lengths, longest=longest)
+
+    def grow(self, tokens: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor, DraftProbs | None]:
+        """Branches for the likeliest outcomes of the trees ``tokens [B, W]`` above L ``[B]``.
+
+        Returns: nodes and guesses ``[B, N]``, trees ``[B, N, W - 1]`` and what these were drawn from
+        ``[B, N, I, m]``, if they were.
+        """
+        if self._at_once(longest):
+            return *self.grow_at_once(tokens, lengths), None
+        return self._grow_stepwise(tokens, lengths, longest)
+
+    def chains(self, roots: Tensor, lengths: Tensor, longest: int) -> Tensor:
+        """Candidates ``[B, W - 1]`` below the roots ``[B, 1]``."""
+        if self._at_once(longest):
+            self.drafted_from = self.nothing()
+            return self._chains_at_once(roots, lengths)[:, 0]
+        return self._chains_stepwise(roots, lengths, longest)[:, 0]
+
+    def nothing(self, branches: int | None = None) -> DraftProbs | None:
+        """What no candidates were drawn from, under the rules that ask."""
+        if self.sampler is None:
+            return None
+        counts = (self.runner.batch,) if branches is None else (self.runner.batch, branches)
+        return self.sampler.nothing(*counts)
+
+    def _at_once(self, longest: int) -> bool:
+        """Whether this round's drafting may run as one compiled function: compiled for the shortest
+        context only (it takes the compiler half a minute), and without what only single steps can do."""
+        short = longest + self.shape.depth < self.runner.contexts[0]
+        params, processors = self.chooser.params, self.chooser.processors
+        return self.runner.fuses and short and not (params.filtered or processors.active or self._samples)
+
+    def _grow(
+        self,
+        forward: Callable[[RowPlan, Tensor, Layout | None], Tensor],
+        foresee: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        pick: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor],
+        tokens: Tensor,
+        lengths: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The draft's half of a round: glue, forecast, K branch steps.
+
+        Args:
+            forward: plan, row tokens ``[B, R]`` and layout to logits ``[B, R, V]``. foresee: the
+                tree's logits and how far ahead of L each row's noise is ``[B, W]`` to outcomes. pick: logits, how
+                far ahead, the branches' nodes, the tokens fed and the step to the next candidates
+                ``[B, N, 1 + s]``, the chain's first. tokens: ``[B, W]``. lengths: L ``[B]``.
+
+        Returns: nodes and guesses ``[B, N]``, and trees ``[B, N, W - 1]``.
+        """
+        ahead = self._depths.expand(len(tokens), -1)
+        trail = self.copying.trail(tokens, lengths)
+        nodes, guesses = foresee(trail.add(forward(self._glue, tokens.clamp(min=0), None)), ahead)
+        trail.follow(nodes)
+        ranked, fed, depths = [], guesses, self._depths[nodes]
+        for step, plan in enumerate(self.branches.plans[: self.lookahead]):
+            trail.feed(fed)
+            logits = trail.add(forward(plan, fed, self.branches.layout(step, nodes)))
+            ranked.append(pick(logits, depths + 1 + step, nodes, fed, step))
+            fed = ranked[-1][..., 0]
+        return nodes, guesses, comb_tokens(ranked, self.shape.depth)
+
+    def _grow_stepwise(
+        self, tokens: Tensor, lengths: Tensor, longest: int
+    ) -> tuple[Tensor, Tensor, Tensor, DraftProbs | None]:
+        """Any parameters and rules. The last of the four: what the branches were drawn from
+        ``[B, N, I, m]``, if they were. Guesses are ranked with plain decoding's noise under every
+        rule: the bonus token is drawn with it too."""
+        noise, sampler, drawn = self.chooser.noise(lengths), self.sampler if self._samples else None, []
+        params = self.chooser.params
+        paths = above = self._paths.of(tokens) if self.chooser.processors.active else None
+
+        def score(logits: Tensor, ahead: Tensor) -> Tensor:
+            logits = self.chooser.processed(logits, paths)
+            return scores(logits, params, None if noise is None else noise_at(noise, ahead))
+
+        def foresee(logits: Tensor, ahead: Tensor) -> tuple[Tensor, Tensor]:
+            quiet = None if sampler is None else self.chooser.processed(logits, paths)
+            return self.forecast.outcomes(score(logits, ahead), tokens, quiet)
+
+        def pick(logits: Tensor, ahead: Tensor, nodes: Tensor, fed: Tensor, step: int) -> Tensor:
+            nonlocal paths
+            if above is not None and paths is not None:  # the path to a branch's node, its guess, its tokens so far
+                before = paths if step else above.gather(1, nodes[..., None].expand(-1, -1, above.shape[2]))
+                paths = torch.cat([before, fed[..., None]], dim=-1)
+            if sampler is None:
+                return best_tokens(score(logits, ahead), self._width)
+            logits = self.chooser.processed(logits, paths)
+            found, draft = sampler.children(logits, params, lengths[:, None] + ahead - step, step)
+            drawn.append(draft)
+            return found
+
+        grown = self._grow(
+            lambda plan, rows, layout: self.runner.forward(plan, rows, lengths, longest=longest, layout=layout),
+            foresee,
+            pick,
+            tokens,
+            lengths,
+        )
+        return *grown, stacked(drawn, self.shape.depth) if drawn else None
+
+    @torch.no_grad()
+    def grow_at_once(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same as one compiled function: the small draft's time is mostly that of being
+        called. Noise is zero while nothing samples; filters and processors it cannot do."""
+        if self.lookahead not in self._whole:
+            grow, runner, context, width = self._grow, self.runner, self.runner.contexts[0], self._width
+
+            def tree(
+                tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor
+            ) -> tuple[Tensor, Tensor, Tensor]:
+                def score(logits: Tensor, ahead: Tensor) -> Tensor:
+                    return perturbed(logits, noise_at(noise, ahead), temperature)
+
+                return grow(
+                    lambda plan, rows, layout: runner.logits(plan, rows, lengths, context, layout),
+                    lambda logits, ahead: self.forecast.outcomes(score(logits, ahead), tokens),
+                    lambda logits, ahead, nodes, fed, step: best_tokens(score(logits, ahead), width),
+                    tokens,
+                    lengths,
+                )
+
+            self._whole[self.lookahead] = runner.compiled(tree)
+        noise = self.chooser.noise(lengths)
+        quiet = self._silence if noise is None else noise
+        return self._whole[self.lookahead](tokens, lengths, self.chooser.params.temperature, quiet)
+
+    def _chains_stepwise(self, fed: Tensor, lengths: Tensor, longest: int) -> Tensor:
+        """Candidates ``[B, 1, W - 1]`` below the roots ``fed [B, 1]``. Any parameters and rules."""
+        noise, ranked, drawn, trail = self.chooser.noise(lengths), [], [], self.copying.trail(fed, lengths)
+        paths = fed.new_empty(len(fed), 1, 0)
+        for step in range(self.lookahead):
+            logits = self.runner.forward(self._step, fed, lengths + step, longest=longest + step)
+            logits = self.chooser.processed(trail.add(logits), paths)
+            if self._samples and self.sampler is not None:
+                found, draft = self.sampler.children(logits, self.chooser.params, lengths[:, None], step)
+                ranked.append(found)
+                drawn.append(draft)
+            else:
+                ahead = None if noise is None else noise[:, step : step + 1]
+                ranked.append(best_tokens(scores(logits, self.chooser.params, ahead), self._width))
+            fed = ranked[-1][..., 0]
+            trail.feed(fed)
+            if self.chooser.processors.active:
+                paths = torch.cat([paths, fed[..., None]], dim=-1)
+        self.drafted_from = stacked(drawn, self.shape.depth)[:, 0] if drawn else self.nothing()
+        return comb_tokens(ranked, self.shape.depth)
+
+    @torch.no_grad()
+    def _chains_at_once(self, roots: Tensor, lengths: Tensor) -> Tensor:
+        """The same as one compiled function: the verifier waits for it."""
+        if (depth := self.lookahead) not in self._chain:
+            runner, step, width = self.runner, self._step, self._width
+
+            def chain(fed: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor) -> Tensor:
+                ranked, trail = [], self.copying.trail(fed, lengths)
+                for ahead in range(depth):
+                    logits = trail.add(runner.logits(step, fed, lengths + ahead, runner.contexts[0]))
+                    ranked.append(best_tokens(perturbed(logits, noise[:, ahead : ahead + 1], temperature), width))
+                    fed = ranked[-1][..., 0]
+                    trail.feed(fed)
+                return comb_tokens(ranked, self.shape.depth)
+
+            self._chain[depth] = runner.compiled(chain)
+        noise = self.chooser.noise(lengths)
+        quiet = self._silence if noise is None else noise
+        return self._chain[depth](roots, lengths, self.chooser.params.temperature, quiet)
