@@ -10,7 +10,7 @@ from typing import Any
 from ..config import ModelConfig, rank_of
 from ..errors import LinkError, PipelineError, UsageError, WorkerError
 from ..models.device import own_stream
-from .build import Plan, build_draft, build_rank, build_verifier, pin, set_threads, usable_cores
+from .build import Plan, build_draft, build_rank, build_verifier, set_threads, settle, usable_cores
 from .control import ControlLane
 from .draft import DraftWorker
 from .loops import draft_loop, verifier_loop
@@ -83,7 +83,7 @@ def run_verifier(
                     draft, rejoin = DraftSide(side.link(), side.lane, plan.frames()), Rejoin(side, plan.frames)
                 if ranks is not None:
                     ranks.group.limit(config.engine.link_timeout_s)
-                pin(cores)
+                settle(cores)
                 front.send(Ready(role="verifier", info=info))
                 verifier_loop(worker, front, draft, rejoin, alive=alive)
         finally:
@@ -116,7 +116,7 @@ def run_draft(
         if isinstance(front.receive(0), Shutdown):  # meanwhile; nobody may be there to meet
             return
         link, lane = draft_side(rendezvous, timeout_s=config.engine.start_timeout_s, device=config.draft.device)
-        pin(cores)
+        settle(cores)
         front.send(Ready(role="draft", info=info))
         try:
             frames, timeout_s = plan.frames(rendezvous.epoch), config.engine.link_timeout_s
