@@ -46,9 +46,6 @@ class WorkerActor:
     def pid(self) -> int:
         return os.getpid()
 
-    def node(self) -> str:
-        return ray.get_runtime_context().get_node_id()
-
     def run(self, role: str, plan: dict[str, Any], front: str, *, one_node: bool, replica: bool) -> None:
         """The worker's whole life; that this call returns, however it does, is the sign of its end.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import threading
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -153,8 +155,12 @@ def set_threads(cores: list[int] | None, workers: int) -> None:
     torch.set_num_threads(len(cores) if cores else max(1, (os.cpu_count() or 2) // max(2, workers)))
 
 
-def pin(cores: list[int] | None) -> None:
+def settle(cores: list[int] | None) -> None:
     """Keep this process on its cores. Once it is warm: compilers may use the whole machine."""
+    if threading.current_thread() is threading.main_thread():  # a process of the worker's own
+        # The libraries' and the compiler's million objects stay: no collection in mid-round looks through them.
+        gc.collect()
+        gc.freeze()
     if cores:
         for thread in os.listdir("/proc/self/task"):
             os.sched_setaffinity(int(thread), cores)

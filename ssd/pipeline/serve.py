@@ -10,7 +10,7 @@ from typing import Any
 from ..config import ModelConfig, rank_of, section_of
 from ..errors import LinkError, PipelineError, UsageError, WorkerError
 from ..models.device import own_stream
-from .build import Plan, build_draft, build_rank, build_verifier, pin, set_threads, usable_cores
+from .build import Plan, build_draft, build_rank, build_verifier, set_threads, settle, usable_cores
 from .control import ControlLane
 from .draft import DraftWorker
 from .draft_ranks import LeadingDraft, RankMeeting, share_loop
@@ -84,7 +84,7 @@ def run_verifier(
                     draft, rejoin = DraftSide(side.link(), side.lane, plan.frames()), Rejoin(side, plan.frames)
                 if ranks is not None:
                     ranks.group.limit(config.engine.link_timeout_s)
-                pin(cores)
+                settle(cores)
                 front.send(Ready(role="verifier", info=info))
                 verifier_loop(worker, front, draft, rejoin, alive=alive)
         finally:
@@ -137,7 +137,7 @@ def run_draft(
             if meeting is not None and isinstance(worker, LeadingDraft):
                 worker.ranks, worker.on_lost = meeting.link(), lost
             link, lane = draft_side(rendezvous, timeout_s=start_s, device=device)
-            pin(cores)
+            settle(cores)
             front.send(Ready(role=role, info=info))
             frames = plan.frames(rendezvous.epoch, share=rank > 0)
             if rank:
