@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import ssd
 import ssd.cli
-import ssd.serving.batch
+import ssd.cli_serving
 
 SHARED = ("--config", "-c", "--set")
 """Options every command has; launchers also take them before the command."""
@@ -20,12 +20,12 @@ def run(
     """Run the ``ssd`` command and exit as it does.
 
     Args:
-        llm: makes what the commands use as their ``LLM``. batch: as their ``Batch``.
+        llm: makes what the commands use as their ``LLM``. batch: makes what ``ssd batch`` runs.
     """
     # The commands take LLM from the package when they run.
     ssd.LLM = llm  # type: ignore[misc,assignment]
     if batch is not None:
-        ssd.serving.batch.Batch = batch  # type: ignore[misc,assignment]
+        ssd.cli_serving.make_batch = batch
     ssd.cli.app(in_order(arguments), prog_name=program)
     sys.exit()
 

@@ -1,11 +1,13 @@
 """A pipeline under torchrun: rank 0 is the verifier and has the front as its child, the last one the
-draft; ranks between them share the verifier's model (``target.tensor_parallel``).
+draft. Ranks between them share the verifier's model (``target.tensor_parallel``); with ``draft.data_parallel``
+the draft's ranks are the last ones.
 
 ::
 
     torchrun --standalone --nproc-per-node 2 launch/torchrun.py --config embedded generate "PROMPT"
     torchrun --standalone --nproc-per-node 2 launch/torchrun.py compare --prompts prompts.jsonl
     torchrun --standalone --nproc-per-node 3 launch/torchrun.py --set target.tensor_parallel=2 generate "PROMPT"
+    torchrun --standalone --nproc-per-node 3 launch/torchrun.py --set draft.data_parallel=2 generate "PROMPT"
 
 The arguments are those of the ``ssd`` command. The verifier runs in the main thread of rank 0, as in
 every launch; the front is a process of its own, because two threads would take the interpreter

@@ -36,11 +36,14 @@ submit() {
 for n in $(seq "${REQUESTS:-24}"); do
     printf '{"id": "r%d", "prompt": "def add_%d(a, b):\\n", "max_tokens": 24}\n' "$n" "$n"
 done >"$folder/in.jsonl"
-submit python launch/ray_job.py --replicas 2 batch "$folder/in.jsonl" "$folder/out.jsonl" --set engine.max_batch=2
+eager="--set target.compile=false --set draft.compile=false" # starts in seconds; this shows jobs, not speed
+# shellcheck disable=SC2086
+submit python launch/ray_job.py --replicas 2 batch "$folder/in.jsonl" "$folder/out.jsonl" --set engine.max_batch=2 $eager
 echo "\$ head -n 1 out.jsonl"
 head -n 1 "$folder/out.jsonl"
 
-submit python launch/ray_actor.py start demo
+# shellcheck disable=SC2086
+submit python launch/ray_actor.py start demo $eager
 cat >"$folder/client.py" <<'PYTHON'
 from ssd import SamplingParams
 from ssd.cluster import PipelineClient, connect
@@ -50,6 +53,7 @@ with PipelineClient.attach("demo") as client:
     print(repr(client.generate("class Stack:\n", SamplingParams(max_tokens=24))[0].text))
     for event in client.stream("import os\n", SamplingParams(max_tokens=24)):
         print(event.text, end="", flush=True)
+    print()
 PYTHON
 echo "\$ python client.py"
 PYTHONPATH=$PWD python "$folder/client.py"

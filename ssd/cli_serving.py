@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from .config import Config
+    from .serving.batch import Batch
 
 
 ConfigOption = Annotated[
@@ -71,9 +72,9 @@ def batch(
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    from .serving.batch import Batch, Progress, first_cause
+    from .serving.batch import Progress, first_cause
 
-    job = Batch(_settings(config, overrides), source, out, restart=restart)
+    job = make_batch(_settings(config, overrides), source, out, restart=restart)
     rate = TextColumn("{task.fields[rate]} tok/s")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeElapsedColumn())
     with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
@@ -82,10 +83,10 @@ def batch(
 
         def report(progress: Progress) -> None:
             now = time.monotonic()
-            if not first:
+            if not first and progress.done > progress.resumed:
                 first.append((now, progress.tokens))
-            spent_s = now - first[0][0]
-            rate = f"{(progress.tokens - first[0][1]) / spent_s:.0f}" if spent_s > 0 else "–"
+            began_s, before = first[0] if first else (now, 0)
+            rate = f"{(progress.tokens - before) / (now - began_s):.0f}" if now > began_s else "–"
             bar.update(task, completed=progress.done, rate=rate, description=f"{progress.failed} failed")
 
         try:
@@ -100,6 +101,13 @@ def batch(
     if progress.failed:
         typer.echo(f"what failed: {job.journal.errors}", err=True)
         raise typer.Exit(1)
+
+
+def make_batch(config: Config, source: Path, out: Path, *, restart: bool) -> Batch:
+    """What ``ssd batch`` runs; launchers put their own in its place."""
+    from .serving.batch import Batch
+
+    return Batch(config, source, out, restart=restart)
 
 
 def _settings(config: str, overrides: list[str] | None, extra: tuple[str, ...] = ()) -> Config:

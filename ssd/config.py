@@ -26,8 +26,6 @@ CONFIG_FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "configs")
 MODEL_FOLDER = PACKAGE / "data"
 SHIPPED_MODELS = ("embedded/target", "embedded/draft")
 
-_RANK = "verifier-"
-
 
 class ModelConfig(Section):
     """One model and where its worker runs."""
@@ -53,6 +51,14 @@ class TargetConfig(ModelConfig):
     tensor_parallel: int = Field(default=1, ge=1, le=64)
     """Ranks the model is divided among, by transformers' plan. Each takes its share of ``cores``
     (all of them if they are fewer), and the next GPU from ``device`` on."""
+
+
+class DraftConfig(ModelConfig):
+    """The draft, and how many devices speculate side by side."""
+
+    data_parallel: int = Field(default=1, ge=1, le=16)
+    """Ranks that hold the whole draft each and prepare for ``speculation.forecast.budget`` outcomes of their own.
+    ``cores`` and GPUs are shared out as those of ``target.tensor_parallel``."""
 
 
 class EngineConfig(Section):
@@ -106,7 +112,7 @@ class Config(Section):
     """A target–draft pairing and how to run it."""
 
     target: TargetConfig
-    draft: ModelConfig | None = None
+    draft: DraftConfig | None = None
     """Needed unless ``speculation.method`` is ``none`` or ``self``."""
     speculation: SpeculationConfig = SpeculationConfig()
     numerics: Literal["strict", "fast"] = "strict"
@@ -115,27 +121,47 @@ class Config(Section):
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Of all workers: ``verifier``, its other ranks ``verifier-1``.., and ``draft``."""
-        others = (f"{_RANK}{rank}" for rank in range(1, self.target.tensor_parallel))
-        return ("verifier", *others, *(() if self.draft is None else ("draft",)))
+        """Of all workers: ``verifier``, its other ranks ``verifier-1``.., then ``draft``, ``draft-1``.."""
+        return (*_ranks("verifier", self.target.tensor_parallel), *self.draft_roles)
+
+    @property
+    def draft_roles(self) -> tuple[str, ...]:
+        return () if self.draft is None else _ranks("draft", self.draft.data_parallel)
 
     def for_role(self, role: str) -> Config:
-        """As a worker reads it: a rank of the verifier finds its own cores and device."""
-        target, rank = self.target, rank_of(role)
-        if target.tensor_parallel == 1:
-            return self
-        changed: dict[str, Any] = {}
-        if target.cores is not None:
-            changed["cores"] = target.cores[rank :: target.tensor_parallel] or target.cores
-        kind, _, index = target.device.partition(":")
-        if kind == "cuda":
-            changed["device"] = f"cuda:{int(index or 0) + rank}"
-        return self.model_copy(update={"target": target.model_copy(update=changed)})
+        """As a worker reads it: a rank finds its own cores and device."""
+        rank, changed = rank_of(role), {}
+        if section_of(role) == "target":
+            changed["target"] = _share(self.target, rank, self.target.tensor_parallel)
+        elif self.draft is not None:
+            changed["draft"] = _share(self.draft, rank, self.draft.data_parallel)
+        return self.model_copy(update=changed)
 
 
 def rank_of(role: str) -> int:
-    """Among the ranks of the verifier; 0 for every other role."""
-    return int(role.removeprefix(_RANK)) if role.startswith(_RANK) else 0
+    """Among the ranks of the verifier, or those of the draft."""
+    return int(role.partition("-")[2] or 0)
+
+
+def section_of(role: str) -> Literal["target", "draft"]:
+    """Which section of the configuration says how the role's worker runs."""
+    return "draft" if role.partition("-")[0] == "draft" else "target"
+
+
+def _ranks(first: str, count: int) -> tuple[str, ...]:
+    return (first, *(f"{first}-{rank}" for rank in range(1, count)))
+
+
+def _share(model: ModelConfig, rank: int, ranks: int) -> ModelConfig:
+    if ranks == 1:
+        return model
+    changed: dict[str, Any] = {}
+    if model.cores is not None:
+        changed["cores"] = model.cores[rank::ranks] or model.cores
+    kind, _, index = model.device.partition(":")
+    if kind == "cuda":
+        changed["device"] = f"cuda:{int(index or 0) + rank}"
+    return model.model_copy(update=changed)
 
 
 def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
@@ -170,6 +196,11 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
             "(or set speculation.method=none, or self)"
         )
     check_rule(config.speculation, where)
+    if config.draft is not None and config.draft.data_parallel > 1 and config.speculation.forecast.shape == "measured":
+        raise ConfigError(
+            f"{where}draft.data_parallel={config.draft.data_parallel} needs a forecast that all ranks make alike; set "
+            "speculation.forecast.shape=confidence (measured learns from sets that only the first rank sees whole)"
+        )
     return config
 
 

@@ -207,8 +207,10 @@ def main() -> None:
         next((r for r in results if r["concurrency"] == level and r["method"] == methods[-1]), None)
         for level in (1, 16)
     )
-    if slowest and fastest:
+    if slowest and fastest and slowest["tokens_per_s"]:
         print(f"{methods[-1]}: concurrency 16 over 1: {fastest['tokens_per_s'] / slowest['tokens_per_s']:.2f}×")
+    for error in (r["first_error"] for r in results if r["errors"]):
+        raise SystemExit(f"some requests failed, the first: {error}")
 
 
 if __name__ == "__main__":

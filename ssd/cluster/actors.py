@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from ..config import Config, load_config
+from ..config import Config, load_config, section_of
 from ..engine.llm import LLM
 from ..errors import PipelineError, RequestError, WorkerError
 from ..params import SamplingParams
@@ -46,9 +46,6 @@ class WorkerActor:
     def pid(self) -> int:
         return os.getpid()
 
-    def node(self) -> str:
-        return ray.get_runtime_context().get_node_id()
-
     def run(self, role: str, plan: dict[str, Any], front: str, *, one_node: bool, replica: bool) -> None:
         """The worker's whole life; that this call returns, however it does, is the sign of its end.
 
@@ -63,7 +60,7 @@ class WorkerActor:
         config = with_visible_gpu(read.config, role, gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
         lease = CoreLease()
         if replica:
-            config = lease.leased(config, "draft" if role == "draft" else "target")
+            config = lease.leased(config, section_of(role))
         read = dataclasses.replace(read, config=config)
         lane = ZmqLane.connect(front)
         try:

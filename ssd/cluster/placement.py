@@ -22,7 +22,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ..config import Config, ModelConfig
+from ..config import Config, ModelConfig, section_of
 from ..errors import PipelineError, UsageError, WorkerError
 
 Strategy = Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"]
@@ -57,8 +57,7 @@ def bundles(config: Config, resources: Mapping[str, Bundle] | None = None) -> di
         return {**wanted, "GPU": 1.0} if on_gpu(model) else wanted
 
     def model(role: str) -> ModelConfig:
-        own = config.for_role(role)
-        return own.draft if role == "draft" and own.draft is not None else own.target
+        return getattr(config.for_role(role), section_of(role))
 
     wanted = {role: bundle(model(role)) for role in config.roles}
     for role, more in (resources or {}).items():
@@ -218,7 +217,8 @@ def with_visible_gpu(config: Config, role: str, gpu_ids: list[str], visible: str
         return config
     shown = visible.split(",") if visible else []
     own = shown.index(gpu_ids[0]) if gpu_ids[0] in shown else int(gpu_ids[0]) if visible is None else 0
-    mine, other = ("draft", "target") if role == "draft" else ("target", "draft")
+    mine = section_of(role)
+    other = "target" if mine == "draft" else "draft"
     changed = {mine: getattr(config, mine).model_copy(update={"device": f"cuda:{own}"})}
     partner = getattr(config, other)
     if partner is not None and on_gpu(partner):

@@ -88,11 +88,14 @@ class TreeShape:
 
     def path(self, node: int) -> tuple[int, ...]:
         """Nodes from below the root down to ``node`` (empty for the root)."""
-        path = []
-        while node:
-            path.append(node)
-            node = self.parents[node - 1]
-        return tuple(reversed(path))
+        return self._node_paths[node]
+
+    @cached_property
+    def _node_paths(self) -> tuple[tuple[int, ...], ...]:
+        paths: list[tuple[int, ...]] = [()]
+        for node, parent in enumerate(self.parents, start=1):
+            paths.append((*paths[parent], node))
+        return tuple(paths)
 
     def children(self, node: int) -> tuple[int, ...]:
         return tuple(i for i, parent in enumerate(self.parents, start=1) if parent == node)

@@ -318,15 +318,23 @@ class AsyncEngine:
                 await self._restart_draft(pipeline, then)
 
     async def _restart_draft(self, pipeline: Restartable, then: Taken) -> None:
-        if (lane := self._lanes.pop("draft", None)) is not None:
-            await lane.close()
-        self._restarting = asyncio.ensure_future(asyncio.to_thread(pipeline.restart, "draft"))
+        roles = self._front.config.draft_roles
+        for role in roles:
+            if (lane := self._lanes.pop(role, None)) is not None:
+                await lane.close()
+
+        def restart() -> None:
+            for role in roles:
+                pipeline.restart(role)
+
+        self._restarting = asyncio.ensure_future(asyncio.to_thread(restart))
         try:
             await asyncio.shield(self._restarting)
         except WorkerError as error:
             self._front.restarts.lost(str(error))
         else:
-            self._open_lane(pipeline, "draft")
+            for role in roles:
+                self._open_lane(pipeline, role)
             self._perform(then)
 
     def _open_lane(self, pipeline: Pipeline, role: str) -> None:

@@ -4,12 +4,13 @@ the workers said of themselves."""
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, load_config, resolve_model_path
+from ..config import Config, load_config, rank_of, resolve_model_path, section_of
 from ..errors import ConfigError, RequestError, UsageError, WorkerError
 from ..models.loading import load_tokenizer, read_config
 from ..models.skipping import SkipSet
@@ -34,6 +35,8 @@ from .book import Limits, Request, RequestBook, Step
 from .detokenize import Detokenizer
 from .resolve import resolve
 from .restarts import DraftRestarts
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +83,8 @@ class Front:
         """All rounds, while a list is here to take them."""
         self._hellos: dict[str, Hello] = {}
         self._welcomed: set[str] = set()
+        self._lost_ranks: set[str] = set()
+        """Of the draft; until all its ranks are started again."""
         self._numbers = itertools.count()
 
     @property
@@ -88,7 +93,7 @@ class Front:
 
     def fatal(self, gone: Sequence[str]) -> WorkerError | None:
         """What to raise when these workers are gone, if anything: without its draft the verifier goes on."""
-        missed = [role for role in gone if role != "draft" or not self.ready]
+        missed = [role for role in gone if section_of(role) == "target" or not self.ready]
         return WorkerError(f"the {missed[0]} worker died; its own messages are above") if missed else None
 
     def restart_due(self, gone: Sequence[str]) -> Taken | None:
@@ -96,14 +101,27 @@ class Front:
         ``gone``: workers that are."""
         if not self.ready:
             return None
-        if "draft" in gone:
-            self.restarts.lost("the draft worker died")
+        for role in gone:
+            if role == "draft":
+                self.restarts.lost("the draft worker died")
+            elif section_of(role) == "draft":
+                self._lose_rank(role, f"the {role} worker died")
         if not self.restarts.due():
             return None
-        for role in ("verifier", "draft"):
+        for role in ("verifier", *self.config.draft_roles):
             self._hellos.pop(role, None)
-        self._welcomed.discard("draft")
+        self._lost_ranks.clear()
+        self._welcomed.difference_update(self.config.draft_roles)
         return Taken(send=[("verifier", Reopen(epoch=self.restarts.epoch))])
+
+    def _lose_rank(self, role: str, why: str) -> None:
+        """Another rank of the draft than the first: the rest go on; while they all are started again, none does."""
+        if self.restarts.state == "starting":
+            self.restarts.lost(why)
+        elif role not in self._lost_ranks:
+            self._lost_ranks.add(role)
+            first, *_ = why.splitlines() or [""]
+            log.warning("the %s is lost, its share of the outcomes is prepared by nobody: %s", role, first)
 
     @property
     def late(self) -> WorkerError:
@@ -196,7 +214,9 @@ class Front:
             self.restarts.back(message.epoch)
         elif isinstance(message, Failed):
             # A draft that fails once all are ready: the verifier notices by itself and goes on.
-            if message.degraded or (role == "draft" and self.ready):
+            if self.ready and rank_of(message.role) and section_of(message.role) == "draft":
+                self._lose_rank(message.role, message.message)
+            elif message.degraded or (role == "draft" and self.ready):
                 self.restarts.lost(message.message, message.epoch)
             elif message.usage:
                 raise UsageError(message.message)

@@ -197,7 +197,8 @@ class LLM:
         then = self._front.restart_due(gone)
         if then is not None and isinstance(pipeline, Restartable):
             try:
-                pipeline.restart("draft")
+                for role in self.config.draft_roles:
+                    pipeline.restart(role)
             except WorkerError as error:
                 self._front.restarts.lost(str(error))
             else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import threading
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +15,7 @@ import torch
 from ..config import Config, ModelConfig, resolve_model_path
 from ..decoding.copying import CopyBias
 from ..decoding.forecast import ConfidenceForecast, FanOutForecast, Forecast, fan_out
+from ..decoding.forecast_share import ForecastShare
 from ..decoding.lookahead import lookahead_tiers
 from ..decoding.measured import MeasuredForecast
 from ..decoding.tree import TreeShape
@@ -27,6 +30,7 @@ from ..models.sharding import shard
 from ..models.skipping import SkipSet, skipping
 from .branches import scratch_slots
 from .draft import DraftWorker
+from .draft_ranks import LeadingDraft
 from .frames import Frames, ProbsLayout
 from .grammar import Grammars
 from .rules import CandidateSampler, Judge, probs_layout
@@ -68,13 +72,19 @@ class Plan:
         wanted = self.config.speculation
         return lookahead_tiers(wanted.depth) if wanted.lookahead == "auto" else (wanted.depth,)
 
+    @property
+    def branches(self) -> int:
+        """Of a round's speculation set: N for every rank of the draft."""
+        return self.config.speculation.forecast.budget * max(1, len(self.config.draft_roles))
+
     def forecast(self, device: str) -> Forecast:
-        wanted = self.config.speculation.forecast
+        """Of all ranks of the draft together."""
+        wanted, budget = self.config.speculation.forecast, self.branches
         if wanted.shape == "confidence":
-            return ConfidenceForecast(self.shape, wanted.budget, wanted.sharpness, device)
+            return ConfidenceForecast(self.shape, budget, wanted.sharpness, device)
         if wanted.shape == "measured":
-            return MeasuredForecast(self.shape, wanted.budget, self.config.engine.max_batch, device)
-        counts = fan_out(self.shape, wanted.budget, kind=wanted.shape, acceptance=wanted.acceptance, power=wanted.power)
+            return MeasuredForecast(self.shape, budget, self.config.engine.max_batch, device)
+        counts = fan_out(self.shape, budget, kind=wanted.shape, acceptance=wanted.acceptance, power=wanted.power)
         return FanOutForecast(self.shape, counts, device)
 
     @property
@@ -96,10 +106,11 @@ class Plan:
         folder = resolve_model_path(model.model)
         return Grammars(lambda: load_tokenizer(folder), vocabulary=self.vocabulary, ends=self.ends)
 
-    def frames(self, epoch: int = 0) -> Frames:
+    def frames(self, epoch: int = 0, *, share: bool = False) -> Frames:
+        """``share``: those in which a rank of the draft sends its own part of the set."""
         return Frames(
             batch=self.config.engine.max_batch,
-            branches=self.config.speculation.forecast.budget,
+            branches=self.config.speculation.forecast.budget if share else self.branches,
             nodes=self.shape.nodes,
             probs=self.probs,
             epoch=epoch,
@@ -147,8 +158,12 @@ def set_threads(cores: list[int] | None, workers: int) -> None:
     torch.set_num_threads(len(cores) if cores else max(1, (os.cpu_count() or 2) // max(2, workers)))
 
 
-def pin(cores: list[int] | None) -> None:
+def settle(cores: list[int] | None) -> None:
     """Keep this process on its cores. Once it is warm: compilers may use the whole machine."""
+    if threading.current_thread() is threading.main_thread():  # a process of the worker's own
+        # The libraries' and the compiler's million objects stay: no collection in mid-round looks through them.
+        gc.collect()
+        gc.freeze()
     if cores:
         for thread in os.listdir("/proc/self/task"):
             os.sched_setaffinity(int(thread), cores)
@@ -203,17 +218,19 @@ def target_runner(plan: Plan, model: PreTrainedModel | None = None, ranks: Ranks
     return _runner(plan, plan.config.target, model, scratch=plan.shape.nodes - plan.shape.depth - 1, ranks=ranks)
 
 
-def build_draft(plan: Plan, model: PreTrainedModel | None = None) -> tuple[DraftWorker, dict[str, Any]]:
-    """The draft worker, warm, and what to tell about it. ``model``: already loaded. Raises: UsageError."""
-    config = plan.config
+def build_draft(plan: Plan, model: PreTrainedModel | None = None, rank: int = 0) -> tuple[DraftWorker, dict[str, Any]]:
+    """The draft worker, warm, and what to tell about it. ``model``: already loaded. ``rank``: among the draft's
+    devices, if there are several; the first one leads. Raises: UsageError."""
+    config, ranks = plan.config, len(plan.config.draft_roles)
     assert config.draft is not None
     runner = _runner(plan, config.draft, model, scratch=scratch_slots(plan.shape, config.speculation.forecast.budget))
     forecast = plan.forecast(config.draft.device)
-    worker = DraftWorker(
+    make = DraftWorker if ranks == 1 or rank else LeadingDraft
+    worker = make(
         runner,
         shape=plan.shape,
-        forecast=forecast,
-        ngram=plan.ngram,
+        forecast=forecast if ranks == 1 else ForecastShare(forecast, rank, ranks),
+        ngram=plan.ngram and rank == 0,  # the first one's candidates are everybody's
         prefix_caching=config.engine.prefix_caching,
         lookaheads=plan.lookaheads,
         copying=CopyBias(

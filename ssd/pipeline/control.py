@@ -83,7 +83,9 @@ class ZmqLane:
             raise PipelineError("nobody is at the other end of the control lane") from None
 
     def receive(self, timeout_s: float) -> Message | None:
-        if not self._socket.poll(int(timeout_s * 1000)):
+        # Looking is part of every round; a poll would make a poller for it.
+        here = self._socket.poll(int(timeout_s * 1000)) if timeout_s else int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN
+        if not here:
             return None
         return decode(self._socket.recv())
 

@@ -65,13 +65,18 @@ class InprocPipeline:
         # One after the other: compilers and captures of CUDA graphs do not bear company.
         building, self._models = threading.Lock(), dict(models or {})
 
-        def alone(build: Callable[..., Any], role: str, plan: Plan) -> Any:
+        def alone(build: Callable[..., Any], role: str, plan: Plan, *more: Any) -> Any:
             with building:
-                return build(plan, self._models.get(role))
+                return build(plan, self._models.get(role), *more)
 
         lives: dict[str, Callable[..., None]] = {role: partial(run_worker, role) for role in plan.roles}
         lives["verifier"] = partial(run_verifier, build=partial(alone, build_verifier, "verifier"))
-        lives["draft"] = partial(run_draft, build=partial(alone, build_draft, "draft"))
+        for rank, role in enumerate(plan.config.draft_roles):
+
+            def draft(plan: Plan, role: str = role, rank: int = rank) -> Any:
+                return alone(build_draft, role, plan, rank)
+
+            lives[role] = partial(run_draft, role=role, build=draft)
         self._lives = lives
         config = plan.config
         loose: dict[str, Any] = {"target": config.target.model_copy(update={"cores": None})}
@@ -186,6 +191,6 @@ def launch_here(plan: Plan) -> Pipeline:
     target, draft = plan.config.target, plan.config.draft
     wanted = plan.config.engine.workers
     shared = draft is not None and "cuda" in target.device and draft.device == target.device
-    shared = shared and target.tensor_parallel == 1
+    shared = shared and len(plan.roles) == 2
     threads = shared if wanted == "auto" else wanted == "threads"
     return InprocPipeline(plan) if threads else LocalPipeline(plan)

@@ -22,6 +22,8 @@ from .link import nothing
 ABORT_S = 5.0
 """How long an abort may take: it can block for ever where CUDA graphs hold the communicator."""
 NEVER = datetime.timedelta(days=365)
+_HELLO = (0x55D11, 0x11D55)
+"""What each end greets the other with; by rank, so that nobody takes its own for the other's."""
 
 
 class NcclLink:
@@ -31,10 +33,17 @@ class NcclLink:
     deadlock two peers (NCCL user guide, point-to-point; what ``batch_isend_irecv`` does). NCCL itself
     knows no deadline, and torch's, when passed, ends the process: so ours is kept here by looking
     whether the work is done, and the group is aborted when it is not.
+
+    A new link is warm: both ends have greeted each other over it. NCCL makes its communicator and connects with the
+    first transfer, most of a second, which would otherwise be a round's.
+
+    Args: timeout_s: of every transfer. meet_s: for both ends to come; ``timeout_s`` by default.
     """
 
-    def __init__(self, store: dist.Store, rank: int, timeout_s: float, device: torch.device):
-        self._peer, self._device, self._timeout_s = 1 - rank, device, timeout_s
+    def __init__(
+        self, store: dist.Store, rank: int, timeout_s: float, device: torch.device, meet_s: float | None = None
+    ):
+        self._peer, self._device, self._timeout_s = 1 - rank, device, meet_s or timeout_s
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = NEVER
         torch.cuda.set_device(device)
@@ -44,6 +53,15 @@ class NcclLink:
             self._group = dist.ProcessGroupNCCL(store, rank, 2, options)
         except RuntimeError as error:
             raise LinkError(f"could not link draft and verifier: {first_line(error)}") from error
+        self._greet(rank)
+        self._timeout_s = timeout_s
+
+    def _greet(self, rank: int) -> None:
+        landed = torch.zeros(1, dtype=torch.int32)
+        self._move("greeting", torch.tensor([_HELLO[rank]], dtype=torch.int32), landed, nothing)
+        if landed.item() != _HELLO[1 - rank]:
+            self.close()
+            raise LinkError("what came to the link was not its other end")
 
     def exchange(self, outgoing: Tensor, incoming: Tensor, meanwhile: Callable[[], None] = nothing) -> None:
         self._move("exchange", outgoing, incoming, meanwhile)

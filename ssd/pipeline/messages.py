@@ -7,6 +7,7 @@ bounded before anything is allocated; nothing is pickled.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -192,6 +193,24 @@ class Rejoined:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Prepare:
+    """First rank → other ranks of the draft: trees ``[B][W]`` are under verification; send your share of the set."""
+
+    round: int
+    trees: list[list[int]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decided:
+    """First rank → other ranks of the draft: the outcomes of these trees, as in an ``OutcomeFrame``, ``[B]`` each."""
+
+    states: list[int]
+    nodes: list[int]
+    bonus: list[int]
+    lookahead: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Decode:
     """First rank → other ranks of the verifier: run one decode forward of all slots with us."""
 
@@ -233,6 +252,8 @@ Message = (
     Submit
     | Cancel
     | Admit
+    | Prepare
+    | Decided
     | Shutdown
     | GetTimings
     | Timings
@@ -255,9 +276,17 @@ _TYPES = {cls.__name__: cls for cls in Message.__args__}
 _NESTED = {"params": SamplingParams, "record": SpeculationRecord}
 
 
+@functools.cache
+def _names(cls: type[Message]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of its fields, and of those that are messages themselves."""
+    names = tuple(field.name for field in dataclasses.fields(cls))
+    return names, tuple(name for name in names if name in _NESTED)
+
+
 def encode(message: Message) -> bytes:
-    body = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
-    for name in _NESTED.keys() & body.keys():
+    names, nested = _names(type(message))  # part of every round
+    body = {name: getattr(message, name) for name in names}
+    for name in nested:
         body[name] = dataclasses.asdict(body[name])
     return cast(bytes, msgpack.packb({"type": type(message).__name__, **body}))
 

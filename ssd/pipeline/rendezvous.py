@@ -7,10 +7,12 @@ whoever launched them.
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import socket
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from .tensor import Ranks
 
 MEET_S = 60.0
 """For both ends to link, once the draft has said that it comes."""
+PUBLISHED_POLL_S = 0.05
 _OVER_MEMORY = {"host": HostLink, "shared": SharedLink}
 """Links that torch.distributed has no part in."""
 
@@ -172,6 +175,27 @@ def _store(rendezvous: Rendezvous, timeout_s: float) -> dist.TCPStore:
         raise LinkError(f"the verifier's store at {rendezvous.host}:{rendezvous.port} does not answer") from error
 
 
+def publish(rendezvous: Rendezvous, role: str, other: Rendezvous, *, timeout_s: float) -> None:
+    """Say in the verifier's store where this role is awaited. Raises: LinkError if the store cannot be reached."""
+    _prefixed(_store(rendezvous, timeout_s), rendezvous).set(role, json.dumps(other.to_dict()))
+
+
+def published(rendezvous: Rendezvous, role: str, *, timeout_s: float, wanted: Callable[[], bool]) -> Rendezvous | None:
+    """What was said there, once it is; None if it is ``wanted`` no more. Raises: LinkError if that takes too long."""
+    deadline = time.monotonic() + timeout_s
+    try:
+        store = _prefixed(_store(rendezvous, timeout_s), rendezvous)
+        while not store.check([role]):
+            if not wanted():
+                return None
+            if time.monotonic() > deadline:
+                raise LinkError(f"nobody awaits the {role}")
+            time.sleep(PUBLISHED_POLL_S)
+        return Rendezvous(**json.loads(store.get(role)))
+    except RuntimeError as error:
+        raise LinkError(f"the verifier left before the {role} came: {error}") from error
+
+
 def _ranks(
     store: dist.Store,
     rendezvous: Rendezvous,
@@ -225,11 +249,11 @@ def _link(
 ) -> Link:
     prefixed = _prefixed(store, rendezvous)
     if rendezvous.kind == "nccl":
-        return NcclLink(prefixed, rank, timeout_s, torch.device(device))
-    return GlooLink(prefixed, rank, timeout_s, meet_s, _own_address(rendezvous))
+        return NcclLink(prefixed, rank, timeout_s, torch.device(device), meet_s)
+    return GlooLink(prefixed, rank, timeout_s, meet_s, own_address(rendezvous))
 
 
-def _own_address(rendezvous: Rendezvous) -> str:
+def own_address(rendezvous: Rendezvous) -> str:
     """This machine's address on the network by which it reaches the verifier: what its own name
     means may be loopback (Debian's ``127.0.1.1``) or another network."""
     if _is_loopback(rendezvous.host):

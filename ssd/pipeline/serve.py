@@ -7,16 +7,17 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from ..config import ModelConfig, rank_of
+from ..config import ModelConfig, rank_of, section_of
 from ..errors import LinkError, PipelineError, UsageError, WorkerError
 from ..models.device import own_stream
-from .build import Plan, build_draft, build_rank, build_verifier, pin, set_threads, usable_cores
+from .build import Plan, build_draft, build_rank, build_verifier, set_threads, settle, usable_cores
 from .control import ControlLane
 from .draft import DraftWorker
+from .draft_ranks import LeadingDraft, RankMeeting, share_loop
 from .loops import draft_loop, verifier_loop
 from .messages import Failed, Hello, Ready, Shutdown, Welcome
 from .partner import DraftSide, Rejoin
-from .rendezvous import Rendezvous, VerifierSide, draft_side, link_kind, rank_side
+from .rendezvous import Rendezvous, VerifierSide, draft_side, link_kind, published, rank_side
 from .tensor import follow, naming_the_lost
 from .verifier import VerifierWorker
 
@@ -36,13 +37,13 @@ def run_worker(
 
     Args:
         plan: as the role reads it (``Plan.for_role``).
-        host, folder: where the verifier opens its side (``VerifierSide``).
+        host, folder: where the verifier, or the first of several drafts, opens its side (``VerifierSide``).
         alive: whether there still is somebody to serve.
     """
     if role == "verifier":
         run_verifier(plan, front, host=host, folder=folder, alive=alive)
-    elif role == "draft":
-        run_draft(plan, front, alive=alive)
+    elif section_of(role) == "draft":
+        run_draft(plan, front, role=role, folder=folder, alive=alive)
     else:
         run_rank(role, plan, front, alive=alive)
 
@@ -83,7 +84,7 @@ def run_verifier(
                     draft, rejoin = DraftSide(side.link(), side.lane, plan.frames()), Rejoin(side, plan.frames)
                 if ranks is not None:
                     ranks.group.limit(config.engine.link_timeout_s)
-                pin(cores)
+                settle(cores)
                 front.send(Ready(role="verifier", info=info))
                 verifier_loop(worker, front, draft, rejoin, alive=alive)
         finally:
@@ -99,36 +100,65 @@ def run_draft(
     plan: Plan,
     front: ControlLane,
     *,
+    role: str = "draft",
+    folder: str | None = None,
     alive: Callable[[], bool] = lambda: True,
-    build: Callable[[Plan], tuple[DraftWorker, dict[str, Any]]] = build_draft,
+    build: Callable[[Plan], tuple[DraftWorker, dict[str, Any]]] | None = None,
 ) -> None:
-    """Wait to be told where the verifier is, build the model, link, serve."""
+    """Wait to be told where the verifier is, build the model, link, serve. Of several drafts the first meets the
+    others, too, which link with it."""
 
     def body() -> None:
-        config = plan.config
+        config, rank, meeting, link, lane, worker = plan.config, rank_of(role), None, None, None, None
         assert config.draft is not None
         cores = usable_cores(config.draft.cores)
         set_threads(cores, len(plan.roles))
-        rendezvous = _introduce("draft", front, alive)
+        rendezvous = _introduce(role, front, alive)
         if rendezvous is None:
             return
-        worker, info = build(plan)
-        if isinstance(front.receive(0), Shutdown):  # meanwhile; nobody may be there to meet
-            return
-        link, lane = draft_side(rendezvous, timeout_s=config.engine.start_timeout_s, device=config.draft.device)
-        pin(cores)
-        front.send(Ready(role="draft", info=info))
-        try:
-            frames, timeout_s = plan.frames(rendezvous.epoch), config.engine.link_timeout_s
-            draft_loop(worker, link, lane, frames, jit=plan.jit, timeout_s=timeout_s, alive=alive)
-        except LinkError:
-            # The verifier left: between rounds it says so, in mid-round the link breaks.
-            return
-        finally:
-            link.close()
-            lane.close()
+        start_s, device = config.engine.start_timeout_s, config.draft.device
 
-    _report_failure("draft", front, body, plan.config.draft)
+        def wanted() -> bool:
+            return alive() and not isinstance(front.receive(0), Shutdown)
+
+        def lost(other: str, why: str) -> None:
+            front.send(Failed(role=other, message=why, degraded=True))
+
+        try:
+            if len(config.draft_roles) > 1 and rank == 0:
+                meeting = RankMeeting(plan, rendezvous, folder=folder)
+            worker, info = build(plan) if build is not None else build_draft(plan, rank=rank)
+            if not wanted():  # meanwhile; nobody may be there to meet
+                return
+            if rank:
+                rendezvous, device = published(rendezvous, role, timeout_s=start_s, wanted=wanted), "cpu"
+                if rendezvous is None:
+                    return
+            if meeting is not None and isinstance(worker, LeadingDraft):
+                worker.ranks, worker.on_lost = meeting.link(), lost
+            link, lane = draft_side(rendezvous, timeout_s=start_s, device=device)
+            settle(cores)
+            front.send(Ready(role=role, info=info))
+            frames = plan.frames(rendezvous.epoch, share=rank > 0)
+            if rank:
+                share_loop(worker, link, lane, frames, alive=alive)
+            else:
+                timeout_s = config.engine.link_timeout_s
+                draft_loop(worker, link, lane, frames, jit=plan.jit, timeout_s=timeout_s, alive=alive)
+        except LinkError:
+            if link is None:  # it never came about
+                raise
+            # Whoever leads us left: between rounds it says so, in mid-round the link breaks.
+        finally:
+            if link is not None and lane is not None:
+                link.close()
+                lane.close()
+            if isinstance(worker, LeadingDraft):
+                worker.close()
+            if meeting is not None:
+                meeting.close()
+
+    _report_failure(role, front, body, plan.config.draft)
 
 
 def run_rank(role: str, plan: Plan, front: ControlLane, *, alive: Callable[[], bool] = lambda: True) -> None:

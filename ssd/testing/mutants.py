@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..decoding import copying
 from ..decoding import forecast as forecasts
 from ..decoding.processors import TreePaths
 from ..decoding.tree import ABSENT
 from ..engine.detokenize import Detokenizer
 from ..models.cache import CacheView, SlotCache
 from ..params import SamplingParams
-from ..pipeline import draft, lookup, verifier
+from ..pipeline import draft, drafting, lookup, verifier
 from ..pipeline import launch as _launch  # noqa: F401  so that nothing is imported, and bound, while seeded
 from ..pipeline import serve as _serve  # noqa: F401
 from ..pipeline.sequence import Sequence
@@ -98,19 +99,25 @@ def _not_kept(seeding: Seeding) -> None:
 @mutant("stale branch keys", RIGHT)
 def _stale_branch(seeding: Seeding) -> None:
     """A branch attends what its neighbour fed. Costs speed only."""
-    honest = draft.BranchSteps.__init__
+    honest = drafting.BranchSteps.__init__
 
-    def wrong(self: draft.BranchSteps, *given: Any) -> None:
+    def wrong(self: drafting.BranchSteps, *given: Any) -> None:
         honest(self, *given)
         self._own = self._own.roll(1, dims=1)
 
-    seeding.put(draft.BranchSteps, "__init__", wrong)
+    seeding.put(drafting.BranchSteps, "__init__", wrong)
 
 
 @mutant("a slot's last keys taken for the next request's", RIGHT)
 def _stale_slot(seeding: Seeding) -> None:
     """The draft compares lengths, not tokens. Costs speed only."""
     seeding.put(draft, "common_prefix", lambda one, other: min(len(one), len(other)))
+
+
+@mutant("the copy bias forgets what was fed", "test_copying.py::test_tree_branches_and_chain[chain]")
+def _forgotten(seeding: Seeding) -> None:
+    """A branch's endings stay those of its node. Costs speed only."""
+    seeding.put(copying.Trail, "feed", lambda *_given: None)
 
 
 # Forecast, lookup, admission.

@@ -94,6 +94,19 @@ def test_killed_draft(launch: Callable[..., Any], config: dict[str, Any]) -> Non
     assert_nothing_left(pids)
 
 
+@pytest.mark.slow
+def test_two_ranks_of_the_draft(launch: Callable[..., Any], config: dict[str, Any]) -> None:
+    config["draft"]["data_parallel"] = 2
+    with LLM(config, launch=launch) as llm:
+        expected = [output.token_ids for output in llm.generate(PROMPTS, params("none"))]
+        outputs = llm.generate(PROMPTS, params("ssd"))
+        assert [output.token_ids for output in outputs] == expected
+        assert llm.degraded is None and set(llm.info()) == {"verifier", "draft", "draft-1"}
+        pids = worker_pids()
+        assert len(pids) == 3
+    assert_nothing_left(pids)
+
+
 def test_no_room(launch: Callable[..., Any], config: dict[str, Any]) -> None:
     config["target"]["cores"] = list(range(CPUS))
     began = time.monotonic()
@@ -225,3 +238,7 @@ def test_a_bundle_for_each_rank_of_the_verifier() -> None:
     rank = {"CPU": 2.0, "GPU": 1.0}
     wanted = bundles(config)
     assert wanted == {"verifier": rank, "verifier-1": rank, "draft": {"CPU": 1.0}}
+    drafts = {"model": "d", "cores": [4, 5], "device": "cuda", "data_parallel": 2}
+    wanted = bundles(config.model_validate({"target": {"model": "t"}, "draft": drafts}))
+    own = {"CPU": 1.0, "GPU": 1.0}
+    assert wanted == {"verifier": {"CPU": 1.0}, "draft": own, "draft-1": own}

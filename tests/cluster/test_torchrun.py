@@ -159,11 +159,12 @@ def test_one_leaves_all_leave(torchrun: Callable[..., Launch], config: str, end:
 
 
 @pytest.mark.slow
-def test_two_ranks_of_the_verifier(torchrun: Callable[..., Launch], config: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("several", ["target.tensor_parallel=2", "draft.data_parallel=2"])
+def test_two_ranks_of_a_model(torchrun: Callable[..., Launch], config: str, tmp_path: Path, several: str) -> None:
     prompts, report = tmp_path / "prompts.jsonl", tmp_path / "report.json"
     prompts.write_text('{"prompt": "hello there"}\n{"prompt": "a b c d"}\n')
     options = {"--prompts": str(prompts), "--methods": "none,sd,ssd", "--json": str(report), "--max-tokens": "40"}
-    ranks = ("--config", config, "--set", "target.tensor_parallel=2")
+    ranks = ("--config", config, "--set", several)
     launch = torchrun(*ranks, "compare", *(word for option in options.items() for word in option), ranks=3)
     assert launch.wait() == 0, launch.err.read_text()
     figures = json.loads(report.read_text())

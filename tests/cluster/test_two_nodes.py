@@ -45,6 +45,8 @@ def config(tiny_config: Callable[..., dict[str, Any]]) -> dict[str, Any]:
 
 
 def test_apart(nodes: dict[str, str], config: dict[str, Any]) -> None:
+    from ray._private import state
+
     from ssd.cluster import RayPipeline
 
     def params(method: str) -> SamplingParams:
@@ -54,22 +56,22 @@ def test_apart(nodes: dict[str, str], config: dict[str, Any]) -> None:
         plain, ssd = (llm.generate(PROMPTS, params(method)) for method in ("none", "ssd"))
         assert [output.token_ids for output in ssd] == [output.token_ids for output in plain]
         assert any(output.speculation.hits for output in ssd) and llm.degraded is None
-        actors = llm._pipeline.actors
-        pids = {role: ray.get(actor.pid.remote()) for role, actor in actors.items()}
-        assert {role: ray.get(actor.node.remote()) for role, actor in actors.items()} == {
+        # Workers are in their one call: Ray is asked, not they.
+        found = {role: state.actors(actor._actor_id.hex()) for role, actor in llm._pipeline.actors.items()}
+        assert {role: about["Address"]["NodeID"] for role, about in found.items()} == {
             "verifier": nodes["big"],
             "draft": nodes["small"],
         }
         ends = {
             role: {
                 (connection.laddr, connection.raddr)
-                for connection in psutil.Process(pid).net_connections("tcp")
+                for connection in psutil.Process(about["Pid"]).net_connections("tcp")
                 if connection.status == psutil.CONN_ESTABLISHED
             }
-            for role, pid in pids.items()
+            for role, about in found.items()
         }
         between = {(mine, theirs) for mine, theirs in ends["verifier"] if (theirs, mine) in ends["draft"]}
-        assert len(between) >= 3  # the store, the lane, the link
+        assert len(between) >= 2  # the lane, the link
         assert not any(ipaddress.ip_address(mine.ip).is_loopback for mine, _ in between)
 
 

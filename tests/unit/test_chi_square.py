@@ -47,6 +47,7 @@ def test_joint_law(case: str, pair: Pair) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("fallback", FALLBACKS)
 def test_joint_law_of_many(case: str, fallback: str, pair: Pair) -> None:

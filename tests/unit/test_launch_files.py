@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import os
 import shutil
 import subprocess
 import sys
@@ -196,6 +197,21 @@ def test_slurm_jobs_run_what_is_here(tmp_path: Path) -> None:
     assert torchrun[torchrun.index("--node-rank") + 1] == "1"
     assert torchrun[torchrun.index("--master-addr") + 1] == "alpha"
     assert torchrun[-3:] == ["launch/torchrun.py", "generate", "two words"]
+
+
+def test_ray_jobs_run_batches_of_ray_data(tmp_path: Path) -> None:
+    """Up to where a cluster is needed: a file that is not there is found before."""
+    code = """
+import sys
+from launch import ray_job
+ray_job.join = lambda: None
+sys.argv[1:] = ["--replicas", "2", "batch", "missing.jsonl", "out.jsonl"]
+ray_job.main()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2 and "missing.jsonl" in ran.stderr and "Traceback" not in ran.stderr, ran.stderr
 
 
 def test_dockerfile() -> None:
