@@ -89,7 +89,8 @@ def rank_curve(texts: Iterable[Sequence[int]], widest: int = 9) -> tuple[float, 
 def static_tree(curve: Sequence[float], rows: int, deepest: int) -> RankTree:
     """The ``rows - 1`` likeliest nodes, a node being as likely as its path's ranks together: greedy marginal gain
     (Sequoia, arXiv 2402.12374)."""
-    heap, paths = [(-chance, (rank,)) for rank, chance in enumerate(curve)], set()
+    heap: list[tuple[float, RankPath]] = [(-chance, (rank,)) for rank, chance in enumerate(curve)]
+    paths: set[RankPath] = set()
     heapq.heapify(heap)
     while len(paths) < rows - 1 and heap:
         worth, path = heapq.heappop(heap)
