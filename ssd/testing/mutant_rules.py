@@ -172,7 +172,7 @@ def _unscaled(seeding: Seeding) -> None:
     seeding.put(rules.CandidateSampler, "children", wrong)
 
 
-@mutant("one uniform for a whole chain", UNIFORMS, joint_of("rejection", many=True))
+@mutant("one uniform for a whole chain", UNIFORMS)
 def _one_uniform(seeding: Seeding) -> None:
     """Rejection and block: all candidates are accepted by the same number."""
     honest = rules.uniform
@@ -201,7 +201,7 @@ def _candidate_noise(seeding: Seeding, stream: Callable[[Tensor], Tensor]) -> No
     seeding.put(rules, "gumbel_at", lambda seeds, depth, tokens: gumbel_at(seeds, roots[0] + 1 + depth, tokens))
 
 
-@mutant("candidates drawn with the bonus token's noise", STREAMS, joint_of("rejection", many=True))
+@mutant("candidates drawn with the bonus token's noise", STREAMS)
 def _shared_noise(seeding: Seeding) -> None:
     """Rejection and block: no stream of the draft's own."""
     _candidate_noise(seeding, lambda seeds: seeds)
