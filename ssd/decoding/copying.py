@@ -56,7 +56,8 @@ class CopyBias:
     def flush(self) -> None:
         """Bring what was written to the draft's device."""
         if self.tokens is not self._host:
-            self.tokens.copy_(self._host)
+            # Not waited for: should a write overtake the copy, a guess is worse, and what is drafted still exact.
+            self.tokens.copy_(self._host, non_blocking=True)
 
     def trail(self, tokens: Tensor, lengths: Tensor) -> Trail:
         """Of the rows of a tree ``[B, W]`` or of its root alone ``[B, 1]``, above L ``[B]``."""
