@@ -226,13 +226,14 @@ def _discarded(seeding: Seeding) -> None:
     def wrong(self: draft.DraftWorker) -> Any:
         found = speculate(self)
         assert found.draft is not None
-        return replace(found, trees=kept(found.trees, found.draft))
+        return replace(found, trees=kept(torch.from_numpy(found.trees), found.draft).numpy())
 
-    def wrong_now(self: draft.DraftWorker, missed: Tensor) -> Tensor:
+    def wrong_now(self: draft.DraftWorker, missed: list[bool]) -> list[list[int]]:
         drafted = draft_now(self, missed)
         assert self.drafting.drafted_from is not None
-        drafted = kept(drafted, self.drafting.drafted_from)
-        self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
+        drafted = kept(torch.tensor(drafted), self.drafting.drafted_from).tolist()
+        for slot in (slot for slot, waits in enumerate(missed) if waits):
+            self.trees[slot][1:] = drafted[slot]
         return drafted
 
     seeding.put(draft.DraftWorker, "speculate", wrong)
