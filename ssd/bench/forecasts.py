@@ -68,7 +68,9 @@ def hit_rates(
 
 def _hit(forecast: Forecast, scores: Tensor, tokens: Tensor, node: Tensor, bonus: Tensor) -> bool:
     """One round of one text."""
-    forecast.prepare(tokens)
+    forecast.prepare(tokens.tolist())
     nodes, guesses = forecast.outcomes(scores, tokens)
-    forecast.learn(torch.ones(1, dtype=torch.bool), node, bonus, nodes, guesses)
-    return bool(((nodes == node[:, None]) & (guesses == bonus[:, None])).any())
+    outcome, outcomes = (int(node), int(bonus)), zip(nodes[0].tolist(), guesses[0].tolist(), strict=True)
+    branch = next((n for n, prepared in enumerate(outcomes) if prepared == outcome), None)
+    forecast.learn([True], node.tolist(), [branch])
+    return branch is not None

@@ -152,7 +152,7 @@ def draft_plan(plan: Plan, depth: int, siblings: int | list[int], budget: int) -
     """For a draft that is led over texts: one slot, nothing compiled."""
     config = plan.config
     assert config.draft is not None
-    draft = config.draft.model_copy(update={"compile": False})
+    draft = config.draft.model_copy(update={"compile": False, "data_parallel": 1})
     plan = replace(plan, config=config.model_copy(update={"draft": draft}))
     return with_speculation(plan, lookahead=depth, siblings=siblings, budget=budget, max_batch=1)
 

@@ -39,6 +39,7 @@ class CopyBias:
         self.gains = torch.tensor([0.0, *gains], dtype=torch.float32, device=device)
         # n columns of EMPTY first: the tokens k places back are the same columns k to the left.
         self._host = torch.full((batch, n + capacity), EMPTY, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._written = self._host.numpy()
         self.tokens = self._host.to(device)
         """``[B, n + capacity]`` int32 on the draft's device."""
         self._endings: dict[int, Tensor] = {}
@@ -50,13 +51,14 @@ class CopyBias:
         """The certain tokens from position ``start`` on, the root the last of them."""
         if self.longest:
             place = self.longest + start
-            room = tokens[: self._host.shape[1] - place]
-            self._host[slot, place : place + len(room)] = torch.tensor(room, dtype=torch.int32)
+            room = tokens[: self._written.shape[1] - place]
+            self._written[slot, place : place + len(room)] = room
 
     def flush(self) -> None:
         """Bring what was written to the draft's device."""
         if self.tokens is not self._host:
-            self.tokens.copy_(self._host)
+            # Not waited for: should a write overtake the copy, a guess is worse, and what is drafted still exact.
+            self.tokens.copy_(self._host, non_blocking=True)
 
     def trail(self, tokens: Tensor, lengths: Tensor) -> Trail:
         """Of the rows of a tree ``[B, W]`` or of its root alone ``[B, 1]``, above L ``[B]``."""

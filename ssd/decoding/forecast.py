@@ -9,6 +9,7 @@ nothing is left to reject, w_K = a^K.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -114,12 +115,12 @@ class Forecast(Protocol):
     def admit(self, slot: int, temperature: float) -> None:
         """Another sequence has the slot."""
 
-    def prepare(self, trees: Tensor) -> None:
-        """``outcomes`` is about to be asked about trees ``[B, W]``."""
+    def prepare(self, trees: Sequence[Sequence[int]]) -> None:
+        """``outcomes`` is about to be asked about trees ``[B][W]``."""
 
-    def learn(self, active: Tensor, nodes: Tensor, bonus: Tensor, prepared: Tensor, guesses: Tensor) -> None:
-        """What became of them: outcomes (``nodes``, ``bonus``) ``[B]`` of ``active`` ``[B]`` bool slots; (``prepared``,
-        ``guesses``) ``[B, N]`` were the pairs prepared, ``ABSENT`` guesses in slots without."""
+    def learn(self, active: Sequence[bool], nodes: Sequence[int], branches: Sequence[int | None]) -> None:
+        """What became of them ``[B]``, in ``active`` slots: the deepest accepted node u, and which of the N
+        outcomes last returned was the real one (None: none was)."""
 
 
 class FanOutForecast(Forecast):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from .forecast import Forecast
@@ -29,5 +31,5 @@ class ForecastShare(Forecast):
     def admit(self, slot: int, temperature: float) -> None:
         self._whole.admit(slot, temperature)
 
-    def prepare(self, trees: Tensor) -> None:
+    def prepare(self, trees: Sequence[Sequence[int]]) -> None:
         self._whole.prepare(trees)

@@ -13,6 +13,7 @@ Meier 1958). Estimates differ between states: the round came after a hit or a mi
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -135,22 +136,20 @@ class MeasuredForecast(Forecast):
         bucket = next((i for i, heat in enumerate(HEATS) if temperature <= heat), len(HEATS))
         self._states[slot], self._prepared[slot] = (True, bucket), None
 
-    def prepare(self, trees: Tensor) -> None:
+    def prepare(self, trees: Sequence[Sequence[int]]) -> None:
         plans = []
-        for slot, tree in enumerate(trees.tolist()):
+        for slot, tree in enumerate(trees):
             there = (depth for depth, token in zip(self._shape.depths, tree, strict=True) if token != ABSENT)
             self._deepest[slot] = max(there, default=0)
             plans.append(self._curve(slot).plan(self.budget, self._deepest[slot]))
         self._prepared = list(plans)
         self._plan.copy_(torch.tensor(plans).permute(2, 0, 1))
 
-    def learn(self, active: Tensor, nodes: Tensor, bonus: Tensor, prepared: Tensor, guesses: Tensor) -> None:
-        right = ((prepared == nodes[:, None]) & (guesses == bonus[:, None])).tolist()
-        there = (active & (guesses != ABSENT).any(-1)).tolist()
-        for slot, (node, plan) in enumerate(zip(nodes.tolist(), self._prepared, strict=True)):
-            if not there[slot] or plan is None:  # or admitted since
+    def learn(self, active: Sequence[bool], nodes: Sequence[int], branches: Sequence[int | None]) -> None:
+        for slot, (node, branch, plan) in enumerate(zip(nodes, branches, self._prepared, strict=True)):
+            if not active[slot] or plan is None:  # or admitted since
                 continue
-            rank = next((rank for (_, rank), is_ in zip(plan, right[slot], strict=True) if is_), None)
+            rank = None if branch is None else plan[branch][1]
             fan_out = sum(at == node for at, _ in plan)
             self._curve(slot).learn(node, deepest=self._deepest[slot], fan_out=fan_out, rank=rank)
             self._states[slot] = rank is not None, self._states[slot][1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import psutil
@@ -17,18 +17,28 @@ SPARE = 0.1
 """Share of the free memory left to activations, graphs and other processes."""
 
 
+class Written:
+    """An int64 tensor whose contents the host writes anew every round: through numpy, for what torch costs per call
+    just after a forward has swept the caches is a share of the round."""
+
+    def __init__(self, *shape: int, device: torch.device):
+        self._device, self._host = device, torch.zeros(shape, dtype=torch.int64)
+        self._view = self._host.numpy()
+
+    def write(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        """On the device, without waiting (CUDA takes small pageable copies at once); overwritten by the next call."""
+        self._view[:] = values
+        return self._host if self._device.type == "cpu" else self._host.to(self._device, non_blocking=True)
+
+
 class Courier:
-    """Small tensors between host and device. Of one worker; what was fetched is its own copy.
+    """Small tensors from the device. Of one worker; what was fetched is its own copy.
 
     ``Tensor.cpu`` waits for the device once per tensor. A round has one wait: for what it decided.
     """
 
     def __init__(self, device: torch.device):
         self._device, self._buffer, self._done = device, torch.empty(0), None
-
-    def place(self, tensor: Tensor) -> Tensor:
-        """A host tensor on the device, without waiting (CUDA takes small pageable copies at once)."""
-        return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
 
     def fetch(self, *tensors: Tensor) -> list[Tensor]:
         """int64 tensors on the host: gathered on the device, copied to pinned memory, waited for once."""

@@ -12,6 +12,7 @@ from .messages import MAX_MESSAGE_BYTES, Message, decode, encode
 
 SEND_S = 5.0
 """How long a message waits for somebody to be at the other end."""
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)  # numbers, not members of enums: looking is part of every round
 
 
 class ControlLane(Protocol):
@@ -83,8 +84,8 @@ class ZmqLane:
             raise PipelineError("nobody is at the other end of the control lane") from None
 
     def receive(self, timeout_s: float) -> Message | None:
-        # Looking is part of every round; a poll would make a poller for it.
-        here = self._socket.poll(int(timeout_s * 1000)) if timeout_s else int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN
+        # A poll would make a poller, to look once.
+        here = self._socket.poll(int(timeout_s * 1000)) if timeout_s else int(self._socket.get(_EVENTS)) & _POLLIN
         if not here:
             return None
         return decode(self._socket.recv())

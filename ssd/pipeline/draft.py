@@ -3,6 +3,9 @@ checks. Decisions only; ``loops`` moves the frames."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,7 +13,7 @@ from ..decoding.copying import CopyBias
 from ..decoding.forecast import Forecast
 from ..decoding.ngram import NgramIndex
 from ..decoding.tree import ABSENT, TreeShape
-from ..models.device import Courier
+from ..models.device import Courier, Written
 from ..models.runner import ForwardRunner
 from .chooser import Chooser
 from .drafting import Drafting
@@ -50,7 +53,12 @@ class DraftWorker:
         self._left: list[list[int]] = [[] for _ in range(batch)]
         """Tokens whose keys and values the slot's last sequence left behind."""
         self._prefix_caching, self._came, self._prefilled = prefix_caching, 0, False
-        self.trees = torch.full((batch, shape.nodes), ABSENT)
+        self._absent = [ABSENT] * (shape.nodes - 1)
+        self.trees = [[ABSENT, *self._absent] for _ in range(batch)]
+        """Tokens ``[B][W]`` of the trees under verification."""
+        self._lengths_written, self._trees_written, self._roots_written = (
+            Written(*size, device=device) for size in ((batch,), (batch, shape.nodes), (batch, 1))
+        )
         self._courier = Courier(device)
         kept = {"compile": runner.compile, "graphs": runner.graphs}
         self.chooser = Chooser(batch, runner.vocabulary, device, horizon=2 * shape.depth + 1, **kept)
@@ -74,8 +82,7 @@ class DraftWorker:
         self._take_over(message.slot, row)
         self._came += 1
         self._in_glue.discard(message.slot)
-        self.trees[message.slot] = ABSENT
-        self.trees[message.slot, 0] = message.tokens[-1]
+        self.trees[message.slot] = [message.tokens[-1], *self._absent]
         self.drafting.copying.write(message.slot, 0, message.tokens)
         self.chooser.set(message.slot, message.params)
         self.forecast.admit(message.slot, message.params.temperature)
@@ -90,7 +97,7 @@ class DraftWorker:
         if (row := self.rows[slot]) is not None:
             self._left[slot] = row.tokens[: row.cached]
             self.rows[slot] = None
-            self.trees[slot] = ABSENT
+            self.trees[slot] = [ABSENT, *self._absent]
             self.chooser.clear(slot)
 
     def speculate(self) -> SpeculationSet:
@@ -98,42 +105,47 @@ class DraftWorker:
         self._catch_up()
         batch, branches = len(self.rows), self.forecast.budget
         lengths, longest = self._lengths()
-        tokens = self._courier.place(self.trees)
+        tokens = self._trees_written.write(self.trees)
         self._in_glue = {slot for slot, row in enumerate(self.rows) if row is not None and row.whole}
         forecasting = [row is not None and row.forecasts and row.whole for row in self.rows]
         if not any(forecasting):
             if self._in_glue:  # the accepted part of the tree will be needed all the same
                 self.drafting.glue(tokens, lengths, longest)
-            nodes = guesses = torch.full((batch, branches), ABSENT)
-            trees = torch.full((batch, branches, self.shape.nodes - 1), ABSENT)
+            nodes = guesses = np.full((batch, branches), ABSENT)
+            trees = np.full((batch, branches, self.shape.nodes - 1), ABSENT)
             return SpeculationSet(nodes=nodes, guesses=guesses, trees=trees, draft=self.drafting.nothing(branches))
         self.forecast.prepare(self.trees)
         nodes, guesses, trees, drawn = self.drafting.grow(tokens, lengths, longest)
         draft = self.drafting.nothing(branches) if drawn is None else drawn
-        nodes, guesses, trees = self._courier.fetch(nodes, guesses, trees)
+        at, guessed, below = (part.numpy() for part in self._courier.fetch(nodes, guesses, trees))
         if not all(forecasting):
-            absent = ~torch.tensor(forecasting)[:, None]
-            guesses, trees = guesses.masked_fill(absent, ABSENT), trees.masked_fill(absent[..., None], ABSENT)
-        return SpeculationSet(nodes=nodes, guesses=guesses, trees=trees, draft=draft)
+            silent = [slot for slot, forecasts in enumerate(forecasting) if not forecasts]
+            guessed[silent], below[silent] = ABSENT, ABSENT
+        return SpeculationSet(nodes=at, guesses=guessed, trees=below, draft=draft)
 
-    def commit(self, frame: OutcomeFrame, speculation: SpeculationSet) -> Tensor:
+    def commit(self, frame: OutcomeFrame, speculation: SpeculationSet) -> list[bool]:
         """Take in an outcome; the next trees are then those of the hits, and n-grams where missed
         rows take them. Returns which rows have a tree ``[B]``."""
         moves: list[tuple[int, int, int]] = []
         self._prefilled, self.drafting.lookahead = False, frame.lookahead or self.shape.depth
-        trees, nodes = self.trees.tolist(), frame.nodes.tolist()
-        for slot, state in enumerate(frame.states.tolist()):
+        found, served = lookup(frame.nodes, frame.bonus, speculation), [False] * len(self.rows)
+        self.forecast.learn(
+            [state == RowState.ACTIVE and there for state, there in zip(frame.states, found.prepared, strict=True)],
+            frame.nodes,
+            found.branches,
+        )
+        for slot, state in enumerate(frame.states):
             row = self.rows[slot]
             if row is not None and state == RowState.PREFILL:
                 continue
             if row is None or state != RowState.ACTIVE:
                 self.release(slot)
                 continue
-            node = nodes[slot]
+            node, tree = frame.nodes[slot], self.trees[slot]
             path = [0, *self.shape.path(node)]
             start = len(row.tokens)
-            row.tokens.extend(trees[slot][n] for n in path)
-            certain = [*row.tokens[start + 1 :], int(frame.bonus[slot])]
+            row.tokens.extend(tree[n] for n in path)
+            certain = [*row.tokens[start + 1 :], frame.bonus[slot]]
             if self.chooser.processors.active:
                 self.chooser.processors.commit(slot, certain)
             if row.constraint is not None:
@@ -144,50 +156,49 @@ class DraftWorker:
                 row.cached = len(row.tokens)
                 if node > self.shape.depth:  # off the chain: its keys stand in scratch
                     moves.append((slot, node - self.shape.depth - 1, start + self.shape.depths[node]))
+            self.trees[slot], served[slot] = found.trees[slot], found.branches[slot] is not None
+            self._take_ngram(slot, row, frame, certain, served)
         if moves:
             slots, scratch, positions = (torch.tensor(column) for column in zip(*moves, strict=True))
             self.runner.cache.keep(slots, scratch, positions)
-        found, hit = lookup(frame.nodes, frame.bonus, speculation)
-        active = frame.states == RowState.ACTIVE
-        self.forecast.learn(active, frame.nodes, frame.bonus, speculation.nodes, speculation.guesses)
-        kept = (frame.states == RowState.PREFILL)[:, None]
-        self.trees = torch.where(kept, self.trees, found.masked_fill(~active[:, None], ABSENT))
-        return self._take_ngrams(frame, hit & active)
-
-    def _take_ngrams(self, frame: OutcomeFrame, served: Tensor) -> Tensor:
-        """What the verifier does too: candidates of missed rows from their own text. Returns ``served`` and these."""
-        for slot, row in enumerate(self.rows):
-            if row is None or row.ngrams is None or frame.states[slot] != RowState.ACTIVE:
-                continue
-            row.ngrams.extend([*row.tokens, int(frame.bonus[slot])][len(row.ngrams) :])
-            if frame.ngram and row.forecasts and not served[slot]:
-                found = row.ngrams.propose(self.shape.depth)
-                if found:
-                    self.trees[slot, 1 : len(found) + 1] = torch.tensor(found)
-                    served[slot] = True
         return served
 
-    def waiting(self, active: Tensor, served: Tensor, *, jit: bool) -> Tensor:
-        """Rows ``[B]`` bool that wait for ``draft_now``: those without a tree, unless their fallback
-        is to go on plainly."""
-        waits = torch.tensor([row is not None and (jit or not row.forecasts) for row in self.rows])
-        return active & ~served & waits
+    def _take_ngram(
+        self, slot: int, row: DraftRow, frame: OutcomeFrame, certain: list[int], served: list[bool]
+    ) -> None:
+        """What the verifier does too: candidates of a missed row from its own text."""
+        if row.ngrams is None:
+            return
+        row.ngrams.extend(certain)
+        if frame.ngram and row.forecasts and not served[slot] and (found := row.ngrams.propose(self.shape.depth)):
+            self.trees[slot][1:] = [*found, *self._absent[len(found) :]]
+            served[slot] = True
 
-    def draft_now(self, missed: Tensor) -> Tensor:
+    def waiting(self, states: Sequence[int], served: Sequence[bool], *, jit: bool) -> list[bool]:
+        """Rows ``[B]`` that wait for ``draft_now``: active ones without a tree, unless their fallback
+        is to go on plainly."""
+        return [
+            state == RowState.ACTIVE and not has and row is not None and (jit or not row.forecasts)
+            for state, has, row in zip(states, served, self.rows, strict=True)
+        ]
+
+    def draft_now(self, missed: Sequence[bool]) -> list[list[int]]:
         """Draft for the rows that missed, while the verifier waits (fallback ``jit``).
 
-        Args: missed ``[B]`` bool. Returns: trees ``[B, W - 1]``, ``ABSENT`` in other rows and in those
+        Args: missed ``[B]``. Returns: trees ``[B][W - 1]``, ``ABSENT`` in other rows and in those
         whose keys are not all there yet: they go on plainly.
         """
         self._catch_up()
-        missed = missed & torch.tensor([row is not None and row.whole for row in self.rows])
-        if not missed.any():
+        waits = [slot for slot, row in enumerate(self.rows) if missed[slot] and row is not None and row.whole]
+        drafted = [self._absent] * len(self.rows)
+        if not waits:
             self.drafting.drafted_from = self.drafting.nothing()
-            return torch.full((len(self.rows), self.shape.nodes - 1), ABSENT)
+            return drafted
         lengths, longest = self._lengths()
-        roots = self.trees[:, :1].clamp(min=0).to(self.runner.device)
-        drafted = self.drafting.chains(roots, lengths, longest).cpu().masked_fill(~missed[:, None], ABSENT)
-        self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
+        roots = self._roots_written.write([[max(tree[0], 0)] for tree in self.trees])
+        chains = self.drafting.chains(roots, lengths, longest).tolist()
+        for slot in waits:
+            drafted[slot] = self.trees[slot][1:] = chains[slot]
         return drafted
 
     def _lengths(self) -> tuple[Tensor, int]:
@@ -196,7 +207,7 @@ class DraftWorker:
         lengths = [len(left) if row is None else row.cached for row, left in zip(self.rows, self._left, strict=True)]
         longest = max((len(row.tokens) for row in self.rows if row is not None and row.whole), default=0)
         self.drafting.copying.flush()
-        return self._courier.place(torch.tensor(lengths)), longest
+        return self._lengths_written.write(lengths), longest
 
     def _catch_up(self) -> None:
         """Prefill what was committed without going through here: one chunk a round, of the sequence that

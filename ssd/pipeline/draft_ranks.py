@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,13 +107,12 @@ class LeadingDraft(DraftWorker):
 
     def speculate(self) -> SpeculationSet:
         self._round += 1
-        self._tell(Prepare(round=self._round, trees=self.trees.tolist()))
+        self._tell(Prepare(round=self._round, trees=self.trees))
         own = super().speculate()
         return joined([own, *(self._take(rank) or _nothing_like(own) for rank in self.ranks)])
 
-    def commit(self, frame: OutcomeFrame, speculation: SpeculationSet) -> Tensor:
-        states, nodes, bonus = frame.states.tolist(), frame.nodes.tolist(), frame.bonus.tolist()
-        self._tell(Decided(states=states, nodes=nodes, bonus=bonus, lookahead=frame.lookahead))
+    def commit(self, frame: OutcomeFrame, speculation: SpeculationSet) -> list[bool]:
+        self._tell(Decided(states=frame.states, nodes=frame.nodes, bonus=frame.bonus, lookahead=frame.lookahead))
         return super().commit(frame, speculation)
 
     def close(self) -> None:
@@ -148,24 +148,29 @@ class LeadingDraft(DraftWorker):
 def joined(shares: Sequence[SpeculationSet]) -> SpeculationSet:
     """The shares of all ranks, in order, as the one set that a draft of the whole budget would make."""
 
-    def join(parts: Sequence[Tensor]) -> Tensor:
+    def join(parts: Sequence[np.ndarray]) -> np.ndarray:
+        found = np.stack(parts, axis=2)
+        return found.reshape(len(found), -1, *found.shape[3:])
+
+    def join_drawn(parts: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(parts), dim=2).flatten(1, 2)
 
     drawn = [share.draft for share in shares if share.draft is not None]
+    probs = [join_drawn([d.tokens for d in drawn]), join_drawn([d.probs for d in drawn])] if drawn else None
     return SpeculationSet(
         nodes=join([share.nodes for share in shares]),
         guesses=join([share.guesses for share in shares]),
         trees=join([share.trees for share in shares]),
-        draft=DraftProbs(join([d.tokens for d in drawn]), join([d.probs for d in drawn])) if drawn else None,
+        draft=DraftProbs(*probs) if probs else None,
     )
 
 
 def _nothing_like(share: SpeculationSet) -> SpeculationSet:
     draft = None if share.draft is None else DraftProbs.nothing(*share.draft.tokens.shape)
     return SpeculationSet(
-        nodes=torch.zeros_like(share.nodes),
-        guesses=torch.full_like(share.guesses, ABSENT),
-        trees=torch.full_like(share.trees, ABSENT),
+        nodes=np.zeros_like(share.nodes),
+        guesses=np.full_like(share.guesses, ABSENT),
+        trees=np.full_like(share.trees, ABSENT),
         draft=draft,
     )
 
@@ -184,7 +189,7 @@ def share_loop(
     while True:
         message = lane.receive(IDLE_POLL_S)
         if isinstance(message, Prepare):
-            began, worker.trees = time.perf_counter(), torch.tensor(message.trees)
+            began, worker.trees = time.perf_counter(), message.trees
             share = worker.speculate()
             spent_us = int((time.perf_counter() - began) * 1e6)
             link.send(frames.pack_speculation(share, message.round, spent_us))
@@ -194,9 +199,9 @@ def share_loop(
                 control_count=0,
                 next=Next.ROUND,
                 lookahead=message.lookahead,
-                states=torch.tensor(message.states),
-                nodes=torch.tensor(message.nodes),
-                bonus=torch.tensor(message.bonus),
+                states=message.states,
+                nodes=message.nodes,
+                bonus=message.bonus,
             )
             worker.commit(outcome, share)  # what comes next is the first rank's to say
         elif isinstance(message, Admit):

@@ -1,4 +1,4 @@
-"""The link between draft and verifier: fixed-size tensors, one grouped exchange per round.
+"""The link between draft and verifier: frames of fixed size, one grouped exchange per round.
 
 Both sides post the exchange together, so neither waits for the other to have sent; nothing
 stays pending between exchanges. Every wait has a deadline.
@@ -13,8 +13,9 @@ import queue
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
+import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ..errors import LinkError
 from ..models.tensor_group import first_line
@@ -25,7 +26,8 @@ def nothing() -> None:
 
 
 class Link(Protocol):
-    """A private two-ended channel.
+    """A private two-ended channel. Frames are flat int32 arrays in host memory: a call of torch costs a round several
+    times what one of numpy does, once a forward has swept the caches.
 
     Raises (all methods but close):
         LinkError: the other end is gone or missed the deadline; the link is then dead.
@@ -33,13 +35,13 @@ class Link(Protocol):
     Beside the links here: ``link_shared.SharedLink``, ``link_host.HostLink`` and ``link_nccl.NcclLink``.
     """
 
-    def exchange(self, outgoing: Tensor, incoming: Tensor, meanwhile: Callable[[], None] = nothing) -> None:
+    def exchange(self, outgoing: np.ndarray, incoming: np.ndarray, meanwhile: Callable[[], None] = nothing) -> None:
         """Send one frame and receive one, as one group; ``meanwhile`` runs once both are
         under way."""
 
-    def send(self, outgoing: Tensor) -> None: ...
+    def send(self, outgoing: np.ndarray) -> None: ...
 
-    def receive(self, incoming: Tensor) -> None: ...
+    def receive(self, incoming: np.ndarray) -> None: ...
 
     def close(self) -> None: ...
 
@@ -57,17 +59,17 @@ class InprocLink:
         other: queue.Queue = queue.Queue()
         return cls(one, other, timeout_s), cls(other, one, timeout_s)
 
-    def exchange(self, outgoing: Tensor, incoming: Tensor, meanwhile: Callable[[], None] = nothing) -> None:
+    def exchange(self, outgoing: np.ndarray, incoming: np.ndarray, meanwhile: Callable[[], None] = nothing) -> None:
         self.send(outgoing)
         meanwhile()
         self.receive(incoming)
 
-    def send(self, outgoing: Tensor) -> None:
+    def send(self, outgoing: np.ndarray) -> None:
         if self._dead:
             raise LinkError("the link is closed")
-        self._outbox.put(outgoing.clone())
+        self._outbox.put(outgoing.copy())
 
-    def receive(self, incoming: Tensor) -> None:
+    def receive(self, incoming: np.ndarray) -> None:
         if self._dead:
             raise LinkError("the link is closed")
         try:
@@ -79,8 +81,8 @@ class InprocLink:
             self._dead = True
             raise LinkError("the other end closed the link")
         if frame.shape != incoming.shape:
-            raise LinkError(f"a frame of {frame.numel()} words came where {incoming.numel()} were due")
-        incoming.copy_(frame)
+            raise LinkError(f"a frame of {frame.size} words came where {incoming.size} were due")
+        incoming[:] = frame
 
     def close(self) -> None:
         if not self._dead:
@@ -89,7 +91,7 @@ class InprocLink:
 
 
 class GlooLink:
-    """Two ranks over gloo (CPU tensors), in a group of their own beside any WORLD.
+    """Two ranks over gloo, in a group of their own beside any WORLD.
 
     Args:
         timeout_s: of every send and receive. meet_s: for both ends to come; ``timeout_s`` by default.
@@ -109,29 +111,29 @@ class GlooLink:
         except RuntimeError as error:
             raise LinkError(f"could not link draft and verifier: {first_line(error)}") from error
 
-    def exchange(self, outgoing: Tensor, incoming: Tensor, meanwhile: Callable[[], None] = nothing) -> None:
+    def exchange(self, outgoing: np.ndarray, incoming: np.ndarray, meanwhile: Callable[[], None] = nothing) -> None:
         group = self._alive()
         # Receive first: gloo's blocking send is not buffered, two senders would wait forever.
         try:
-            receiving = group.recv([incoming], self._peer, 0)
-            sending = group.send([outgoing], self._peer, 0)
+            receiving = group.recv([torch.from_numpy(incoming)], self._peer, 0)
+            sending = group.send([torch.from_numpy(outgoing)], self._peer, 0)
             meanwhile()
             receiving.wait(self._timeout)
             sending.wait(self._timeout)
         except RuntimeError as error:
             raise LinkError(f"exchange failed: {first_line(error)}") from error
 
-    def send(self, outgoing: Tensor) -> None:
+    def send(self, outgoing: np.ndarray) -> None:
         group = self._alive()
         try:
-            group.send([outgoing], self._peer, 0).wait(self._timeout)
+            group.send([torch.from_numpy(outgoing)], self._peer, 0).wait(self._timeout)
         except RuntimeError as error:
             raise LinkError(f"send failed: {first_line(error)}") from error
 
-    def receive(self, incoming: Tensor) -> None:
+    def receive(self, incoming: np.ndarray) -> None:
         group = self._alive()
         try:
-            group.recv([incoming], self._peer, 0).wait(self._timeout)
+            group.recv([torch.from_numpy(incoming)], self._peer, 0).wait(self._timeout)
         except RuntimeError as error:
             raise LinkError(f"receive failed: {first_line(error)}") from error
 

@@ -6,10 +6,8 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import torch
 import torch.distributed as dist
 import zmq
-from torch import Tensor
 from zmq.utils.monitor import recv_monitor_message
 
 from ..errors import LinkError
@@ -70,20 +68,20 @@ class HostLink:
         self._timeout_s = timeout_s
         return self
 
-    def exchange(self, outgoing: Tensor, incoming: Tensor, meanwhile: Callable[[], None] = nothing) -> None:
+    def exchange(self, outgoing: np.ndarray, incoming: np.ndarray, meanwhile: Callable[[], None] = nothing) -> None:
         self.send(outgoing)
         meanwhile()
         self.receive(incoming)
 
-    def send(self, outgoing: Tensor) -> None:
-        self._post(_bytes(outgoing).data)
+    def send(self, outgoing: np.ndarray) -> None:
+        self._post(outgoing.data)
 
-    def receive(self, incoming: Tensor) -> None:
+    def receive(self, incoming: np.ndarray) -> None:
         frame = np.frombuffer(self._next(), np.uint8)
         if frame.size != incoming.nbytes:
             self.close()
             raise LinkError(f"a frame of {frame.size} bytes came where {incoming.nbytes} were due")
-        _bytes(incoming)[:] = frame
+        incoming[:] = frame.view(incoming.dtype)
 
     def _post(self, frame: memoryview | bytes) -> None:
         if self._socket is None:
@@ -130,7 +128,3 @@ def _socket() -> zmq.Socket:
     # An end that leaves may be followed by another, which must find a new link, not this one.
     socket.setsockopt(zmq.RECONNECT_IVL, -1)
     return socket
-
-
-def _bytes(tensor: Tensor) -> np.ndarray:
-    return tensor.contiguous().view(torch.uint8).numpy()

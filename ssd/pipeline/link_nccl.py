@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ..errors import LinkError
 from ..models.tensor_group import first_line
@@ -57,29 +57,32 @@ class NcclLink:
         self._timeout_s = timeout_s
 
     def _greet(self, rank: int) -> None:
-        landed = torch.zeros(1, dtype=torch.int32)
-        self._move("greeting", torch.tensor([_HELLO[rank]], dtype=torch.int32), landed, nothing)
+        landed = np.zeros(1, dtype=np.int32)
+        self._move("greeting", np.array([_HELLO[rank]], dtype=np.int32), landed, nothing)
         if landed.item() != _HELLO[1 - rank]:
             self.close()
             raise LinkError("what came to the link was not its other end")
 
-    def exchange(self, outgoing: Tensor, incoming: Tensor, meanwhile: Callable[[], None] = nothing) -> None:
+    def exchange(self, outgoing: np.ndarray, incoming: np.ndarray, meanwhile: Callable[[], None] = nothing) -> None:
         self._move("exchange", outgoing, incoming, meanwhile)
 
-    def send(self, outgoing: Tensor) -> None:
+    def send(self, outgoing: np.ndarray) -> None:
         self._move("send", outgoing, None, nothing)
 
-    def receive(self, incoming: Tensor) -> None:
+    def receive(self, incoming: np.ndarray) -> None:
         self._move("receive", None, incoming, nothing)
 
-    def _move(self, what: str, outgoing: Tensor | None, incoming: Tensor | None, meanwhile: Callable[[], None]) -> None:
+    def _move(
+        self, what: str, outgoing: np.ndarray | None, incoming: np.ndarray | None, meanwhile: Callable[[], None]
+    ) -> None:
         group = self._group
         if group is None:
             raise LinkError("the link is closed")
         try:
             with torch.cuda.stream(self._stream):
-                staged = None if outgoing is None else outgoing.to(self._device)
-                landing = None if incoming is None else torch.empty_like(incoming, device=self._device)
+                staged = None if outgoing is None else torch.from_numpy(outgoing).to(self._device)
+                into = None if incoming is None else torch.from_numpy(incoming)
+                landing = None if into is None else torch.empty_like(into, device=self._device)
                 group._start_coalescing(self._device)
                 if staged is not None:
                     group.send([staged], self._peer, 0)
@@ -89,8 +92,8 @@ class NcclLink:
                 meanwhile()
                 self._wait(work, what)
                 work.wait()  # orders our stream behind NCCL's, now at once
-                if incoming is not None and landing is not None:
-                    incoming.copy_(landing)
+                if into is not None and landing is not None:
+                    into.copy_(landing)
         except RuntimeError as error:
             if isinstance(error, LinkError):
                 raise

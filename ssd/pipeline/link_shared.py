@@ -7,14 +7,13 @@ import mmap
 import os
 import select
 import socket
+import struct
 import time
 import zlib
 from collections.abc import Callable
 
 import numpy as np
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ..errors import LinkError
 from .link import nothing
@@ -23,7 +22,8 @@ MAX_FRAME_BYTES = 64 * 2**20
 """Room for one frame. Memory is taken only for what is used of it."""
 SLOTS = 4
 """Frames of one direction that may be under way. A round has at most two."""
-_HEADER = 64
+_HEAD, _HEADER = struct.Struct("<3q"), 64
+"""A frame's number, size and checksum; the room kept for them."""
 _ROOM = _HEADER + MAX_FRAME_BYTES
 _ENDPOINT = "endpoint"
 SPIN_S = 2e-3
@@ -94,19 +94,19 @@ class SharedLink:
         finally:
             os.close(descriptor)
 
-    def exchange(self, outgoing: Tensor, incoming: Tensor, meanwhile: Callable[[], None] = nothing) -> None:
+    def exchange(self, outgoing: np.ndarray, incoming: np.ndarray, meanwhile: Callable[[], None] = nothing) -> None:
         self.send(outgoing)
         meanwhile()
         self.receive(incoming)
 
-    def send(self, outgoing: Tensor) -> None:
-        frame = _bytes(outgoing)
+    def send(self, outgoing: np.ndarray) -> None:
+        frame = outgoing.view(np.uint8)
         if frame.nbytes > MAX_FRAME_BYTES:
             raise LinkError(f"a frame of {frame.nbytes} bytes; this link takes {MAX_FRAME_BYTES}: engine.link=gloo")
         self._wait(lambda: self._out.put(frame))
 
-    def receive(self, incoming: Tensor) -> None:
-        frame = _bytes(incoming)
+    def receive(self, incoming: np.ndarray) -> None:
+        frame = incoming.view(np.uint8)
         try:
             self._wait(lambda: self._in.take(frame))
         except ValueError as error:
@@ -149,7 +149,7 @@ class _Way:
         start = number * self.size()
         self._taken = np.frombuffer(memory, np.int64, 1, start)
         at = [start + _HEADER + slot * _ROOM for slot in range(SLOTS)]
-        self._headers = [np.frombuffer(memory, np.int64, 3, offset) for offset in at]
+        self._memory, self._places = memory, at
         self._frames = [np.frombuffer(memory, np.uint8, MAX_FRAME_BYTES, offset + _HEADER) for offset in at]
         self._count = 0
         """Frames put, or taken, by this end."""
@@ -165,14 +165,13 @@ class _Way:
         slot = self._count % SLOTS
         self._count += 1
         self._frames[slot][: frame.size] = frame
-        self._headers[slot][1:] = frame.size, zlib.crc32(frame.data, self._count)
-        self._headers[slot][0] = self._count
+        _HEAD.pack_into(self._memory, self._places[slot], self._count, frame.size, zlib.crc32(frame.data, self._count))
         return True
 
     def take(self, into: np.ndarray) -> bool:
         """False while the next frame is not whole. Raises: ValueError: it has another size."""
         slot = self._count % SLOTS
-        number, size, check = self._headers[slot].tolist()
+        number, size, check = _HEAD.unpack_from(self._memory, self._places[slot])
         if number != self._count + 1:
             return False
         frame = self._frames[slot][:size]
@@ -184,7 +183,3 @@ class _Way:
         self._count = number
         self._taken[0] = number
         return True
-
-
-def _bytes(tensor: Tensor) -> np.ndarray:
-    return tensor.contiguous().view(torch.uint8).numpy()

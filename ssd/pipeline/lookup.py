@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-from torch import Tensor
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from ..decoding.tree import ABSENT
 from .frames import SpeculationSet
 
 
-def lookup(nodes: Tensor, bonus: Tensor, speculation: SpeculationSet) -> tuple[Tensor, Tensor]:
-    """The next round's trees and who hit.
+class Found(NamedTuple):
+    """Per sequence."""
 
-    Args:
-        nodes, bonus: ``[B]`` int64, the outcome (u, t).
-
-    Returns:
-        trees ``[B, W]`` (root = bonus, candidates ``ABSENT`` on a miss) and hit ``[B]`` bool.
-    """
-    hit, branch = _found(nodes, bonus, speculation)
-    trees = np.empty((len(hit), speculation.trees.shape[2] + 1), dtype=np.int64)
-    trees[:, 0] = bonus.numpy()
-    trees[:, 1:] = speculation.trees.numpy()[np.arange(len(hit)), branch]
-    trees[~hit, 1:] = ABSENT
-    return torch.from_numpy(trees), torch.from_numpy(hit)
+    trees: list[list[int]]
+    """``[B][W]``, the next round's: the bonus token at the root; below it ``ABSENT`` on a miss."""
+    branches: list[int | None]
+    """Which branch was prepared for the outcome; None: none was, a miss."""
+    prepared: list[bool]
+    """Whether any branch was prepared."""
 
 
-def found_branch(nodes: Tensor, bonus: Tensor, speculation: SpeculationSet) -> tuple[Tensor, Tensor]:
-    """Who hit ``[B]`` bool, and the branch that did ``[B]`` int64. Arguments as for :func:`lookup`."""
-    hit, branch = _found(nodes, bonus, speculation)
-    return torch.from_numpy(hit), torch.from_numpy(branch)
-
-
-def _found(nodes: Tensor, bonus: Tensor, speculation: SpeculationSet) -> tuple[np.ndarray, np.ndarray]:
-    # Numpy: on the critical path of every round, where torch's cost per call counts.
-    matches = (speculation.nodes.numpy() == nodes.numpy()[:, None]) & (
-        speculation.guesses.numpy() == bonus.numpy()[:, None]
-    )
-    return matches.any(1), matches.argmax(1)
+def lookup(nodes: Sequence[int], bonus: Sequence[int], speculation: SpeculationSet) -> Found:
+    """Args: nodes, bonus: ``[B]``, the outcome (u, t)."""
+    found, absent = Found([], [], []), [ABSENT] * speculation.trees.shape[2]
+    plans = zip(speculation.nodes.tolist(), speculation.guesses.tolist(), strict=True)
+    for slot, (u, t, (at, guessed)) in enumerate(zip(nodes, bonus, plans, strict=True)):
+        outcomes = enumerate(zip(at, guessed, strict=True))
+        branch = next((n for n, outcome in outcomes if outcome == (u, t)), None)
+        found.trees.append([t, *(absent if branch is None else speculation.trees[slot, branch].tolist())])
+        found.branches.append(branch)
+        found.prepared.append(guessed.count(ABSENT) < len(guessed))
+    return found

@@ -15,7 +15,7 @@ from ..errors import LinkError, PipelineError
 from ..params import FinishReason, SpeculationRecord
 from .control import ControlLane
 from .draft import DraftWorker
-from .frames import Frames, Next, RowState
+from .frames import Frames, Next
 from .link import Link
 from .messages import (
     Admit,
@@ -100,8 +100,8 @@ def draft_loop(
             return
         idle = frame.next is Next.IDLE
         if not idle:
-            missed = worker.waiting(frame.states == RowState.ACTIVE, served, jit=jit)
-            if missed.any():
+            missed = worker.waiting(frame.states, served, jit=jit)
+            if any(missed):
                 began = time.perf_counter()
                 drafted = worker.draft_now(missed)
                 spent_us = int((time.perf_counter() - began) * 1e6)
@@ -289,7 +289,7 @@ def _finish_round(
         timer.add("draft", spent_us / 1e6)
     missed = worker.advance(verdict, speculation)
     draft.in_round = next_ is Next.ROUND
-    waiting = bool(missed.any())
+    waiting = any(missed)
     if waiting and draft.in_round:
         began = worker.clock()
         worker.fill(missed, *draft.receive_trees())

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, cast
 
 import msgpack
@@ -276,19 +279,27 @@ _TYPES = {cls.__name__: cls for cls in Message.__args__}
 _NESTED = {"params": SamplingParams, "record": SpeculationRecord}
 
 
+_packers = threading.local()
+
+
 @functools.cache
-def _names(cls: type[Message]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of its fields, and of those that are messages themselves."""
+def _names(cls: type[Message]) -> tuple[tuple[str, ...], tuple[str, ...], Callable[[Message], tuple[Any, ...]] | None]:
+    """Of its fields, of those that are messages themselves, and what gets all their values (if there are two)."""
     names = tuple(field.name for field in dataclasses.fields(cls))
-    return names, tuple(name for name in names if name in _NESTED)
+    nested = tuple(name for name in names if name in _NESTED)
+    return names, nested, attrgetter(*names) if len(names) > 1 else None
 
 
 def encode(message: Message) -> bytes:
-    names, nested = _names(type(message))  # part of every round
-    body = {name: getattr(message, name) for name in names}
+    names, nested, values = _names(type(message))  # part of every round, as is the packer kept
+    body: dict[str, Any] = {"type": type(message).__name__}
+    body.update(zip(names, values(message), strict=True) if values else ((n, getattr(message, n)) for n in names))
     for name in nested:
         body[name] = dataclasses.asdict(body[name])
-    return cast(bytes, msgpack.packb({"type": type(message).__name__, **body}))
+    packer = getattr(_packers, "packer", None)
+    if packer is None:
+        packer = _packers.packer = msgpack.Packer()
+    return cast(bytes, packer.pack(body))
 
 
 def decode(raw: bytes) -> Message:

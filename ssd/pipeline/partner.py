@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
-import torch
-
 from ..decoding.support import DraftProbs
 from ..errors import LinkError, PipelineError
 from .control import ControlLane
@@ -46,8 +44,8 @@ class DraftSide:
             ngram=verdict.ngram,
             lookahead=verdict.lookahead,
             states=verdict.states,
-            nodes=verdict.outcome.node,
-            bonus=verdict.outcome.bonus,
+            nodes=verdict.nodes,
+            bonus=verdict.bonus,
         )
         busy_s = 0.0
 
@@ -64,7 +62,7 @@ class DraftSide:
         self.drafted_s = spent_us / 1e6
         return speculation, spent_us
 
-    def receive_trees(self) -> tuple[torch.Tensor, DraftProbs | None]:
+    def receive_trees(self) -> tuple[list[list[int]], DraftProbs | None]:
         began = time.perf_counter()
         self.link.receive(self._trees)
         self._waited_s += time.perf_counter() - began

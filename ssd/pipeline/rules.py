@@ -18,6 +18,8 @@ A draft that lies about its probabilities biases the output: unlike ``coupled``,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,8 +32,7 @@ from ..decoding.sampling import SamplingTensors
 from ..decoding.support import DraftProbs, scaled_logits
 from ..decoding.tree import ABSENT, TreeShape
 from ..decoding.verify import Outcome
-from .frames import ProbsLayout, SpeculationSet
-from .lookup import found_branch
+from .frames import ProbsLayout
 
 
 class CandidateSampler:
@@ -85,15 +86,14 @@ class Judge:
         self._siblings = Siblings(shape, device)
         self._draft = DraftProbs.nothing(batch, probs.inner, probs.size)  # on the host, where frames arrive
 
-    def take(self, nodes: Tensor, bonus: Tensor, speculation: SpeculationSet) -> None:
-        """The next trees are those looked up: keep their distributions."""
-        _, branch = found_branch(nodes, bonus, speculation)
-        assert speculation.draft is not None
-        self._draft = speculation.draft[torch.arange(len(nodes)), branch]
+    def take(self, branches: Sequence[int | None], draft: DraftProbs | None) -> None:
+        """The next trees are these branches' (None: a miss): keep their distributions, of all ``[B, N, I, m]``."""
+        assert draft is not None, "this rule's trees travel with what they were drawn from"
+        self._draft = draft[torch.arange(len(branches)), torch.tensor([branch or 0 for branch in branches])]
 
-    def fill(self, missed: Tensor, draft: DraftProbs) -> None:
-        """``[B]`` bool: in these rows the tree was drafted now, from ``draft`` ``[B, I, m]``."""
-        at = missed[:, None, None]
+    def fill(self, missed: Sequence[bool], draft: DraftProbs) -> None:
+        """``[B]``: in these rows the tree was drafted now, from ``draft`` ``[B, I, m]``."""
+        at = torch.tensor(missed)[:, None, None]
         self._draft = DraftProbs(
             torch.where(at, draft.tokens, self._draft.tokens), torch.where(at, draft.probs, self._draft.probs)
         )

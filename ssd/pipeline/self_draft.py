@@ -67,8 +67,10 @@ class SelfDraft:
         for context in self.runner.contexts:
             self._step(context, nothing[:, None], nothing, None)
 
-    def fill(self, rows: Sequence[Request | None], trees: Tensor, origins: list[Origin], lengths: Tensor) -> float:
-        """Put candidates below the roots of ``trees [B, W]`` (in place) in the rows of method ``self``.
+    def fill(
+        self, rows: Sequence[Request | None], trees: list[list[int]], origins: list[Origin], lengths: Tensor
+    ) -> float:
+        """Put candidates below the roots of ``trees [B][W]`` (in place) in the rows of method ``self``.
 
         Args: lengths: ``[B]``, L of every slot. Returns: the seconds it took.
         """
@@ -77,9 +79,10 @@ class SelfDraft:
             return 0.0
         began = time.perf_counter()
         longest = max(len(row.tokens) for row in rows if row is not None)
-        found = self.propose(trees[:, :1].clamp(min=0).to(lengths.device), lengths, wanted, longest)
+        roots = torch.tensor([[max(tree[0], 0)] for tree in trees]).to(lengths.device)
+        found = self.propose(roots, lengths, wanted, longest).tolist()
         for slot in (slot for slot, own in enumerate(wanted) if own):
-            trees[slot, 1:], origins[slot] = found[slot], "miss"
+            trees[slot][1:], origins[slot] = found[slot], "miss"
             if self._judge is not None:
                 self._judge.name(slot)
         return time.perf_counter() - began

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from ..decoding.logprobs import Logprobs
-from ..decoding.verify import Outcome
 from ..params import FinishReason, Origin
 from .sequence import Sequence
 
@@ -30,13 +27,16 @@ class Commit:
     slot: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
     """What a round decided."""
 
-    outcome: Outcome
-    states: Tensor
-    """``[B]`` int64 of ``RowState``: for the draft."""
+    nodes: list[int]
+    """``[B]``, u."""
+    bonus: list[int]
+    """``[B]``, t."""
+    states: list[int]
+    """``[B]`` of ``RowState``: for the draft."""
     commits: list[Commit]
     forward_s: float
     ngram: bool = False

@@ -16,7 +16,7 @@ from ..decoding.support import DraftProbs
 from ..decoding.tree import ABSENT, TreeShape
 from ..decoding.verify import Outcome, verify_coupled
 from ..errors import RequestError
-from ..models.device import Courier
+from ..models.device import Courier, Written
 from ..models.rows import RowPlan, verify_plans
 from ..models.runner import ForwardRunner
 from ..params import Method, Origin
@@ -77,7 +77,9 @@ class VerifierWorker:
         self.judge: Judge | None = None
         """Under ``rejection`` and ``block``: verifies the rows that sample."""
         self.self_draft: SelfDraft | None = None  # drafts for rows of method ``self``
-        self.trees = torch.full((runner.batch, shape.nodes), ABSENT)
+        self._absent = [ABSENT] * (shape.nodes - 1)
+        self.trees = [[ABSENT, *self._absent] for _ in self.rows]
+        """Tokens ``[B][W]`` of the next round's trees."""
         self.origins: list[Origin] = ["plain"] * runner.batch  # of the candidates in ``trees``
         self.lookups = self.hits = 0  # of the round before
         self._missed_s = self._trees_s = 0.0
@@ -87,9 +89,11 @@ class VerifierWorker:
         self._parents, self._depths = shape.parent_index(device), shape.depth_index(device)
         self._ancestors, self._paths = shape.ancestors(device), TreePaths(shape, device)
         self._silence = torch.zeros(runner.batch, shape.depth + 1, runner.vocabulary, device=device)
-        self._deciders: dict[tuple[RowPlan, int], Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
+        self._deciders: dict[tuple[RowPlan, int], Callable[..., tuple[Tensor, Tensor]]] = {}
         self._trees = verify_plans(shape, () if strict else lookaheads)
         self._tree, self._one = self._trees[shape.depth], RowPlan.sequential("one", 1)
+        self._lengths = Written(runner.batch, device=device)
+        self._tokens = {rows: Written(runner.batch, rows, device=device) for rows in range(1, shape.nodes + 1)}
 
     def warm_up(self) -> None:
         """Compile every form a round needs."""
@@ -97,7 +101,7 @@ class VerifierWorker:
         lengths = torch.zeros(self.runner.batch, dtype=torch.int64, device=self.runner.device)
         for plan in [self._tree] if self.strict else [*self._trees.values(), self._one]:
             for context in self.runner.contexts:
-                self._decide(plan, context, self.trees[:, : plan.rows].to(lengths.device), lengths)
+                self._decide(plan, context, self._rows_of(plan), lengths)
         if not self.strict:
             seconds = {depth: self._forward_s(plan) for depth, plan in self._trees.items()}
             self.steering.calibrate(seconds[self.shape.depth] - self._forward_s(self._one), seconds)
@@ -105,8 +109,12 @@ class VerifierWorker:
     def _forward_s(self, plan: RowPlan) -> float:
         """Seconds of a forward: the best of a few."""
         lengths = torch.zeros(self.runner.batch, dtype=torch.int64, device=self.runner.device)
-        tokens = self.trees[:, : plan.rows].to(lengths.device)
+        tokens = self._rows_of(plan)
         return min(self._decide(plan, self.runner.contexts[0], tokens, lengths)[2] for _ in range(5))
+
+    def _rows_of(self, plan: RowPlan) -> Tensor:
+        """What a forward is fed ``[B, R]``."""
+        return self._tokens[plan.rows].write([tree[: plan.rows] for tree in self.trees])
 
     @property
     def idle(self) -> bool:
@@ -153,7 +161,7 @@ class VerifierWorker:
             forecasts = self.steering.arm(row) == "ssd"
             if self.speculates(row) and (not row.at_draft or row.forecasts != forecasts):
                 row.at_draft, row.forecasts = True, forecasts
-                self.trees[slot, 1:] = ABSENT  # of what stands there the draft does not know
+                self.trees[slot][1:] = self._absent  # of what stands there the draft does not know
                 told.append(row.introduction(slot, self.ends))
         return told
 
@@ -184,55 +192,66 @@ class VerifierWorker:
         self.rows[slot] = row
         self.steering.start(row)
         self.chooser.set(slot, row.params)
-        self.trees[slot] = ABSENT
-        self.trees[slot, 0] = row.root
+        self.trees[slot] = [row.root, *self._absent]
         row.started_s = self.clock()
 
     def verify(self) -> Verdict:
         """One target forward over the trees, and what it decides. Nothing, while no prompt is whole."""
         if not self.decoding:
-            nothing = torch.zeros(len(self.rows), dtype=torch.int64)
-            return Verdict(Outcome(nothing, nothing), torch.tensor(self._states()), commits=[], forward_s=0.0)
+            nothing = [0] * len(self.rows)
+            return Verdict(nodes=nothing, bonus=nothing, states=self._states(), commits=[], forward_s=0.0)
         # Rows of the other slots are computed and mean nothing: they land behind what must stay there.
         held = self.prompts.prefixes.held
         lengths_list = [len(held[slot] if row is None else row.tokens) for slot, row in enumerate(self.rows)]
-        lengths = self._courier.place(torch.tensor(lengths_list))
+        lengths = self._lengths.write(lengths_list)
         own = self.self_draft
         drafted_s = own.fill(self.rows, self.trees, self.origins, lengths) if own is not None else 0.0
         plan = self._plan()
         context = self.runner.context_for(max(len(r.tokens) for r in self.rows if r is not None) + max(plan.limits) + 1)
-        tokens = self._courier.place(self.trees[:, : plan.rows])
-        logits, outcome, forward_s = self._decide(plan, context, tokens, lengths)
-        states, commits = self._commit(outcome, lengths_list, logits)
+        logits, (nodes, bonus), forward_s = self._decide(plan, context, self._rows_of(plan), lengths)
+        states, commits = self._commit(nodes, bonus, lengths_list, logits)
         ngram = self.steering.ngram
         self.steering.learn(commits, forward_s)
-        return Verdict(outcome, states, commits, forward_s, ngram, self.steering.lookahead(self.rows), drafted_s)
+        return Verdict(
+            nodes=nodes,
+            bonus=bonus,
+            states=states,
+            commits=commits,
+            forward_s=forward_s,
+            ngram=ngram,
+            lookahead=self.steering.lookahead(self.rows),
+            drafted_s=drafted_s,
+        )
 
     @torch.no_grad()
-    def _decide(self, plan: RowPlan, context: int, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Outcome, float]:
+    def _decide(
+        self, plan: RowPlan, context: int, tokens: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, list[list[int]], float]:
         """Forward, choice and verification as one compiled function: a round's many small
         operations would cost as much as a layer. Filters and processors, which it cannot do, choose
-        anew. Returns logits ``[B, R, V]``, the outcome, and the seconds of the compiled function alone."""
+        anew. Returns logits ``[B, R, V]``, the outcome's nodes and bonus tokens ``[2][B]``, and the seconds of
+        the compiled function alone."""
         decide = self._deciders.get((plan, context))
         if decide is None:
             decide = self._deciders[plan, context] = self.runner.compiled(self._decider(plan, context))
         noise, began = self.chooser.noise(lengths), self.clock()
         quiet = self._silence if noise is None else noise
         self.runner.announce(plan, tokens, lengths, context)
-        logits, node, bonus = decide(tokens, lengths, self.chooser.params.temperature, quiet)
-        outcome = Outcome(*self._courier.fetch(node, bonus))
+        logits, decided = decide(tokens, lengths, self.chooser.params.temperature, quiet)
+        (decided,) = self._courier.fetch(decided)
         forward_s = self.clock() - began
         judge = self.judge if noise is not None and plan.rows > 1 else None
         if judge is not None or self.chooser.processors.active or self.chooser.params.filtered:
-            outcome = self._decide_anew(plan, tokens, lengths, logits, noise, judge)
-        return logits, outcome, forward_s
+            decided = torch.stack(self._decide_anew(plan, tokens, lengths, logits, noise, judge))
+        return logits, decided.tolist(), forward_s
 
     def _decide_anew(
         self, plan: RowPlan, tokens: Tensor, lengths: Tensor, logits: Tensor, noise: Tensor | None, judge: Judge | None
     ) -> Outcome:
         """The outcome with processors, filters and the rule."""
         if self.chooser.processors.active:
-            logits = self.chooser.processed(logits, self._paths.of(self.trees.to(tokens.device))[:, : plan.rows])
+            trees = torch.tensor(self.trees, device=tokens.device)
+            logits = self.chooser.processed(logits, self._paths.of(trees)[:, : plan.rows])
         ahead = None if noise is None else noise[:, self._depths[: plan.rows]]
         chosen = scores(logits, self.chooser.params, ahead).argmax(-1)
         matched = Outcome(*self._courier.fetch(*self._verify(tokens, chosen)))
@@ -241,16 +260,13 @@ class VerifierWorker:
         assert ahead is not None
         return judge.decide(matched, chosen.cpu(), tokens.cpu(), logits, lengths, ahead, self.chooser.params)
 
-    def _decider(self, plan: RowPlan, context: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    def _decider(self, plan: RowPlan, context: int) -> Callable[..., tuple[Tensor, Tensor]]:
         runner, verify, ahead = self.runner, self._verify, self._depths[: plan.rows]
 
-        def decide(
-            tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor
-        ) -> tuple[Tensor, Tensor, Tensor]:
+        def decide(tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
             # A draft may send anything: what is no token is fed as some token, and never accepted.
             logits = runner.logits(plan, tokens.clamp(0, runner.vocabulary - 1), lengths, context)
-            node, bonus = verify(tokens, perturbed(logits, noise[:, ahead], temperature).argmax(-1))
-            return logits, node, bonus
+            return logits, torch.stack(verify(tokens, perturbed(logits, noise[:, ahead], temperature).argmax(-1)))
 
         return decide
 
@@ -258,24 +274,24 @@ class VerifierWorker:
         rows = tokens.shape[1]
         return verify_coupled(tokens, chosen, self._parents[:rows], self._depths[:rows], self._ancestors[:rows, :rows])
 
-    def advance(self, verdict: Verdict, speculation: SpeculationSet | None) -> Tensor:
-        """Next trees by lookup (``None``: no draft took part). Returns the rows ``[B]`` bool that
+    def advance(self, verdict: Verdict, speculation: SpeculationSet | None) -> list[bool]:
+        """Next trees by lookup (``None``: no draft took part). Returns the rows ``[B]`` that
         wait for a tree drafted now."""
         missed = [False] * len(self.rows)
         self.lookups = self.hits = 0
         if speculation is None:
-            self.trees = torch.full_like(self.trees, ABSENT)
-            self.trees[:, 0] = verdict.outcome.bonus
+            self.trees = [[token, *self._absent] for token in verdict.bonus]
         else:
-            self.trees, found = lookup(verdict.outcome.node, verdict.outcome.bonus, speculation)
+            found = lookup(verdict.nodes, verdict.bonus, speculation)
+            self.trees = found.trees
             if self.judge is not None:
-                self.judge.take(verdict.outcome.node, verdict.outcome.bonus, speculation)
-            prepared = (speculation.guesses.numpy() != ABSENT).any(-1).tolist()
-            for slot, (row, hit) in enumerate(zip(self.rows, found.tolist(), strict=True)):
+                self.judge.take(found.branches, speculation.draft)
+            for slot, row in enumerate(self.rows):
                 if row is None or not self.speculates(row):
                     continue
-                row.draft_behind = row.forecasts and not prepared[slot]
-                if row.forecasts and prepared[slot]:
+                hit, prepared = found.branches[slot] is not None, found.prepared[slot]
+                row.draft_behind = row.forecasts and not prepared
+                if row.forecasts and prepared:
                     row.hit = hit
                     row.record.count_lookup(hit)
                     self.lookups += 1
@@ -286,71 +302,72 @@ class VerifierWorker:
                 missed[slot] = not hit and (self.jit or not row.forecasts)
         for slot, row in enumerate(self.rows):
             if row is None:
-                self.trees[slot] = ABSENT
+                self.trees[slot] = [ABSENT, *self._absent]
                 continue
-            row.waited = bool(missed[slot])
+            row.waited = missed[slot]
             row.draft_behind &= self.speculates(row)
             if row.ngrams is not None and self.steering.arm(row, drafting=self.drafting) == "ngram":
                 self._take_ngram(slot, row)
         self._missed_s, self._trees_s = self.clock(), 0.0
-        return torch.tensor(missed)
+        return missed
 
     def _take_ngram(self, slot: int, row: Sequence) -> bool:
         """The slot's tree from what its own text says, if that says anything."""
         assert row.ngrams is not None
         found, self.origins[slot] = row.ngrams.index.propose(self.shape.depth), "miss"
         if found:
-            self.trees[slot, 1:] = ABSENT
-            self.trees[slot, 1 : len(found) + 1] = torch.tensor(found)
+            self.trees[slot][1:] = [*found, *self._absent[len(found) :]]
             self.steering.name(slot)
             if self.judge is not None:
                 self.judge.name(slot)
         return bool(found)
 
-    def fill(self, missed: Tensor, drafted: Tensor, draft: DraftProbs | None = None) -> None:
-        """Trees drafted now, ``[B, W - 1]``, for the rows that missed; under rules that need it,
+    def fill(self, missed: list[bool], drafted: list[list[int]], draft: DraftProbs | None = None) -> None:
+        """Trees drafted now, ``[B][W - 1]``, for the rows that missed; under rules that need it,
         what they were drawn from ``[B, I, m]``."""
-        self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
-        for row, tree, waited in zip(self.rows, drafted.tolist(), missed.tolist(), strict=True):
-            if row is not None and waited and not row.forecasts:
-                row.draft_behind = all(token == ABSENT for token in tree)
+        waited = [slot for slot, waits in enumerate(missed) if waits]
+        for slot in waited:
+            row, self.trees[slot][1:] = self.rows[slot], drafted[slot]
+            if row is not None and not row.forecasts:
+                row.draft_behind = drafted[slot] == self._absent
         self._trees_s = self.clock() - self._missed_s
         if (fallback := self.steering.fallback) is not None:
             fallback.waited(self._trees_s)
-            fallback.sources.update((slot, "jit") for slot, waited in enumerate(missed.tolist()) if waited)
+            fallback.sources.update((slot, "jit") for slot in waited)
         if self.judge is not None and draft is not None:
             self.judge.fill(missed, draft)
 
     def lose_draft(self) -> None:
         """Go on plainly. Losslessness does not depend on the draft: only speed is lost."""
         self.drafting = False
-        self.trees[:, 1:] = ABSENT
+        for tree in self.trees:
+            tree[1:] = self._absent
         for _, row in self._admitted:
             row.at_draft = row.draft_behind = False
 
     def _plan(self) -> RowPlan:
         rows = [row for row in self.rows if row is not None]
-        plain = not bool((self.trees.numpy()[:, 1:] != ABSENT).any())
+        plain = all(tree[1:] == self._absent for tree in self.trees)
         if plain and (not self.strict or all(row.method == "none_fast" for row in rows)):
             return self._one
         if self.judge is not None or len(self._trees) == 1:
             return self._tree
-        deepest = int((self.trees[:, 1:] != ABSENT).sum(-1).max())  # of chains: they have no holes
+        deepest = max(len(self._absent) - tree.count(ABSENT) for tree in self.trees)  # of chains: they have no holes
         return next((plan for depth, plan in self._trees.items() if depth >= deepest), self._tree)
 
-    def _commit(self, outcome: Outcome, lengths: list[int], logits: Tensor) -> tuple[Tensor, list[Commit]]:
+    def _commit(
+        self, nodes: list[int], bonus: list[int], lengths: list[int], logits: Tensor
+    ) -> tuple[list[int], list[Commit]]:
         states, commits = self._states(), []
-        trees = self.trees.tolist()
         moves: list[tuple[int, int, int]] = []
-        for slot, (node, bonus) in enumerate(zip(outcome.node.tolist(), outcome.bonus.tolist(), strict=True)):
-            row = self.rows[slot]
+        for slot, (node, row) in enumerate(zip(nodes, self.rows, strict=True)):
             if row is None:
                 continue
-            tree = trees[slot]
+            tree = self.trees[slot]
             depth, chain = self.shape.depths[node], self.shape.depth
-            drafted, path = sum(token != ABSENT for token in tree[1 : chain + 1]), self.shape.path(node)
+            drafted, path = chain - tree[1 : chain + 1].count(ABSENT), self.shape.path(node)
             row.record.count_round(drafted=drafted, accepted=depth)
-            tokens, finished = row.commit([tree[n] for n in path], bonus)
+            tokens, finished = row.commit([tree[n] for n in path], bonus[slot])
             self.chooser.processors.commit(slot, tokens)
             logprobs = None
             if row.params.logprobs is not None:
@@ -382,7 +399,7 @@ class VerifierWorker:
         if moves:
             slots, scratch, positions = (torch.tensor(column) for column in zip(*moves, strict=True))
             self.runner.keep(slots, scratch, positions)
-        return torch.tensor(states), commits
+        return states, commits
 
     def _states(self) -> list[int]:
         """What the draft must know of slots that do not decode."""
@@ -396,5 +413,5 @@ class VerifierWorker:
     def _free(self, slot: int) -> None:
         self.rows[slot] = None
         self.prompts.leave(slot)
-        self.trees[slot] = ABSENT
+        self.trees[slot] = [ABSENT, *self._absent]
         self.chooser.clear(slot)

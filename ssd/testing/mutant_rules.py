@@ -172,7 +172,7 @@ def _unscaled(seeding: Seeding) -> None:
     seeding.put(rules.CandidateSampler, "children", wrong)
 
 
-@mutant("one uniform for a whole chain", UNIFORMS, joint_of("rejection", many=True))
+@mutant("one uniform for a whole chain", UNIFORMS)
 def _one_uniform(seeding: Seeding) -> None:
     """Rejection and block: all candidates are accepted by the same number."""
     honest = rules.uniform
@@ -201,7 +201,7 @@ def _candidate_noise(seeding: Seeding, stream: Callable[[Tensor], Tensor]) -> No
     seeding.put(rules, "gumbel_at", lambda seeds, depth, tokens: gumbel_at(seeds, roots[0] + 1 + depth, tokens))
 
 
-@mutant("candidates drawn with the bonus token's noise", STREAMS, joint_of("rejection", many=True))
+@mutant("candidates drawn with the bonus token's noise", STREAMS)
 def _shared_noise(seeding: Seeding) -> None:
     """Rejection and block: no stream of the draft's own."""
     _candidate_noise(seeding, lambda seeds: seeds)
@@ -226,13 +226,14 @@ def _discarded(seeding: Seeding) -> None:
     def wrong(self: draft.DraftWorker) -> Any:
         found = speculate(self)
         assert found.draft is not None
-        return replace(found, trees=kept(found.trees, found.draft))
+        return replace(found, trees=kept(torch.from_numpy(found.trees), found.draft).numpy())
 
-    def wrong_now(self: draft.DraftWorker, missed: Tensor) -> Tensor:
+    def wrong_now(self: draft.DraftWorker, missed: list[bool]) -> list[list[int]]:
         drafted = draft_now(self, missed)
         assert self.drafting.drafted_from is not None
-        drafted = kept(drafted, self.drafting.drafted_from)
-        self.trees[:, 1:] = torch.where(missed[:, None], drafted, self.trees[:, 1:])
+        drafted = kept(torch.tensor(drafted), self.drafting.drafted_from).tolist()
+        for slot in (slot for slot, waits in enumerate(missed) if waits):
+            self.trees[slot][1:] = drafted[slot]
         return drafted
 
     seeding.put(draft.DraftWorker, "speculate", wrong)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -133,11 +134,13 @@ def _impossible_guesses(seeding: Seeding) -> None:
 def _lookup_by_token(seeding: Seeding) -> None:
     """A branch of another node hits if its guess is the bonus token. Costs speed only."""
 
-    def wrong(_nodes: Tensor, bonus: Tensor, speculation: Any) -> Any:
-        matches = speculation.guesses.numpy() == bonus.numpy()[:, None]
-        return matches.any(1), matches.argmax(1)
+    honest = lookup.lookup
 
-    seeding.everywhere(lookup._found, wrong)
+    def wrong(nodes: Any, bonus: Any, speculation: Any) -> Any:
+        anywhere = np.broadcast_to(np.array(nodes)[:, None], speculation.nodes.shape)
+        return honest(nodes, bonus, replace(speculation, nodes=anywhere))
+
+    seeding.everywhere(honest, wrong)
 
 
 @mutant("trees of another branch", RIGHT)
@@ -147,7 +150,7 @@ def _other_branch(seeding: Seeding) -> None:
 
     def wrong(self: draft.DraftWorker) -> Any:
         found = honest(self)
-        return replace(found, trees=found.trees.roll(1, dims=1))
+        return replace(found, trees=np.roll(found.trees, 1, axis=1))
 
     seeding.put(draft.DraftWorker, "speculate", wrong)
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
 from ..params import SamplingParams
 from ..pipeline.build import Plan
 from ..pipeline.draft import DraftWorker
-from ..pipeline.frames import Next, OutcomeFrame, RowState
+from ..pipeline.frames import Next, OutcomeFrame
 from ..pipeline.messages import Submit
 from ..pipeline.verifier import VerifierWorker
 
@@ -74,21 +72,21 @@ def play(
             ngram=verdict.ngram,
             lookahead=verdict.lookahead,
             states=verdict.states,
-            nodes=verdict.outcome.node,
-            bonus=verdict.outcome.bonus,
+            nodes=verdict.nodes,
+            bonus=verdict.bonus,
         )
         outcome = frames.unpack_outcome(frames.pack_outcome(outcome), number)
         missed = verifier.advance(verdict, sent)
         hit = draft.commit(outcome, prepared)
-        waits = draft.waiting(outcome.states == RowState.ACTIVE, hit, jit=plan.jit)
-        if not torch.equal(missed, waits):
+        waits = draft.waiting(outcome.states, hit, jit=plan.jit)
+        if missed != waits:
             raise RuntimeError("draft and verifier disagree about who missed")
-        if waits.any():
+        if any(waits):
             drafted = draft.draft_now(waits)
             raw = frames.pack_trees(drafted, number, 0, draft.drafting.drafted_from)
             verifier.fill(missed, frames.unpack_trees(raw, number)[0], frames.unpack_tree_probs(raw))
         # What was served without waiting was prepared, or was an n-gram.
-        sources = ["hit" if h else "jit" if w else "none" for h, w in zip(hit.tolist(), waits.tolist(), strict=True)]
+        sources = ["hit" if h else "jit" if w else "none" for h, w in zip(hit, waits, strict=True)]
         if verifier.steering.fallback is not None:
             for slot, source in verifier.steering.fallback.sources.items():
                 sources[slot] = source

@@ -66,8 +66,8 @@ def law_of(rule: str, shape: str = "chain of 2", case: str = "full rows-V=3") ->
     return f"test_laws.py::test_law[{rule}-{shape}-{case}]".replace(" ", "_")
 
 
-def joint_of(case: str, *, many: bool = False) -> str:
-    return f"test_chi_square.py::test_joint_law{'_of_many[jit-' if many else '['}{case}]"
+def joint_of(case: str) -> str:
+    return f"test_chi_square.py::test_joint_law[{case}]"
 
 
 EQUAL = "test_played.py::test_tokens_are_plain_decodings"

@@ -7,9 +7,9 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
 import psutil
 import pytest
-import torch
 
 from ssd.pipeline.rendezvous import VerifierSide, draft_side
 
@@ -22,8 +22,8 @@ def test_addresses() -> None:
         coming = pool.submit(draft_side, side.rendezvous, timeout_s=10.0)
         verifier = side.link()
         draft, lane = coming.result(20.0)
-        receiving = pool.submit(draft.receive, got := torch.zeros(4, dtype=torch.int64))
-        verifier.send(torch.arange(4))
+        receiving = pool.submit(draft.receive, got := np.zeros(4, dtype=np.int32))
+        verifier.send(np.arange(4, dtype=np.int32))
         receiving.result(20.0)
     assert got.tolist() == [0, 1, 2, 3]
     new = connections() - before

@@ -14,7 +14,7 @@ import torch
 from scripts.gpu import checks
 from scripts.gpu.bench import Bench, embedded_pair
 from ssd.decoding.tree import TreeShape
-from ssd.models.device import Courier, free_bytes
+from ssd.models.device import Courier, Written, free_bytes
 from ssd.models.graphs import Graphs
 from ssd.models.rows import RowPlan
 from ssd.testing.attention import LARGE_CASES, Case, check
@@ -86,15 +86,15 @@ def test_a_hit_round_waits_for_its_outcome_only(bench: Bench) -> None:
     """Captured forwards and the courier pass CUDA's own check for hidden synchronisation."""
     runner = checks.runner(bench, "bfloat16", kind="tree", graphs=True)
     plan, courier = RowPlan.tree("tree", TreeShape.comb(checks.LOOKAHEAD)), Courier(bench.device)
-    fed, lengths = torch.full((3, plan.rows), 9), torch.full((3,), 90)
+    fed, lengths = Written(3, plan.rows, device=bench.device), Written(3, device=bench.device)
     for strict in (False, True):
         torch.cuda.set_sync_debug_mode("error" if strict else "default")
         try:
-            logits = runner.forward(plan, courier.place(fed), courier.place(lengths), longest=90)
+            logits = runner.forward(plan, fed.write([[9] * plan.rows] * 3), lengths.write([90] * 3), longest=90)
             (chosen,) = courier.fetch(logits.argmax(-1))
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert chosen.shape == fed.shape
+        assert chosen.shape == (3, plan.rows)
 
 
 def test_free_memory_counts_what_torch_could_reuse() -> None:

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from ssd.pipeline import draft as draft_module
-from ssd.pipeline import rules
+from ssd.pipeline import drafting, rules
 from ssd.testing.chi_square import (
     CASES,
     FALLBACKS,
@@ -82,7 +81,7 @@ def another_story(rules: Any) -> tuple[str, Any]:
 def test_mistakes_show(mistake: Callable[[Any], tuple[str, Any]], pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests above can fail: as many samples of a pipeline with one mistake."""
     name, wrong = mistake(rules)
-    for module in (rules, draft_module):
+    for module in (rules, drafting):
         if name in vars(module):
             monkeypatch.setattr(module, name, wrong)
     results = check(sampled(pair, SAMPLES, "rejection"), target_law(), 60)

@@ -102,14 +102,14 @@ class ScriptedVerifier(VerifierWorker):
     cancelled_at: list[int]
     """How many tokens each cancelled request had."""
 
-    def advance(self, verdict: Verdict, speculation: SpeculationSet | None) -> Tensor:
+    def advance(self, verdict: Verdict, speculation: SpeculationSet | None) -> list[bool]:
         missed = super().advance(verdict, speculation)
         for slot, row in enumerate(self.rows):
             if row is not None:
                 position = len(row.tokens)
                 for node in range(1, self.shape.nodes):
                     logits = logits_at(position + node - 1, self.runner.changed)  # type: ignore[attr-defined]
-                    self.trees[slot, node] = (int(logits.argmax()) + (node > self.right)) % SIZE
+                    self.trees[slot][node] = (int(logits.argmax()) + (node > self.right)) % SIZE
         return missed
 
     def cancel(self, request: int) -> Sequence | None:

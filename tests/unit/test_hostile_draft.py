@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from ssd import LLM, SamplingParams
 from ssd.pipeline import draft as draft_module
@@ -51,19 +51,20 @@ def test_tokens_out_of_the_air(
     """Random tokens, ids that are none, children of absent nodes, siblings of one token."""
     generator = torch.Generator().manual_seed(1)
 
-    def random(*shape: int) -> Tensor:
-        return torch.randint(*low_high, shape, generator=generator)
+    def random(low: int, high: int, *shape: int) -> np.ndarray:
+        return torch.randint(low, high, shape, generator=generator).numpy()
 
     def speculate(self: DraftWorker) -> SpeculationSet:
         batch, branches, below = len(self.rows), self.forecast.budget, self.shape.nodes - 1
         # Guesses over the whole vocabulary, so that some hit and the trees are verified.
-        guesses = torch.randint(0, 128, (batch, branches), generator=generator)
-        nodes = torch.randint(-1, self.shape.nodes + 1, (batch, branches), generator=generator)
-        return SpeculationSet(nodes=nodes, guesses=guesses, trees=random(batch, branches, below))
+        guesses = random(0, 128, batch, branches)
+        nodes = random(-1, self.shape.nodes + 1, batch, branches)
+        return SpeculationSet(nodes=nodes, guesses=guesses, trees=random(*low_high, batch, branches, below))
 
-    def draft_now(self: DraftWorker, missed: Tensor) -> Tensor:
-        trees = random(len(self.rows), self.shape.nodes - 1)
-        self.trees[:, 1:] = torch.where(missed[:, None], trees, self.trees[:, 1:])
+    def draft_now(self: DraftWorker, missed: list[bool]) -> list[list[int]]:
+        trees = random(*low_high, len(self.rows), self.shape.nodes - 1).tolist()
+        for slot in (slot for slot, waits in enumerate(missed) if waits):
+            self.trees[slot][1:] = trees[slot]
         return trees
 
     monkeypatch.setattr(DraftWorker, "speculate", speculate)
@@ -78,7 +79,7 @@ def test_trees_of_another_outcome(config: dict[str, Any], monkeypatch: pytest.Mo
 
     def shifted(self: DraftWorker) -> SpeculationSet:
         honest = speculate(self)
-        return replace(honest, trees=honest.trees.roll(1, dims=1))
+        return replace(honest, trees=np.roll(honest.trees, 1, axis=1))
 
     monkeypatch.setattr(DraftWorker, "speculate", shifted)
     assert check(config)[0] is None
@@ -86,12 +87,12 @@ def test_trees_of_another_outcome(config: dict[str, Any], monkeypatch: pytest.Mo
 
 def test_short_branches(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Trees with nodes missing, at any depth."""
-    speculate, generator = DraftWorker.speculate, torch.Generator().manual_seed(2)
+    speculate, generator = DraftWorker.speculate, np.random.default_rng(2)
 
     def holey(self: DraftWorker) -> SpeculationSet:
         honest = speculate(self)
-        holes = torch.rand(honest.trees.shape, generator=generator) < 0.3
-        return replace(honest, trees=honest.trees.masked_fill(holes, -1))
+        holes = generator.random(honest.trees.shape) < 0.3
+        return replace(honest, trees=np.where(holes, -1, honest.trees))
 
     monkeypatch.setattr(DraftWorker, "speculate", holey)
     degraded, accepted = check(config)
@@ -132,7 +133,7 @@ def test_breaks_down_while_it_is_waited_for(config: dict[str, Any], monkeypatch:
 def test_frames_of_another_round(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     pack = Frames.pack_speculation
 
-    def skips(self: Frames, speculation: SpeculationSet, round: int, spent_us: int) -> Tensor:
+    def skips(self: Frames, speculation: SpeculationSet, round: int, spent_us: int) -> np.ndarray:
         return pack(self, speculation, round + (round > 3), spent_us)
 
     monkeypatch.setattr(Frames, "pack_speculation", skips)

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -93,12 +94,12 @@ def test_a_new_link_is_warm() -> None:
         ends = [future.result(10) for future in [pool.submit(link, rank) for rank in (0, 1)]]
         assert time.monotonic() - began >= Group.CONNECT_S
         assert [group.launched for group in Group.ends.values()] == [1, 1]
-        frames = [torch.arange(3, dtype=torch.int32), torch.arange(7, dtype=torch.int32)]
-        landed = [torch.zeros_like(frames[1]), torch.zeros_like(frames[0])]
+        frames = [np.arange(3, dtype=np.int32), np.arange(7, dtype=np.int32)]
+        landed = [np.zeros_like(frames[1]), np.zeros_like(frames[0])]
         moves = [pool.submit(end.exchange, frame, into) for end, frame, into in zip(ends, frames, landed, strict=True)]
         for move in moves:
             move.result(10)
-    assert torch.equal(landed[0], frames[1]) and torch.equal(landed[1], frames[0])
+    assert np.array_equal(landed[0], frames[1]) and np.array_equal(landed[1], frames[0])
     assert [group.launched for group in Group.ends.values()] == [2, 2]
 
 

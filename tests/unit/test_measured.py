@@ -104,12 +104,12 @@ def test_slots_have_states_of_their_own() -> None:
     for slot, temperature in enumerate((0.0, 1.0, 0.0)):
         forecast.admit(slot, temperature)
     for _ in range(200):
-        forecast.prepare(trees)
+        forecast.prepare(trees.tolist())
         nodes, guesses = forecast.outcomes(scores, trees)
         assert nodes.shape == guesses.shape == (3, 6)
-        bonus = guesses[torch.arange(3), (nodes == 0).int().argmax(-1)]
-        forecast.learn(torch.tensor([True, False, True]), torch.tensor([0, 3, 0]), bonus, nodes, guesses)
-    forecast.prepare(trees)
+        branches = (nodes == 0).int().argmax(-1).tolist()
+        forecast.learn([True, False, True], [0, 3, 0], [branches[0], None, branches[2]])
+    forecast.prepare(trees.tolist())
     nodes, guesses = forecast.outcomes(scores, trees)
     assert (nodes[0] == 0).sum() > (nodes[1] == 0).sum()
     assert torch.equal(nodes[0], nodes[2])
@@ -117,10 +117,10 @@ def test_slots_have_states_of_their_own() -> None:
         for at, guess in zip(nodes[row].tolist(), guesses[row].tolist(), strict=True):
             assert at == 3 or guess != trees[row, at + 1]
     forecast.admit(0, 0.0)
-    forecast.learn(torch.tensor([True] * 3), torch.zeros(3, dtype=torch.int64), guesses[:, 0], nodes, guesses)
+    forecast.learn([True] * 3, [0] * 3, [0] * 3)
     absent = trees.clone()
     absent[:, 1:] = ABSENT
-    forecast.prepare(absent)
+    forecast.prepare(absent.tolist())
     assert (forecast.outcomes(scores, absent)[0] == 0).all()
 
 

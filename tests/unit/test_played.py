@@ -67,9 +67,9 @@ def test_guesses_are_possible_outcomes(tiny_config: Configure, monkeypatch: pyte
     speculate, seen = DraftWorker.speculate, []
 
     def noting(self: DraftWorker) -> SpeculationSet:
-        trees = self.trees.clone()
+        trees = [*self.trees]
         found = speculate(self)
-        for row, tree in zip(range(len(trees)), trees.tolist(), strict=True):
+        for row, tree in enumerate(trees):
             pairs = list(zip(found.nodes[row].tolist(), found.guesses[row].tolist(), strict=True))
             if pairs[0][1] != ABSENT:
                 seen.append(pairs)

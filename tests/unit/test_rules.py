@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -130,17 +131,18 @@ def test_distributions_travel_bit_for_bit(size: int) -> None:
     frames = Frames(batch=3, branches=4, nodes=3, probs=layout)
     generator = torch.Generator().manual_seed(size)
     draft = DraftProbs.of_logits(torch.randn(3, 4, 2, 7, generator=generator), size)
-    nodes, guesses, trees = torch.randint(0, 3, (3, 4)), torch.randint(0, 7, (3, 4)), torch.randint(-1, 7, (3, 4, 2))
+    numbers = np.random.default_rng(size)
+    nodes, guesses, trees = (numbers.integers(-1, 7, shape) for shape in ((3, 4), (3, 4), (3, 4, 2)))
     raw = frames.pack_speculation(SpeculationSet(nodes=nodes, guesses=guesses, trees=trees, draft=draft), 5, 17)
-    assert (raw.dtype, raw.shape) == (torch.int32, (frames.speculation_size,))
+    assert (raw.dtype, raw.shape) == (np.int32, (frames.speculation_size,))
     back, spent = frames.unpack_speculation(raw, 5)
     assert back.draft is not None and spent == 17
-    assert torch.equal(back.guesses, guesses) and torch.equal(back.trees, trees)
+    assert np.array_equal(back.guesses, guesses) and np.array_equal(back.trees, trees)
     assert torch.equal(back.draft.tokens, draft.tokens) and torch.equal(back.draft.probs, draft.probs)
-    raw = frames.pack_trees(trees[:, 0], 5, 17, draft[:, 0])
+    raw = frames.pack_trees(trees[:, 0].tolist(), 5, 17, draft[:, 0])
     assert raw.shape == (frames.tree_size,)
     found = frames.unpack_tree_probs(raw)
-    assert found is not None and torch.equal(frames.unpack_trees(raw, 5)[0], trees[:, 0])
+    assert found is not None and frames.unpack_trees(raw, 5)[0] == trees[:, 0].tolist()
     assert torch.equal(found.tokens, draft.tokens[:, 0]) and torch.equal(found.probs, draft.probs[:, 0])
 
 
@@ -234,13 +236,7 @@ def test_every_row_is_judged_by_what_its_own_tree_was_drawn_from(monkeypatch: py
     assert layout is not None
     judge = Judge("rejection", shape, layout, batch=3, device="cpu")
     drawn = torch.rand(3, 2, 1, vocabulary, generator=torch.Generator().manual_seed(4)).softmax(-1)
-    speculation = SpeculationSet(
-        nodes=torch.zeros(3, 2, dtype=torch.int64),
-        guesses=torch.tensor([[0, 1]]).expand(3, 2),
-        trees=torch.tensor([[[2], [3]]]).expand(3, 2, 1),
-        draft=DraftProbs(torch.arange(vocabulary).expand(drawn.shape).clone(), drawn),
-    )
-    judge.take(torch.zeros(3, dtype=torch.int64), torch.tensor([1, 0, 1]), speculation)
+    judge.take([1, 0, 1], DraftProbs(torch.arange(vocabulary).expand(drawn.shape).clone(), drawn))
     judge.name(2)  # an n-gram
 
     def noting(*given: Any) -> Any:
@@ -321,7 +317,7 @@ def test_a_lying_draft_cannot_break_it(tiny_config: Configure, monkeypatch: pyte
         shape = honest.draft.probs.shape
         bits = torch.randint(-(2**31), 2**31 - 1, shape, generator=generator, dtype=torch.int32).view(torch.float32)
         tokens = torch.randint(-(2**31), 2**31 - 1, shape, generator=generator)
-        trees = torch.randint(-1, 128, honest.trees.shape, generator=generator)
+        trees = torch.randint(-1, 128, honest.trees.shape, generator=generator).numpy()
         return replace(honest, trees=trees, draft=DraftProbs(tokens, bits))
 
     monkeypatch.setattr(DraftWorker, "speculate", lying)

@@ -174,7 +174,7 @@ def test_the_draft_is_steered(configure: Callable[..., dict[str, Any]], monkeypa
             if row is None or row.constraint is None:
                 continue
             for node in range(1, self.shape.nodes):
-                *above, token = (int(self.trees[slot, n]) for n in self.shape.path(node))
+                *above, token = (self.trees[slot][n] for n in self.shape.path(node))
                 if ABSENT in (*above, token):
                     continue
                 may = row.constraint.allowed([above])[0]
