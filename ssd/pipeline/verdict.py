@@ -27,7 +27,7 @@ class Commit:
     slot: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """What a round decided."""
 

@@ -32,6 +32,9 @@ from .sequence import Sequence
 from .steering import Steering
 from .verdict import Commit, Verdict
 
+Decision = tuple[Tensor, list[list[int]], float]
+Committed = tuple[list[int], list[Commit]]
+
 
 class VerifierWorker:
     """Leads the round.
@@ -101,7 +104,7 @@ class VerifierWorker:
         lengths = torch.zeros(self.runner.batch, dtype=torch.int64, device=self.runner.device)
         for plan in [self._tree] if self.strict else [*self._trees.values(), self._one]:
             for context in self.runner.contexts:
-                self._decide(plan, context, self._rows_of(plan), lengths)
+                self._decide(plan, context, lengths)
         if not self.strict:
             seconds = {depth: self._forward_s(plan) for depth, plan in self._trees.items()}
             self.steering.calibrate(seconds[self.shape.depth] - self._forward_s(self._one), seconds)
@@ -109,12 +112,7 @@ class VerifierWorker:
     def _forward_s(self, plan: RowPlan) -> float:
         """Seconds of a forward: the best of a few."""
         lengths = torch.zeros(self.runner.batch, dtype=torch.int64, device=self.runner.device)
-        tokens = self._rows_of(plan)
-        return min(self._decide(plan, self.runner.contexts[0], tokens, lengths)[2] for _ in range(5))
-
-    def _rows_of(self, plan: RowPlan) -> Tensor:
-        """What a forward is fed ``[B, R]``."""
-        return self._tokens[plan.rows].write([tree[: plan.rows] for tree in self.trees])
+        return min(self._decide(plan, self.runner.contexts[0], lengths)[2] for _ in range(5))
 
     @property
     def idle(self) -> bool:
@@ -199,7 +197,7 @@ class VerifierWorker:
         """One target forward over the trees, and what it decides. Nothing, while no prompt is whole."""
         if not self.decoding:
             nothing = [0] * len(self.rows)
-            return Verdict(nodes=nothing, bonus=nothing, states=self._states(), commits=[], forward_s=0.0)
+            return Verdict(nothing, nothing, self._states(), commits=[], forward_s=0.0)
         # Rows of the other slots are computed and mean nothing: they land behind what must stay there.
         held = self.prompts.prefixes.held
         lengths_list = [len(held[slot] if row is None else row.tokens) for slot, row in enumerate(self.rows)]
@@ -208,32 +206,20 @@ class VerifierWorker:
         drafted_s = own.fill(self.rows, self.trees, self.origins, lengths) if own is not None else 0.0
         plan = self._plan()
         context = self.runner.context_for(max(len(r.tokens) for r in self.rows if r is not None) + max(plan.limits) + 1)
-        logits, (nodes, bonus), forward_s = self._decide(plan, context, self._rows_of(plan), lengths)
+        logits, (nodes, bonus), forward_s = self._decide(plan, context, lengths)
         states, commits = self._commit(nodes, bonus, lengths_list, logits)
         ngram = self.steering.ngram
         self.steering.learn(commits, forward_s)
-        return Verdict(
-            nodes=nodes,
-            bonus=bonus,
-            states=states,
-            commits=commits,
-            forward_s=forward_s,
-            ngram=ngram,
-            lookahead=self.steering.lookahead(self.rows),
-            drafted_s=drafted_s,
-        )
+        return Verdict(nodes, bonus, states, commits, forward_s, ngram, self.steering.lookahead(self.rows), drafted_s)
 
     @torch.no_grad()
-    def _decide(
-        self, plan: RowPlan, context: int, tokens: Tensor, lengths: Tensor
-    ) -> tuple[Tensor, list[list[int]], float]:
-        """Forward, choice and verification as one compiled function: a round's many small
-        operations would cost as much as a layer. Filters and processors, which it cannot do, choose
-        anew. Returns logits ``[B, R, V]``, the outcome's nodes and bonus tokens ``[2][B]``, and the seconds of
-        the compiled function alone."""
-        decide = self._deciders.get((plan, context))
-        if decide is None:
+    def _decide(self, plan: RowPlan, context: int, lengths: Tensor) -> Decision:
+        """Forward, choice and verification as one compiled function: a round's many small operations would cost as
+        much as a layer. Filters and processors, which it cannot do, choose anew. Returns logits ``[B, R, V]``, the
+        outcome's nodes and bonus tokens ``[2][B]``, and the seconds of the compiled function alone."""
+        if (decide := self._deciders.get((plan, context))) is None:
             decide = self._deciders[plan, context] = self.runner.compiled(self._decider(plan, context))
+        tokens = self._tokens[plan.rows].write([tree[: plan.rows] for tree in self.trees])
         noise, began = self.chooser.noise(lengths), self.clock()
         quiet = self._silence if noise is None else noise
         self.runner.announce(plan, tokens, lengths, context)
@@ -355,11 +341,8 @@ class VerifierWorker:
         deepest = max(len(self._absent) - tree.count(ABSENT) for tree in self.trees)  # of chains: they have no holes
         return next((plan for depth, plan in self._trees.items() if depth >= deepest), self._tree)
 
-    def _commit(
-        self, nodes: list[int], bonus: list[int], lengths: list[int], logits: Tensor
-    ) -> tuple[list[int], list[Commit]]:
-        states, commits = self._states(), []
-        moves: list[tuple[int, int, int]] = []
+    def _commit(self, nodes: list[int], bonus: list[int], lengths: list[int], logits: Tensor) -> Committed:
+        states, commits, moves = self._states(), list[Commit](), list[tuple[int, int, int]]()
         for slot, (node, row) in enumerate(zip(nodes, self.rows, strict=True)):
             if row is None:
                 continue
