@@ -13,11 +13,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
 
 from ..decoding.noise import gumbel
 from ..decoding.widths import siblings_within
@@ -123,10 +122,10 @@ class DraftAlong:
         model: as transformers loaded it, without copy bias. ids: the text. first: position of the first root.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: Sequence[int], first: int, params: SamplingParams, vocabulary: int):
+    def __init__(self, model: Any, ids: Sequence[int], first: int, params: SamplingParams, vocabulary: int):
         self._model, self._params, self._vocabulary = model, params, vocabulary
         self.ids, self.first = torch.tensor(ids), first
-        self._cache = DynamicCache()
+        self._cache: Any = None  # the model makes it
         positions = torch.arange(len(ids))
         self._scores = self._forward(self.ids, positions, torch.tril(torch.ones(len(ids), len(ids), dtype=torch.bool)))
 
@@ -134,17 +133,9 @@ class DraftAlong:
         """Scores ``[R, V]`` after rows of ``tokens`` at ``positions`` that attend ``mask`` ``[R, slots]``."""
         bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
         with torch.no_grad():
-            logits = (
-                self._model(
-                    input_ids=tokens[None],
-                    position_ids=positions[None],
-                    attention_mask=bias[None, None],
-                    past_key_values=self._cache,
-                    use_cache=True,
-                )
-                .logits[0, :, : self._vocabulary]
-                .float()
-            )
+            given = {"position_ids": positions[None], "attention_mask": bias[None, None], "use_cache": True}
+            found = self._model(input_ids=tokens[None], past_key_values=self._cache, **given)
+        self._cache, logits = found.past_key_values, found.logits[0, :, : self._vocabulary].float()
         if self._params.temperature == 0:
             return logits
         seeds = torch.tensor([self._params.seed])[:, None]
