@@ -277,8 +277,6 @@ Message = (
 )
 _TYPES = {cls.__name__: cls for cls in Message.__args__}
 _NESTED = {"params": SamplingParams, "record": SpeculationRecord}
-
-
 _packers = threading.local()
 
 
