@@ -16,7 +16,7 @@ take n-grams, and how far to draft), the draft's frames carry how long
 drafting took (µs) and 0.
 
 Frames and what they carry are numpy arrays and lists, not tensors: they are small and on the critical path of a
-round, and right after a forward has swept the caches a call of torch takes 40 to 80 µs, one of numpy 20, a list 2.
+round, and right after a forward has swept the caches a call of torch takes 24 to 77 µs, one of numpy about 20.
 """
 
 from __future__ import annotations
