@@ -12,6 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+ALIGNED = 64
+"""Bytes of a cache line."""
+
 
 class RowsLinear(nn.Module):
     """Stands in for a float32 ``nn.Linear`` on the CPU; its weight ``[N, K]`` is kept packed."""
@@ -27,15 +30,31 @@ class RowsLinear(nn.Module):
         out = torch.ops.ssd.rows_linear(rows, self.packed, self.out_features)
         return out if self.bias is None else out + self.bias
 
+    def move(self, memory: Tensor) -> int:
+        """Keep the weight at the start of ``memory`` (bytes); returns how many it takes."""
+        packed = self.packed.detach()
+        there = memory[: packed.nbytes].view(packed.dtype).view(packed.shape).copy_(packed)
+        self.packed = nn.Parameter(there, requires_grad=False)
+        return packed.nbytes
+
 
 def pack_linears(model: nn.Module) -> None:
     """Replace every ``nn.Linear`` of a float32 model. Its own weights go, unless something else (a tied
-    embedding) uses them too."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
-                setattr(module, name, RowsLinear(child))
+    embedding) uses them too. The packed ones lie in one piece of memory."""
+    places = [
+        (module, name)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if type(child) is nn.Linear
+    ]
+    # As much as they can take; memory that is not written is none.
+    memory = torch.ops.ssd.reserve(sum(_most(getattr(*place)) for place in places))
+    for module, name in places:
+        linear = RowsLinear(getattr(module, name))
+        memory = memory[-(-linear.move(memory) // ALIGNED) * ALIGNED :]
+        setattr(module, name, linear)
 
 
-def _fake(input: Tensor, packed: Tensor, outputs: int) -> Tensor:
-    return input.new_empty((*input.shape[:-1], outputs))
+def _most(linear: nn.Linear) -> int:
+    """Bytes of a weight of which nothing is known: float32, a panel of outputs more."""
+    return (linear.out_features + 64) * linear.in_features * 4 + ALIGNED
