@@ -196,6 +196,10 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
             "(or set speculation.method=none, or self)"
         )
     check_rule(config.speculation, where)
+    if config.draft is not None and config.draft.data_parallel > 1 and config.speculation.anytime:
+        raise ConfigError(
+            f"{where}speculation.anytime ends the tree of one draft; set draft.data_parallel=1 or anytime=false"
+        )
     if config.draft is not None and config.draft.data_parallel > 1 and config.speculation.forecast.shape == "measured":
         raise ConfigError(
             f"{where}draft.data_parallel={config.draft.data_parallel} needs a forecast that all ranks make alike; set "

@@ -58,6 +58,8 @@ class SpeculationConfig(Section):
     """K: draft tokens verified in a round. ``auto``: chosen as it goes, by what is measured."""
     lookahead_max: int = Field(default=5, ge=1, le=16)
     """The deepest that ``auto`` may choose; in ``numerics: strict`` every forward has the rows for it."""
+    anytime: bool = False
+    """End a tree when the verifier waits for it: branches are as deep as there was time for, ``lookahead`` at most."""
     siblings: Siblings | list[Siblings] = 0
     """Next-best tokens beside the chain: at every depth, or a number for each depth from the first on (0 at those not
     named). 0 is a chain, more a comb."""

@@ -233,6 +233,7 @@ def build_draft(plan: Plan, model: PreTrainedModel | None = None, rank: int = 0)
         ngram=plan.ngram and rank == 0,  # the first one's candidates are everybody's
         prefix_caching=config.engine.prefix_caching,
         lookaheads=plan.lookaheads,
+        anytime=config.speculation.anytime,
         copying=CopyBias(
             config.speculation.copy_bias,
             plan.shape,

@@ -31,8 +31,8 @@ class DraftWorker:
         runner: of the draft model, over the same slots as the verifier's.
         shape: the candidate tree. forecast: which outcomes get a branch. ngram: whether missed rows
             may take n-grams (the verifier says when). prefix_caching: take over what other slots hold
-            of a sequence. lookaheads: how far the verifier may tell it to draft, the shape's depth last.
-            copying: what its scores gain by the sequences' own text.
+            of a sequence. lookaheads: how far the verifier may tell it to draft, the shape's depth last. anytime:
+            end a tree when the verifier waits for it. copying: what its scores gain by the sequences' own text.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class DraftWorker:
         ngram: bool = False,
         prefix_caching: bool = True,
         lookaheads: tuple[int, ...] = (),
+        anytime: bool = False,
         copying: CopyBias | None = None,
     ):
         self.ngram = ngram
@@ -63,7 +64,13 @@ class DraftWorker:
         kept = {"compile": runner.compile, "graphs": runner.graphs}
         self.chooser = Chooser(batch, runner.vocabulary, device, horizon=2 * shape.depth + 1, **kept)
         self.drafting = Drafting(
-            runner, self.chooser, shape=shape, forecast=forecast, lookaheads=lookaheads, copying=copying
+            runner,
+            self.chooser,
+            shape=shape,
+            forecast=forecast,
+            lookaheads=lookaheads,
+            anytime=anytime,
+            copying=copying,
         )
         self._in_glue: set[int] = set()
 

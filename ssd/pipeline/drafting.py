@@ -28,7 +28,8 @@ class Drafting:
     Args:
         runner: of the draft model. chooser: what its rows' requests ask for. shape: the candidate tree.
             forecast: which outcomes get a branch. lookaheads: how far it may be told to draft, the shape's
-            depth last. copying: what its scores gain by the sequences' own text.
+            depth last. anytime: end a tree when ``bell`` says so. copying: what its scores gain by the
+            sequences' own text.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Drafting:
         shape: TreeShape,
         forecast: Forecast,
         lookaheads: tuple[int, ...] = (),
+        anytime: bool = False,
         copying: CopyBias | None = None,
     ):
         batch, device = runner.batch, runner.device
@@ -57,6 +59,10 @@ class Drafting:
         self._lookaheads = lookaheads or (shape.depth,)
         self.lookahead = first_lookahead(self._lookaheads)
         """K of what is drafted now."""
+        self.bell: Callable[[], bool] = lambda: False
+        """Whether the verifier waits for the tree."""
+        self._anytime = anytime
+        self._parts: list[Callable[..., tuple[Tensor, ...]]] = []
         self._whole: dict[int, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
         self._chain: dict[int, Callable[..., Tensor]] = {}
         self._silence = torch.zeros(batch, 2 * shape.depth + 1, runner.vocabulary, device=device)
@@ -77,7 +83,10 @@ class Drafting:
         trees = torch.full((batch, self.shape.nodes), ABSENT, device=device)
         for depth in self._lookaheads if self.runner.fuses else ():
             self.lookahead = depth
-            self.grow_at_once(trees, lengths)
+            if self._anytime:
+                self._grow_in_parts(trees, lengths)
+            else:
+                self.grow_at_once(trees, lengths)
             self._chains_at_once(trees[:, :1].clamp(min=0), lengths)
         self.lookahead = first_lookahead(self._lookaheads)
 
@@ -92,7 +101,8 @@ class Drafting:
         ``[B, N, I, m]``, if they were.
         """
         if self._at_once(longest):
-            return *self.grow_at_once(tokens, lengths), None
+            grow = self._grow_in_parts if self._anytime else self.grow_at_once
+            return *grow(tokens, lengths), None
         return self._grow_stepwise(tokens, lengths, longest)
 
     def chains(self, roots: Tensor, lengths: Tensor, longest: int) -> Tensor:
@@ -123,14 +133,16 @@ class Drafting:
         pick: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor],
         tokens: Tensor,
         lengths: Tensor,
+        ended: Callable[[], bool] = lambda: False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The draft's half of a round: glue, forecast, K branch steps.
+        """The draft's half of a round: glue, forecast, K branch steps, or fewer.
 
         Args:
             forward: plan, row tokens ``[B, R]`` and layout to logits ``[B, R, V]``. foresee: the
                 tree's logits and how far ahead of L each row's noise is ``[B, W]`` to outcomes. pick: logits, how
                 far ahead, the branches' nodes, the tokens fed and the step to the next candidates
-                ``[B, N, n]``, the chain's first. tokens: ``[B, W]``. lengths: L ``[B]``.
+                ``[B, N, n]``, the chain's first. tokens: ``[B, W]``. lengths: L ``[B]``. ended: whether
+                no further step shall begin.
 
         Returns: nodes and guesses ``[B, N]``, and trees ``[B, N, W - 1]``.
         """
@@ -140,6 +152,8 @@ class Drafting:
         trail.follow(nodes)
         ranked, fed, depths = [], guesses, self._depths[nodes]
         for step, plan in enumerate(self.branches.plans[: self.lookahead]):
+            if step and ended():
+                break
             trail.feed(fed)
             logits = trail.add(forward(plan, fed, self.branches.layout(step, nodes)))
             ranked.append(pick(logits, depths + 1 + step, nodes, fed, step))
@@ -182,8 +196,62 @@ class Drafting:
             pick,
             tokens,
             lengths,
+            self._ended,
         )
         return *grown, stacked(drawn, self.shape.depth) if drawn else None
+
+    def _ended(self) -> bool:
+        """Whether the verifier waits for the tree as it is. On a GPU this waits for the step under way: steps
+        that were launched ahead could not be taken back."""
+        if not self._anytime:
+            return False
+        if self.runner.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return self.bell()
+
+    @torch.no_grad()
+    def _grow_in_parts(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``grow_at_once``, in several compiled functions, until the bell: the glue with the forecast, and
+        each step. What a step must know of the copy bias it makes again from the tokens fed so far."""
+        self._parts = self._parts or [self._first_part(), *map(self._part, range(self.shape.depth))]
+        noise = self.chooser.noise(lengths)
+        scored = self.chooser.params.temperature, self._silence if noise is None else noise
+        nodes, guesses = self._parts[0](tokens, lengths, *scored)
+        ranked, fed = [], guesses[..., None]
+        for part in self._parts[1 : 1 + self.lookahead]:
+            if ranked and self._ended():
+                break
+            (best,) = part(tokens, lengths, *scored, nodes, fed)
+            ranked.append(best)
+            fed = torch.cat([fed, best[..., :1]], dim=-1)
+        return nodes, guesses, comb_tokens(ranked, self.shape.siblings)
+
+    def _first_part(self) -> Callable[..., tuple[Tensor, ...]]:
+        runner, glue, depths, context = self.runner, self._glue, self._depths, self.runner.contexts[0]
+
+        def begin(tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+            logits = runner.logits(glue, tokens.clamp(min=0), lengths, context)
+            logits = self.copying.trail(tokens, lengths).add(logits)
+            ahead = noise_at(noise, depths.expand(len(tokens), -1))
+            return self.forecast.outcomes(perturbed(logits, ahead, temperature), tokens)
+
+        return runner.compiled(begin)
+
+    def _part(self, step: int) -> Callable[..., tuple[Tensor, ...]]:
+        runner, plan, width, context = self.runner, self.branches.plans[step], self._width, self.runner.contexts[0]
+
+        def advance(
+            tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor, nodes: Tensor, fed: Tensor
+        ) -> tuple[Tensor]:
+            trail = self.copying.trail(tokens, lengths)
+            trail.follow(nodes)
+            for earlier in range(step + 1):
+                trail.feed(fed[..., earlier])
+            logits = runner.logits(plan, fed[..., step], lengths, context, self.branches.layout(step, nodes))
+            ahead = noise_at(noise, self._depths[nodes] + 1 + step)
+            return (best_tokens(perturbed(trail.add(logits), ahead, temperature), width),)
+
+        return runner.compiled(advance)
 
     @torch.no_grad()
     def grow_at_once(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:

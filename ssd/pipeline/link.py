@@ -43,6 +43,10 @@ class Link(Protocol):
 
     def receive(self, incoming: np.ndarray) -> None: ...
 
+    @property
+    def arrived(self) -> bool | None:
+        """Whether a frame is here that was not received yet; None where only receiving tells."""
+
     def close(self) -> None: ...
 
 
@@ -83,6 +87,10 @@ class InprocLink:
         if frame.shape != incoming.shape:
             raise LinkError(f"a frame of {frame.size} words came where {incoming.size} were due")
         incoming[:] = frame
+
+    @property
+    def arrived(self) -> bool | None:
+        return not self._inbox.empty()
 
     def close(self) -> None:
         if not self._dead:
@@ -141,6 +149,10 @@ class GlooLink:
         if self._group is None:
             raise LinkError("the link is closed")
         return self._group
+
+    @property
+    def arrived(self) -> bool | None:
+        return None
 
     def close(self) -> None:
         self._group = None  # its sockets close with it

@@ -14,6 +14,7 @@ from ..errors import LinkError
 from .link import nothing
 
 _HELLO = b"ssd link"
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)  # numbers, not members of enums: see control.py
 _ENDPOINT = "endpoint"
 
 
@@ -82,6 +83,10 @@ class HostLink:
             self.close()
             raise LinkError(f"a frame of {frame.size} bytes came where {incoming.nbytes} were due")
         incoming[:] = frame.view(incoming.dtype)
+
+    @property
+    def arrived(self) -> bool | None:
+        return self._socket is not None and bool(int(self._socket.get(_EVENTS)) & _POLLIN)
 
     def _post(self, frame: memoryview | bytes) -> None:
         if self._socket is None:

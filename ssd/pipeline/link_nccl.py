@@ -72,6 +72,10 @@ class NcclLink:
     def receive(self, incoming: np.ndarray) -> None:
         self._move("receive", None, incoming, nothing)
 
+    @property
+    def arrived(self) -> bool | None:
+        return None
+
     def _move(
         self, what: str, outgoing: np.ndarray | None, incoming: np.ndarray | None, meanwhile: Callable[[], None]
     ) -> None:

@@ -113,6 +113,10 @@ class SharedLink:
             self.close()
             raise LinkError(str(error)) from None
 
+    @property
+    def arrived(self) -> bool | None:
+        return self._peer is not None and self._in.ready
+
     def _wait(self, done: Callable[[], bool]) -> None:
         if self._peer is None:
             raise LinkError("the link is closed")
@@ -167,6 +171,11 @@ class _Way:
         self._frames[slot][: frame.size] = frame
         _HEAD.pack_into(self._memory, self._places[slot], self._count, frame.size, zlib.crc32(frame.data, self._count))
         return True
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next frame is announced; taking it may still have to wait for the rest of it."""
+        return _HEAD.unpack_from(self._memory, self._places[self._count % SLOTS])[0] == self._count + 1
 
     def take(self, into: np.ndarray) -> bool:
         """False while the next frame is not whole. Raises: ValueError: it has another size."""

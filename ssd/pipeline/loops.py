@@ -19,12 +19,14 @@ from .frames import Frames, Next
 from .link import Link
 from .messages import (
     Admit,
+    Bell,
     Cancel,
     Committed,
     Failed,
     Finished,
     GetTimings,
     Hello,
+    Message,
     Rejoined,
     Reopen,
     RoundReport,
@@ -62,7 +64,7 @@ def draft_loop(
         LinkError: the verifier vanished in mid-round.
         PipelineError: an announced message did not come.
     """
-    incoming = frames.new(frames.outcome_size)
+    incoming, inbox = frames.new(frames.outcome_size), Inbox(lane, link)
     applied = round_number = 0
 
     def apply(message: object) -> bool:
@@ -73,10 +75,11 @@ def draft_loop(
             applied += 1
         return not isinstance(message, Shutdown)
 
+    worker.drafting.bell = lambda: inbox.rung(round_number)
     idle = True
     while True:
         if idle:
-            message = lane.receive(IDLE_POLL_S)
+            message = inbox.receive(IDLE_POLL_S)
             if message is None:
                 if not alive():
                     return
@@ -90,7 +93,7 @@ def draft_loop(
         link.exchange(frames.pack_speculation(speculation, round_number, spent_us), incoming)
         frame = frames.unpack_outcome(incoming, round_number)
         while applied < frame.control_count:
-            message = lane.receive(timeout_s)
+            message = inbox.receive(timeout_s)
             if message is None:
                 raise PipelineError(f"a control message announced by the verifier did not come in {timeout_s:g} s")
             if not apply(message):
@@ -107,6 +110,37 @@ def draft_loop(
                 spent_us = int((time.perf_counter() - began) * 1e6)
                 link.send(frames.pack_trees(drafted, round_number, spent_us, worker.drafting.drafted_from))
         round_number += 1
+
+
+class Inbox:
+    """What the verifier tells the draft, with its bell kept apart.
+
+    Args: link: in some links the outcome frame, which is there once the forward is done, is the bell.
+    """
+
+    def __init__(self, lane: ControlLane, link: Link):
+        self._lane, self._link = lane, link
+        self._early: deque[Message] = deque()
+        self._rung = -1
+
+    def receive(self, timeout_s: float) -> Message | None:
+        """The next message that is no bell, or None if none comes in time."""
+        if self._early:
+            return self._early.popleft()
+        while isinstance(message := self._lane.receive(timeout_s), Bell):
+            self._rung = message.round
+        return message
+
+    def rung(self, round: int) -> bool:
+        """Whether the verifier waits for this round's tree."""
+        if (arrived := self._link.arrived) is not None:
+            return arrived
+        while self._rung != round and (message := self._lane.receive(0)) is not None:
+            if isinstance(message, Bell):
+                self._rung = message.round
+            else:
+                self._early.append(message)
+        return self._rung == round
 
 
 class RoundTimer:

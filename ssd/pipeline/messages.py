@@ -55,6 +55,13 @@ class Admit:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Bell:
+    """Verifier → draft: the forward of this round is done, end the tree. Only where the link itself cannot tell."""
+
+    round: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Shutdown:
     """Front → verifier → draft."""
 
@@ -255,6 +262,7 @@ Message = (
     Submit
     | Cancel
     | Admit
+    | Bell
     | Prepare
     | Decided
     | Shutdown

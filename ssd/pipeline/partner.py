@@ -13,16 +13,20 @@ from ..errors import LinkError, PipelineError
 from .control import ControlLane
 from .frames import Frames, Next, OutcomeFrame, SpeculationSet
 from .link import Link
-from .messages import Admit, Shutdown
+from .messages import Admit, Bell, Shutdown
 from .rendezvous import Rendezvous, VerifierSide
 from .verdict import Verdict
 
 
 class DraftSide:
-    """The verifier's half of link and lane to the draft, and whether the draft is in a round."""
+    """The verifier's half of link and lane to the draft, and whether the draft is in a round.
 
-    def __init__(self, link: Link, lane: ControlLane, frames: Frames):
+    Args: bell: whether the draft ends its tree when the forward is done, and so must be told.
+    """
+
+    def __init__(self, link: Link, lane: ControlLane, frames: Frames, *, bell: bool = False):
         self.link, self.lane, self.frames = link, lane, frames
+        self._rings = bell and link.arrived is None
         self.in_round = False
         self.round = self.told = 0
         self._waited_s = self.drafted_s = 0.0
@@ -56,6 +60,8 @@ class DraftSide:
             busy_s = time.perf_counter() - began
 
         began = time.perf_counter()
+        if self._rings:
+            self.lane.send(Bell(round=self.round))
         self.link.exchange(self.frames.pack_outcome(frame), self._speculation, timed)
         self._waited_s += time.perf_counter() - began - busy_s
         speculation, spent_us = self.frames.unpack_speculation(self._speculation, self.round)
@@ -83,11 +89,11 @@ class DraftSide:
 class Rejoin:
     """Lets another draft in while rounds go on: nothing here waits.
 
-    Args: frames: of an epoch.
+    Args: frames: of an epoch. bell: as for ``DraftSide``.
     """
 
-    def __init__(self, side: VerifierSide, frames: Callable[[int], Frames]):
-        self._side, self._frames = side, frames
+    def __init__(self, side: VerifierSide, frames: Callable[[int], Frames], *, bell: bool = False):
+        self._side, self._frames, self._bell = side, frames, bell
         self._awaited = False
         self._linking: Future[Link] | None = None
 
@@ -119,7 +125,7 @@ class Rejoin:
         if not self._linking.done():
             return None
         linking, self._linking, self._awaited = self._linking, None, False
-        return DraftSide(linking.result(), self._side.lane, self._frames(self.epoch))
+        return DraftSide(linking.result(), self._side.lane, self._frames(self.epoch), bell=self._bell)
 
     def close(self) -> None:
         """Await nobody. A link still being made is closed when it is there."""

@@ -81,7 +81,9 @@ def run_verifier(
             with naming_the_lost():
                 worker, info = build(plan) if ranks is None else build_verifier(plan, ranks=ranks)
                 if side is not None and config.draft is not None:
-                    draft, rejoin = DraftSide(side.link(), side.lane, plan.frames()), Rejoin(side, plan.frames)
+                    bell = config.speculation.anytime
+                    draft = DraftSide(side.link(), side.lane, plan.frames(), bell=bell)
+                    rejoin = Rejoin(side, plan.frames, bell=bell)
                 if ranks is not None:
                     ranks.group.limit(config.engine.link_timeout_s)
                 settle(cores)

@@ -18,6 +18,7 @@ from ssd.pipeline import control, messages
 from ssd.pipeline.control import ControlLane, InprocLane, ZmqLane
 from ssd.pipeline.messages import (
     Admit,
+    Bell,
     Cancel,
     Committed,
     Copy,
@@ -75,6 +76,7 @@ EVERY: list[Message] = [
     Prefill(slot=1, tokens=[4, 5], start=64),
     Copy(source=0, slot=1, length=64),
     Keep(slots=[0], scratch=[2], positions=[9]),
+    Bell(round=3),
     Prepare(round=3, trees=[[1, -1], [2, 3]]),
     Decided(states=[1, 0], nodes=[2, 0], bonus=[7, 0], lookahead=3),
     Admit(slot=1, tokens=list(range(5000)), params=PARAMS, forecasts=True),

@@ -159,6 +159,22 @@ def test_what_was_sent_is_what_arrives_though_the_sender_reuses_its_buffer(open_
     assert pair.both(sender, receiver)[1] == list(range(50))
 
 
+def test_whether_a_frame_has_arrived(open_pair: Callable[..., Pair]) -> None:
+    """Or that only receiving tells, and then always so."""
+    pair = open_pair()
+    tells, incoming = pair.draft.arrived is not None, np.zeros(3, dtype=np.int32)
+    assert pair.draft.arrived in (False, None)
+    sending = pair.start(pair.verifier.send, frame(3, 1))
+    deadline = time.monotonic() + PATIENCE_S
+    while tells and not pair.draft.arrived:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    pair.draft.receive(incoming)
+    sending.result(PATIENCE_S)
+    assert np.array_equal(incoming, frame(3, 1))
+    assert pair.draft.arrived is (False if tells else None)
+
+
 @pytest.mark.parametrize("call", ["exchange", "receive"])
 def test_a_close_is_seen_at_once(open_pair: Callable[..., Pair], call: str, request: pytest.FixtureRequest) -> None:
     if request.node.callspec.params["open_pair"] == "nccl":
