@@ -34,7 +34,7 @@ def plan(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the answers here.")] = None,
     pictures: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Draw the answers as PNG here.")] = None,
 ) -> None:
-    """Answer from a profile: lookahead, budget, siblings, batch, and how to share out devices.
+    """Answer from a profile: lookahead, budget, rows, batch, and how to share out devices.
 
     --measure starts a few pipelines and writes the profile; --validate starts others and reports
     how far simulated tokens per second are from measured ones.

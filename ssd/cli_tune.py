@@ -39,7 +39,7 @@ def speculation(
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate for each prompt.")] = 128,
     repeat: Annotated[int, typer.Option(min=1, help="Measure so often.")] = 2,
 ) -> None:
-    """Find lookahead, budget and siblings: simulate all, run the best few in turns, write the configuration."""
+    """Find lookahead, budget and rows: simulate all, run the best few in turns, write the configuration."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
@@ -78,11 +78,11 @@ def speculation(
             progress=progress,
         )
     table = Table(title=f"temperature {temperature:g}, {len(texts)} prompts; plain decoding {plain:.1f} tok/s")
-    for column in ("lookahead", "budget", "siblings", "simulated tok/s", "measured tok/s", "over plain"):
+    for column in ("lookahead", "budget", "rows", "simulated tok/s", "measured tok/s", "over plain"):
         table.add_column(column, justify="right")
     for one in ranked:
         rate = one.measured or 0.0
-        row = (one.size.lookahead, one.size.budget, one.size.siblings, f"{one.simulated:.1f}", f"{rate:.1f}")
+        row = (one.size.lookahead, one.size.budget, one.rows, f"{one.simulated:.1f}", f"{rate:.1f}")
         table.add_row(*map(str, row), f"{rate / plain:.2f}×" if plain else "–")
     console = Console()
     console.print(table)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SKIPPED_ROUNDS = 2
 """At the beginning of a request: caches are cold."""
+ROWS = (5, 6, 8, 10, 12, 16)
+"""Budgets of combs that are replayed, beside the chains."""
 METHODS: tuple[Method, ...] = ("none_fast", "none", "sd", "ssd")
 Say = Callable[[str], None]
 
@@ -33,15 +35,16 @@ class Size:
 
     lookahead: int
     budget: int
-    siblings: int = 0
+    rows: int | None = None
+    """W: a comb of so many; None: a chain."""
     batch: int = 1
 
     @property
     def overrides(self) -> list[str]:
         return [
             f"speculation.lookahead={self.lookahead}",
-            f"speculation.siblings={self.siblings}",
-            "speculation.rows=null",
+            "speculation.siblings=0",
+            f"speculation.rows={'null' if self.rows is None else self.rows}",
             f"speculation.forecast.budget={self.budget}",
             f"engine.max_batch={self.batch}",
             "speculation.governor=false",
@@ -52,7 +55,8 @@ SIZES = (
     Size(lookahead=2, budget=4),
     Size(lookahead=4, budget=24),
     Size(lookahead=8, budget=8),
-    Size(lookahead=4, budget=8, siblings=2),
+    Size(lookahead=4, budget=8, rows=7),
+    Size(lookahead=4, budget=8, rows=13),
     Size(lookahead=4, budget=8, batch=4),
 )
 """Steps, branches, rows and sequences each vary while others stand still."""
@@ -66,7 +70,7 @@ def measure(
     sizes: Sequence[Size] = SIZES,
     temperatures: Sequence[float] = (0.0, 1.0),
     lookaheads: Sequence[int] = tuple(range(1, 9)),
-    siblings: Sequence[int] = (0, 1, 2),
+    rows: Sequence[int] = ROWS,
     max_tokens: int = 96,
     launch: Callable[[Config], LLM] | None = None,
     say: Say = lambda text: None,
@@ -98,7 +102,7 @@ def measure(
     for temperature in temperatures:
         say(f"the draft over the answers at temperature {temperature:g}")
         params = _params("ssd", temperature, max_tokens)
-        content[f"{temperature:g}"] = replay(plan, texts[temperature], params, lookaheads=lookaheads, siblings=siblings)
+        content[f"{temperature:g}"] = replay(plan, texts[temperature], params, lookaheads=lookaheads, rows=rows)
     return Profile(
         name=name,
         machine=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
@@ -123,7 +127,6 @@ def watch(llm: LLM, prompts: Sequence[Prompt], size: Size, params: SamplingParam
 
 def point(rounds: Sequence[RoundReport], size: Size, method: Method, temperature: float) -> Point:
     """Means over rounds of one method."""
-    depth = size.lookahead * (1 + size.siblings)
     spent = [max(one.forward_s, one.draft_s or 0.0) + (one.jit_s or 0.0) for one in rounds]
     after_wait = [now.forward_s for before, now in pairwise(rounds) if before.jit_s]
     at_once = [now.forward_s for before, now in pairwise(rounds) if not before.jit_s] or after_wait
@@ -131,10 +134,9 @@ def point(rounds: Sequence[RoundReport], size: Size, method: Method, temperature
         method=method,
         temperature=temperature,
         lookahead=size.lookahead,
-        siblings=size.siblings,
         budget=size.budget,
         batch=size.batch,
-        rows=size.batch * (1 if method == "none_fast" else 1 + depth),
+        rows=size.batch * (1 if method == "none_fast" else size.rows or size.lookahead + 1),
         rounds=len(rounds),
         forward_s=fmean(at_once),
         draft_s=_mean([one.draft_s for one in rounds]),
@@ -198,4 +200,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _describe(size: Size) -> str:
-    return f"lookahead {size.lookahead}, budget {size.budget}, siblings {size.siblings}, batch {size.batch}"
+    return (
+        f"lookahead {size.lookahead}, budget {size.budget}, rows {size.rows or size.lookahead + 1}, batch {size.batch}"
+    )

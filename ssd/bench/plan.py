@@ -1,4 +1,4 @@
-"""What to run, by simulation: lookahead, budget, siblings, devices, batch; and how far the simulator
+"""What to run, by simulation: lookahead, budget, rows, devices, batch; and how far the simulator
 is from what real pipelines do."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Config, load_config
 from ..params import SamplingParams
 from .arms import MethodArm, interleave, merge
-from .calibrate import Size
+from .calibrate import ROWS, Size
 from .profile import Profile, hit_curve, survival
 from .prompts import Prompt
 from .replay import BUDGETS
@@ -30,15 +30,16 @@ class Space:
 
     lookaheads: Sequence[int] = tuple(range(1, 9))
     budgets: Sequence[int] = BUDGETS
-    siblings: Sequence[int] = (0, 1, 2)
+    rows: Sequence[int] = ROWS
+    """Budgets of combs, beside the chains."""
 
     def settings(self, profile: Profile, around: Setting) -> Iterable[Setting]:
         known = set(profile.at(around.temperature)[1].trees)
         for depth in self.lookaheads:
-            for beside in self.siblings:
-                if (depth, beside) not in known:
+            for rows in sorted({depth + 1, *self.rows}):
+                if (depth, rows) not in known:
                     continue
-                at = replace(around, lookahead=depth, siblings=beside)
+                at = replace(around, lookahead=depth, rows=rows)
                 budgets = self.budgets if at.method == "ssd" else (1,)
                 yield from (replace(at, budget=budget) for budget in budgets)
 
@@ -72,9 +73,9 @@ def advise(profile: Profile, temperature: float, space: Space = Space()) -> dict
             }
             for method, found in by_method.items()
         },
-        "acceptance_by_position": survival(content, at.lookahead, at.siblings),
+        "acceptance_by_position": survival(content, at.lookahead, at.tree_rows),
         "hit_rate_by_budget": dict(
-            zip(map(str, BUDGETS), hit_curve(content, at.lookahead, at.siblings, list(BUDGETS)), strict=True)
+            zip(map(str, BUDGETS), hit_curve(content, at.lookahead, at.tree_rows, list(BUDGETS)), strict=True)
         ),
         "batch": {str(batch): _batch(simulator, around, space, batch) for batch in BATCHES},
         "devices": {str(count): _shares(simulator, around, space, count) for count in DEVICES},
@@ -178,7 +179,7 @@ def validate(
                         method=method,
                         lookahead=size.lookahead,
                         budget=size.budget,
-                        siblings=size.siblings,
+                        rows=size.rows,
                         batch=size.batch,
                         temperature=temperature,
                         fallback="none" if config.speculation.fallback == "none" else "jit",

@@ -99,7 +99,9 @@ def _name(setting: dict[str, Any]) -> str:
     method = setting["method"]
     if method not in ("sd", "ssd"):
         return method
-    tree = f"K={setting['lookahead']}" + (f" s={setting['siblings']}" if setting["siblings"] else "")
+    tree = f"K={setting['lookahead']}" + (
+        f" W={setting['rows']}" if (setting["rows"] or 0) > setting["lookahead"] + 1 else ""
+    )
     return f"{method} {tree}" + (f" N={setting['budget']}" if method == "ssd" else "")
 
 

@@ -16,11 +16,15 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..decoding.widths import siblings_within
 from ..errors import RequestError
 from ..params import Method
 
 NEVER = 0
 """In a replay's ``needed``: no forecast that was tried holds the outcome."""
+
+ROOT = "0:1"
+"""The tree of a round without candidates."""
 
 LARGEST = 20.0
 """Logarithm of a budget no draft has."""
@@ -93,34 +97,34 @@ class Replay(_Part):
 
     kind: Literal["replay"] = "replay"
     accepted: dict[str, list[list[int]]]
-    """By tree (``"K:siblings"``; ``"0:0"`` is the bare root), text and position: tokens accepted."""
+    """By tree (``"K:W"``, a comb of W rows; ``"0:1"`` is the bare root), text and position: tokens accepted."""
     needed: dict[str, list[list[int]]]
     """The smallest budget tried that forecasts the outcome; ``NEVER`` if none."""
 
     @property
     def texts(self) -> int:
-        return len(self.accepted["0:0"])
+        return len(self.accepted[ROOT])
 
     @property
     def trees(self) -> list[tuple[int, int]]:
-        """(K, siblings) known."""
-        found = (tree.split(":") for tree in self.accepted if tree != "0:0")
-        return sorted((int(depth), int(siblings)) for depth, siblings in found)
+        """(K, W) known."""
+        found = (tree.split(":") for tree in self.accepted if tree != ROOT)
+        return sorted((int(depth), int(rows)) for depth, rows in found)
 
-    def walk(self, lookahead: int, siblings: int, text: int) -> Walk:
-        name = f"{lookahead}:{siblings}"
+    def walk(self, lookahead: int, rows: int, text: int) -> Walk:
+        name = f"{lookahead}:{rows}"
         if name not in self.accepted:
             raise RequestError(
-                f"the profile knows no tree of lookahead {lookahead} with {siblings} siblings; measure one that does"
+                f"the profile knows no tree of lookahead {lookahead} with {rows} rows; measure one that does"
             )
         position = 0
 
         def step(plain: bool = False) -> tuple[int, int]:
             nonlocal text, position
             # A sequence's first round has nothing but its root.
-            tree = "0:0" if plain or not position else name
+            tree = ROOT if plain or not position else name
             which = text % self.texts
-            length = len(self.accepted["0:0"][which])
+            length = len(self.accepted[ROOT][which])
             accepted, needed = self.accepted[tree][which][position], self.needed[tree][which][position]
             accepted = min(accepted, length - position - 1)
             position += accepted + 1
@@ -148,18 +152,21 @@ class Independent(_Part):
 
     @property
     def trees(self) -> list[tuple[int, int]]:
-        return [(depth, siblings) for depth in range(1, 17) for siblings in range(5)]
+        return [(depth, 1 + depth * (1 + beside)) for depth in range(1, 17) for beside in range(5)]
 
-    def walk(self, lookahead: int, siblings: int, text: int) -> Walk:
+    def walk(self, lookahead: int, rows: int, text: int) -> Walk:
         draw = random.Random(text)
-        beside = 1 - math.prod(1 - self.sibling_share / 2**rank for rank in range(siblings))
+        beside = [
+            1 - math.prod(1 - self.sibling_share / 2**rank for rank in range(count))
+            for count in siblings_within(rows, lookahead)
+        ]
 
         def step(plain: bool = False) -> tuple[int, int]:
             accepted = 0
             depth = 0 if plain else lookahead
             while accepted < depth and draw.random() < self.acceptance:
                 accepted += 1
-            if accepted < depth and draw.random() < beside:
+            if accepted < depth and draw.random() < beside[accepted]:
                 accepted += 1
             if not self.miss:
                 return accepted, 1
@@ -179,10 +186,10 @@ class Point(_Part):
     method: Method
     temperature: float
     lookahead: int
-    siblings: int
     budget: int
     batch: int
     rows: int
+    """Of the target's forward: of all its sequences."""
     rounds: int
     forward_s: float
     draft_s: float | None
@@ -224,24 +231,24 @@ def load_profile(path: str | Path) -> Profile:
         raise RequestError(f"profile {str(path)!r}: {where}: {first['msg']}") from None
 
 
-def survival(content: Replay | Independent, lookahead: int, siblings: int = 0) -> list[float]:
+def survival(content: Replay | Independent, lookahead: int, rows: int) -> list[float]:
     """Chance that a round accepts at least 1, 2, .. K tokens."""
     counts, rounds = [0] * (lookahead + 1), 0
-    for accepted, _ in _rounds(content, lookahead, siblings):
+    for accepted, _ in _rounds(content, lookahead, rows):
         rounds += 1
         for depth in range(1, accepted + 1):
             counts[depth] += 1
     return [count / rounds for count in counts[1:]]
 
 
-def hit_curve(content: Replay | Independent, lookahead: int, siblings: int, budgets: list[int]) -> list[float]:
+def hit_curve(content: Replay | Independent, lookahead: int, rows: int, budgets: list[int]) -> list[float]:
     """Hit rate with each budget."""
-    needed = [need for _, need in _rounds(content, lookahead, siblings)]
+    needed = [need for _, need in _rounds(content, lookahead, rows)]
     return [sum(NEVER < need <= budget for need in needed) / len(needed) for budget in budgets]
 
 
-def _rounds(content: Replay | Independent, lookahead: int, siblings: int, each: int = 200) -> Iterator[tuple[int, int]]:
+def _rounds(content: Replay | Independent, lookahead: int, rows: int, each: int = 200) -> Iterator[tuple[int, int]]:
     for text in range(content.texts):
-        walk = content.walk(lookahead, siblings, text)
+        walk = content.walk(lookahead, rows, text)
         for _ in range(each):
             yield walk(False)

@@ -15,15 +15,18 @@ from torch import Tensor
 
 from ..decoding.sampling import scores
 from ..decoding.tree import ABSENT, TreeShape
+from ..decoding.widths import siblings_within
 from ..errors import ConfigError
 from ..models.rows import RowPlan
 from ..params import SamplingParams
 from ..pipeline.build import Plan, build_draft
 from ..pipeline.messages import Admit
-from .profile import NEVER, Replay
+from .profile import NEVER, ROOT, Replay
 
 BUDGETS = (4, 8, 12, 16, 24, 32, 48)
 CHUNK_BYTES = 64 << 20
+WIDEST = 3
+"""Combs with more rows than so many for each depth are not replayed."""
 
 
 def replay(
@@ -32,11 +35,11 @@ def replay(
     params: SamplingParams,
     *,
     lookaheads: Sequence[int],
-    siblings: Sequence[int],
+    rows: Sequence[int] = (),
     budgets: Sequence[int] = BUDGETS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Replay:
-    """Tables of every tree and budget.
+    """Tables of every tree and budget: chains, and combs of so many ``rows``.
 
     Args:
         plan: of the pairing; its forecast's shape and sharpness are used. budgets: tried, where a
@@ -50,13 +53,18 @@ def replay(
             "a forecast that learns is another one in every round; measure profiles with speculation.forecast.shape"
             "=confidence (benchmarks/forecasts.py compares hit rates)"
         )
-    deepest, widest = max(lookaheads), max(siblings)
+    combs = {
+        (depth, count): siblings_within(count, depth)
+        for depth in lookaheads
+        for count in sorted({depth + 1, *rows})
+        if depth < count <= 1 + WIDEST * depth
+    }
+    deepest, widest = max(lookaheads), max(max(beside) for beside in combs.values())
     whole = TreeShape.comb(deepest, widest)
     worker = build_draft(draft_plan(plan, deepest, widest, max(budgets)))[0]
-    trees = {"0:0": (TreeShape.comb(1), [0, 0])}
-    for depth in lookaheads:
-        for beside in siblings:
-            trees[f"{depth}:{beside}"] = (TreeShape.comb(depth, beside), _nodes(deepest, widest, depth, beside))
+    trees = {ROOT: (TreeShape.comb(1), [0, 0])}
+    for (depth, count), beside in combs.items():
+        trees[f"{depth}:{count}"] = TreeShape.comb(depth, beside), _nodes(deepest, widest, beside)
     # The confidence forecast lists outcomes by likelihood: a smaller budget is the beginning of a larger one.
     nested = plan.config.speculation.forecast.shape == "confidence"
     sizes = [max(budgets)] if nested else sorted(budgets, reverse=True)
@@ -75,7 +83,7 @@ def replay(
             ahead = torch.tensor([walk.ids[root + 1 : root + deepest + 2] for root in roots[start : start + chunk]])
             for name, (shape, nodes) in trees.items():
                 part, scored = tokens[:, nodes].clone(), marks[:, nodes]
-                if name == "0:0":
+                if name == ROOT:
                     part[:, 1] = ABSENT
                 node, depth = deepest_node(shape, part, ahead)
                 bonus = ahead.gather(1, depth[:, None])
@@ -138,10 +146,10 @@ def deepest_node(shape: TreeShape, tokens: Tensor, ahead: Tensor) -> tuple[Tenso
     return node, depth
 
 
-def _nodes(deepest: int, widest: int, depth: int, beside: int) -> list[int]:
-    """Which nodes of ``comb(deepest, widest)`` are ``comb(depth, beside)``, in its order."""
-    leaves = [deepest + 1 + level * widest + rank for level in range(depth) for rank in range(beside)]
-    return [*range(depth + 1), *leaves]
+def _nodes(deepest: int, widest: int, beside: Sequence[int]) -> list[int]:
+    """Which nodes of ``comb(deepest, widest)`` are ``comb(len(beside), beside)``, in its order."""
+    leaves = [deepest + 1 + level * widest + rank for level, count in enumerate(beside) for rank in range(count)]
+    return [*range(len(beside) + 1), *leaves]
 
 
 def _sized(plan: Plan, shape: TreeShape, size: int) -> Plan:

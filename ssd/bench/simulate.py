@@ -30,7 +30,8 @@ class Setting:
     method: Modelled = "ssd"
     lookahead: int = 4
     budget: int = 12
-    siblings: int = 0
+    rows: int | None = None
+    """W: what a sequence verifies, a comb within that budget; None: a chain."""
     batch: int = 1
     fallback: Literal["jit", "none"] = "jit"
     temperature: float = 0.0
@@ -40,9 +41,14 @@ class Setting:
     """The forecast's branches are dealt out to these."""
 
     @property
-    def rows(self) -> int:
-        """W: rows a sequence verifies."""
-        return 1 if self.method == "none_fast" else 1 + self.lookahead * (1 + self.siblings)
+    def tree_rows(self) -> int:
+        """W."""
+        return self.rows or self.lookahead + 1
+
+    @property
+    def forward_rows(self) -> int:
+        """Of a sequence, in a forward of the target."""
+        return 1 if self.method == "none_fast" else self.tree_rows
 
     @property
     def devices(self) -> int:
@@ -100,7 +106,7 @@ class Simulator:
         if min(setting.target_devices, setting.draft_devices, setting.batch, setting.lookahead) < 1:
             raise RequestError("devices, batch and lookahead must be at least 1")
         costs, content = self.profile.at(setting.temperature)
-        bare_s = costs.forward(setting.batch * setting.rows, setting.target_devices)
+        bare_s = costs.forward(setting.batch * setting.forward_rows, setting.target_devices)
         if setting.method in ("none", "none_fast"):
             count = -(-tokens // setting.batch)
             made = np.full(count, setting.batch)
@@ -130,10 +136,10 @@ class Simulator:
         """Tokens of every round ``[R]``, and the budgets that hold its rows' outcomes ``[R, B]``."""
         # Without a fallback, a row that missed has no candidates: then the budget matters here.
         plainly = setting.method == "ssd" and setting.fallback == "none"
-        key = (setting.temperature, setting.lookahead, setting.siblings, setting.batch, tokens)
+        key = (setting.temperature, setting.lookahead, setting.tree_rows, setting.batch, tokens)
         key = (*key, setting.budget if plainly else None)
         if key not in self._played:
-            walks = [content.walk(setting.lookahead, setting.siblings, row) for row in range(setting.batch)]
+            walks = [content.walk(setting.lookahead, setting.tree_rows, row) for row in range(setting.batch)]
             bare = [False] * setting.batch
             made, needed = [], []
             total = 0

@@ -1,4 +1,4 @@
-"""Tuning lookahead, budget and siblings: the simulator names a few, real runs choose among them."""
+"""Tuning lookahead, budget and rows: the simulator names a few, real runs choose among them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,12 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        return f"K={self.size.lookahead} N={self.size.budget} s={self.size.siblings}"
+        return f"K={self.size.lookahead} N={self.size.budget} W={self.rows}"
+
+    @property
+    def rows(self) -> int:
+        """W."""
+        return self.size.rows or self.size.lookahead + 1
 
 
 def shortlist(profile: Profile, temperature: float, count: int, space: Space = Space()) -> list[Candidate]:  # noqa: B008
@@ -43,11 +48,11 @@ def shortlist(profile: Profile, temperature: float, count: int, space: Space = S
     best: dict[tuple[int, int], Candidate] = {}
     for one in ranked(Simulator(profile), Setting(temperature=temperature), space):
         at, rate = one.setting, one.tokens_per_second
-        known = best.get((at.lookahead, at.siblings))
+        known = best.get((at.lookahead, at.tree_rows))
         smaller = known is not None and at.budget < known.size.budget and rate > known.simulated * (1 - CLOSE)
         if known is None or smaller:
-            size = Size(lookahead=at.lookahead, budget=at.budget, siblings=at.siblings)
-            best[at.lookahead, at.siblings] = Candidate(size=size, simulated=rate)
+            size = Size(lookahead=at.lookahead, budget=at.budget, rows=at.tree_rows)
+            best[at.lookahead, at.tree_rows] = Candidate(size=size, simulated=rate)
     return sorted(best.values(), key=lambda candidate: -candidate.simulated)[:count]
 
 

@@ -41,7 +41,9 @@ def test_rules_that_send_probabilities(fickle: None, tiny_config: Configure, ver
     same_as_plain(tiny_config(speculation=TREE | {"verify": verify, "siblings": 0}), [GREEDY])
 
 
-def test_without_a_bell_that_rings_it_is_the_whole_tree(tiny_config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_bell_that_rings_it_is_the_whole_tree(
+    tiny_config: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And one that rings at once leaves a single token."""
     accepted = {}
     for name, rung in (("never", False), ("always", True)):

@@ -24,28 +24,28 @@ Configure = Callable[..., dict[str, Any]]
 TOKENS = 30
 
 
-@pytest.mark.parametrize(("temperature", "siblings", "shape"), [(0.0, 0, "confidence"), (1.0, 2, "uniform")])
-def test_a_replay_is_what_happens(temperature: float, siblings: int, shape: str, tiny_config: Configure) -> None:
-    speculation = {"lookahead": 3, "siblings": siblings, "forecast": {"budget": 8, "shape": shape}}
+@pytest.mark.parametrize(("temperature", "rows", "shape"), [(0.0, 4, "confidence"), (1.0, 8, "uniform")])
+def test_a_replay_is_what_happens(temperature: float, rows: int, shape: str, tiny_config: Configure) -> None:
+    speculation = {"lookahead": 3, "rows": rows, "forecast": {"budget": 8, "shape": shape}}
     config = load_config(tiny_config(speculation=speculation))
     plan = make_plan(config)[1]
     prompt = torch.randint(4, 128, (9,), generator=torch.Generator().manual_seed(3)).tolist()
     params = SamplingParams(temperature=temperature, seed=5, max_tokens=TOKENS, ignore_eos=True)
     (history,) = play(build_verifier(plan)[0], build_draft(plan)[0], plan, [prompt], [params])
-    found = replay(plan, [(prompt, history.tokens)], params, lookaheads=(1, 3, 5), siblings=(0, 2), budgets=(4, 8))
+    found = replay(plan, [(prompt, history.tokens)], params, lookaheads=(1, 3, 5), rows=(8,), budgets=(4, 8))
     # Left out of both: the first round (its root alone) and the end, which the replay does not judge.
     position, compared = len(history.rounds[0].tokens), 0
     for now, after in zip(history.rounds[1:], history.rounds[2:], strict=False):
-        accepted = found.accepted[f"3:{siblings}"][0]
+        accepted = found.accepted[f"3:{rows}"][0]
         if position >= len(accepted):
             break
         assert accepted[position] == now.accepted
-        assert (0 < found.needed[f"3:{siblings}"][0][position] <= 8) == (after.source == "hit")
+        assert (0 < found.needed[f"3:{rows}"][0][position] <= 8) == (after.source == "hit")
         position += len(now.tokens)
         compared += 1
     assert compared > 5
     # And so is what the simulator makes of it.
-    assert {tree for tree in found.trees} == {(1, 0), (1, 2), (3, 0), (3, 2), (5, 0), (5, 2)}
+    assert {tree for tree in found.trees} == {(1, 2), (3, 4), (3, 8), (5, 6), (5, 8)}
 
 
 def test_a_measured_profile_simulates(tiny_config: Configure) -> None:
@@ -59,7 +59,7 @@ def test_a_measured_profile_simulates(tiny_config: Configure) -> None:
         name="tiny",
         sizes=sizes,
         lookaheads=(2, 4),
-        siblings=(0,),
+        rows=(),
         temperatures=(0.0,),
         max_tokens=12,
         launch=lambda c: LLM(c, launch=InprocPipeline),
@@ -69,7 +69,7 @@ def test_a_measured_profile_simulates(tiny_config: Configure) -> None:
     assert set(profile.costs) == set(profile.content) == {"0"}
     assert list(profile.costs["0"].target) == [1, 3, 5]
     assert isinstance(profile.content["0"], Replay) and profile.content["0"].texts == 2
-    assert [len(text) for text in profile.content["0"].accepted["4:0"]] == [12, 12]
+    assert [len(text) for text in profile.content["0"].accepted["4:5"]] == [12, 12]
     for setting in (Setting(lookahead=4, budget=8), Setting(method="sd", lookahead=2), Setting(method="none")):
         assert 1 < simulate(profile, setting, tokens=200).tokens_per_second < 1e4
     assert len(said) == len(sizes) * 5 + 1
@@ -77,11 +77,11 @@ def test_a_measured_profile_simulates(tiny_config: Configure) -> None:
 
 def points(tree: Callable[[int, int], float]) -> list[Point]:
     found = []
-    for depth, budget, siblings in ((2, 4, 0), (4, 4, 0), (4, 16, 0), (8, 8, 1)):
-        common: dict[str, Any] = {"temperature": 0.0, "lookahead": depth, "siblings": siblings, "budget": budget}
+    for depth, budget, beside in ((2, 4, 0), (4, 4, 0), (4, 16, 0), (8, 8, 1)):
+        common: dict[str, Any] = {"temperature": 0.0, "lookahead": depth, "budget": budget}
         common |= {"batch": 1, "rounds": 9}
         for method in ("none_fast", "none", "sd", "ssd"):
-            rows = 1 if method == "none_fast" else 1 + depth * (1 + siblings)
+            rows = 1 if method == "none_fast" else 1 + depth * (1 + beside)
             found.append(
                 Point(
                     method=method,  # type: ignore[arg-type]

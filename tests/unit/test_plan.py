@@ -26,7 +26,7 @@ from ssd.config import load_config
 from ssd.testing.scripted_llm import ScriptedLLM
 
 PROMPTS = [Prompt(name="f", text="def f", category="code"), Prompt(name="p", text="The", category="prose")]
-SPACE = Space(lookaheads=(1, 2, 4, 8), budgets=(4, 16, 48), siblings=(0,))
+SPACE = Space(lookaheads=(1, 2, 4, 8), budgets=(4, 16, 48), rows=())
 PNG = b"\x89PNG"
 
 
@@ -72,7 +72,7 @@ def test_advice() -> None:
 
 def test_the_shortlist_takes_the_smaller_budget_where_it_does_as_well() -> None:
     chosen = shortlist(costly(), 0.0, 2, SPACE)
-    assert len({(one.size.lookahead, one.size.siblings) for one in chosen}) == 2
+    assert len({(one.size.lookahead, one.rows) for one in chosen}) == 2
     assert chosen[0].simulated >= chosen[1].simulated
     flat = Profile(
         name="flat",

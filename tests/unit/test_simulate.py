@@ -72,9 +72,9 @@ def test_a_batch_stalls_when_any_row_misses() -> None:
 
 def test_misses_follow_the_power_law_of_the_budget() -> None:
     law = Independent(acceptance=A, miss=0.8, power=0.7)
-    curve = hit_curve(law, K, 0, [2, 8, 32])
+    curve = hit_curve(law, K, K + 1, [2, 8, 32])
     assert curve == pytest.approx([1 - 0.8 * n**-0.7 for n in (2, 8, 32)], abs=0.02)
-    assert survival(law, 3) == pytest.approx([A, A**2, A**3], abs=0.02)
+    assert survival(law, 3, 4) == pytest.approx([A, A**2, A**3], abs=0.02)
 
 
 def test_devices_split_the_budget_and_the_forward() -> None:
@@ -116,19 +116,19 @@ def test_published_rounds() -> None:
 
 
 REPLAY = Replay(
-    accepted={"0:0": [[0] * 8, [0] * 3], "2:0": [[2, 0, 1, 0, 2, 0, 0, 0], [1, 1, 0]]},
-    needed={"0:0": [[1] * 8, [1] * 3], "2:0": [[4, 0, 8, 0, 16, 4, 4, 0], [4, 4, 4]]},
+    accepted={"0:1": [[0] * 8, [0] * 3], "2:3": [[2, 0, 1, 0, 2, 0, 0, 0], [1, 1, 0]]},
+    needed={"0:1": [[1] * 8, [1] * 3], "2:3": [[4, 0, 8, 0, 16, 4, 4, 0], [4, 4, 4]]},
 )
 
 
 def test_replay_visits_the_positions_rounds_begin_at() -> None:
-    walk = REPLAY.walk(2, 0, 0)
+    walk = REPLAY.walk(2, 3, 0)
     # The first round has only its root; then 0 at 1, 1 at 2, 2 at 4, 0 at 7: the text is over.
     assert [walk(False) for _ in range(5)] == [(0, 1), (0, 0), (1, 8), (2, 16), (0, 0)]
     assert walk(False) == (0, 1)
     assert walk(False) == (1, 4)  # two tokens left: all of it
     with pytest.raises(RequestError, match="no tree of lookahead 3"):
-        REPLAY.walk(3, 0, 0)
+        REPLAY.walk(3, 4, 0)
 
 
 def test_replayed_hits_depend_on_the_budget() -> None:
