@@ -191,7 +191,7 @@ def build_verifier(
     )
     worker.chooser.grammars = plan.grammars(config.target)
     if plan.probs is not None:
-        worker.judge = Judge(
+        worker.decider.judge = Judge(
             config.speculation.verify, plan.shape, plan.probs, batch=runner.batch, device=runner.device
         )
     if (wanted := config.speculation.self_draft) is not None:
@@ -200,7 +200,7 @@ def build_verifier(
             runner.over(skipping(runner.model, skips)),
             shape=plan.shape,
             chooser=worker.chooser,
-            judge=worker.judge,
+            judge=worker.decider.judge,
             confidence=wanted.confidence,
             governed=config.speculation.governor,
         )

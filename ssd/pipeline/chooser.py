@@ -46,11 +46,13 @@ class Chooser:
         """Needed by requests with structured output."""
         self._ahead = torch.arange(1, horizon + 1, device=device)
         self._vocabulary = vocabulary
+        self._prepared: tuple[list[int], Tensor | None] | None = None
         self._gumbel: Callable[..., Tensor] = torch.compile(gumbel, dynamic=False) if compile else gumbel
         if graphs is not None:
             self._gumbel = graphs.of(self._gumbel, "noise")
 
     def set(self, slot: int, params: SamplingParams) -> None:
+        self._prepared = None
         self.params = self.params.with_row(
             slot,
             temperature=params.temperature,
@@ -121,9 +123,19 @@ class Chooser:
     def noise(self, lengths: Tensor) -> Tensor | None:
         """Noise ``[B, horizon, V]`` for the tokens at positions L + 1, L + 2, .. of every slot;
         None while nothing samples. ``lengths`` ``[B]``."""
+        self._prepared = None  # graphs write where they wrote before
         if not self.params.random:
             return None
         return self._gumbel(self.params.seed[:, None], lengths[:, None] + self._ahead, self._vocabulary)
+
+    def prepare(self, known: list[int], lengths: Tensor) -> None:
+        """Make the noise of ``lengths`` now; ``known`` is the same on the host."""
+        self._prepared = known, self.noise(lengths)
+
+    def prepared(self, known: list[int], lengths: Tensor) -> Tensor | None:
+        """``noise(lengths)``: made before, if nothing has changed since, or now."""
+        found = self._prepared
+        return found[1] if found is not None and found[0] == known else self.noise(lengths)
 
     def processed(self, logits: Tensor, paths: Tensor | None) -> Tensor:
         """``[B, R, V]`` with the requests' processors applied. ``paths`` as for ``Processors.apply``:

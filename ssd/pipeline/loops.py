@@ -311,6 +311,7 @@ def _finish_round(
         nonlocal reported
         reported = True
         report()
+        worker.prepare()
 
     began = worker.clock()
     try:

@@ -10,29 +10,25 @@ import torch
 from torch import Tensor
 
 from ..decoding.logprobs import token_logprobs
-from ..decoding.processors import TreePaths
-from ..decoding.sampling import perturbed, scores
 from ..decoding.support import DraftProbs
 from ..decoding.tree import ABSENT, TreeShape
-from ..decoding.verify import Outcome, verify_coupled
 from ..errors import RequestError
-from ..models.device import Courier, Written
+from ..models.device import Written
 from ..models.rows import RowPlan, verify_plans
 from ..models.runner import ForwardRunner
 from ..params import Method, Origin
 from .chooser import Chooser
+from .decider import Decider
 from .frames import RowState, SpeculationSet
 from .lookup import lookup
 from .messages import Admit, Submit
 from .prefix import PrefixCache
 from .prompts import Prompts
-from .rules import Judge
 from .self_draft import SelfDraft
 from .sequence import Sequence
 from .steering import Steering
 from .verdict import Commit, Verdict
 
-Decision = tuple[Tensor, list[list[int]], float]
 Committed = tuple[list[int], list[Commit]]
 
 
@@ -77,8 +73,6 @@ class VerifierWorker:
         self.prompts = Prompts(runner, PrefixCache(runner.batch, runner.chunk, enabled=prefix_caching))
         self.drafting = True
         """False while there is no draft: everything decodes plainly then."""
-        self.judge: Judge | None = None
-        """Under ``rejection`` and ``block``: verifies the rows that sample."""
         self.self_draft: SelfDraft | None = None  # drafts for rows of method ``self``
         self._absent = [ABSENT] * (shape.nodes - 1)
         self.trees = [[ABSENT, *self._absent] for _ in self.rows]
@@ -86,33 +80,20 @@ class VerifierWorker:
         self.origins: list[Origin] = ["plain"] * runner.batch  # of the candidates in ``trees``
         self.lookups = self.hits = 0  # of the round before
         self._missed_s = self._trees_s = 0.0
-        device, self._courier = runner.device, Courier(runner.device)
         kept = {"compile": runner.compile, "graphs": runner.graphs}
-        self.chooser = Chooser(runner.batch, runner.vocabulary, device, horizon=shape.depth + 1, **kept)
-        self._parents, self._depths = shape.parent_index(device), shape.depth_index(device)
-        self._ancestors, self._paths = shape.ancestors(device), TreePaths(shape, device)
-        self._silence = torch.zeros(runner.batch, shape.depth + 1, runner.vocabulary, device=device)
-        self._deciders: dict[tuple[RowPlan, int], Callable[..., tuple[Tensor, Tensor]]] = {}
+        self.chooser = Chooser(runner.batch, runner.vocabulary, runner.device, horizon=shape.depth + 1, **kept)
+        self.decider = Decider(runner, shape, self.chooser, clock)
         self._trees = verify_plans(shape, () if strict else lookaheads)
         self._tree, self._one = self._trees[shape.depth], RowPlan.sequential("one", 1)
-        self._lengths = Written(runner.batch, device=device)
-        self._tokens = {rows: Written(runner.batch, rows, device=device) for rows in range(1, shape.nodes + 1)}
+        self._lengths = Written(runner.batch, device=runner.device)
 
     def warm_up(self) -> None:
         """Compile every form a round needs."""
         self.chooser.warm_up()
-        lengths = torch.zeros(self.runner.batch, dtype=torch.int64, device=self.runner.device)
-        for plan in [self._tree] if self.strict else [*self._trees.values(), self._one]:
-            for context in self.runner.contexts:
-                self._decide(plan, context, lengths)
+        self.decider.warm_up([self._tree] if self.strict else [*self._trees.values(), self._one], self.trees)
         if not self.strict:
-            seconds = {depth: self._forward_s(plan) for depth, plan in self._trees.items()}
-            self.steering.calibrate(seconds[self.shape.depth] - self._forward_s(self._one), seconds)
-
-    def _forward_s(self, plan: RowPlan) -> float:
-        """Seconds of a forward: the best of a few."""
-        lengths = torch.zeros(self.runner.batch, dtype=torch.int64, device=self.runner.device)
-        return min(self._decide(plan, self.runner.contexts[0], lengths)[2] for _ in range(5))
+            seconds = {depth: self.decider.forward_s(plan, self.trees) for depth, plan in self._trees.items()}
+            self.steering.calibrate(seconds[self.shape.depth] - self.decider.forward_s(self._one, self.trees), seconds)
 
     @property
     def idle(self) -> bool:
@@ -198,67 +179,28 @@ class VerifierWorker:
         if not self.decoding:
             nothing = [0] * len(self.rows)
             return Verdict(nothing, nothing, self._states(), commits=[], forward_s=0.0)
-        # Rows of the other slots are computed and mean nothing: they land behind what must stay there.
-        held = self.prompts.prefixes.held
-        lengths_list = [len(held[slot] if row is None else row.tokens) for slot, row in enumerate(self.rows)]
-        lengths = self._lengths.write(lengths_list)
+        known = self._known()
+        lengths = self._lengths.write(known)
         own = self.self_draft
         drafted_s = own.fill(self.rows, self.trees, self.origins, lengths) if own is not None else 0.0
         plan = self._plan()
         context = self.runner.context_for(max(len(r.tokens) for r in self.rows if r is not None) + max(plan.limits) + 1)
-        logits, (nodes, bonus), forward_s = self._decide(plan, context, lengths)
-        states, commits = self._commit(nodes, bonus, lengths_list, logits)
+        noise = self.chooser.prepared(known, lengths)
+        logits, nodes, bonus, forward_s = self.decider.decide(plan, context, lengths, self.trees, noise)
+        states, commits = self._commit(nodes, bonus, known, logits)
         ngram = self.steering.ngram
         self.steering.learn(commits, forward_s)
         return Verdict(nodes, bonus, states, commits, forward_s, ngram, self.steering.lookahead(self.rows), drafted_s)
 
-    @torch.no_grad()
-    def _decide(self, plan: RowPlan, context: int, lengths: Tensor) -> Decision:
-        """Forward, choice and verification as one compiled function: a round's many small operations would cost as
-        much as a layer. Filters and processors, which it cannot do, choose anew. Returns logits ``[B, R, V]``, the
-        outcome's nodes and bonus tokens ``[2][B]``, and the seconds of the compiled function alone."""
-        if (decide := self._deciders.get((plan, context))) is None:
-            decide = self._deciders[plan, context] = self.runner.compiled(self._decider(plan, context))
-        tokens = self._tokens[plan.rows].write([tree[: plan.rows] for tree in self.trees])
-        noise, began = self.chooser.noise(lengths), self.clock()
-        quiet = self._silence if noise is None else noise
-        self.runner.announce(plan, tokens, lengths, context)
-        logits, decided = decide(tokens, lengths, self.chooser.params.temperature, quiet)
-        (decided,) = self._courier.fetch(decided)
-        forward_s = self.clock() - began
-        judge = self.judge if noise is not None and plan.rows > 1 else None
-        if judge is not None or self.chooser.processors.active or self.chooser.params.filtered:
-            decided = torch.stack(self._decide_anew(plan, tokens, lengths, logits, noise, judge))
-        return logits, decided.tolist(), forward_s
+    def _known(self) -> list[int]:
+        """L of every slot. Rows of empty ones are computed and mean nothing: they land behind what they hold."""
+        held = self.prompts.prefixes.held
+        return [len(held[slot] if row is None else row.tokens) for slot, row in enumerate(self.rows)]
 
-    def _decide_anew(
-        self, plan: RowPlan, tokens: Tensor, lengths: Tensor, logits: Tensor, noise: Tensor | None, judge: Judge | None
-    ) -> Outcome:
-        """The outcome with processors, filters and the rule."""
-        if self.chooser.processors.active:
-            trees = torch.tensor(self.trees, device=tokens.device)
-            logits = self.chooser.processed(logits, self._paths.of(trees)[:, : plan.rows])
-        ahead = None if noise is None else noise[:, self._depths[: plan.rows]]
-        chosen = scores(logits, self.chooser.params, ahead).argmax(-1)
-        matched = Outcome(*self._courier.fetch(*self._verify(tokens, chosen)))
-        if judge is None:
-            return matched
-        assert ahead is not None
-        return judge.decide(matched, chosen.cpu(), tokens.cpu(), logits, lengths, ahead, self.chooser.params)
-
-    def _decider(self, plan: RowPlan, context: int) -> Callable[..., tuple[Tensor, Tensor]]:
-        runner, verify, ahead = self.runner, self._verify, self._depths[: plan.rows]
-
-        def decide(tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-            # A draft may send anything: what is no token is fed as some token, and never accepted.
-            logits = runner.logits(plan, tokens.clamp(0, runner.vocabulary - 1), lengths, context)
-            return logits, torch.stack(verify(tokens, perturbed(logits, noise[:, ahead], temperature).argmax(-1)))
-
-        return decide
-
-    def _verify(self, tokens: Tensor, chosen: Tensor) -> Outcome:
-        rows = tokens.shape[1]
-        return verify_coupled(tokens, chosen, self._parents[:rows], self._depths[:rows], self._ancestors[:rows, :rows])
+    def prepare(self) -> None:
+        """Of the next verification what needs no tree: its noise. While the draft may have to be waited for."""
+        known = self._known()
+        self.chooser.prepare(known, self._lengths.write(known))
 
     def advance(self, verdict: Verdict, speculation: SpeculationSet | None) -> list[bool]:
         """Next trees by lookup (``None``: no draft took part). Returns the rows ``[B]`` that
@@ -270,8 +212,8 @@ class VerifierWorker:
         else:
             found = lookup(verdict.nodes, verdict.bonus, speculation)
             self.trees = found.trees
-            if self.judge is not None:
-                self.judge.take(found.branches, speculation.draft)
+            if self.decider.judge is not None:
+                self.decider.judge.take(found.branches, speculation.draft)
             for slot, row in enumerate(self.rows):
                 if row is None or not self.speculates(row):
                     continue
@@ -304,8 +246,8 @@ class VerifierWorker:
         if found:
             self.trees[slot][1:] = [*found, *self._absent[len(found) :]]
             self.steering.name(slot)
-            if self.judge is not None:
-                self.judge.name(slot)
+            if self.decider.judge is not None:
+                self.decider.judge.name(slot)
         return bool(found)
 
     def fill(self, missed: list[bool], drafted: list[list[int]], draft: DraftProbs | None = None) -> None:
@@ -320,8 +262,8 @@ class VerifierWorker:
         if (fallback := self.steering.fallback) is not None:
             fallback.waited(self._trees_s)
             fallback.sources.update((slot, "jit") for slot in waited)
-        if self.judge is not None and draft is not None:
-            self.judge.fill(missed, draft)
+        if self.decider.judge is not None and draft is not None:
+            self.decider.judge.fill(missed, draft)
 
     def lose_draft(self) -> None:
         """Go on plainly. Losslessness does not depend on the draft: only speed is lost."""
@@ -336,7 +278,7 @@ class VerifierWorker:
         plain = all(tree[1:] == self._absent for tree in self.trees)
         if plain and (not self.strict or all(row.method == "none_fast" for row in rows)):
             return self._one
-        if self.judge is not None or len(self._trees) == 1:
+        if self.decider.judge is not None or len(self._trees) == 1:
             return self._tree
         deepest = max(len(self._absent) - tree.count(ABSENT) for tree in self.trees)  # of chains: they have no holes
         return next((plan for depth, plan in self._trees.items() if depth >= deepest), self._tree)

@@ -28,7 +28,7 @@ def test_shipped_configuration_loads_from_any_folder(monkeypatch: pytest.MonkeyP
     assert by_path.target.cores == [0]
     assert by_path.draft is not None
     assert by_path.draft.cores == [1]
-    assert (by_path.speculation.method, by_path.speculation.lookahead) == ("ssd", 3)
+    assert (by_path.speculation.method, by_path.speculation.lookahead) == ("ssd", 4)
 
 
 def test_every_shipped_configuration_is_valid() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ssd import SamplingParams
 from ssd.decoding.noise import BITS, gumbel, uniform_bits
+from ssd.pipeline.chooser import Chooser
 
 M32, M64 = 2**32 - 1, 2**64 - 1
 int63 = st.integers(0, 2**63 - 1)
@@ -230,3 +233,34 @@ def test_same_noise_couples_two_distributions():
     distance = 0.5 * (p - q).abs().sum()
     assert agree > (1 - distance) / (1 + distance) - 0.01
     assert agree > 3 * (p * q).sum()
+
+
+def test_prepared_noise_is_that_of_the_round() -> None:
+    """Unless the lengths, the requests or whoever else asked for noise came between."""
+    chooser = Chooser(2, 50, "cpu", horizon=3)
+    warm = SamplingParams(temperature=1.0, seed=4)
+    chooser.set(0, warm)
+    known, lengths = [5, 9], torch.tensor([5, 9])
+    wanted = chooser.noise(lengths)
+    assert wanted is not None
+    chooser.prepare(known, lengths)
+    made = chooser._prepared
+    assert made is not None and chooser.prepared(known, lengths) is made[1]
+    assert torch.equal(chooser.prepared(known, lengths), wanted)
+
+    chooser.prepare(known, lengths)
+    other = chooser.prepared([5, 10], torch.tensor([5, 10]))
+    assert torch.equal(other[0], wanted[0]) and not torch.equal(other[1], wanted[1])
+
+    chooser.prepare(known, lengths)
+    chooser.set(0, replace(warm, seed=5))
+    assert not torch.equal(chooser.prepared(known, lengths), wanted)
+    chooser.prepare(known, lengths)
+    chooser.clear(0)
+    assert chooser.prepared(known, lengths) is None
+
+    chooser.set(0, warm)
+    chooser.prepare(known, lengths)
+    chooser.noise(torch.tensor([1, 1]))  # as graphs do: what was made before is overwritten
+    assert chooser._prepared is None
+    assert torch.equal(chooser.prepared(known, lengths), wanted)

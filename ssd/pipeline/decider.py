@@ -1,0 +1,128 @@
+"""What a verification decides: the target's forward over the trees, the tokens it chooses, how far they agree."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..decoding.processors import TreePaths
+from ..decoding.sampling import perturbed, scores
+from ..decoding.tree import TreeShape
+from ..decoding.verify import Outcome, verify_coupled
+from ..models.device import Courier, Written
+from ..models.rows import RowPlan
+from ..models.runner import ForwardRunner
+from .chooser import Chooser
+from .rules import Judge
+
+
+class Decision(NamedTuple):
+    logits: Tensor
+    """``[B, R, V]``"""
+    nodes: list[int]
+    """``[B]``, u."""
+    bonus: list[int]
+    """``[B]``, t."""
+    forward_s: float
+    """Of the compiled function alone."""
+
+
+class Decider:
+    """Forward, choice and verification as one compiled function: a round's many small operations would cost as
+    much as a layer. Filters and processors, which it cannot do, choose anew.
+
+    Args: runner: of the target. shape: the candidate tree. chooser: what the rows' requests ask for.
+    """
+
+    def __init__(
+        self,
+        runner: ForwardRunner,
+        shape: TreeShape,
+        chooser: Chooser,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self._runner, self._chooser, self._clock = runner, chooser, clock
+        self.judge: Judge | None = None
+        """Under ``rejection`` and ``block``: verifies the rows that sample."""
+        device, self._courier = runner.device, Courier(runner.device)
+        self._parents, self._depths = shape.parent_index(device), shape.depth_index(device)
+        self._ancestors, self._paths = shape.ancestors(device), TreePaths(shape, device)
+        self._silence = torch.zeros(runner.batch, shape.depth + 1, runner.vocabulary, device=device)
+        self._bodies: dict[tuple[RowPlan, int], Callable[..., tuple[Tensor, Tensor]]] = {}
+        self._tokens = {rows: Written(runner.batch, rows, device=device) for rows in range(1, shape.nodes + 1)}
+
+    def warm_up(self, plans: Iterable[RowPlan], trees: list[list[int]]) -> None:
+        """Compile every form a round needs."""
+        lengths = self._nothing()
+        for plan in plans:
+            for context in self._runner.contexts:
+                self.decide(plan, context, lengths, trees)
+
+    def forward_s(self, plan: RowPlan, trees: list[list[int]]) -> float:
+        """Seconds of a verification, at its shortest."""
+        lengths = self._nothing()
+        return min(self.decide(plan, self._runner.contexts[0], lengths, trees).forward_s for _ in range(5))
+
+    def _nothing(self) -> Tensor:
+        return torch.zeros(self._runner.batch, dtype=torch.int64, device=self._runner.device)
+
+    @torch.no_grad()
+    def decide(
+        self, plan: RowPlan, context: int, lengths: Tensor, trees: list[list[int]], noise: Tensor | None = None
+    ) -> Decision:
+        """The outcomes of the trees ``[B][W]``, of which ``plan`` verifies the first rows, above L ``[B]``.
+        ``noise``: of these lengths; None while nothing samples."""
+        if (body := self._bodies.get((plan, context))) is None:
+            body = self._bodies[plan, context] = self._runner.compiled(self._body(plan, context))
+        tokens = self._tokens[plan.rows].write([tree[: plan.rows] for tree in trees])
+        began = self._clock()
+        quiet = self._silence if noise is None else noise
+        self._runner.announce(plan, tokens, lengths, context)
+        logits, decided = body(tokens, lengths, self._chooser.params.temperature, quiet)
+        (decided,) = self._courier.fetch(decided)
+        forward_s = self._clock() - began
+        judge = self.judge if noise is not None and plan.rows > 1 else None
+        if judge is not None or self._chooser.processors.active or self._chooser.params.filtered:
+            decided = torch.stack(self._anew(plan, tokens, lengths, trees, logits, noise, judge))
+        nodes, bonus = decided.tolist()
+        return Decision(logits, nodes, bonus, forward_s)
+
+    def _anew(
+        self,
+        plan: RowPlan,
+        tokens: Tensor,
+        lengths: Tensor,
+        trees: list[list[int]],
+        logits: Tensor,
+        noise: Tensor | None,
+        judge: Judge | None,
+    ) -> Outcome:
+        """The outcome with processors, filters and the rule."""
+        if self._chooser.processors.active:
+            paths = self._paths.of(torch.tensor(trees, device=tokens.device))
+            logits = self._chooser.processed(logits, paths[:, : plan.rows])
+        ahead = None if noise is None else noise[:, self._depths[: plan.rows]]
+        chosen = scores(logits, self._chooser.params, ahead).argmax(-1)
+        matched = Outcome(*self._courier.fetch(*self._verify(tokens, chosen)))
+        if judge is None:
+            return matched
+        assert ahead is not None
+        return judge.decide(matched, chosen.cpu(), tokens.cpu(), logits, lengths, ahead, self._chooser.params)
+
+    def _body(self, plan: RowPlan, context: int) -> Callable[..., tuple[Tensor, Tensor]]:
+        runner, verify, ahead = self._runner, self._verify, self._depths[: plan.rows]
+
+        def decide(tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+            # A draft may send anything: what is no token is fed as some token, and never accepted.
+            logits = runner.logits(plan, tokens.clamp(0, runner.vocabulary - 1), lengths, context)
+            return logits, torch.stack(verify(tokens, perturbed(logits, noise[:, ahead], temperature).argmax(-1)))
+
+        return decide
+
+    def _verify(self, tokens: Tensor, chosen: Tensor) -> Outcome:
+        rows = tokens.shape[1]
+        return verify_coupled(tokens, chosen, self._parents[:rows], self._depths[:rows], self._ancestors[:rows, :rows])
