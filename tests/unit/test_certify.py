@@ -27,7 +27,7 @@ from ssd.errors import RequestError
 from ssd.models.rows import RowPlan
 from ssd.models.runner import ForwardRunner
 from ssd.params import SpeculationRecord
-from ssd.pipeline import verifier
+from ssd.pipeline import decider
 from ssd.pipeline.chooser import Chooser
 from ssd.pipeline.launch import InprocPipeline
 from ssd.testing.tiny import tiny_model, tiny_tokenizer
@@ -75,7 +75,7 @@ def noise_of_the_position_before(self: Chooser, lengths: Tensor, _noise: Any = C
 @pytest.mark.parametrize(
     ("place", "name", "mutant", "numerics"),
     [
-        (verifier, "verify_coupled", accept_a_candidate_too_many, "strict"),
+        (decider, "verify_coupled", accept_a_candidate_too_many, "strict"),
         (Chooser, "noise", noise_of_the_position_before, "fast"),
     ],
 )
@@ -250,7 +250,7 @@ def test_command(command: list[str], tmp_path: Path) -> None:
 def test_command_refuses(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(app, [*command, "--set", "speculation.verify=block", "--temperature", "1"])
     assert result.exit_code == 2 and "law, not its tokens" in result.stderr
-    monkeypatch.setattr(verifier, "verify_coupled", accept_a_candidate_too_many)
+    monkeypatch.setattr(decider, "verify_coupled", accept_a_candidate_too_many)
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 1, result.output
     for part in ("first structural: ", "numerical band", "certified: no: ", "structural divergence"):
