@@ -43,20 +43,26 @@ def bench(name: str, options: str, minutes: float, *, pictures: bool = True, wid
 EMBEDDED = f"--prompts {CODE} --max-tokens 128 --repeat 2 --peers {PEERS} {{vllm}}"
 WIDE = (
     "--prompts {three} --max-tokens 48 --repeat 1 "
-    "--set target.model={wide}/target --set target.dtype=bfloat16 --set target.compile=false "
-    "--set draft.model={wide}/draft --set draft.dtype=bfloat16 --set draft.compile=false "
+    "--set target.model={wide}/target --set draft.model={wide}/draft "
     f"--peers {PEERS} {{vllm}} {{wide_options}}"
 )
 SHORT = f"--prompts {CODE} --max-tokens 96 --repeat 1"
 SIMULATED = "--set speculation.fallback=jit"  # the simulator knows jit and none
+GOVERNED = "--set speculation.governor=true --methods none,sd,ssd --sweep engine.max_batch=1,2,4,8"
+SELF = "--methods none,self --set draft=null --set speculation.method=self"
 STAGES = (
     bench("embedded-t0", f"{EMBEDDED} --trace {{out}}.trace", 4),
     bench("embedded-t1", f"{EMBEDDED} --temperature 1", 3),
     bench("wide-t0", f"{WIDE} --trace {{out}}.trace", 4, wide=True),
     bench("wide-t1", f"{WIDE} --temperature 1", 4, wide=True),
     bench("mixed-t0", f"--prompts {MIXED} --max-tokens 64 --repeat 1", 1.5),
-    bench("lookahead-t0", f"{SHORT} --sweep speculation.lookahead=1,2,4,6", 4),
+    bench("lookahead-t0", f"{SHORT} --sweep speculation.lookahead=auto,2,3,4,5", 5),
+    bench("lookahead-t1", f"{SHORT} --temperature 1 --sweep speculation.lookahead=auto,2,3,4", 4),
+    bench("rows-t1", f"{SHORT} --temperature 1 --sweep speculation.rows=5,6,8,10", 4),
+    bench("anytime-t1", f"{SHORT} --temperature 1 --methods ssd --sweep speculation.anytime=false,true", 2),
     bench("batch-t0", f"{SHORT} --sweep engine.max_batch=1,2,4,8", 4),
+    bench("governed-t0", f"{SHORT} {GOVERNED}", 4),
+    bench("self-t0", f"{SHORT} {SELF}", 2),
     Stage(name="profile", command=f"plan --measure --profile {{out}}.json --prompts {{five}} {SIMULATED}", minutes=4.5),
     Stage(
         name="plan",
