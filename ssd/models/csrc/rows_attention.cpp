@@ -19,6 +19,7 @@ namespace {
 
 constexpr int LANES = 8;
 constexpr int BLOCK = 32;     // slots whose keys stay in the first cache while all rows meet them
+constexpr int KEYS = 8;       // that a query meets at once
 constexpr int CHUNK = 8;      // vectors of an output kept in registers
 
 typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -31,9 +32,10 @@ inline Vector load(const at::BFloat16* from) {
   return (Vector)(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16);
 }
 
+typedef float Half __attribute__((vector_size(LANES * 2)));
+
 inline float sum(Vector x) {
-  float part[LANES / 2];
-  for (int i = 0; i < LANES / 2; ++i) part[i] = x[i] + x[i + LANES / 2];
+  const Half part = __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
   return (part[0] + part[2]) + (part[1] + part[3]);
 }
 
@@ -57,11 +59,24 @@ inline Vector exp_nonpositive(Vector x) {
   return live ? result : Vector{};
 }
 
+// A query with N keys: the same sums as one by one, but N chains of multiplications that do not wait for each other.
+template <int N, typename T>
+inline void dots(const float* query, const T* keys, int64_t stride, int64_t vectors, float* to) {
+  Vector totals[N] = {};
+  for (int64_t v = 0; v < vectors; ++v) {
+    const Vector part = load(query + v * LANES);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) totals[n] += part * load(keys + n * stride + v * LANES);
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) to[n] = sum(totals[n]);
+}
+
 template <typename T>
-inline float dot(const float* query, const T* key, int64_t vectors) {
-  Vector total{};
-  for (int64_t v = 0; v < vectors; ++v) total += load(query + v * LANES) * load(key + v * LANES);
-  return sum(total);
+inline void all_dots(const float* query, const T* keys, int64_t stride, int64_t count, int64_t vectors, float* to) {
+  int64_t s = 0;
+  for (; s + KEYS <= count; s += KEYS) dots<KEYS>(query, keys + s * stride, stride, vectors, to + s);
+  for (; s < count; ++s) dots<1>(query, keys + s * stride, stride, vectors, to + s);
 }
 
 // A row's scores become weights; returns 1 / their sum. `count` is padded with -inf to whole vectors.
@@ -150,15 +165,15 @@ void attend(const at::Tensor& query, const at::Tensor& main_keys, const at::Tens
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t last = std::min(lasts[r], first + BLOCK);
           for (int64_t m = r * group; m < (r + 1) * group; ++m)
-            for (int64_t s = first; s < last; ++s) scores[m * width + s] = dot(&scaled[m * dim], mk.at<T>(s), vectors);
+            all_dots(&scaled[m * dim], mk.at<T>(first), mk.stride, last - first, vectors, &scores[m * width + first]);
         }
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t g = 0; g < group; ++g) {
           const int64_t m = r * group + g, limit = lasts[r], count = counts[r];
           const int32_t* slots = seen.data() + r * scratch_slots;
           float* mine = &scores[m * width];
-          for (int64_t i = 0; i < count; ++i) mine[limit + i] = dot(&scaled[m * dim], sk.at<T>(slots[i]), vectors);
-          mine[limit + count] = dot(&scaled[m * dim], ok.at<T>(r), vectors);
+          for (int64_t i = 0; i < count; ++i) dots<1>(&scaled[m * dim], sk.at<T>(slots[i]), 0, vectors, mine + limit + i);
+          dots<1>(&scaled[m * dim], ok.at<T>(r), 0, vectors, mine + limit + count);
           const float share = to_weights(mine, limit + count + 1, softcap);
           T* to = out.mutable_data_ptr<T>() + ((b * rows + r) * heads + h * group + g) * dim;
           int64_t v = 0;
