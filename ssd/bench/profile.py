@@ -152,7 +152,7 @@ class Independent(_Part):
 
     @property
     def trees(self) -> list[tuple[int, int]]:
-        return [(depth, 1 + depth * (1 + beside)) for depth in range(1, 17) for beside in range(5)]
+        return [(depth, rows) for depth in range(1, 17) for rows in range(depth + 1, 2 + 5 * depth)]
 
     def walk(self, lookahead: int, rows: int, text: int) -> Walk:
         draw = random.Random(text)

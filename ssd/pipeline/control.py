@@ -18,8 +18,9 @@ _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)  # numbers, not members of e
 class ControlLane(Protocol):
     """One end of an ordered two-way lane."""
 
-    def send(self, message: Message) -> None:
-        """Raises: PipelineError if nobody is at the other end any more."""
+    def send(self, message: Message, *, more: bool = False) -> None:
+        """``more``: others follow at once, and need not arrive before these. Raises: PipelineError if nobody is at
+        the other end any more."""
 
     def receive(self, timeout_s: float) -> Message | None:
         """The next message, or None if none comes in time (0: only look)."""
@@ -39,7 +40,7 @@ class InprocLane:
         other: queue.Queue = queue.Queue()
         return cls(one, other), cls(other, one)
 
-    def send(self, message: Message) -> None:
+    def send(self, message: Message, *, more: bool = False) -> None:
         self._outbox.put(encode(message))
 
     def receive(self, timeout_s: float) -> Message | None:
@@ -76,10 +77,11 @@ class ZmqLane:
         """Becomes readable when something may have changed (edge-triggered): ``receive`` until None then."""
         return int(self._socket.getsockopt(zmq.FD))
 
-    def send(self, message: Message, *, wait: bool = True) -> None:
+    def send(self, message: Message, *, more: bool = False, wait: bool = True) -> None:
         """``wait=False``: fail at once if nobody is there."""
         try:
-            self._socket.send(encode(message), 0 if wait else zmq.NOBLOCK)
+            # Parts of one ZMQ message wake the reader once, and are read one by one like others.
+            self._socket.send(encode(message), (0 if wait else zmq.NOBLOCK) | (zmq.SNDMORE if more else 0))
         except zmq.Again:
             raise PipelineError("nobody is at the other end of the control lane") from None
 

@@ -16,10 +16,10 @@ from ..params import FinishReason, SpeculationRecord
 from .control import ControlLane
 from .draft import DraftWorker
 from .frames import Frames, Next
+from .lane_ends import Inbox, Teller
 from .link import Link
 from .messages import (
     Admit,
-    Bell,
     Cancel,
     Committed,
     Failed,
@@ -112,37 +112,6 @@ def draft_loop(
         round_number += 1
 
 
-class Inbox:
-    """What the verifier tells the draft, with its bell kept apart.
-
-    Args: link: in some links the outcome frame, which is there once the forward is done, is the bell.
-    """
-
-    def __init__(self, lane: ControlLane, link: Link):
-        self._lane, self._link = lane, link
-        self._early: deque[Message] = deque()
-        self._rung = -1
-
-    def receive(self, timeout_s: float) -> Message | None:
-        """The next message that is no bell, or None if none comes in time."""
-        if self._early:
-            return self._early.popleft()
-        while isinstance(message := self._lane.receive(timeout_s), Bell):
-            self._rung = message.round
-        return message
-
-    def rung(self, round: int) -> bool:
-        """Whether the verifier waits for this round's tree."""
-        if (arrived := self._link.arrived) is not None:
-            return arrived
-        while self._rung != round and (message := self._lane.receive(0)) is not None:
-            if isinstance(message, Bell):
-                self._rung = message.round
-            else:
-                self._early.append(message)
-        return self._rung == round
-
-
 class RoundTimer:
     """Durations of recent rounds, in seconds."""
 
@@ -194,24 +163,24 @@ def verifier_loop(
     when the front says so."""
     if draft is None:
         worker.drafting = False
-    timer = RoundTimer()
+    timer, teller = RoundTimer(), Teller(front, worker.clock)
     last_end: float | None = None
     while True:
         quiet = worker.idle and not (draft is not None and draft.in_round)
-        message = front.receive(IDLE_POLL_S if quiet else 0)
+        message = teller.receive(IDLE_POLL_S if quiet else 0)
         while message is not None:
             if isinstance(message, Shutdown):
                 if draft is not None:
                     draft.stop()
                 return
             if isinstance(message, Reopen) and rejoin is not None:
-                draft = _reopen(worker, front, draft, rejoin, message.epoch)
-            _answer(worker, front, timer, message)
-            message = front.receive(0)
+                draft = _reopen(worker, teller, draft, rejoin, message.epoch)
+            _answer(worker, teller, timer, message)
+            message = teller.receive(0)
         if not alive():
             return
         if draft is None and rejoin is not None:
-            draft = _take_back(worker, front, rejoin)
+            draft = _take_back(worker, teller, rejoin)
         worker.admit()
         told = worker.introduce()
         try:
@@ -220,13 +189,13 @@ def verifier_loop(
                 draft.tell(message)
         except PipelineError as error:
             assert draft is not None
-            draft = _lose(worker, front, draft, error)
+            draft = _lose(worker, teller, draft, error)
         # After telling the draft: both prefill side by side, and neither holds up the rows that run for
         # more than a chunk.
         if worker.prefill() or told:
             last_end = None  # prefills are no part of a round
         while worker.refused:
-            front.send(_finished(worker.refused.pop(), "error"))
+            teller.send(_finished(worker.refused.pop(), "error"))
         if not worker.decoding and not (draft is not None and draft.in_round):
             last_end = None
             continue
@@ -238,10 +207,10 @@ def verifier_loop(
             timer.add("draft", verdict.drafted_s)
         all_hit = False
         try:
-            all_hit = _finish_round(worker, front, draft, verdict, timer)
+            all_hit = _finish_round(worker, teller, draft, verdict, timer)
         except LinkError as error:
             assert draft is not None
-            draft = _lose(worker, front, draft, error)
+            draft = _lose(worker, teller, draft, error)
             worker.advance(verdict, None)
         if not verdict.commits:  # only prompts, or the draft being told that all is over
             last_end = None
@@ -259,17 +228,17 @@ def verifier_loop(
             draft.take_waited_s()
         last_end = now
         if timer.watching is not None:
-            front.send(timer.report(began, now, verdict, worker))
+            teller.send(timer.report(began, now, verdict, worker))
 
 
-def _lose(worker: VerifierWorker, front: ControlLane, draft: DraftSide, error: PipelineError) -> None:
+def _lose(worker: VerifierWorker, front: Teller, draft: DraftSide, error: PipelineError) -> None:
     """Go on without the draft, and say why."""
     worker.lose_draft()
     draft.link.close()
     front.send(Failed(role="draft", message=str(error), degraded=True, epoch=draft.frames.epoch))
 
 
-def _reopen(worker: VerifierWorker, front: ControlLane, draft: DraftSide | None, rejoin: Rejoin, epoch: int) -> None:
+def _reopen(worker: VerifierWorker, front: Teller, draft: DraftSide | None, rejoin: Rejoin, epoch: int) -> None:
     """Await the draft of this epoch; the one before is over."""
     if draft is not None:
         _lose(worker, front, draft, LinkError("another takes its place"))
@@ -279,7 +248,7 @@ def _reopen(worker: VerifierWorker, front: ControlLane, draft: DraftSide | None,
         front.send(Failed(role="draft", message=str(error), degraded=True, epoch=epoch))
 
 
-def _take_back(worker: VerifierWorker, front: ControlLane, rejoin: Rejoin) -> DraftSide | None:
+def _take_back(worker: VerifierWorker, front: Teller, rejoin: Rejoin) -> DraftSide | None:
     """The awaited draft, if it is linked by now. Whatever speculates is introduced to it next."""
     try:
         draft = rejoin.arrived()
@@ -293,7 +262,7 @@ def _take_back(worker: VerifierWorker, front: ControlLane, rejoin: Rejoin) -> Dr
 
 
 def _finish_round(
-    worker: VerifierWorker, front: ControlLane, draft: DraftSide | None, verdict: Verdict, timer: RoundTimer
+    worker: VerifierWorker, front: Teller, draft: DraftSide | None, verdict: Verdict, timer: RoundTimer
 ) -> bool:
     """Exchange, look up, report. True if every speculating row hit."""
 
@@ -333,12 +302,12 @@ def _finish_round(
     return not waiting and worker.speculating
 
 
-def _report(front: ControlLane, verdict: Verdict, worker: VerifierWorker) -> None:
-    now = worker.clock()
+def _report(front: Teller, verdict: Verdict, worker: VerifierWorker) -> None:
+    now, told = worker.clock(), list[Message]()
     for commit in verdict.commits:
         sequence = commit.sequence
         decode_s = now - sequence.started_s
-        front.send(
+        told.append(
             Committed(
                 request=commit.request,
                 tokens=commit.tokens,
@@ -354,7 +323,9 @@ def _report(front: ControlLane, verdict: Verdict, worker: VerifierWorker) -> Non
             )
         )
         if commit.finished is not None:
-            front.send(_finished(sequence, commit.finished, decode_s))
+            told.append(_finished(sequence, commit.finished, decode_s))
+    ends = (commit.finished is not None or commit.sequence.record.rounds == 1 for commit in verdict.commits)
+    front.tell(told, at_once=any(ends))
 
 
 def _finished(sequence: Sequence, reason: FinishReason, decode_s: float = 0.0) -> Finished:
@@ -363,7 +334,7 @@ def _finished(sequence: Sequence, reason: FinishReason, decode_s: float = 0.0) -
     )
 
 
-def _answer(worker: VerifierWorker, front: ControlLane, timer: RoundTimer, message: object) -> None:
+def _answer(worker: VerifierWorker, front: Teller, timer: RoundTimer, message: object) -> None:
     if isinstance(message, Submit):
         worker.submit(message)
     elif isinstance(message, GetTimings):

@@ -14,8 +14,8 @@ from ssd.config import load_config
 from ssd.decoding.tree import ABSENT
 from ssd.pipeline.build import Plan, build_draft
 from ssd.pipeline.control import InprocLane
+from ssd.pipeline.lane_ends import Inbox
 from ssd.pipeline.link import InprocLink
-from ssd.pipeline.loops import Inbox
 from ssd.pipeline.messages import Admit, Bell, Cancel
 from tests.unit.test_equality import GREEDY, HOT, MIXED, WARM, same_as_plain, total
 

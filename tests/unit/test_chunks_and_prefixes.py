@@ -17,6 +17,7 @@ from ssd import LLM, SamplingParams
 from ssd.config import load_config
 from ssd.decoding.tree import ABSENT
 from ssd.engine.front import make_plan
+from ssd.pipeline import lane_ends
 from ssd.pipeline.build import Plan, build_draft, build_verifier
 from ssd.pipeline.launch import InprocPipeline
 from ssd.pipeline.loops import verifier_loop
@@ -52,7 +53,7 @@ class Script:
         assert not timeout_s or self.lines, "the verifier idles, and nothing is left to say"
         return None
 
-    def send(self, message: Message) -> None:
+    def send(self, message: Message, *, more: bool = False) -> None:
         self.log.append(message)
 
     def close(self) -> None:
@@ -82,7 +83,8 @@ def finished(*requests: int) -> Callable[[list[Any]], bool]:
     return lambda log: {m.request for m in log if isinstance(m, Finished)} >= set(requests)
 
 
-def test_running_rows_get_a_round_between_two_chunks(tiny_config: Configure) -> None:
+def test_running_rows_get_a_round_between_two_chunks(tiny_config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lane_ends, "TELL_S", 0.0)  # every round is told of at once
     plan = plan_of(tiny_config(draft=None, speculation={"method": "none"}, engine={"max_batch": 3}))
     asked = {0: ids(5), 1: ids(LONG, seed=1), 2: ids(2 * CHUNK, seed=2)}
     alone = {}
