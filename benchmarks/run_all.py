@@ -44,7 +44,7 @@ EMBEDDED = f"--prompts {CODE} --max-tokens 128 --repeat 2 --peers {PEERS} {{vllm
 WIDE = (
     "--prompts {three} --max-tokens 48 --repeat 1 "
     "--set target.model={wide}/target --set draft.model={wide}/draft "
-    f"--peers {PEERS} {{vllm}} {{wide_options}}"
+    "--peers vllm-draft {vllm} {wide_options}"  # more of them do not fit 24 GiB
 )
 SHORT = f"--prompts {CODE} --max-tokens 96 --repeat 1"
 SIMULATED = "--set speculation.fallback=jit"  # the simulator knows jit and none

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config, load_config
@@ -106,7 +107,8 @@ def bench(
             with (launch or LLM)(point) as llm:
                 batch = point.engine.max_batch
                 beside = [peer for peer in running if peer.most >= batch] if key in (None, BATCH) else []
-                comparison = compare(
+                measure = partial(
+                    compare,
                     llm,
                     prompts,
                     methods=methods,
@@ -115,9 +117,13 @@ def bench(
                     max_tokens=max_tokens,
                     repeat=repeat,
                     batch=batch,
-                    peers=beside,
                     progress=_labelled(progress, label),
                 )
+                try:
+                    comparison = measure(peers=beside)
+                except PeerUnavailable as error:  # one died: nobody's figures can be trusted, and others might follow
+                    running, skipped[error.peer] = [], f"{error}; measured again without peers"
+                    comparison = measure(peers=[])
                 figures = {"sweep": key, "value": value, **_sizes(point), **comparison.to_json()}
                 if key is None:
                     params = SamplingParams(temperature=temperature, seed=seed, max_tokens=TIMELINE_TOKENS)

@@ -13,7 +13,6 @@ from ..decoding.noise import gumbel
 from ..decoding.processors import Constraint, Processors, ProcessorSettings
 from ..decoding.sampling import SamplingTensors
 from ..errors import RequestError
-from ..models.graphs import Graphs
 from ..params import SamplingParams
 from .grammar import Grammars
 
@@ -27,7 +26,7 @@ class Chooser:
     Args:
         horizon: how many positions ahead noise is made for. One shape, so that whatever is
             decoded and however, a position's noise comes out of the same code.
-        graphs: captures the noise too.
+        compiled: makes the noise one function, like ``ForwardRunner.compiled``.
     """
 
     def __init__(
@@ -37,19 +36,20 @@ class Chooser:
         device: torch.device | str,
         *,
         horizon: int,
-        compile: bool = False,
-        graphs: Graphs | None = None,
+        compiled: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda body: body,
     ):
         self.params = SamplingTensors.empty(batch, device)
         self.processors = Processors(batch, vocabulary, device)
         self.grammars: Grammars | None = None
         """Needed by requests with structured output."""
-        self._ahead = torch.arange(1, horizon + 1, device=device)
         self._vocabulary = vocabulary
         self._prepared: tuple[list[int], Tensor | None] | None = None
-        self._gumbel: Callable[..., Tensor] = torch.compile(gumbel, dynamic=False) if compile else gumbel
-        if graphs is not None:
-            self._gumbel = graphs.of(self._gumbel, "noise")
+        ahead = torch.arange(1, horizon + 1, device=device)
+
+        def noise(seeds: Tensor, lengths: Tensor) -> Tensor:
+            return gumbel(seeds[:, None], lengths[:, None] + ahead, vocabulary)
+
+        self._noise = compiled(noise)
 
     def set(self, slot: int, params: SamplingParams) -> None:
         self._prepared = None
@@ -126,7 +126,7 @@ class Chooser:
         self._prepared = None  # graphs write where they wrote before
         if not self.params.random:
             return None
-        return self._gumbel(self.params.seed[:, None], lengths[:, None] + self._ahead, self._vocabulary)
+        return self._noise(self.params.seed, lengths)
 
     def prepare(self, known: list[int], lengths: Tensor) -> None:
         """Make the noise of ``lengths`` now; ``known`` is the same on the host."""

@@ -61,8 +61,8 @@ class DraftWorker:
             Written(*size, device=device) for size in ((batch,), (batch, shape.nodes), (batch, 1))
         )
         self._courier = Courier(device)
-        kept = {"compile": runner.compile, "graphs": runner.graphs}
-        self.chooser = Chooser(batch, runner.vocabulary, device, horizon=2 * shape.depth + 1, **kept)
+        horizon, compiled = 2 * shape.depth + 1, runner.compiled
+        self.chooser = Chooser(batch, runner.vocabulary, device, horizon=horizon, compiled=compiled)
         self.drafting = Drafting(
             runner,
             self.chooser,

@@ -80,8 +80,8 @@ class VerifierWorker:
         self.origins: list[Origin] = ["plain"] * runner.batch  # of the candidates in ``trees``
         self.lookups = self.hits = 0  # of the round before
         self._missed_s = self._trees_s = 0.0
-        kept = {"compile": runner.compile, "graphs": runner.graphs}
-        self.chooser = Chooser(runner.batch, runner.vocabulary, runner.device, horizon=shape.depth + 1, **kept)
+        horizon, batch = shape.depth + 1, runner.batch
+        self.chooser = Chooser(batch, runner.vocabulary, runner.device, horizon=horizon, compiled=runner.compiled)
         self.decider = Decider(runner, shape, self.chooser, clock)
         self._trees = verify_plans(shape, () if strict else lookaheads)
         self._tree, self._one = self._trees[shape.depth], RowPlan.sequential("one", 1)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ssd import SamplingParams
+from ssd import LLM, SamplingParams
+from ssd.bench import bench as bench_module
 from ssd.bench.arms import Sample
 from ssd.bench.bench import Sweep, bench, parse_sweep
 from ssd.bench.compare import compare
@@ -26,6 +27,7 @@ from ssd.config import load_config, resolve_model_path
 from ssd.errors import ConfigError, RequestError
 from ssd.models.loading import load_tokenizer
 from ssd.params import RequestOutput, SpeculationRecord
+from ssd.pipeline.launch import InprocPipeline
 from ssd.testing.scripted_llm import ScriptedLLM
 
 PROMPTS = [
@@ -219,3 +221,45 @@ def test_a_peer_that_cannot_load_says_why(tiny_config: Callable[..., dict[str, A
         Peer("vllm", config, tokenizer, python=sys.executable)
     with pytest.raises(PeerUnavailable, match="does not start"):
         Peer("vllm", config, tokenizer, python="/nowhere/python")
+
+
+def test_a_peer_that_dies_costs_its_own_figures(
+    tiny_config: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dying:
+        version, most, calls = "1", 1, 0
+
+        def __init__(self, name: str, *_: Any, **__: Any):
+            self.name = name
+
+        def run(self, prompts: Any, params: Any) -> Any:
+            self.calls += 1
+            if self.calls > 1:
+                raise PeerUnavailable(self.name, "its process ended")
+
+        def close(self) -> None:
+            return
+
+    monkeypatch.setattr(bench_module, "Peer", Dying)
+    data = bench(
+        load_config(tiny_config()),
+        [Prompt(name="a", text="one two")],
+        methods=("none", "ssd"),
+        peers=("transformers",),
+        max_tokens=8,
+        repeat=1,
+        launch=lambda config: LLM(config, launch=InprocPipeline),
+    )
+    assert data["peers"] == {} and "its process ended" in data["skipped"]["transformers"]
+    assert {"none_fast", "none", "ssd"} == set(data["settings"][0]["methods"])
+
+
+def test_a_peer_that_is_killed_is_left(tiny_config: Callable[..., dict[str, Any]]) -> None:
+    config = load_config(tiny_config())
+    tokenizer = load_tokenizer(resolve_model_path(config.target.model))
+    peer = Peer("transformers", config, tokenizer)
+    peer._process.kill()
+    peer._process.wait(10)
+    with pytest.raises(PeerUnavailable, match="transformers: its process ended"):
+        peer.run([Prompt(name="a", text="one two")], SamplingParams(max_tokens=4))
+    peer.close()

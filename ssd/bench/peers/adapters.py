@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -31,7 +32,11 @@ WORKER = Path(__file__).with_name("worker.py")
 
 
 class PeerUnavailable(PipelineError):
-    """The peer cannot take part: its library is missing or cannot run these models."""
+    """The peer cannot take part: its library is missing or cannot run these models, or it died."""
+
+    def __init__(self, peer: str, why: str):
+        super().__init__(f"{peer}: {why}")
+        self.peer = peer
 
 
 @dataclass(slots=True)
@@ -59,7 +64,7 @@ class Peer:
         library, drafts = PEERS[self.name]
         target, draft = self.config.target, self.config.draft
         if drafts and draft is None:
-            raise PeerUnavailable(f"{self.name}: the configuration has no draft")
+            raise PeerUnavailable(self.name, "the configuration has no draft")
         cores = sorted({*(target.cores or ()), *((draft.cores or ()) if draft else ())})
         order = {
             "library": library,
@@ -81,7 +86,7 @@ class Peer:
                 env={**os.environ, **_environment(library, cores)},
             )
         except OSError as error:
-            raise PeerUnavailable(f"{self.name}: {self.python} does not start: {error}") from None
+            raise PeerUnavailable(self.name, f"{self.python} does not start: {error}") from None
         threading.Thread(target=self._read, name=f"ssd-peer-{self.name}", daemon=True).start()
         try:
             self.version = self._ask({"load": order}, LOAD_S)["ready"]["version"]
@@ -121,7 +126,8 @@ class Peer:
     def close(self) -> None:
         """Let it leave, and see that it does."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # of an order it did not live to read
+            self._process.stdin.close()
         for end in (lambda: None, self._process.terminate, self._process.kill):
             end()
             try:
@@ -138,12 +144,12 @@ class Peer:
             line = self._answers.get(timeout=limit_s)
         except (BrokenPipeError, queue.Empty) as error:
             what = f"no answer in {limit_s:g} s" if isinstance(error, queue.Empty) else "its process ended"
-            raise PeerUnavailable(f"{self.name}: {what}") from None
+            raise PeerUnavailable(self.name, what) from None
         if line is None:
-            raise PeerUnavailable(f"{self.name}: its process ended; its own messages are above")
+            raise PeerUnavailable(self.name, "its process ended; its own messages are above")
         answer = json.loads(line)
         if "error" in answer:
-            raise PeerUnavailable(f"{self.name}: {' '.join(answer['error'].split())[:300]}")
+            raise PeerUnavailable(self.name, " ".join(answer["error"].split())[:300])
         return answer
 
     def _read(self) -> None:
