@@ -86,12 +86,13 @@ def _ratios(methods: dict[str, Any]) -> str:
 
 def _checks(title: str, data: dict[str, Any]) -> str:
     head = f"`{title}`: the simulator, mean error {data['mean_error']:.1%} over {len(data['checks'])} settings\n"
-    rows = ["| method | K | N | T | measured tok/s | simulated tok/s | error |", "|---|---|---|---|---|---|---|"]
+    rows = ["| method | K | N | T | measured tok/s | simulated tok/s | machine | error |", "|---" * 8 + "|"]
     for check in data["checks"]:
         at = check["setting"]
         rows.append(
             f"| {at['method']} | {at['lookahead']} | {at['budget']} | {at['temperature']:g} "
-            f"| {check['measured']:.1f} | {check['simulated']:.1f} | {check['error']:+.1%} |"
+            f"| {check['measured']:.1f} | {check['simulated']:.1f} | {check.get('machine', 1):.2f} "
+            f"| {check['error']:+.1%} |"
         )
     return head + "\n" + "\n".join(rows) + "\n"
 

@@ -123,22 +123,26 @@ def _shares(simulator: Simulator, around: Setting, space: Space, devices: int) -
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
-    """One setting, measured and simulated."""
+    """One setting, measured and simulated, in tokens per second."""
 
     setting: Setting
     measured: float
     simulated: float
+    machine: float = 1.0
+    """How fast the machine was against the profile's: plain decoding, measured in turns with the setting, over
+    simulated. A shared host's speed changes within minutes."""
 
     @property
     def error(self) -> float:
-        """Relative, of the simulation."""
-        return self.simulated / self.measured - 1
+        """Relative, of the simulation on a machine as fast."""
+        return self.simulated * self.machine / self.measured - 1
 
     def to_json(self) -> dict[str, Any]:
         return {
             "setting": asdict(self.setting),
             "measured": self.measured,
             "simulated": self.simulated,
+            "machine": self.machine,
             "error": self.error,
         }
 
@@ -160,21 +164,25 @@ def validate(
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Check]:
     """Tokens per second of real runs (decoding only) and of their simulations, on the profile's
-    prompts."""
+    prompts; plain decoding (``none_fast``) beside each."""
     from ..engine.llm import LLM
 
     checks = []
     for number, size in enumerate(sizes, start=1):
         say(f"start {number}/{len(sizes)}: lookahead {size.lookahead}, budget {size.budget}")
         with (launch or LLM)(load_config(config, size.overrides)) as llm:
-            arms = [MethodArm(llm, method) for method in methods]
+            arms = [MethodArm(llm, method) for method in ("none_fast", *methods)]
             for temperature in temperatures:
                 params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True)
                 found = interleave(arms, prompts, params, repeat=1, warmup_tokens=16, batch=size.batch)
+                rates = {
+                    arm.name: merge(t for (name, _), part in found.tallies.items() for t in part if name == arm.name)
+                    for arm in arms
+                }
+                plain = Setting(method="none_fast", batch=size.batch, temperature=temperature)
+                machine = (rates["none_fast"].tokens_per_second or 0.0) / simulate(profile, plain).tokens_per_second
                 for method in methods:
-                    whole = merge(
-                        part for (arm, _), tallies in found.tallies.items() for part in tallies if arm == method
-                    )
+                    whole = rates[method]
                     setting = Setting(
                         method=method,
                         lookahead=size.lookahead,
@@ -185,7 +193,8 @@ def validate(
                         fallback="none" if config.speculation.fallback == "none" else "jit",
                     )
                     simulated = simulate(profile, setting, tokens=whole.tokens).tokens_per_second
-                    checks.append(Check(setting=setting, measured=whole.tokens_per_second or 0.0, simulated=simulated))
+                    measured = whole.tokens_per_second or 0.0
+                    checks.append(Check(setting=setting, measured=measured, simulated=simulated, machine=machine))
     return checks
 
 

@@ -38,11 +38,12 @@ def print_checks(checks: Sequence[Check], console: Console) -> None:
     table = Table(title=f"mean error {mean_error(checks):.1%} over {len(checks)} settings", title_justify="left")
     for column in ("setting", "T"):
         table.add_column(column)
-    for column in ("measured tok/s", "simulated tok/s", "error"):
+    for column in ("measured tok/s", "simulated tok/s", "machine", "error"):
         table.add_column(column, justify="right")
     for check in checks:
         name, heat = _name(check.to_json()["setting"]), f"{check.setting.temperature:g}"
-        table.add_row(name, heat, f"{check.measured:.1f}", f"{check.simulated:.1f}", f"{check.error:+.1%}")
+        rates = (f"{check.measured:.1f}", f"{check.simulated:.1f}", f"{check.machine:.2f}×")
+        table.add_row(name, heat, *rates, f"{check.error:+.1%}")
     console.print(table)
 
 

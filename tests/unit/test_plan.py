@@ -119,13 +119,15 @@ def test_validation_compares_rates() -> None:
             at = self.config.speculation
             setting = Setting(method=params.method, lookahead=at.lookahead, budget=at.forecast.budget)
             rate = simulate(costly(), setting, tokens=40).tokens_per_second
-            return replace(super().answer(prompt, params), decode_s=params.max_tokens / rate / 1.25)
+            faster = 2.0 if params.method == "none_fast" else 2.5  # the machine is twice as fast as the profile's
+            return replace(super().answer(prompt, params), decode_s=params.max_tokens / rate / faster)
 
     sizes = (Size(lookahead=2, budget=4), Size(lookahead=4, budget=16))
     checks = validate(
         costly(), load_config("embedded"), PROMPTS, sizes=sizes, temperatures=(0.0,), max_tokens=20, launch=Exact
     )
     assert [(c.setting.method, c.setting.lookahead) for c in checks] == [("sd", 2), ("ssd", 2), ("sd", 4), ("ssd", 4)]
+    assert [c.machine for c in checks] == pytest.approx([2.0] * 4)
     assert [c.error for c in checks] == pytest.approx([1 / 1.25 - 1] * 4)
     console = Console(file=io.StringIO(), width=120)
     print_checks(checks, console)
