@@ -53,8 +53,8 @@ SELF = "--methods none,self --set draft=null --set speculation.method=self"
 STAGES = (
     bench("embedded-t0", f"{EMBEDDED} --trace {{out}}.trace", 4),
     bench("embedded-t1", f"{EMBEDDED} --temperature 1", 3),
-    bench("wide-t0", f"{WIDE} --trace {{out}}.trace", 4, wide=True),
-    bench("wide-t1", f"{WIDE} --temperature 1", 4, wide=True),
+    bench("wide-t0", f"{WIDE} --trace {{out}}.trace", 7, wide=True),
+    bench("wide-t1", f"{WIDE} --temperature 1", 7, wide=True),
     bench("mixed-t0", f"--prompts {MIXED} --max-tokens 64 --repeat 1", 1.5),
     bench("lookahead-t0", f"{SHORT} --sweep speculation.lookahead=auto,2,3,4,5", 5),
     bench("lookahead-t1", f"{SHORT} --temperature 1 --sweep speculation.lookahead=auto,2,3,4", 4),

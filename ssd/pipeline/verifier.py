@@ -199,8 +199,9 @@ class VerifierWorker:
 
     def prepare(self) -> None:
         """Of the next verification what needs no tree: its noise. While the draft may have to be waited for."""
-        known = self._known()
-        self.chooser.prepare(known, self._lengths.write(known))
+        if self.chooser.params.random:
+            known = self._known()
+            self.chooser.prepare(known, self._lengths.write(known))
 
     def advance(self, verdict: Verdict, speculation: SpeculationSet | None) -> list[bool]:
         """Next trees by lookup (``None``: no draft took part). Returns the rows ``[B]`` that

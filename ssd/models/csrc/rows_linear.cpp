@@ -97,7 +97,7 @@ at::Tensor pack(const at::Tensor& weight) {
 }
 
 // Memory for weights, in large pages where the system gives them: walking the tables of small ones takes a core
-// a tenth of the time of reading the weights. It holds nothing before it is written.
+// a share of the time of reading the weights. It holds nothing before it is written.
 at::Tensor reserve(int64_t bytes) {
 #ifdef __linux__
   const size_t size = (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE, whole = size + HUGE_PAGE;
