@@ -48,7 +48,7 @@ WIDE = (
 )
 SHORT = f"--prompts {CODE} --max-tokens 96 --repeat 1"
 SIMULATED = "--set speculation.fallback=jit"  # the simulator knows jit and none
-GOVERNED = "--set speculation.governor=true --methods none,sd,ssd --sweep engine.max_batch=1,2,4,8"
+GOVERNED = "--beside speculation.governor=true"
 SELF = "--methods none,self --set draft=null --set speculation.method=self"
 STAGES = (
     bench("embedded-t0", f"{EMBEDDED} --trace {{out}}.trace", 4),
@@ -60,8 +60,7 @@ STAGES = (
     bench("lookahead-t1", f"{SHORT} --temperature 1 --sweep speculation.lookahead=auto,2,3,4", 4),
     bench("rows-t1", f"{SHORT} --temperature 1 --sweep speculation.rows=5,6,8,10", 4),
     bench("anytime-t1", f"{SHORT} --temperature 1 --methods ssd --sweep speculation.anytime=false,true", 2),
-    bench("batch-t0", f"{SHORT} --sweep engine.max_batch=1,2,4,8", 4),
-    bench("governed-t0", f"{SHORT} {GOVERNED}", 4),
+    bench("batch-t0", f"{SHORT} {GOVERNED} --sweep engine.max_batch=2,4,8", 6),
     bench("self-t0", f"{SHORT} {SELF}", 2),
     Stage(name="profile", command=f"plan --measure --profile {{out}}.json --prompts {{five}} {SIMULATED}", minutes=4.5),
     Stage(

@@ -24,6 +24,10 @@ def bench(
     sweep: Annotated[
         list[str] | None, typer.Option(metavar="KEY=1..6", help="Measure these values too; repeatable.")
     ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(metavar='"KEY=VALUE .."', help="A pipeline with these settings takes turns; repeatable."),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Same seed, same tokens.")] = 0,
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate for each prompt.")] = 128,
@@ -43,7 +47,7 @@ def bench(
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from .bench.bench import bench as run
-    from .bench.bench import parse_sweep
+    from .bench.bench import parse_beside, parse_sweep
     from .bench.bench_report import print_bench
     from .bench.compare import parse_methods, prepared
     from .bench.html import bench_page, bench_pictures, rounds_of
@@ -73,6 +77,7 @@ def bench(
             peers=others,
             vllm_python=vllm_python,
             sweeps=sweeps,
+            besides=[parse_beside(text) for text in beside or ()],
             temperature=temperature,
             seed=seed,
             max_tokens=max_tokens,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Config, load_config
 from ..errors import RequestError
 from ..params import SamplingParams
-from .arms import Progress
+from .arms import MethodArm, Progress
 from .compare import compare
 from .peers.adapters import Peer, PeerUnavailable
 from .prompts import Prompt
@@ -50,6 +50,29 @@ def parse_sweep(given: str) -> Sweep:
     return Sweep(key=key.strip(), values=values)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beside:
+    """Settings that take turns with the configuration's own, in a pipeline of their own."""
+
+    settings: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return ", ".join(setting.rpartition(".")[2] for setting in self.settings)
+
+
+def parse_beside(given: str) -> Beside:
+    """``"KEY=VALUE KEY=VALUE .."``.
+
+    Raises:
+        RequestError: it is not.
+    """
+    settings = tuple(given.split())
+    if not settings or not all("=" in setting for setting in settings):
+        raise RequestError(f'--beside {given!r} must look like KEY=VALUE or "KEY=VALUE KEY=VALUE"')
+    return Beside(settings=settings)
+
+
 def bench(
     config: Config,
     prompts: Sequence[Prompt],
@@ -58,6 +81,7 @@ def bench(
     peers: Sequence[str] = (),
     vllm_python: str | None = None,
     sweeps: Sequence[Sweep] = (),
+    besides: Sequence[Beside] = (),
     temperature: float = 0.0,
     seed: int = 0,
     max_tokens: int = 128,
@@ -66,8 +90,9 @@ def bench(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Figures ready for JSON. ``settings`` has the configuration's own first, then each swept value;
-    every one has the names of ``ssd compare --json``. Peers run beside the configuration's own
-    setting, and beside swept batches that they can do. The batch is ``engine.max_batch``.
+    every one has the names of ``ssd compare --json``. ``besides`` take turns with every one of them, by its method.
+    Peers run beside the configuration's own setting, and beside swept batches that they can do. The batch is
+    ``engine.max_batch``.
 
     Peers that cannot take part are listed under ``skipped`` with the reason.
 
@@ -78,6 +103,7 @@ def bench(
     from ..engine.llm import LLM
 
     points = list(_points(config, sweeps))
+    others = [{other.name: load_config(point, other.settings) for other in besides} for _, _, point in points]
     skipped: dict[str, str] = {}
     settings = []
     largest = max(point.engine.max_batch for _, _, point in points)
@@ -100,12 +126,16 @@ def bench(
                 skipped[name] = str(error)
             else:
                 running.append(peer)
-        for key, value, point in points:
+        for (key, value, point), alternatives in zip(points, others, strict=True):
             label = f"{key}={value}" if key else "as configured"
             if progress is not None:
                 progress(0, 1, f"starting, {label}")
-            with (launch or LLM)(point) as llm:
-                batch = point.engine.max_batch
+            with ExitStack() as started:
+                llm, batch = started.enter_context((launch or LLM)(point)), point.engine.max_batch
+                arms = [
+                    MethodArm(started.enter_context((launch or LLM)(other)), other.speculation.method, name)
+                    for name, other in alternatives.items()
+                ]
                 beside = [peer for peer in running if peer.most >= batch] if key in (None, BATCH) else []
                 measure = partial(
                     compare,
@@ -117,6 +147,7 @@ def bench(
                     max_tokens=max_tokens,
                     repeat=repeat,
                     batch=batch,
+                    beside=arms,
                     progress=_labelled(progress, label),
                 )
                 try:

@@ -150,12 +150,14 @@ def compare(
     repeat: int = 1,
     warmup_tokens: int = 16,
     batch: int = 1,
+    beside: Sequence[Arm] = (),
     peers: Sequence[Arm] = (),
     progress: Progress | None = None,
 ) -> Comparison:
     """Run each prompt with each method and peer, ``repeat`` times, and compare tokens and speed.
 
-    ``none_fast`` and ``none`` always run. How turns are taken: :func:`ssd.bench.arms.interleave`.
+    ``none_fast`` and ``none`` always run. ``beside``: other pipelines of the same models, whose tokens must be the
+    same. How turns are taken: :func:`ssd.bench.arms.interleave`.
 
     Raises:
         RequestError: an unknown method, no prompts, or a prompt the model cannot take.
@@ -168,7 +170,7 @@ def compare(
     if repeat < 1:
         raise RequestError("repeat must be an integer >= 1")
 
-    arms: list[Arm] = [*(MethodArm(llm, method) for method in order), *peers]
+    arms: list[Arm] = [*(MethodArm(llm, method) for method in order), *beside, *peers]
     params = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens, ignore_eos=True)
     found = interleave(
         arms, prompts, params, repeat=repeat, warmup_tokens=warmup_tokens, batch=batch, progress=progress

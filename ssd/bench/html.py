@@ -66,12 +66,19 @@ def _survival(row: dict[str, Any]) -> dict[float, float] | None:
     return {float(depth): sum(counts[depth:]) / rounds for depth in range(1, len(counts))}
 
 
-def _swept(data: dict[str, Any], key: str, figure: str) -> dict[str, dict[float, float]]:
-    curves: dict[str, dict[float, float]] = {}
+def _swept(data: dict[str, Any], key: str, figure: str) -> dict[str, dict[float | str, float]]:
+    curves: dict[str, dict[float | str, float]] = {}
     for setting in data["settings"]:
         if setting["sweep"] != key:
             continue
         for method, row in setting["methods"].items():
             if row[figure] is not None:
-                curves.setdefault(method, {})[float(setting["value"])] = row[figure]
+                curves.setdefault(method, {})[_number_or_word(setting["value"])] = row[figure]
     return curves
+
+
+def _number_or_word(value: str) -> float | str:
+    try:
+        return float(value)
+    except ValueError:
+        return value

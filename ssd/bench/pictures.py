@@ -13,12 +13,14 @@ COLOURS = {"none": "#8a8f98", "none_fast": "#555b66", "sd": "#d08a2e", "ssd": "#
 HIT, MISS, PLAIN, BUBBLE = "#2f7d4f", "#c0504d", "#8a8f98", "#e9e4da"
 
 
-def lines(curves: Mapping[str, Mapping[float, float]], across: str, up: str) -> bytes:
-    """One line a name: x to y."""
+def lines(curves: Mapping[str, Mapping[Any, float]], across: str, up: str) -> bytes:
+    """One line a name: x to y. A word in place of x (``auto``) has a level of its own."""
     figure, axes = _figure()
     for name, points in curves.items():
-        at = sorted(points)
-        axes.plot(at, [points[x] for x in at], marker="o", label=name, color=COLOURS.get(name))
+        at = sorted(x for x in points if not isinstance(x, str))
+        (line,) = axes.plot(at, [points[x] for x in at], marker="o", label=name, color=COLOURS.get(name))
+        for word in (x for x in points if isinstance(x, str)):
+            axes.axhline(points[word], linestyle="--", color=line.get_color(), label=f"{name}, {word}")
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     axes.set_ylim(bottom=0)

@@ -9,19 +9,22 @@ from types import FunctionType
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import RequestError
 from . import attention as rows_attention
-from . import tree_attention
+from . import native, tree_attention
 from .cache import CacheView, SlotCache
 from .graphs import Graphs
 from .rows import RowPlan
+from .rows_linear import RowsLinear
 from .sharding import Sharding
 
 Attention = Literal["rows", "tree"]
 _NAMES: dict[Attention, str] = {"rows": rows_attention.NAME, "tree": tree_attention.NAME}
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 FIRST_CONTEXT = 256
 """Slots of the smallest context tier; each further tier is four times the last."""
@@ -110,6 +113,15 @@ class ForwardRunner:
     def fuses(self) -> bool:
         """Whether bodies handed to ``compiled`` gain from being whole: fewer, larger ones."""
         return self.compile or self.graphs is not None
+
+    @property
+    def ordered_sums(self) -> bool:
+        """Whether the model's sums run in one order however many rows a forward has: those of our operators on
+        CPUs do. Not of experts, whose rows are those that were sent to them."""
+        text = self.model.config.get_text_config()
+        experts = any(getattr(text, name, None) for name in _EXPERTS)
+        linears = [type(module) for module in self.model.modules() if isinstance(module, nn.Linear | RowsLinear)]
+        return self.attention == "tree" and native.loaded() and set(linears) == {RowsLinear} and not experts
 
     def context_for(self, longest: int) -> int:
         """Smallest context tier that holds ``longest`` slots, or all there are."""

@@ -297,11 +297,10 @@ def _graphs(wanted: ModelConfig, model: PreTrainedModel) -> Graphs | None:
 def _warm(worker: VerifierWorker | DraftWorker, wanted: ModelConfig) -> dict[str, Any]:
     began = time.perf_counter()
     runner = worker.runner
-    if runner.fuses:
+    if runner.fuses or isinstance(worker, VerifierWorker):
         worker.warm_up()
-        if isinstance(worker, VerifierWorker) and worker.self_draft is not None:
-            worker.self_draft.warm_up()
-    return {**_info(runner, wanted), "warm_up_s": round(time.perf_counter() - began, 2)}
+    info = {**_info(runner, wanted), "warm_up_s": round(time.perf_counter() - began, 2)}
+    return {**info, "padded": worker.padded} if isinstance(worker, VerifierWorker) else info
 
 
 def _info(runner: ForwardRunner, wanted: ModelConfig) -> dict[str, Any]:

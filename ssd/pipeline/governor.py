@@ -2,7 +2,7 @@
 
 The ways are arms: ``ssd``, ``sd``, ``ngram`` (candidates from the text itself, no draft), ``none``. Most of
 what they would bring is known without trying. A plain round is a drafted one less the waits for the
-draft (and, with ``numerics: fast``, less what the wider forward costs). A round of n-grams takes as long as
+draft (and, unless it is padded, less what the wider forward costs). A round of n-grams takes as long as
 a verification and accepts what the text tells (``decoding.ngram.NgramRounds``). ``sd`` accepts what ``ssd`` does
 and waits in every round as ``ssd`` waits after a miss. Only what a draft brings while nothing is drafted
 must be tried: for a few rounds, ever more rarely.
@@ -64,8 +64,8 @@ class Governor:
 
     Args:
         method: the first arm; those after it in ``ARMS`` are the others.
-        saving_s: how much shorter a plain round's forward is than a verification (0 with
-            ``numerics: strict``, which pads plain rounds to the same width).
+        saving_s: how much shorter a plain round's forward is than a verification (0 where plain rounds are padded
+            to the same width).
     """
 
     def __init__(self, method: Arm = "ssd", *, saving_s: float = 0.0):

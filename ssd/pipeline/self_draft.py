@@ -5,9 +5,9 @@ its own from there on) and writes slot P in the layers it runs. Nothing it write
 runs the root and all K chain rows, and so writes the slots L .. L+K of every layer before any row attends them.
 
 Nothing of a step is kept for verification, not even after an early exit, where the layers before the exit see
-what they will see again. With ``numerics: strict`` a kept key would have to come from a forward of the
-verification's own rows; K + 1 such steps cost more than the K narrow ones and the layers once more
-(docs/self_speculation.md has the sums).
+what they will see again. Where forwards are padded, a kept key would have to come from one of the verification's own
+rows; K + 1 such steps cost more than the K narrow ones and the layers once more, and elsewhere next to nothing
+is saved (docs/self_speculation.md has the sums).
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Steering:
         self._named: set[int] = set()
 
     def calibrate(self, saving_s: float, forward_s: Mapping[int, float]) -> None:
-        """With ``numerics: fast``: how much shorter a plain forward is, and one of each lookahead."""
+        """Where plain rounds are not padded: how much shorter a plain forward is, and one of each lookahead."""
         self._governors = {"sd": Governor("sd", saving_s=saving_s), "ssd": Governor("ssd", saving_s=saving_s)}
         self._depths = self._choosers(forward_s)
 

@@ -20,6 +20,7 @@ from ..params import Method, Origin
 from .chooser import Chooser
 from .decider import Decider
 from .frames import RowState, SpeculationSet
+from .invariance import interchangeable
 from .lookup import lookup
 from .messages import Admit, Submit
 from .prefix import PrefixCache
@@ -39,8 +40,9 @@ class VerifierWorker:
         runner: of the target model.
         method: of requests that do not choose one. jit: whether missed ``ssd`` rows wait for the
             draft (fallback ``jit``) or go on plainly (``none``). ngram: whether they may take an n-gram.
-        strict: every decode forward has the same rows, plain decoding too. Otherwise plain
-            rounds run one row a sequence. governed: decode plainly while speculation does not pay.
+        strict: every decode forward has the same rows, plain decoding too, unless it is seen that fewer give the
+            same bits (``invariance``). Otherwise plain rounds run one row a sequence.
+        governed: decode plainly while speculation does not pay.
         lookaheads: the draft may be told to draft less deep than ``shape`` is; the last is its depth.
         ends: end-of-text ids. max_model_len: tokens of a sequence, prompt included.
         prefix_caching: reuse what earlier prompts left.
@@ -66,7 +68,9 @@ class VerifierWorker:
         self.method: Method = method
         lookaheads = lookaheads or (shape.depth,)
         self.steering = Steering(governed=governed, ngram=ngram, jit=jit, lookaheads=lookaheads)
-        self.strict, self.ends, self.max_model_len, self.clock = strict, ends, max_model_len, clock
+        self.ends, self.max_model_len, self.clock = ends, max_model_len, clock
+        self.padded = strict
+        """Whether all decode forwards have the same rows."""
         self.refused: list[Sequence] = []
         """Not to be decoded (``Sequence.error``); whoever reports them empties it."""
         self.rows: list[Sequence | None] = [None] * runner.batch  # those that decode
@@ -83,17 +87,23 @@ class VerifierWorker:
         horizon, batch = shape.depth + 1, runner.batch
         self.chooser = Chooser(batch, runner.vocabulary, runner.device, horizon=horizon, compiled=runner.compiled)
         self.decider = Decider(runner, shape, self.chooser, clock)
-        self._trees = verify_plans(shape, () if strict else lookaheads)
+        self._trees = verify_plans(shape, lookaheads)
         self._tree, self._one = self._trees[shape.depth], RowPlan.sequential("one", 1)
         self._lengths = Written(runner.batch, device=runner.device)
 
     def warm_up(self) -> None:
-        """Compile every form a round needs."""
+        """Compile every form a round needs, and find out which may take turns."""
+        plans = [self._one, *self._trees.values()]
+        self.padded = self.padded and not interchangeable(self.runner, self.decider, plans)
+        if not self.runner.fuses:
+            return
         self.chooser.warm_up()
-        self.decider.warm_up([self._tree] if self.strict else [*self._trees.values(), self._one], self.trees)
-        if not self.strict:
+        self.decider.warm_up([self._tree] if self.padded else plans, self.trees)
+        if not self.padded:
             seconds = {depth: self.decider.forward_s(plan, self.trees) for depth, plan in self._trees.items()}
             self.steering.calibrate(seconds[self.shape.depth] - self.decider.forward_s(self._one, self.trees), seconds)
+        if self.self_draft is not None:
+            self.self_draft.warm_up()
 
     @property
     def idle(self) -> bool:
@@ -277,9 +287,9 @@ class VerifierWorker:
     def _plan(self) -> RowPlan:
         rows = [row for row in self.rows if row is not None]
         plain = all(tree[1:] == self._absent for tree in self.trees)
-        if plain and (not self.strict or all(row.method == "none_fast" for row in rows)):
+        if plain and (not self.padded or all(row.method == "none_fast" for row in rows)):
             return self._one
-        if self.decider.judge is not None or len(self._trees) == 1:
+        if self.padded or self.decider.judge is not None or len(self._trees) == 1:
             return self._tree
         deepest = max(len(self._absent) - tree.count(ABSENT) for tree in self.trees)  # of chains: they have no holes
         return next((plan for depth, plan in self._trees.items() if depth >= deepest), self._tree)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from ssd import LLM, SamplingParams
 from ssd.bench import bench as bench_module
 from ssd.bench.arms import Sample
-from ssd.bench.bench import Sweep, bench, parse_sweep
+from ssd.bench.bench import Beside, Sweep, bench, parse_beside, parse_sweep
 from ssd.bench.compare import compare
 from ssd.bench.html import bench_page, bench_pictures, rounds_of
 from ssd.bench.peers.adapters import Peer, PeerUnavailable, parse_peers
@@ -117,6 +117,44 @@ def test_every_setting_is_measured(data: dict[str, Any]) -> None:
     ]
     assert "--vllm-python" in data["skipped"]["vllm"]
     assert set(rounds_of(data)) == {"none", "sd", "ssd"}
+
+
+def test_settings_beside_take_turns() -> None:
+    """In every setting, with its batch, and named by what is different; their tokens are compared too."""
+    started: list[tuple[bool, int]] = []
+
+    def launch(config: Any) -> ScriptedLLM:
+        started.append((config.speculation.governor, config.engine.max_batch))
+        return ScriptedLLM(config)
+
+    other = parse_beside("speculation.governor=true speculation.fallback=none")
+    assert other == Beside(settings=("speculation.governor=true", "speculation.fallback=none"))
+    config = load_config("embedded", ["speculation.governor=false"])
+    found = bench(
+        config,
+        PROMPTS,
+        sweeps=[parse_sweep("engine.max_batch=2")],
+        besides=[other],
+        max_tokens=20,
+        repeat=1,
+        launch=launch,  # type: ignore[arg-type]
+    )
+    assert started == [(False, 1), (True, 1), (False, 2), (True, 2)]
+    for setting in found["settings"]:
+        assert list(setting["methods"]) == ["none_fast", "none", "sd", "ssd", "governor=true, fallback=none"]
+        assert setting["methods"]["governor=true, fallback=none"]["identical"]
+
+
+@pytest.mark.parametrize("given", ["", "governor", "a=1 b"])
+def test_wrong_settings_beside(given: str) -> None:
+    with pytest.raises(RequestError, match="--beside"):
+        parse_beside(given)
+
+
+def test_a_sweep_of_words_is_drawn(data: dict[str, Any]) -> None:
+    """``auto`` is no number: it gets a level of its own."""
+    settings = [{**one, "value": "auto" if one["value"] == "2" else one["value"]} for one in data["settings"]]
+    assert bench_pictures({**data, "settings": settings}).keys() == bench_pictures(data).keys()
 
 
 def test_the_page_holds_all_pictures(data: dict[str, Any]) -> None:
