@@ -29,18 +29,29 @@ class Steering:
         self._governed, self._jit, self._lookaheads = governed, jit, lookaheads
         self.fallback = FallbackChoice() if ngram else None
         self._governors: dict[Method, Governor] = {"sd": Governor("sd"), "ssd": Governor("ssd")}
-        self._depths = self._choosers(None)
+        several = len(lookaheads) > 1
+        self._depths: dict[Method, LookaheadChooser] = (
+            {method: LookaheadChooser(lookaheads) for method in self._governors} if several else {}
+        )
+        self._times: dict[int, tuple[float, Mapping[int, float]]] = {}
+        self._slots = 0
         self._named: set[int] = set()
 
-    def calibrate(self, saving_s: float, forward_s: Mapping[int, float]) -> None:
-        """Where plain rounds are not padded: how much shorter a plain forward is, and one of each lookahead."""
-        self._governors = {"sd": Governor("sd", saving_s=saving_s), "ssd": Governor("ssd", saving_s=saving_s)}
-        self._depths = self._choosers(forward_s)
+    def calibrate(self, slots: int, plain_s: float, forward_s: Mapping[int, float]) -> None:
+        """Where plain rounds are not padded: how long a plain forward of so many slots takes, and one of each
+        lookahead."""
+        self._times[slots] = plain_s, forward_s
+        self.ran(slots)
 
-    def _choosers(self, forward_s: Mapping[int, float] | None) -> dict[Method, LookaheadChooser]:
-        if len(self._lookaheads) == 1:
-            return {}
-        return {method: LookaheadChooser(self._lookaheads, forward_s) for method in self._governors}
+    def ran(self, slots: int) -> None:
+        """The last forward was of so many."""
+        if slots in self._times and slots != self._slots:
+            self._slots = slots
+            plain_s, forward_s = self._times[slots]
+            for governor in self._governors.values():
+                governor.share = min(1.0, plain_s / forward_s[self._lookaheads[-1]])
+            for chooser in self._depths.values():
+                chooser.forward_ratio = forward_s
 
     def start(self, row: Sequence) -> None:
         """The row decodes from now on."""
@@ -109,7 +120,7 @@ class Steering:
             row.pace = Pace()  # alone, it costs nobody anything
         wide = any(commit.drafted for commit in verdict.commits)
         spent = {"seconds": seconds, "waited_s": waited_s, "missed_s": missed_s}
-        governor.observe(Round(tokens=tokens, rows=rows, wide=wide, **spent))
+        governor.observe(Round(tokens=tokens, rows=rows, wide=wide, forward_s=verdict.forward_s, **spent))
 
     def _set_paces(self, commits: list[Commit], batch_rate: float, wait_s: float) -> None:
         paces = [commit.sequence.pace for commit in commits]
