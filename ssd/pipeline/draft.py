@@ -58,8 +58,8 @@ class DraftWorker:
         self._absent = [ABSENT] * (shape.nodes - 1)
         self.trees = [[ABSENT, *self._absent] for _ in range(batch)]
         """Tokens ``[B][W]`` of the trees under verification."""
-        # What a forecast learns is of all slots together; and compiling a tree takes a minute and a half for each count,
-        # and again for each lookahead.
+        # What a forecast learns is of all slots together; and compiling a tree takes a minute and a half for each
+        # count, and again for each lookahead.
         few = not runner.compile or len(lookaheads) < 2
         counts = runner.counts if forecast.by_row and few else (batch,)
         self._selector = Selector(batch, counts, device)

@@ -69,18 +69,19 @@ class Governor:
 
     Args:
         method: the first arm; those after it in ``ARMS`` are the others.
+        named: tokens of a round of n-grams; given where several governors see the same text.
     """
 
-    def __init__(self, method: Arm = "ssd"):
+    def __init__(self, method: Arm = "ssd", *, named: Mean | None = None):
         self.arm: Arm = method
         self.method: Arm = method
         self.share = 1.0
         """Of a verification's forward, what a plain round's takes (1 where it is padded to the same width)."""
         self._rest_s, self._verify_s = Mean(), Mean()
-        self._missed_s, self._named = Mean(), Mean(NAMED_MEMORY)
+        self._missed_s, self._named = Mean(), named or Mean(NAMED_MEMORY)
         self._tokens, self._rate = Mean(), Mean()
-        self._trial = MEMORY
-        """Rounds left of a trial; 0: the arm is settled."""
+        self._trial: int | None = None
+        """Rounds left of a trial; 0: the arm is settled. None: nothing was seen yet."""
         self._left = self._rest = REST
         self._until_look, self._looked_from = REST, 0.0
         """Rounds until plain decoding is tried; while it is, what the arm before brought."""
@@ -128,6 +129,8 @@ class Governor:
 
     def observe(self, round: Round) -> None:
         """Take in a round that ran as ``arm`` said."""
+        if self._trial is None:  # rows of a batch are as many observations
+            self._trial = max(TRIAL, MEMORY // round.rows)
         wide = round.wide and self.arm != "none"
         self._compare_widths(round.forward_s, wide)
         self._verify_s.add(round.forward_s / (1.0 if wide else self.share), 1.0)

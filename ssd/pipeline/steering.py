@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 from ..decoding.lookahead import LookaheadChooser
 from ..decoding.ngram import NgramIndex, NgramRounds
 from ..params import Method
 from .fallback import FallbackChoice
-from .governor import Arm, Governor, Round
+from .governor import NAMED_MEMORY, Arm, Governor, Mean, Round
 from .pace import Pace
 from .sequence import Sequence
 from .verdict import Commit, Verdict
+
+SPECULATIVE: tuple[Literal["sd", "ssd"], ...] = ("sd", "ssd")
 
 
 class Steering:
@@ -28,30 +31,36 @@ class Steering:
     def __init__(self, *, governed: bool, ngram: bool, jit: bool, lookaheads: tuple[int, ...]):
         self._governed, self._jit, self._lookaheads = governed, jit, lookaheads
         self.fallback = FallbackChoice() if ngram else None
-        self._governors: dict[Method, Governor] = {"sd": Governor("sd"), "ssd": Governor("ssd")}
+        self._named_means = {method: Mean(NAMED_MEMORY) for method in SPECULATIVE}
+        self._governors = self._new_governors()
+        self._by_slots = {0: self._governors}
         several = len(lookaheads) > 1
         self._depths: dict[Method, LookaheadChooser] = (
-            {method: LookaheadChooser(lookaheads) for method in self._governors} if several else {}
+            {method: LookaheadChooser(lookaheads) for method in SPECULATIVE} if several else {}
         )
-        self._times: dict[int, tuple[float, Mapping[int, float]]] = {}
-        self._slots = 0
+        self._forward_s: dict[int, Mapping[int, float]] = {}
         self._named: set[int] = set()
+
+    def _new_governors(self) -> dict[Method, Governor]:
+        return {method: Governor(method, named=self._named_means[method]) for method in SPECULATIVE}
 
     def calibrate(self, slots: int, plain_s: float, forward_s: Mapping[int, float]) -> None:
         """Where plain rounds are not padded: how long a plain forward of so many slots takes, and one of each
         lookahead."""
-        self._times[slots] = plain_s, forward_s
         self.ran(slots)
+        for governor in self._governors.values():
+            governor.share = min(1.0, plain_s / forward_s[self._lookaheads[-1]])
+        self._forward_s[slots] = forward_s
 
     def ran(self, slots: int) -> None:
-        """The last forward was of so many."""
-        if slots in self._times and slots != self._slots:
-            self._slots = slots
-            plain_s, forward_s = self._times[slots]
-            for governor in self._governors.values():
-                governor.share = min(1.0, plain_s / forward_s[self._lookaheads[-1]])
+        """The last forward was of so many. What is fastest for one slot need not be for several: each number has
+        governors of its own."""
+        if slots not in self._by_slots:
+            self._by_slots[slots] = self._new_governors()
+        self._governors = self._by_slots[slots]
+        if slots in self._forward_s:
             for chooser in self._depths.values():
-                chooser.forward_ratio = forward_s
+                chooser.forward_ratio = self._forward_s[slots]
 
     def start(self, row: Sequence) -> None:
         """The row decodes from now on."""
