@@ -60,21 +60,23 @@ class CopyBias:
             # Not waited for: should a write overtake the copy, a guess is worse, and what is drafted still exact.
             self.tokens.copy_(self._host, non_blocking=True)
 
-    def trail(self, tokens: Tensor, lengths: Tensor) -> Trail:
-        """Of the rows of a tree ``[B, W]`` or of its root alone ``[B, 1]``, above L ``[B]``."""
+    def trail(self, tokens: Tensor, lengths: Tensor, slots: Tensor | None = None) -> Trail:
+        """Of the rows of a tree ``[B, W]`` or of its root alone ``[B, 1]``, above L ``[B]``. ``slots`` ``[B]``: whose
+        sequences they continue, if not those of all."""
+        known = self.tokens if slots is None else self.tokens[slots]
         if not self.longest:
-            return Trail(self, tokens[..., None][..., :0], lengths)
+            return Trail(self, known, tokens[..., None][..., :0], lengths)
         places = self.longest + lengths[:, None] - torch.arange(1, self.longest + 1, device=lengths.device)
-        before = self.tokens.gather(1, places)  # the root's predecessor first
+        before = known.gather(1, places)  # the root's predecessor first
         both = torch.cat([tokens.to(torch.int32), before], dim=1)
-        return Trail(self, both[:, self._endings[tokens.shape[1]]], lengths)
+        return Trail(self, known, both[:, self._endings[tokens.shape[1]]], lengths)
 
 
 class Trail:
     """The endings of the rows of a forward ``[B, R, n]``, the rows' own tokens first, as a drafting goes on."""
 
-    def __init__(self, bias: CopyBias, endings: Tensor, lengths: Tensor):
-        self._bias, self._endings, self._lengths = bias, endings, lengths
+    def __init__(self, bias: CopyBias, known: Tensor, endings: Tensor, lengths: Tensor):
+        self._bias, self._known, self._endings, self._lengths = bias, known, endings, lengths
 
     def follow(self, nodes: Tensor) -> None:
         """Go on from rows ``nodes [B, N]``."""
@@ -88,7 +90,7 @@ class Trail:
 
     def add(self, logits: Tensor) -> Tensor:
         """``logits [B, R, V]`` of the rows, with what they gain."""
-        n, size, known = self._bias.longest, self._bias.capacity, self._bias.tokens
+        n, size, known = self._bias.longest, self._bias.capacity, self._known
         if not n:
             return logits
         places = torch.arange(size, dtype=torch.int32, device=logits.device)

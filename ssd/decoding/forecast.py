@@ -98,6 +98,9 @@ class Forecast(Protocol):
     """N, the number of branches."""
     fan_out: tuple[int, ...]
     """F_u of every node ``[W]``, or about how many each gets."""
+    by_row: bool = True
+    """Whether what ``outcomes`` says of a row follows from that row's scores alone, so that it may be asked about
+    some of the B slots; otherwise about all."""
 
     def outcomes(self, scores: Tensor, tokens: Tensor, quiet: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Nodes u and bonus tokens t, ``[B, N]`` int64 each, no pair twice.

@@ -21,7 +21,7 @@ class ForecastShare(Forecast):
     def __init__(self, whole: Forecast, rank: int, ranks: int):
         self._whole, self._rank, self._ranks = whole, rank, ranks
         self.budget = whole.budget // ranks
-        self.fan_out = whole.fan_out
+        self.fan_out, self.by_row = whole.fan_out, whole.by_row
 
     def outcomes(self, scores: Tensor, tokens: Tensor, quiet: Tensor | None = None) -> tuple[Tensor, Tensor]:
         nodes, guesses = self._whole.outcomes(scores, tokens, quiet)

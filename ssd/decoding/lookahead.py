@@ -72,7 +72,7 @@ class LookaheadChooser:
     def __init__(self, tiers: Sequence[int], forward_s: Mapping[int, float] | None = None):
         self.tiers, self.current = tuple(tiers), first_lookahead(tiers)
         self.changes = 0
-        self._forward_ratio = forward_s or dict.fromkeys(tiers, 1.0)
+        self.forward_ratio = forward_s or dict.fromkeys(tiers, 1.0)
         self._accepts = [Evidence() for _ in range(self.tiers[-1])]
         self._forward, self._rest = Evidence(), Evidence()
         self._draft = {tier: Evidence() for tier in tiers}
@@ -87,7 +87,7 @@ class LookaheadChooser:
     def observe(self, *, seconds: float, forward_s: float, draft_s: float, wait_s: float) -> None:
         """A round at ``current`` took so long: its forward, the draft's half beside that, the wait for
         rows that missed, and whatever else. The next lookahead may differ from then on."""
-        self._forward.add(forward_s / self._forward_ratio[self.current])
+        self._forward.add(forward_s / self.forward_ratio[self.current])
         self._draft[self.current].add(draft_s)
         self._wait[self.current].add(wait_s)
         self._rest.add(max(0.0, seconds - max(forward_s, draft_s) - wait_s))
@@ -114,6 +114,6 @@ class LookaheadChooser:
             # A glue forward and K steps; after a miss K steps.
             draft = self._draft[tier].value(draft_s * (tier + 1) / (self.current + 1))
             wait = self._wait[tier].value(wait_s * tier / self.current)
-            forward = self._forward.mean * self._forward_ratio[tier]
+            forward = self._forward.mean * self.forward_ratio[tier]
             rates[tier] = tokens / max(self._rest.mean + max(forward, draft) + wait, 1e-9)
         return rates

@@ -119,6 +119,8 @@ class MeasuredForecast(Forecast):
     Args: batch: B slots, each of which may be in another state.
     """
 
+    by_row = False
+
     def __init__(self, shape: TreeShape, budget: int, batch: int, device: torch.device | str = "cpu"):
         self.budget, self.fan_out = budget, fan_out(shape, budget, kind="uniform")
         self._shape, self._ranks = shape, max(CONSIDERED_RANKS, -(-budget // shape.nodes))

@@ -8,7 +8,7 @@ per sequence: a batch mixes requests.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -102,6 +102,11 @@ class SamplingTensors:
             filtered=any(k > 0 or p < 1 or m > 0 for k, p, m in random_rows),
             random=bool(random_rows),
         )
+
+    def of(self, slots: Tensor) -> SamplingTensors:
+        """Of some sequences, ``[n]`` int64. The flags stay those of all."""
+        names = ("temperature", "top_k", "top_p", "min_p", "seed")
+        return replace(self, **{name: getattr(self, name)[slots] for name in names})
 
 
 def _per_row(values: Tensor) -> Tensor:

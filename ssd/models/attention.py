@@ -60,6 +60,7 @@ def row_attention(
             position biases): ignoring it would give wrong tokens.
     """
     refuse_unknown(kwargs)
+    key, value = key.picked(), value.picked()
     batch, heads, rows, dim = query.shape
     shared = key.own.shape[1]
     group = heads // shared

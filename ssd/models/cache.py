@@ -31,6 +31,15 @@ class RowStates(NamedTuple):
     """``[B, R]``: every row attends the main slots below its limit."""
     scratch_mask: Tensor | None
     """``[R, X]`` or ``[B, R, X]`` bool: which scratch slots."""
+    sequences: Tensor | None = None
+    """``[B]`` int64: which of S sequences the rows are of, if ``main`` and ``scratch`` hold S > B."""
+
+    def picked(self) -> RowStates:
+        """The same with those of the rows' sequences only: a copy."""
+        if self.sequences is None:
+            return self
+        scratch = None if self.scratch is None else self.scratch[self.sequences]
+        return self._replace(main=self.main[self.sequences], scratch=scratch, sequences=None)
 
 
 class SlotCache:
@@ -110,27 +119,38 @@ class CacheView:
         self.main, self.scratch, self.capacity = main, scratch, capacity
 
     def prepare(
-        self, *, main_slots: Tensor, scratch_slots: Tensor, limits: Tensor, scratch_mask: Tensor | None, context: int
+        self,
+        *,
+        main_slots: Tensor,
+        scratch_slots: Tensor,
+        limits: Tensor,
+        scratch_mask: Tensor | None,
+        context: int,
+        sequences: Tensor | None = None,
     ) -> None:
         """Where the rows of the coming forward go: the first ones to ``main_slots``
         ``[B, n]``, the rest to ``scratch_slots`` ``[R - n]``. What they attend: main slots below
-        ``limits`` ``[B, R]`` (of the first ``context``, T) and the masked scratch slots."""
-        self.main_slots, self.scratch_slots = main_slots, scratch_slots
+        ``limits`` ``[B, R]`` (of the first ``context``, T) and the masked scratch slots. ``sequences`` ``[B]``:
+        which they are of, if not of all."""
+        self.main_slots, self.scratch_slots, self.sequences = main_slots, scratch_slots, sequences
         self.limits, self.scratch_mask, self.context = limits, scratch_mask, context
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_args, **_kwargs) -> tuple[RowStates, RowStates]:
         return self._write(0, keys, layer), self._write(1, values, layer)
 
     def _write(self, part: int, own: Tensor, layer: int) -> RowStates:
-        main, side = self.main[part][layer], self.scratch[part][layer]
+        main, side, sequences = self.main[part][layer], self.scratch[part][layer], self.sequences
         placed = self.main_slots.shape[1]
+        batch = (torch.arange(own.shape[0], device=own.device) if sequences is None else sequences)[:, None]
         if placed:
-            batch = torch.arange(own.shape[0], device=own.device)[:, None]
             main[batch, :, self.main_slots] = own[:, :, :placed].transpose(1, 2)
         if placed < own.shape[2]:
-            side[:, :, self.scratch_slots] = own[:, :, placed:]
+            if sequences is None:
+                side[:, :, self.scratch_slots] = own[:, :, placed:]
+            else:
+                side[batch, :, self.scratch_slots] = own[:, :, placed:].transpose(1, 2)
         scratch = None if self.scratch_mask is None else side
-        return RowStates(main[:, :, : self.context], scratch, own, self.limits, self.scratch_mask)
+        return RowStates(main[:, :, : self.context], scratch, own, self.limits, self.scratch_mask, sequences)
 
     def get_seq_length(self, *_args) -> int:
         return 0

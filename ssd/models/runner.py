@@ -84,10 +84,11 @@ class ForwardRunner:
         self.parameters = sum(weight.numel() for weight in model.parameters())
         # On a CPU, half of a small model's time is that of calling its kernels: call them from C++
         # (which knows no collectives).
-        from_cpp = self.device.type == "cpu" and sharding is None
+        self._sharded = sharding is not None
+        from_cpp = self.device.type == "cpu" and not self._sharded
         self._options: dict[str, Any] = {"guard_filter_fn": _no_guards, "cpp_wrapper": from_cpp}
         self._prefill = RowPlan.sequential("prefill", prefill_chunk)
-        self._decode: dict[tuple, Callable[[Tensor, Tensor, Layout], Tensor]] = {}
+        self._decode: dict[tuple, Callable[..., Tensor]] = {}
         self._layouts: dict[RowPlan, Layout] = {}
         self._view = self.cache.all_rows()
         self._compiled = 0
@@ -120,8 +121,17 @@ class ForwardRunner:
         CPUs do. Not of experts, whose rows are those that were sent to them."""
         text = self.model.config.get_text_config()
         experts = any(getattr(text, name, None) for name in _EXPERTS)
+        if self._sharded:
+            return False
         linears = [type(module) for module in self.model.modules() if isinstance(module, nn.Linear | RowsLinear)]
         return self.attention == "tree" and native.loaded() and set(linears) == {RowsLinear} and not experts
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Of how many slots a decode forward may be, ascending: few, since each is a compiled shape of its own."""
+        if self._sharded or self.device.type != "cpu" or not (self.attention == "tree" and native.loaded()):
+            return (self.batch,)  # other ranks are not told, and other operators would copy what is attended
+        return (*(4**n for n in range(4) if 4**n < self.batch), self.batch)
 
     def context_for(self, longest: int) -> int:
         """Smallest context tier that holds ``longest`` slots, or all there are."""
@@ -129,14 +139,22 @@ class ForwardRunner:
 
     @torch.no_grad()
     def forward(
-        self, plan: RowPlan, tokens: Tensor, lengths: Tensor, *, longest: int, layout: Layout | None = None
+        self,
+        plan: RowPlan,
+        tokens: Tensor,
+        lengths: Tensor,
+        *,
+        longest: int,
+        layout: Layout | None = None,
+        slots: Tensor | None = None,
     ) -> Tensor:
-        """One decode forward of all slots.
+        """One decode forward of all slots, or some.
 
         Args:
             tokens: ``[B, R]`` int64. lengths: ``[B]`` int64, L of every slot.
             longest: host-side maximum of ``lengths``.
             layout: the plan's own by default; another one moves its rows (limits up to the plan's).
+            slots: ``[B]`` int64, no slot twice, for another B (of ``counts``) than the runner's.
 
         Returns:
             logits ``[B, R, V]`` float32.
@@ -144,23 +162,29 @@ class ForwardRunner:
         context = self.context_for(longest + max(plan.limits) + 1)
         layout = layout or self._layout(plan)
         # Plans of one form (the steps of a draft tree) share one compiled shape.
-        form = (plan.rows, plan.in_place, layout.mask is None, context)
+        form = (plan.rows, plan.in_place, layout.mask is None, context, len(tokens))
         run = self._decode.get(form)
         if run is None:
             in_place = plan.in_place
 
-            def decode(tokens: Tensor, lengths: Tensor, layout: Layout) -> Tensor:
-                return self._logits(tokens, lengths, layout, in_place, context)
+            def decode(tokens: Tensor, lengths: Tensor, layout: Layout, slots: Tensor | None) -> Tensor:
+                return self._logits(tokens, lengths, layout, in_place, context, slots)
 
             run = self._decode[form] = self.compiled(decode)
-        return run(tokens.contiguous(), lengths, layout)  # compiled for these strides, unguarded
+        return run(tokens.contiguous(), lengths, layout, slots)  # compiled for these strides, unguarded
 
     def logits(
-        self, plan: RowPlan, tokens: Tensor, lengths: Tensor, context: int, layout: Layout | None = None
+        self,
+        plan: RowPlan,
+        tokens: Tensor,
+        lengths: Tensor,
+        context: int,
+        layout: Layout | None = None,
+        slots: Tensor | None = None,
     ) -> Tensor:
         """``forward`` for a given context tier and never compiled by itself: for bodies handed to
         ``compiled``."""
-        return self._logits(tokens, lengths, layout or self._layout(plan), plan.in_place, context)
+        return self._logits(tokens, lengths, layout or self._layout(plan), plan.in_place, context, slots)
 
     def compiled(self, body: Callable[..., Any]) -> Callable[..., Any]:
         """``body`` compiled, if this runner compiles. Its arguments must always have the shapes of
@@ -228,11 +252,21 @@ class ForwardRunner:
             layout = self._layouts[plan] = Layout.of(plan, self.device)
         return layout
 
-    def _logits(self, tokens: Tensor, lengths: Tensor, layout: Layout, in_place: int, context: int) -> Tensor:
-        logits = self.model(input_ids=tokens, **self._inputs(self._view, layout, in_place, lengths, context)).logits
-        return logits[..., : self.vocabulary].float()
+    def _logits(
+        self, tokens: Tensor, lengths: Tensor, layout: Layout, in_place: int, context: int, slots: Tensor | None
+    ) -> Tensor:
+        inputs = self._inputs(self._view, layout, in_place, lengths, context, slots)
+        return self.model(input_ids=tokens, **inputs).logits[..., : self.vocabulary].float()
 
-    def _inputs(self, view: CacheView, layout: Layout, in_place: int, lengths: Tensor, context: int) -> dict[str, Any]:
+    def _inputs(
+        self,
+        view: CacheView,
+        layout: Layout,
+        in_place: int,
+        lengths: Tensor,
+        context: int,
+        slots: Tensor | None = None,
+    ) -> dict[str, Any]:
         """Positions, mask and cache view of a forward, as the model's keyword arguments."""
         # Rows beyond the capacity mean nothing; they land on its last slot, which nothing attends.
         positions = (lengths[:, None] + layout.offsets).clamp(max=view.capacity - 1)
@@ -249,6 +283,7 @@ class ForwardRunner:
             limits=limits,
             scratch_mask=layout.mask,
             context=context,
+            sequences=slots,
         )
         return {"attention_mask": mask[:, None], "position_ids": positions, "past_key_values": view, "use_cache": True}
 

@@ -53,12 +53,16 @@ def tree_attention(
     """
     refuse_unknown(kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    operator = torch.ops.ssd.rows_attention if native.loaded() and serves(query) else torch.ops.ssd.tree_attention
-    out = operator(
-        query, key.main, value.main, key.scratch, value.scratch, key.own, value.own,
-        key.limits, key.scratch_mask, scale, softcap or 0.0,
-    )  # fmt: skip
-    return out, None
+    if native.loaded() and serves(query):
+        arguments = _arguments(query, key, value)
+        return torch.ops.ssd.rows_attention(*arguments, scale, softcap or 0.0, key.sequences), None
+    arguments = _arguments(query, key.picked(), value.picked())
+    return torch.ops.ssd.tree_attention(*arguments, scale, softcap or 0.0), None
+
+
+def _arguments(query: Tensor, key: RowStates, value: RowStates) -> tuple[Tensor | None, ...]:
+    parts = key.main, value.main, key.scratch, value.scratch, key.own, value.own
+    return query, *parts, key.limits, key.scratch_mask
 
 
 def serves(query: Tensor) -> bool:

@@ -15,6 +15,7 @@ from ..decoding.sampling import SamplingTensors
 from ..errors import RequestError
 from ..params import SamplingParams
 from .grammar import Grammars
+from .selection import Selection
 
 
 class Chooser:
@@ -38,22 +39,43 @@ class Chooser:
         horizon: int,
         compiled: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda body: body,
     ):
-        self.params = SamplingTensors.empty(batch, device)
+        self.params = self._all = SamplingTensors.empty(batch, device)
+        """Of the selected slots."""
+        self._selected: Selection | None = None
+        self._taken: dict[tuple[int, ...], SamplingTensors] = {}
         self.processors = Processors(batch, vocabulary, device)
         self.grammars: Grammars | None = None
         """Needed by requests with structured output."""
         self._vocabulary = vocabulary
-        self._prepared: tuple[list[int], Tensor | None] | None = None
+        self._prepared: tuple[Selection | None, list[int], Tensor | None] | None = None
+        self._compiled, self._noises = compiled, dict[int, Callable[..., Tensor]]()
         ahead = torch.arange(1, horizon + 1, device=device)
 
         def noise(seeds: Tensor, lengths: Tensor) -> Tensor:
             return gumbel(seeds[:, None], lengths[:, None] + ahead, vocabulary)
 
-        self._noise = compiled(noise)
+        self._noise = noise
+
+    def select(self, selection: Selection | None) -> None:
+        """Whose rows ``params``, ``noise`` and what follows from them are of from now on; None: of all slots."""
+        if selection is not None and selection.index is None:
+            selection = None
+        if selection is not self._selected:
+            self._selected = selection
+            self._take()
+
+    def _take(self) -> None:
+        selected = self._selected
+        if selected is None or selected.index is None:
+            self.params = self._all
+            return
+        if selected.slots not in self._taken:
+            self._taken[selected.slots] = self._all.of(selected.index)
+        self.params = self._taken[selected.slots]
 
     def set(self, slot: int, params: SamplingParams) -> None:
         self._prepared = None
-        self.params = self.params.with_row(
+        self._all = self._all.with_row(
             slot,
             temperature=params.temperature,
             top_k=params.top_k,
@@ -61,6 +83,8 @@ class Chooser:
             min_p=params.min_p,
             seed=params.seed,
         )
+        self._taken.clear()
+        self._take()
 
     def process(
         self, slot: int, params: SamplingParams, *, prompt: Sequence[int], output: Sequence[int], ends: Iterable[int]
@@ -110,32 +134,40 @@ class Chooser:
             raise RequestError("structured_outputs: the output so far does not match")
         return matcher
 
-    def warm_up(self) -> None:
-        """Compile the noise before a request needs it."""
-        kept, self.params = self.params, self.params.with_row(0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
-        self.noise(torch.zeros(len(kept.temperature), dtype=torch.int64, device=kept.temperature.device))
-        self.params = kept
+    def warm_up(self, counts: Sequence[int] | None = None) -> None:
+        """Compile the noise before a request needs it: of so many slots, of all by default."""
+        for count in counts or (len(self._all.seed),):
+            seeds = self._all.seed[:count]
+            self._noise_of(seeds, torch.zeros_like(seeds))
 
     def clear(self, slot: int) -> None:
         self.set(slot, SamplingParams())
         self.processors.clear(slot)
 
     def noise(self, lengths: Tensor) -> Tensor | None:
-        """Noise ``[B, horizon, V]`` for the tokens at positions L + 1, L + 2, .. of every slot;
+        """Noise ``[B, horizon, V]`` for the tokens at positions L + 1, L + 2, .. of every selected slot;
         None while nothing samples. ``lengths`` ``[B]``."""
         self._prepared = None  # graphs write where they wrote before
         if not self.params.random:
             return None
-        return self._noise(self.params.seed, lengths)
+        return self._noise_of(self.params.seed, lengths)
+
+    def _noise_of(self, seeds: Tensor, lengths: Tensor) -> Tensor:
+        if len(seeds) not in self._noises:
+            self._noises[len(seeds)] = self._compiled(self._noise)
+        return self._noises[len(seeds)](seeds, lengths)
 
     def prepare(self, known: list[int], lengths: Tensor) -> None:
         """Make the noise of ``lengths`` now; ``known`` is the same on the host."""
-        self._prepared = known, self.noise(lengths)
+        noise = self.noise(lengths)
+        self._prepared = self._selected, known, noise
 
     def prepared(self, known: list[int], lengths: Tensor) -> Tensor | None:
         """``noise(lengths)``: made before, if nothing has changed since, or now."""
         found = self._prepared
-        return found[1] if found is not None and found[0] == known else self.noise(lengths)
+        if found is not None and found[0] is self._selected and found[1] == known:
+            return found[2]
+        return self.noise(lengths)
 
     def processed(self, logits: Tensor, paths: Tensor | None) -> Tensor:
         """``[B, R, V]`` with the requests' processors applied. ``paths`` as for ``Processors.apply``:

@@ -31,6 +31,14 @@ class Decision(NamedTuple):
     """Of the compiled function alone."""
 
 
+class _Form(NamedTuple):
+    """Of one shape."""
+
+    body: Callable[..., tuple[Tensor, Tensor]]
+    tokens: Written
+    silence: Tensor
+
+
 class Decider:
     """Forward, choice and verification as one compiled function: a round's many small operations would cost as
     much as a layer. Filters and processors, which it cannot do, choose anew.
@@ -45,48 +53,53 @@ class Decider:
         chooser: Chooser,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        self._runner, self._chooser, self._clock = runner, chooser, clock
+        self._runner, self.chooser, self._clock = runner, chooser, clock
         self.judge: Judge | None = None
         """Under ``rejection`` and ``block``: verifies the rows that sample."""
         device, self._courier = runner.device, Courier(runner.device)
         self._parents, self._depths = shape.parent_index(device), shape.depth_index(device)
         self._ancestors, self._paths = shape.ancestors(device), TreePaths(shape, device)
         self._silence = torch.zeros(runner.batch, shape.depth + 1, runner.vocabulary, device=device)
-        self._bodies: dict[tuple[RowPlan, int], Callable[..., tuple[Tensor, Tensor]]] = {}
-        self._tokens = {rows: Written(runner.batch, rows, device=device) for rows in range(1, shape.nodes + 1)}
+        self._forms: dict[tuple[RowPlan, int, int], _Form] = {}
 
-    def warm_up(self, plans: Iterable[RowPlan], trees: list[list[int]]) -> None:
-        """Compile every form a round needs."""
-        lengths = self._nothing()
+    def warm_up(self, plans: Iterable[RowPlan], trees: list[list[int]], slots: Tensor | None = None) -> None:
+        """Compile every form a round needs: of all slots, or of some."""
         for plan in plans:
             for context in self._runner.contexts:
-                self.decide(plan, context, lengths, trees)
+                self.decide(plan, context, self._nothing(trees), trees, slots=slots)
 
-    def forward_s(self, plan: RowPlan, trees: list[list[int]]) -> float:
+    def forward_s(self, plan: RowPlan, trees: list[list[int]], slots: Tensor | None = None) -> float:
         """Seconds of a verification, at its shortest."""
-        lengths = self._nothing()
-        return min(self.decide(plan, self._runner.contexts[0], lengths, trees).forward_s for _ in range(5))
+        lengths, context = self._nothing(trees), self._runner.contexts[0]
+        return min(self.decide(plan, context, lengths, trees, slots=slots).forward_s for _ in range(5))
 
-    def _nothing(self) -> Tensor:
-        return torch.zeros(self._runner.batch, dtype=torch.int64, device=self._runner.device)
+    def _nothing(self, trees: list[list[int]]) -> Tensor:
+        return torch.zeros(len(trees), dtype=torch.int64, device=self._runner.device)
 
     @torch.no_grad()
     def decide(
-        self, plan: RowPlan, context: int, lengths: Tensor, trees: list[list[int]], noise: Tensor | None = None
+        self,
+        plan: RowPlan,
+        context: int,
+        lengths: Tensor,
+        trees: list[list[int]],
+        noise: Tensor | None = None,
+        slots: Tensor | None = None,
     ) -> Decision:
         """The outcomes of the trees ``[B][W]``, of which ``plan`` verifies the first rows, above L ``[B]``.
-        ``noise``: of these lengths; None while nothing samples."""
-        if (body := self._bodies.get((plan, context))) is None:
-            body = self._bodies[plan, context] = self._runner.compiled(self._body(plan, context))
-        tokens = self._tokens[plan.rows].write([tree[: plan.rows] for tree in trees])
+        ``noise``: of these lengths; None while nothing samples. ``slots`` ``[B]``: which the chooser has selected, if
+        not all."""
+        if (form := self._forms.get((plan, context, len(trees)))) is None:
+            form = self._forms[plan, context, len(trees)] = self._form(plan, context, len(trees))
+        tokens = form.tokens.write([tree[: plan.rows] for tree in trees])
         began = self._clock()
-        quiet = self._silence if noise is None else noise
+        quiet = form.silence if noise is None else noise
         self._runner.announce(plan, tokens, lengths, context)
-        logits, decided = body(tokens, lengths, self._chooser.params.temperature, quiet)
+        logits, decided = form.body(tokens, lengths, self.chooser.params.temperature, quiet, slots)
         (decided,) = self._courier.fetch(decided)
         forward_s = self._clock() - began
         judge = self.judge if noise is not None and plan.rows > 1 else None
-        if judge is not None or self._chooser.processors.active or self._chooser.params.filtered:
+        if judge is not None or self.chooser.processors.active or self.chooser.params.filtered:
             decided = torch.stack(self._anew(plan, tokens, lengths, trees, logits, noise, judge))
         nodes, bonus = decided.tolist()
         return Decision(logits, nodes, bonus, forward_s)
@@ -102,26 +115,29 @@ class Decider:
         judge: Judge | None,
     ) -> Outcome:
         """The outcome with processors, filters and the rule."""
-        if self._chooser.processors.active:
+        if self.chooser.processors.active:
             paths = self._paths.of(torch.tensor(trees, device=tokens.device))
-            logits = self._chooser.processed(logits, paths[:, : plan.rows])
+            logits = self.chooser.processed(logits, paths[:, : plan.rows])
         ahead = None if noise is None else noise[:, self._depths[: plan.rows]]
-        chosen = scores(logits, self._chooser.params, ahead).argmax(-1)
+        chosen = scores(logits, self.chooser.params, ahead).argmax(-1)
         matched = Outcome(*self._courier.fetch(*self._verify(tokens, chosen)))
         if judge is None:
             return matched
         assert ahead is not None
-        return judge.decide(matched, chosen.cpu(), tokens.cpu(), logits, lengths, ahead, self._chooser.params)
+        return judge.decide(matched, chosen.cpu(), tokens.cpu(), logits, lengths, ahead, self.chooser.params)
 
-    def _body(self, plan: RowPlan, context: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    def _form(self, plan: RowPlan, context: int, count: int) -> _Form:
         runner, verify, ahead = self._runner, self._verify, self._depths[: plan.rows]
 
-        def decide(tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        def decide(
+            tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor, slots: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
             # A draft may send anything: what is no token is fed as some token, and never accepted.
-            logits = runner.logits(plan, tokens.clamp(0, runner.vocabulary - 1), lengths, context)
+            logits = runner.logits(plan, tokens.clamp(0, runner.vocabulary - 1), lengths, context, slots=slots)
             return logits, torch.stack(verify(tokens, perturbed(logits, noise[:, ahead], temperature).argmax(-1)))
 
-        return decide
+        written = Written(count, plan.rows, device=runner.device)
+        return _Form(runner.compiled(decide), written, self._silence[:count])
 
     def _verify(self, tokens: Tensor, chosen: Tensor) -> Outcome:
         rows = tokens.shape[1]

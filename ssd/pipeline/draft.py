@@ -3,7 +3,7 @@ checks. Decisions only; ``loops`` moves the frames."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from .frames import OutcomeFrame, RowState, SpeculationSet
 from .lookup import lookup
 from .messages import Admit
 from .prefix import common_prefix
+from .selection import Selection, Selector
 from .sequence import DraftRow
 
 
@@ -57,9 +58,15 @@ class DraftWorker:
         self._absent = [ABSENT] * (shape.nodes - 1)
         self.trees = [[ABSENT, *self._absent] for _ in range(batch)]
         """Tokens ``[B][W]`` of the trees under verification."""
-        self._lengths_written, self._trees_written, self._roots_written = (
-            Written(*size, device=device) for size in ((batch,), (batch, shape.nodes), (batch, 1))
-        )
+        # What a forecast learns is of all slots together; and compiling a tree takes a minute and a half for each
+        # count, and again for each lookahead.
+        few = not runner.compile or len(lookaheads) < 2
+        counts = runner.counts if forecast.by_row and few else (batch,)
+        self._selector = Selector(batch, counts, device)
+        self._written = {
+            (count, width): Written(count, width, device=device) for count in counts for width in {1, shape.nodes}
+        }
+        self._lengths_written = {count: Written(count, device=device) for count in counts}
         self._courier = Courier(device)
         horizon, compiled = 2 * shape.depth + 1, runner.compiled
         self.chooser = Chooser(batch, runner.vocabulary, device, horizon=horizon, compiled=compiled)
@@ -76,8 +83,8 @@ class DraftWorker:
 
     def warm_up(self) -> None:
         """Compile every form a round needs."""
-        self.drafting.warm_up()
-        self.chooser.warm_up()
+        self.drafting.warm_up(self._selector)
+        self.chooser.warm_up(self._selector.counts)
 
     def admit(self, message: Admit) -> None:
         self.release(message.slot)
@@ -111,20 +118,22 @@ class DraftWorker:
         """Glue, forecast and branch steps for the trees now under verification."""
         self._catch_up()
         batch, branches = len(self.rows), self.forecast.budget
-        lengths, longest = self._lengths()
-        tokens = self._trees_written.write(self.trees)
         self._in_glue = {slot for slot, row in enumerate(self.rows) if row is not None and row.whole}
         forecasting = [row is not None and row.forecasts and row.whole for row in self.rows]
+        selected, lengths, longest = self._select(self._in_glue if any(forecasting) else ())
+        tokens = self._write(selected, self.shape.nodes, self.trees)
         if not any(forecasting):
             if self._in_glue:  # the accepted part of the tree will be needed all the same
-                self.drafting.glue(tokens, lengths, longest)
+                self.drafting.glue(tokens, lengths, longest, selected.index)
             nodes = guesses = np.full((batch, branches), ABSENT)
             trees = np.full((batch, branches, self.shape.nodes - 1), ABSENT)
             return SpeculationSet(nodes=nodes, guesses=guesses, trees=trees, draft=self.drafting.nothing(branches))
         self.forecast.prepare(self.trees)
-        nodes, guesses, trees, drawn = self.drafting.grow(tokens, lengths, longest)
+        nodes, guesses, trees, drawn = self.drafting.grow(tokens, lengths, longest, selected.index)
         draft = self.drafting.nothing(branches) if drawn is None else drawn
         at, guessed, below = (part.numpy() for part in self._courier.fetch(nodes, guesses, trees))
+        if selected.index is not None:
+            at, guessed, below = (_of_all(part, selected.slots, batch) for part in (at, guessed, below))
         if not all(forecasting):
             silent = [slot for slot, forecasts in enumerate(forecasting) if not forecasts]
             guessed[silent], below[silent] = ABSENT, ABSENT
@@ -201,20 +210,30 @@ class DraftWorker:
         if not waits:
             self.drafting.drafted_from = self.drafting.nothing()
             return drafted
-        lengths, longest = self._lengths()
-        roots = self._roots_written.write([[max(tree[0], 0)] for tree in self.trees])
-        chains = self.drafting.chains(roots, lengths, longest).tolist()
-        for slot in waits:
-            drafted[slot] = self.trees[slot][1:] = chains[slot]
+        selected, lengths, longest = self._select(waits)
+        roots = self._write(selected, 1, [[max(tree[0], 0)] for tree in self.trees])
+        chains = self.drafting.chains(roots, lengths, longest, selected.index).tolist()
+        for slot, chain in zip(selected.slots, chains, strict=True):
+            if slot in waits:
+                drafted[slot] = self.trees[slot][1:] = chain
         return drafted
 
-    def _lengths(self) -> tuple[Tensor, int]:
-        """L of every slot, and the longest in use. Rows of a slot that is empty or not whole are computed
-        and mean nothing: they land behind what it holds."""
+    def _select(self, used: Collection[int]) -> tuple[Selection, Tensor, int]:
+        """Slots of a forward, L of each, and the longest in use. Rows of a slot that is empty or not whole are
+        computed and mean nothing: they land behind what it holds."""
         lengths = [len(left) if row is None else row.cached for row, left in zip(self.rows, self._left, strict=True)]
         longest = max((len(row.tokens) for row in self.rows if row is not None and row.whole), default=0)
+        alike = not self.chooser.processors.active and self.drafting.sampler is None
+        # What is compiled step by step is compiled for all slots.
+        compiled = not self.runner.compile or self.drafting.at_once(longest)
+        selected = self._selector.of(used) if alike and compiled and used else self._selector.all
+        self.chooser.select(selected)
         self.drafting.copying.flush()
-        return self._lengths_written.write(lengths), longest
+        return selected, self._lengths_written[selected.count].write([lengths[s] for s in selected.slots]), longest
+
+    def _write(self, selected: Selection, width: int, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Of the rows of all slots, the selected ones as a tensor."""
+        return self._written[selected.count, width].write([rows[slot] for slot in selected.slots])
 
     def _catch_up(self) -> None:
         """Prefill what was committed without going through here: one chunk a round, of the sequence that
@@ -238,3 +257,10 @@ class DraftWorker:
             if known > row.cached:
                 self.runner.copy(source, slot, known)
                 row.cached = known
+
+
+def _of_all(part: np.ndarray, slots: Sequence[int], batch: int) -> np.ndarray:
+    """Rows of some slots among those of all; ``ABSENT`` in the others."""
+    whole = np.full((batch, *part.shape[1:]), ABSENT, dtype=part.dtype)
+    whole[list(slots)] = part
+    return whole

@@ -20,6 +20,7 @@ from .branches import BranchSteps
 from .candidates import best_tokens, comb_tokens, noise_at
 from .chooser import Chooser
 from .rules import CandidateSampler, stacked
+from .selection import Selector
 
 
 class Drafting:
@@ -62,10 +63,11 @@ class Drafting:
         self.bell: Callable[[], bool] = lambda: False
         """Whether the verifier waits for the tree."""
         self._anytime = anytime
-        self._parts: list[Callable[..., tuple[Tensor, ...]]] = []
-        self._whole: dict[int, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
-        self._chain: dict[int, Callable[..., Tensor]] = {}
-        self._silence = torch.zeros(batch, 2 * shape.depth + 1, runner.vocabulary, device=device)
+        self._parts: dict[int, list[Callable[..., tuple[Tensor, ...]]]] = {}  # by slots, as those below
+        self._whole: dict[tuple[int, int], Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
+        self._chain: dict[tuple[int, int], Callable[..., Tensor]] = {}
+        silence = torch.zeros(batch, 2 * shape.depth + 1, runner.vocabulary, device=device)
+        self._silences = {count: silence[:count] for count in range(1, batch + 1)}
 
     @property
     def _samples(self) -> bool:
@@ -73,44 +75,49 @@ class Drafting:
         probabilities."""
         return self.sampler is not None and self.chooser.params.random
 
-    def warm_up(self) -> None:
+    def warm_up(self, selector: Selector) -> None:
         """Compile every form a round needs."""
         batch, device = self.runner.batch, self.runner.device
         self.runner.warm_up([self._glue, self._step])
         nodes = torch.zeros(batch, self.forecast.budget, dtype=torch.int64, device=device)
         self.runner.warm_up([self.branches.plans[0]], self.branches.layout(0, nodes))
-        lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        trees = torch.full((batch, self.shape.nodes), ABSENT, device=device)
-        for depth in self._lookaheads if self.runner.fuses else ():
-            self.lookahead = depth
-            if self._anytime:
-                self._grow_in_parts(trees, lengths)
-            else:
-                self.grow_at_once(trees, lengths)
-            self._chains_at_once(trees[:, :1].clamp(min=0), lengths)
+        for count in selector.counts if self.runner.fuses else ():
+            self.chooser.select(selected := selector.first(count))
+            slots, lengths = selected.index, torch.zeros(count, dtype=torch.int64, device=device)
+            trees = torch.full((count, self.shape.nodes), ABSENT, device=device)
+            for depth in self._lookaheads:
+                self.lookahead = depth
+                if self._anytime:
+                    self._grow_in_parts(trees, lengths, slots)
+                else:
+                    self.grow_at_once(trees, lengths, slots)
+                self._chains_at_once(trees[:, :1].clamp(min=0), lengths, slots)
         self.lookahead = first_lookahead(self._lookaheads)
 
-    def glue(self, tokens: Tensor, lengths: Tensor, longest: int) -> None:
+    def glue(self, tokens: Tensor, lengths: Tensor, longest: int, slots: Tensor | None = None) -> None:
         """Only the keys and values of the trees ``[B, W]``."""
-        self.runner.forward(self._glue, tokens.clamp(min=0), lengths, longest=longest)
+        self.runner.forward(self._glue, tokens.clamp(min=0), lengths, longest=longest, slots=slots)
 
-    def grow(self, tokens: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor, DraftProbs | None]:
-        """Branches for the likeliest outcomes of the trees ``tokens [B, W]`` above L ``[B]``.
+    def grow(
+        self, tokens: Tensor, lengths: Tensor, longest: int, slots: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, DraftProbs | None]:
+        """Branches for the likeliest outcomes of the trees ``tokens [B, W]`` above L ``[B]``. ``slots`` ``[B]``: which
+        they are of, and the chooser has selected, if not all.
 
         Returns: nodes and guesses ``[B, N]``, trees ``[B, N, W - 1]`` and what these were drawn from
         ``[B, N, I, m]``, if they were.
         """
-        if self._at_once(longest):
+        if self.at_once(longest):
             grow = self._grow_in_parts if self._anytime else self.grow_at_once
-            return *grow(tokens, lengths), None
-        return self._grow_stepwise(tokens, lengths, longest)
+            return *grow(tokens, lengths, slots), None
+        return self._grow_stepwise(tokens, lengths, longest, slots)
 
-    def chains(self, roots: Tensor, lengths: Tensor, longest: int) -> Tensor:
-        """Candidates ``[B, W - 1]`` below the roots ``[B, 1]``."""
-        if self._at_once(longest):
+    def chains(self, roots: Tensor, lengths: Tensor, longest: int, slots: Tensor | None = None) -> Tensor:
+        """Candidates ``[B, W - 1]`` below the roots ``[B, 1]``. ``slots`` as for ``grow``."""
+        if self.at_once(longest):
             self.drafted_from = self.nothing()
-            return self._chains_at_once(roots, lengths)[:, 0]
-        return self._chains_stepwise(roots, lengths, longest)[:, 0]
+            return self._chains_at_once(roots, lengths, slots)[:, 0]
+        return self._chains_stepwise(roots, lengths, longest, slots)[:, 0]
 
     def nothing(self, branches: int | None = None) -> DraftProbs | None:
         """What no candidates were drawn from, under the rules that ask."""
@@ -119,7 +126,7 @@ class Drafting:
         counts = (self.runner.batch,) if branches is None else (self.runner.batch, branches)
         return self.sampler.nothing(*counts)
 
-    def _at_once(self, longest: int) -> bool:
+    def at_once(self, longest: int) -> bool:
         """Whether this round's drafting may run as one compiled function: compiled for the shortest
         context only (it takes the compiler half a minute), and without what only single steps can do."""
         short = longest + self.shape.depth < self.runner.contexts[0]
@@ -133,6 +140,7 @@ class Drafting:
         pick: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor],
         tokens: Tensor,
         lengths: Tensor,
+        slots: Tensor | None,
         ended: Callable[[], bool] = lambda: False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The draft's half of a round: glue, forecast, K branch steps, or fewer.
@@ -141,13 +149,13 @@ class Drafting:
             forward: plan, row tokens ``[B, R]`` and layout to logits ``[B, R, V]``. foresee: the
                 tree's logits and how far ahead of L each row's noise is ``[B, W]`` to outcomes. pick: logits, how
                 far ahead, the branches' nodes, the tokens fed and the step to the next candidates
-                ``[B, N, n]``, the chain's first. tokens: ``[B, W]``. lengths: L ``[B]``. ended: whether
-                no further step shall begin.
+                ``[B, N, n]``, the chain's first. tokens: ``[B, W]``. lengths: L ``[B]``. slots: as for ``grow``.
+            ended: whether no further step shall begin.
 
         Returns: nodes and guesses ``[B, N]``, and trees ``[B, N, W - 1]``.
         """
         ahead = self._depths.expand(len(tokens), -1)
-        trail = self.copying.trail(tokens, lengths)
+        trail = self.copying.trail(tokens, lengths, slots)
         nodes, guesses = foresee(trail.add(forward(self._glue, tokens.clamp(min=0), None)), ahead)
         trail.follow(nodes)
         ranked, fed, depths = [], guesses, self._depths[nodes]
@@ -161,7 +169,7 @@ class Drafting:
         return nodes, guesses, comb_tokens(ranked, self.shape.siblings)
 
     def _grow_stepwise(
-        self, tokens: Tensor, lengths: Tensor, longest: int
+        self, tokens: Tensor, lengths: Tensor, longest: int, slots: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, DraftProbs | None]:
         """Any parameters and rules. The last of the four: what the branches were drawn from
         ``[B, N, I, m]``, if they were. Guesses are ranked with plain decoding's noise under every
@@ -191,11 +199,14 @@ class Drafting:
             return found
 
         grown = self._grow(
-            lambda plan, rows, layout: self.runner.forward(plan, rows, lengths, longest=longest, layout=layout),
+            lambda plan, rows, layout: self.runner.forward(
+                plan, rows, lengths, longest=longest, layout=layout, slots=slots
+            ),
             foresee,
             pick,
             tokens,
             lengths,
+            slots,
             self._ended,
         )
         return *grown, stacked(drawn, self.shape.depth) if drawn else None
@@ -210,28 +221,37 @@ class Drafting:
         return self.bell()
 
     @torch.no_grad()
-    def _grow_in_parts(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _grow_in_parts(
+        self, tokens: Tensor, lengths: Tensor, slots: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """As ``grow_at_once``, in several compiled functions, until the bell: the glue with the forecast, and
         each step. What a step must know of the copy bias it makes again from the tokens fed so far."""
-        self._parts = self._parts or [self._first_part(), *map(self._part, range(self.shape.depth))]
-        noise = self.chooser.noise(lengths)
-        scored = self.chooser.params.temperature, self._silence if noise is None else noise
-        nodes, guesses = self._parts[0](tokens, lengths, *scored)
+        if (parts := self._parts.get(len(tokens))) is None:
+            parts = self._parts[len(tokens)] = [self._first_part(), *map(self._part, range(self.shape.depth))]
+        scored = self._scored(lengths)
+        nodes, guesses = parts[0](tokens, lengths, *scored, slots)
         ranked, fed = [], guesses[..., None]
-        for part in self._parts[1 : 1 + self.lookahead]:
+        for part in parts[1 : 1 + self.lookahead]:
             if ranked and self._ended():
                 break
-            (best,) = part(tokens, lengths, *scored, nodes, fed)
+            (best,) = part(tokens, lengths, *scored, slots, nodes, fed)
             ranked.append(best)
             fed = torch.cat([fed, best[..., :1]], dim=-1)
         return nodes, guesses, comb_tokens(ranked, self.shape.siblings)
 
+    def _scored(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Temperature and noise of compiled drafting; silence while nothing samples."""
+        noise = self.chooser.noise(lengths)
+        return self.chooser.params.temperature, self._silences[len(lengths)] if noise is None else noise
+
     def _first_part(self) -> Callable[..., tuple[Tensor, ...]]:
         runner, glue, depths, context = self.runner, self._glue, self._depths, self.runner.contexts[0]
 
-        def begin(tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-            logits = runner.logits(glue, tokens.clamp(min=0), lengths, context)
-            logits = self.copying.trail(tokens, lengths).add(logits)
+        def begin(
+            tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor, slots: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
+            logits = runner.logits(glue, tokens.clamp(min=0), lengths, context, slots=slots)
+            logits = self.copying.trail(tokens, lengths, slots).add(logits)
             ahead = noise_at(noise, depths.expand(len(tokens), -1))
             return self.forecast.outcomes(perturbed(logits, ahead, temperature), tokens)
 
@@ -241,50 +261,58 @@ class Drafting:
         runner, plan, width, context = self.runner, self.branches.plans[step], self._width, self.runner.contexts[0]
 
         def advance(
-            tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor, nodes: Tensor, fed: Tensor
+            tokens: Tensor,
+            lengths: Tensor,
+            temperature: Tensor,
+            noise: Tensor,
+            slots: Tensor | None,
+            nodes: Tensor,
+            fed: Tensor,
         ) -> tuple[Tensor]:
-            trail = self.copying.trail(tokens, lengths)
+            trail = self.copying.trail(tokens, lengths, slots)
             trail.follow(nodes)
             for earlier in range(step + 1):
                 trail.feed(fed[..., earlier])
-            logits = runner.logits(plan, fed[..., step], lengths, context, self.branches.layout(step, nodes))
+            logits = runner.logits(plan, fed[..., step], lengths, context, self.branches.layout(step, nodes), slots)
             ahead = noise_at(noise, self._depths[nodes] + 1 + step)
             return (best_tokens(perturbed(trail.add(logits), ahead, temperature), width),)
 
         return runner.compiled(advance)
 
     @torch.no_grad()
-    def grow_at_once(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def grow_at_once(
+        self, tokens: Tensor, lengths: Tensor, slots: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The same as one compiled function: the small draft's time is mostly that of being
         called. Noise is zero while nothing samples; filters and processors it cannot do."""
-        if self.lookahead not in self._whole:
+        form = self.lookahead, len(tokens)
+        if form not in self._whole:
             grow, runner, context, width = self._grow, self.runner, self.runner.contexts[0], self._width
 
             def tree(
-                tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor
+                tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor, slots: Tensor | None
             ) -> tuple[Tensor, Tensor, Tensor]:
                 def score(logits: Tensor, ahead: Tensor) -> Tensor:
                     return perturbed(logits, noise_at(noise, ahead), temperature)
 
                 return grow(
-                    lambda plan, rows, layout: runner.logits(plan, rows, lengths, context, layout),
+                    lambda plan, rows, layout: runner.logits(plan, rows, lengths, context, layout, slots),
                     lambda logits, ahead: self.forecast.outcomes(score(logits, ahead), tokens),
                     lambda logits, ahead, nodes, fed, step: best_tokens(score(logits, ahead), width),
                     tokens,
                     lengths,
+                    slots,
                 )
 
-            self._whole[self.lookahead] = runner.compiled(tree)
-        noise = self.chooser.noise(lengths)
-        quiet = self._silence if noise is None else noise
-        return self._whole[self.lookahead](tokens, lengths, self.chooser.params.temperature, quiet)
+            self._whole[form] = runner.compiled(tree)
+        return self._whole[form](tokens, lengths, *self._scored(lengths), slots)
 
-    def _chains_stepwise(self, fed: Tensor, lengths: Tensor, longest: int) -> Tensor:
+    def _chains_stepwise(self, fed: Tensor, lengths: Tensor, longest: int, slots: Tensor | None) -> Tensor:
         """Candidates ``[B, 1, W - 1]`` below the roots ``fed [B, 1]``. Any parameters and rules."""
-        noise, ranked, drawn, trail = self.chooser.noise(lengths), [], [], self.copying.trail(fed, lengths)
+        noise, ranked, drawn, trail = self.chooser.noise(lengths), [], [], self.copying.trail(fed, lengths, slots)
         paths = fed.new_empty(len(fed), 1, 0)
         for step in range(self.lookahead):
-            logits = self.runner.forward(self._step, fed, lengths + step, longest=longest + step)
+            logits = self.runner.forward(self._step, fed, lengths + step, longest=longest + step, slots=slots)
             logits = self.chooser.processed(trail.add(logits), paths)
             if self._samples and self.sampler is not None:
                 found, draft = self.sampler.children(logits, self.chooser.params, lengths[:, None], step)
@@ -301,21 +329,20 @@ class Drafting:
         return comb_tokens(ranked, self.shape.siblings)
 
     @torch.no_grad()
-    def _chains_at_once(self, roots: Tensor, lengths: Tensor) -> Tensor:
+    def _chains_at_once(self, roots: Tensor, lengths: Tensor, slots: Tensor | None = None) -> Tensor:
         """The same as one compiled function: the verifier waits for it."""
-        if (depth := self.lookahead) not in self._chain:
-            runner, step, width = self.runner, self._step, self._width
+        form = self.lookahead, len(roots)
+        if form not in self._chain:
+            runner, step, width, depth = self.runner, self._step, self._width, self.lookahead
 
-            def chain(fed: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor) -> Tensor:
-                ranked, trail = [], self.copying.trail(fed, lengths)
+            def chain(fed: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor, slots: Tensor | None) -> Tensor:
+                ranked, trail = [], self.copying.trail(fed, lengths, slots)
                 for ahead in range(depth):
-                    logits = trail.add(runner.logits(step, fed, lengths + ahead, runner.contexts[0]))
+                    logits = trail.add(runner.logits(step, fed, lengths + ahead, runner.contexts[0], slots=slots))
                     ranked.append(best_tokens(perturbed(logits, noise[:, ahead : ahead + 1], temperature), width))
                     fed = ranked[-1][..., 0]
                     trail.feed(fed)
                 return comb_tokens(ranked, self.shape.siblings)
 
-            self._chain[depth] = runner.compiled(chain)
-        noise = self.chooser.noise(lengths)
-        quiet = self._silence if noise is None else noise
-        return self._chain[depth](roots, lengths, self.chooser.params.temperature, quiet)
+            self._chain[form] = runner.compiled(chain)
+        return self._chain[form](roots, lengths, *self._scored(lengths), slots)

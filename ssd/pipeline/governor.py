@@ -2,10 +2,11 @@
 
 The ways are arms: ``ssd``, ``sd``, ``ngram`` (candidates from the text itself, no draft), ``none``. Most of
 what they would bring is known without trying. A plain round is a drafted one less the waits for the
-draft (and, unless it is padded, less what the wider forward costs). A round of n-grams takes as long as
+draft, its forward as much shorter as one of fewer rows is. A round of n-grams takes as long as
 a verification and accepts what the text tells (``decoding.ngram.NgramRounds``). ``sd`` accepts what ``ssd`` does
 and waits in every round as ``ssd`` waits after a miss. Only what a draft brings while nothing is drafted
-must be tried: for a few rounds, ever more rarely.
+must be tried: for a few rounds, ever more rarely. So is plain decoding where it might be the better one: how much
+shorter its forward is depends on what else the machine does.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ TRIAL = 8
 """Rounds of a trial: enough to tell twice the speed from half of it, too few to cost much."""
 REST, LONGEST_REST = 64, 4096
 """Rounds before the first trial; each failed trial doubles them."""
+NEAR = 0.6
+"""Plain decoding is tried only where it seems to bring so much of what the arm brings."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +43,8 @@ class Round:
     """Of those, waiting for the draft."""
     missed_s: float = 0.0
     """Of those, for trees drafted after misses."""
+    forward_s: float = 0.0
+    """Of ``seconds``, the forward."""
     wide: bool = True
     """Whether there were candidates to verify."""
 
@@ -64,19 +69,23 @@ class Governor:
 
     Args:
         method: the first arm; those after it in ``ARMS`` are the others.
-        saving_s: how much shorter a plain round's forward is than a verification (0 where plain rounds are padded
-            to the same width).
+        named: tokens of a round of n-grams; given where several governors see the same text.
     """
 
-    def __init__(self, method: Arm = "ssd", *, saving_s: float = 0.0):
+    def __init__(self, method: Arm = "ssd", *, named: Mean | None = None):
         self.arm: Arm = method
         self.method: Arm = method
-        self._saving_s = saving_s
-        self._plain_s, self._missed_s, self._named = Mean(), Mean(), Mean(NAMED_MEMORY)
+        self.share = 1.0
+        """Of a verification's forward, what a plain round's takes (1 where it is padded to the same width)."""
+        self._rest_s, self._verify_s = Mean(), Mean()
+        self._missed_s, self._named = Mean(), named or Mean(NAMED_MEMORY)
         self._tokens, self._rate = Mean(), Mean()
-        self._trial = MEMORY
-        """Rounds left of a trial; 0: the arm is settled."""
+        self._trial: int | None = None
+        """Rounds left of a trial; 0: the arm is settled. None: nothing was seen yet."""
         self._left = self._rest = REST
+        self._until_look, self._looked_from = REST, 0.0
+        """Rounds until plain decoding is tried; while it is, what the arm before brought."""
+        self._wide, self._alike, self._forward_s, self._other_s = True, 0, Mean(), None
 
     @property
     def speculating(self) -> bool:
@@ -106,22 +115,26 @@ class Governor:
 
     def rates(self) -> dict[Arm, float]:
         """Tokens per second of a row, by every arm of which something is known now."""
-        plain_s = self._plain_s.value
-        if not plain_s:
+        rest_s, verify_s = self._rest_s.value, self._verify_s.value
+        if rest_s is None or verify_s is None:
             return {}
-        verify_s = plain_s + self._saving_s
-        rates: dict[Arm, float] = {"none": 1 / plain_s, "ngram": (self._named.value or 1.0) / verify_s}
+        round_s, plain_s = rest_s + verify_s, rest_s + verify_s * self.share
+        rates: dict[Arm, float] = {"none": 1 / plain_s, "ngram": (self._named.value or 1.0) / round_s}
         tokens, rate, missed_s = self._tokens.value, self._rate.value, self._missed_s.value
         if self.arm == "ssd" and tokens and missed_s:
-            rates["sd"] = tokens / (verify_s + missed_s)
+            rates["sd"] = tokens / (round_s + missed_s)
         if self.speculating and rate:
             rates[self.arm] = rate
         return rates
 
     def observe(self, round: Round) -> None:
         """Take in a round that ran as ``arm`` said."""
-        wider_s = self._saving_s if round.wide and self.arm != "none" else 0.0
-        self._plain_s.add(max(round.seconds - round.waited_s - wider_s, 0.0), 1.0)
+        if self._trial is None:  # rows of a batch are as many observations
+            self._trial = max(TRIAL, MEMORY // round.rows)
+        wide = round.wide and self.arm != "none"
+        self._compare_widths(round.forward_s, wide)
+        self._verify_s.add(round.forward_s / (1.0 if wide else self.share), 1.0)
+        self._rest_s.add(max(round.seconds - round.waited_s - round.forward_s, 0.0), 1.0)
         if self.speculating:
             self._rate.add(round.tokens / round.rows, round.seconds)
             self._tokens.add(round.tokens / round.rows, 1.0)
@@ -129,27 +142,58 @@ class Governor:
                 self._missed_s.add(round.missed_s, 1.0)
         rates = self.rates()
         others: dict[Arm, float] = {arm: rate for arm, rate in rates.items() if arm != self.arm}
+        if self._looked_from:
+            others[self.method] = self._looked_from
         best: Arm = max(others, key=lambda arm: others[arm])
         if self._trial > 1:
             self._trial -= 1
         elif rates[self.arm] < others[best] * (1 + MARGIN if self._trial else 1 - MARGIN):
             self._leave(best)
         else:
-            if self._trial and self.arm == self.method:
-                self._left = self._rest = REST
-            self._trial = 0
-            if self.arm != self.method:
-                self._left -= 1
-                if not self._left:
-                    self._try(self.method)
+            self._stay(rates)
+
+    def _compare_widths(self, forward_s: float, wide: bool) -> None:
+        """Measure ``share`` anew where wide rounds follow narrow ones, or the other way round."""
+        if wide != self._wide:
+            known = self._forward_s.value if self._alike >= TRIAL else None
+            self._wide, self._alike, self._forward_s, self._other_s = wide, 0, Mean(), known
+        self._forward_s.add(forward_s, 1.0)
+        self._alike += 1
+        if self._alike == TRIAL and self._other_s and (here := self._forward_s.value):
+            self.share = min(1.0, self._other_s / here if wide else here / self._other_s)
+
+    def _stay(self, rates: dict[Arm, float]) -> None:
+        """The arm is the best that is known."""
+        if self._looked_from:  # plain decoding is better than the method seemed to say
+            self._looked_from = 0.0
+            self._rest_longer()
+        elif self._trial and self.arm == self.method:
+            self._left = self._rest = REST
+        self._trial = 0
+        if self.arm != self.method:
+            self._left -= 1
+            if not self._left:
+                self._try(self.method)
+        elif self.share < 1.0:
+            self._until_look -= 1
+            if self._until_look <= 0 and rates["none"] > NEAR * rates[self.arm]:
+                self._until_look, self._looked_from = LONGEST_REST, rates[self.arm]
+                self.arm, self._trial = "none", TRIAL
 
     def _leave(self, best: Arm) -> None:
-        if self.arm == self.method:
-            self._left, self._rest = self._rest, min(2 * self._rest, LONGEST_REST)
+        looked, self._looked_from = self._looked_from, 0.0
+        if looked and best == self.method:  # as it was
+            self.arm, self._trial = best, 0
+            return
+        if looked or self.arm == self.method:
+            self._rest_longer()
         if best == "sd":
             self._try(best)
         else:
             self.arm, self._trial = best, 0
+
+    def _rest_longer(self) -> None:
+        self._left, self._rest = self._rest, min(2 * self._rest, LONGEST_REST)
 
     def _try(self, arm: Arm) -> None:
         self.arm, self._trial = arm, TRIAL

@@ -91,8 +91,9 @@ class SelfDraft:
         """Show the governor how a round went that took so long."""
         commits = verdict.commits
         if self.governor is not None and commits and all(commit.sequence.method == "self" for commit in commits):
-            tokens = sum(len(commit.tokens) for commit in commits)
-            self.governor.observe(Round(tokens=tokens, rows=len(commits), seconds=seconds, waited_s=verdict.drafted_s))
+            tokens, wide = sum(len(commit.tokens) for commit in commits), any(commit.drafted for commit in commits)
+            spent = {"seconds": seconds, "waited_s": verdict.drafted_s, "forward_s": verdict.forward_s}
+            self.governor.observe(Round(tokens=tokens, rows=len(commits), wide=wide, **spent))
 
     @torch.no_grad()
     def propose(self, roots: Tensor, lengths: Tensor, wanted: Sequence[bool], longest: int) -> Tensor:

@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 from ..decoding.lookahead import LookaheadChooser
 from ..decoding.ngram import NgramIndex, NgramRounds
 from ..params import Method
 from .fallback import FallbackChoice
-from .governor import Arm, Governor, Round
+from .governor import NAMED_MEMORY, Arm, Governor, Mean, Round
 from .pace import Pace
 from .sequence import Sequence
 from .verdict import Commit, Verdict
+
+SPECULATIVE: tuple[Literal["sd", "ssd"], ...] = ("sd", "ssd")
 
 
 class Steering:
@@ -28,19 +31,36 @@ class Steering:
     def __init__(self, *, governed: bool, ngram: bool, jit: bool, lookaheads: tuple[int, ...]):
         self._governed, self._jit, self._lookaheads = governed, jit, lookaheads
         self.fallback = FallbackChoice() if ngram else None
-        self._governors: dict[Method, Governor] = {"sd": Governor("sd"), "ssd": Governor("ssd")}
-        self._depths = self._choosers(None)
+        self._named_means = {method: Mean(NAMED_MEMORY) for method in SPECULATIVE}
+        self._governors = self._new_governors()
+        self._by_slots = {0: self._governors}
+        several = len(lookaheads) > 1
+        self._depths: dict[Method, LookaheadChooser] = (
+            {method: LookaheadChooser(lookaheads) for method in SPECULATIVE} if several else {}
+        )
+        self._forward_s: dict[int, Mapping[int, float]] = {}
         self._named: set[int] = set()
 
-    def calibrate(self, saving_s: float, forward_s: Mapping[int, float]) -> None:
-        """Where plain rounds are not padded: how much shorter a plain forward is, and one of each lookahead."""
-        self._governors = {"sd": Governor("sd", saving_s=saving_s), "ssd": Governor("ssd", saving_s=saving_s)}
-        self._depths = self._choosers(forward_s)
+    def _new_governors(self) -> dict[Method, Governor]:
+        return {method: Governor(method, named=self._named_means[method]) for method in SPECULATIVE}
 
-    def _choosers(self, forward_s: Mapping[int, float] | None) -> dict[Method, LookaheadChooser]:
-        if len(self._lookaheads) == 1:
-            return {}
-        return {method: LookaheadChooser(self._lookaheads, forward_s) for method in self._governors}
+    def calibrate(self, slots: int, plain_s: float, forward_s: Mapping[int, float]) -> None:
+        """Where plain rounds are not padded: how long a plain forward of so many slots takes, and one of each
+        lookahead."""
+        self.ran(slots)
+        for governor in self._governors.values():
+            governor.share = min(1.0, plain_s / forward_s[self._lookaheads[-1]])
+        self._forward_s[slots] = forward_s
+
+    def ran(self, slots: int) -> None:
+        """The last forward was of so many. What is fastest for one slot need not be for several: each number has
+        governors of its own."""
+        if slots not in self._by_slots:
+            self._by_slots[slots] = self._new_governors()
+        self._governors = self._by_slots[slots]
+        if slots in self._forward_s:
+            for chooser in self._depths.values():
+                chooser.forward_ratio = self._forward_s[slots]
 
     def start(self, row: Sequence) -> None:
         """The row decodes from now on."""
@@ -109,7 +129,7 @@ class Steering:
             row.pace = Pace()  # alone, it costs nobody anything
         wide = any(commit.drafted for commit in verdict.commits)
         spent = {"seconds": seconds, "waited_s": waited_s, "missed_s": missed_s}
-        governor.observe(Round(tokens=tokens, rows=rows, wide=wide, **spent))
+        governor.observe(Round(tokens=tokens, rows=rows, wide=wide, forward_s=verdict.forward_s, **spent))
 
     def _set_paces(self, commits: list[Commit], batch_rate: float, wait_s: float) -> None:
         paces = [commit.sequence.pace for commit in commits]

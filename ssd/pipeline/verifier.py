@@ -25,6 +25,7 @@ from .lookup import lookup
 from .messages import Admit, Submit
 from .prefix import PrefixCache
 from .prompts import Prompts
+from .selection import Selection, Selector
 from .self_draft import SelfDraft
 from .sequence import Sequence
 from .steering import Steering
@@ -89,21 +90,32 @@ class VerifierWorker:
         self.decider = Decider(runner, shape, self.chooser, clock)
         self._trees = verify_plans(shape, lookaheads)
         self._tree, self._one = self._trees[shape.depth], RowPlan.sequential("one", 1)
-        self._lengths = Written(runner.batch, device=runner.device)
+        self._selector = Selector(batch, (batch,) if strict else runner.counts, runner.device)
+        self._lengths = {count: Written(count, device=runner.device) for count in (*runner.counts, batch)}
 
     def warm_up(self) -> None:
         """Compile every form a round needs, and find out which may take turns."""
-        plans = [self._one, *self._trees.values()]
-        self.padded = self.padded and not interchangeable(self.runner, self.decider, plans)
-        if not self.runner.fuses:
+        runner, decider, own, plans = self.runner, self.decider, self.self_draft, [self._one, *self._trees.values()]
+        if self.padded:
+            selector = Selector(runner.batch, runner.counts, runner.device)
+            self.padded = not interchangeable(runner, decider, plans, selector)
+            self._selector = self._selector if self.padded else selector
+        if not runner.fuses:
             return
-        self.chooser.warm_up()
-        self.decider.warm_up([self._tree] if self.padded else plans, self.trees)
-        if not self.padded:
-            seconds = {depth: self.decider.forward_s(plan, self.trees) for depth, plan in self._trees.items()}
-            self.steering.calibrate(seconds[self.shape.depth] - self.decider.forward_s(self._one, self.trees), seconds)
-        if self.self_draft is not None:
-            self.self_draft.warm_up()
+        self.chooser.warm_up(self._selector.counts)
+        for count in self._selector.counts:
+            selected = self._selector.first(count)
+            self.chooser.select(selected)
+            trees = self.trees[:count]
+            decider.warm_up([self._tree] if self.padded else plans, trees, selected.index)
+            if not self.padded:
+                seconds = {depth: decider.forward_s(plan, trees, selected.index) for depth, plan in self._trees.items()}
+                plain_s = decider.forward_s(self._one, trees, selected.index)
+                self.steering.calibrate(count, plain_s, seconds)
+                if own is not None and own.governor is not None:
+                    own.governor.share = min(1.0, plain_s / seconds[self.shape.depth])
+        if own is not None:
+            own.warm_up()
 
     @property
     def idle(self) -> bool:
@@ -189,29 +201,44 @@ class VerifierWorker:
         if not self.decoding:
             nothing = [0] * len(self.rows)
             return Verdict(nothing, nothing, self._states(), commits=[], forward_s=0.0)
-        known = self._known()
-        lengths = self._lengths.write(known)
+        selected, known, lengths = self._select()
         own = self.self_draft
         drafted_s = own.fill(self.rows, self.trees, self.origins, lengths) if own is not None else 0.0
         plan = self._plan()
         context = self.runner.context_for(max(len(r.tokens) for r in self.rows if r is not None) + max(plan.limits) + 1)
         noise = self.chooser.prepared(known, lengths)
-        logits, nodes, bonus, forward_s = self.decider.decide(plan, context, lengths, self.trees, noise)
-        states, commits = self._commit(nodes, bonus, known, logits)
+        trees = [self.trees[slot] for slot in selected.slots]
+        logits, nodes, bonus, forward_s = self.decider.decide(plan, context, lengths, trees, noise, selected.index)
+        if selected.index is not None:
+            nodes, bonus = self._of_all(selected, nodes), self._of_all(selected, bonus)
+        states, commits = self._commit(selected, nodes, bonus, logits)
+        self.steering.ran(selected.count)
         ngram = self.steering.ngram
         self.steering.learn(commits, forward_s)
         return Verdict(nodes, bonus, states, commits, forward_s, ngram, self.steering.lookahead(self.rows), drafted_s)
 
-    def _known(self) -> list[int]:
-        """L of every slot. Rows of empty ones are computed and mean nothing: they land behind what they hold."""
-        held = self.prompts.prefixes.held
-        return [len(held[slot] if row is None else row.tokens) for slot, row in enumerate(self.rows)]
+    def _select(self) -> tuple[Selection, list[int], Tensor]:
+        """Slots of the coming forward, and L of each, twice. Rows of empty ones are computed and mean nothing: they
+        land behind what they hold."""
+        alike = self.decider.judge is None and self.self_draft is None and not self.chooser.processors.active
+        used = (slot for slot, row in enumerate(self.rows) if row is not None)
+        selected = self._selector.of(used) if alike else self._selector.all
+        self.chooser.select(selected)
+        held, rows = self.prompts.prefixes.held, self.rows
+        known = [len(held[slot] if (row := rows[slot]) is None else row.tokens) for slot in selected.slots]
+        return selected, known, self._lengths[selected.count].write(known)
+
+    def _of_all(self, selected: Selection, values: list[int]) -> list[int]:
+        whole = [0] * len(self.rows)
+        for slot, value in zip(selected.slots, values, strict=True):
+            whole[slot] = value
+        return whole
 
     def prepare(self) -> None:
         """Of the next verification what needs no tree: its noise. While the draft may have to be waited for."""
         if self.chooser.params.random:
-            known = self._known()
-            self.chooser.prepare(known, self._lengths.write(known))
+            _, known, lengths = self._select()
+            self.chooser.prepare(known, lengths)
 
     def advance(self, verdict: Verdict, speculation: SpeculationSet | None) -> list[bool]:
         """Next trees by lookup (``None``: no draft took part). Returns the rows ``[B]`` that
@@ -294,20 +321,20 @@ class VerifierWorker:
         deepest = max(len(self._absent) - tree.count(ABSENT) for tree in self.trees)  # of chains: they have no holes
         return next((plan for depth, plan in self._trees.items() if depth >= deepest), self._tree)
 
-    def _commit(self, nodes: list[int], bonus: list[int], lengths: list[int], logits: Tensor) -> Committed:
+    def _commit(self, selected: Selection, nodes: list[int], bonus: list[int], logits: Tensor) -> Committed:
         states, commits, moves = self._states(), list[Commit](), list[tuple[int, int, int]]()
         for slot, (node, row) in enumerate(zip(nodes, self.rows, strict=True)):
             if row is None:
                 continue
             tree = self.trees[slot]
-            depth, chain = self.shape.depths[node], self.shape.depth
+            depth, chain, length = self.shape.depths[node], self.shape.depth, len(row.tokens)
             drafted, path = chain - tree[1 : chain + 1].count(ABSENT), self.shape.path(node)
             row.record.count_round(drafted=drafted, accepted=depth)
             tokens, finished = row.commit([tree[n] for n in path], bonus[slot])
             self.chooser.processors.commit(slot, tokens)
             logprobs = None
             if row.params.logprobs is not None:
-                rows = logits[slot, [0, *path][: len(tokens)]]
+                rows = logits[selected.slots.index(slot), [0, *path][: len(tokens)]]
                 logprobs = token_logprobs(rows, tokens, row.params.logprobs)
             commits.append(
                 Commit(
@@ -331,7 +358,7 @@ class VerifierWorker:
             if finished:
                 self._free(slot)
             elif node > chain:
-                moves.append((slot, node - chain - 1, lengths[slot] + depth))
+                moves.append((slot, node - chain - 1, length + depth))
         if moves:
             slots, scratch, positions = (torch.tensor(column) for column in zip(*moves, strict=True))
             self.runner.keep(slots, scratch, positions)

@@ -67,7 +67,7 @@ def test_a_tree_cut_short_is_the_head_of_the_whole(tiny_config: Configure, param
         worker._prefilled = False
         worker._catch_up()
     worker.trees = [[6, 7, 5, 6, 7, *[ABSENT] * 4]]
-    lengths, longest = worker._lengths()
+    _, lengths, longest = worker._select([0])
     tokens, drafting = torch.tensor(worker.trees), worker.drafting
     nodes, guesses, whole = drafting.grow_at_once(tokens, lengths)
     assert (whole != ABSENT).all()
@@ -84,7 +84,7 @@ def test_a_tree_cut_short_is_the_head_of_the_whole(tiny_config: Configure, param
         wanted = whole.masked_fill(absent, ABSENT)
         for grow in (
             lambda: drafting._grow_in_parts(tokens, lengths),
-            lambda: drafting._grow_stepwise(tokens, lengths, longest)[:3],
+            lambda: drafting._grow_stepwise(tokens, lengths, longest, None)[:3],
         ):
             asked = 0
             found = grow()

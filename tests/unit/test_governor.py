@@ -10,6 +10,15 @@ from ssd.pipeline.governor import LONGEST_REST, Arm, Governor, Round
 from ssd.pipeline.pace import Pace
 
 PLAIN_S = 0.005
+FORWARD_S = 0.004
+"""Of a plain round."""
+
+
+def governor_of(method: Arm = "ssd", *, wide_s: float = 0.0) -> Governor:
+    """That knows how much longer a verification's forward is."""
+    governor = Governor(method)
+    governor.share = FORWARD_S / (FORWARD_S + wide_s)
+    return governor
 
 
 def run(governor: Governor, rounds: int, *, tokens: float, wait_s: float, rows: int = 1, seed: int = 0) -> float:
@@ -61,14 +70,27 @@ def test_it_comes_back() -> None:
 
 def test_a_wider_forward_counts() -> None:
     """With a plain forward half as long, 1.5 tokens a round do not pay; without that they do."""
-    for saving_s, kept in ((0.0, True), (PLAIN_S / 2, False)):
-        governor = Governor(saving_s=saving_s)
+    for wide_s, kept in ((0.0, True), (FORWARD_S, False)):
+        governor = governor_of(wide_s=wide_s)
         for _ in range(200):
             if governor.speculating:
-                governor.observe(Round(tokens=3, rows=2, seconds=PLAIN_S))
+                governor.observe(Round(tokens=3, rows=2, seconds=PLAIN_S + wide_s, forward_s=FORWARD_S + wide_s))
             else:
-                governor.observe(Round(tokens=2, rows=2, seconds=PLAIN_S - saving_s))
+                governor.observe(Round(tokens=2, rows=2, seconds=PLAIN_S, forward_s=FORWARD_S))
         assert governor.speculating == kept
+
+
+@pytest.mark.parametrize(("told", "kept"), [(0.9, False), (0.2, True)])
+def test_widths_are_measured(told: float, kept: bool) -> None:
+    """Whatever was calibrated: what plain rounds take is looked at, and what was found is remembered."""
+    accepted, wide_s = (2.6, 0.0005) if kept else (1.6, 0.004)
+    machine = Machine(accepted=accepted, misses=0.2, tree_s=0.0, jit_s=0.002, named=1.0, wide_s=wide_s)
+    governor = Governor()
+    governor.share = told
+    machine.run(governor, 600)
+    assert governor.share == pytest.approx(FORWARD_S / (FORWARD_S + machine.wide_s), rel=0.1)
+    assert machine.run(governor, 5000, seed=1) > 0.97 * max(machine.rate(arm) for arm in MACHINES)
+    assert machine.spent["ssd" if kept else "none"] > 0.95 * 5000
 
 
 class Machine:
@@ -115,7 +137,8 @@ class Machine:
             tokens = sum(self._some(self.brings(arm), draw) for _ in range(self.rows))
             waited_s, missed_s = self.waits(arm, draw)
             took = PLAIN_S * draw.uniform(0.95, 1.15) + self.wide_s * (arm != "none") + waited_s
-            told = {"waited_s": waited_s, "missed_s": missed_s, "wide": arm != "none"}
+            forward_s = FORWARD_S * draw.uniform(0.95, 1.05) + self.wide_s * (arm != "none")
+            told = {"waited_s": waited_s, "missed_s": missed_s, "wide": arm != "none", "forward_s": forward_s}
             governor.observe(Round(tokens=tokens, rows=self.rows, seconds=took, **told))
             for _ in range(self.rows):  # what n-grams would have brought over the same text
                 governor.named(
@@ -141,7 +164,7 @@ MACHINES: dict[Arm, Machine] = {
 @pytest.mark.parametrize("seed", range(3))
 def test_the_best_of_the_chain_is_found_and_kept(best: Arm, seed: int) -> None:
     machine = MACHINES[best]
-    governor = Governor(saving_s=machine.wide_s)
+    governor = governor_of(wide_s=machine.wide_s)
     assert max(MACHINES, key=machine.rate) == best
     machine.run(governor, 600, seed)
     assert machine.run(governor, 4000, seed + 10) > 0.97 * machine.rate(best)
@@ -151,7 +174,7 @@ def test_the_best_of_the_chain_is_found_and_kept(best: Arm, seed: int) -> None:
 @pytest.mark.parametrize("start", MACHINES)
 @pytest.mark.parametrize("end", MACHINES)
 def test_the_chain_goes_both_ways(start: Arm, end: Arm) -> None:
-    governor = Governor(saving_s=MACHINES[end].wide_s)
+    governor = governor_of(wide_s=MACHINES[end].wide_s)
     MACHINES[start].run(governor, 1500)
     MACHINES[end].run(governor, LONGEST_REST)
     assert MACHINES[end].run(governor, 500) > 0.9 * MACHINES[end].rate(end)
@@ -160,9 +183,8 @@ def test_the_chain_goes_both_ways(start: Arm, end: Arm) -> None:
 @pytest.mark.parametrize("rows", [16, 64])
 def test_big_batches_fall_to_plain(rows: int) -> None:
     """Some row always misses, and a forward of so many rows costs what its width costs."""
-    machine, saving_s = Machine(accepted=2.0, misses=0.3, tree_s=0.001, jit_s=0.006, named=1.2, rows=rows), PLAIN_S / 3
-    machine.wide_s = saving_s
-    governor = Governor(saving_s=saving_s)
+    machine = Machine(accepted=2.0, misses=0.3, tree_s=0.001, jit_s=0.006, named=1.2, rows=rows, wide_s=PLAIN_S / 3)
+    governor = governor_of(wide_s=machine.wide_s)
     machine.run(governor, 300)
     assert governor.arm == "none"
     assert machine.run(governor, 3000, seed=1) > 0.97 / (PLAIN_S * 1.05)
@@ -219,9 +241,9 @@ def test_a_row_that_turns_good_comes_back() -> None:
 
 
 def test_without_a_draft_the_better_of_the_others() -> None:
-    governor = Governor(saving_s=0.0)
+    governor = Governor()
     MACHINES["ngram"].run(governor, 100)
     assert governor.undrafted == "ngram"
-    governor = Governor(saving_s=0.001)
+    governor = governor_of(wide_s=0.001)
     MACHINES["none"].run(governor, 100)
     assert governor.undrafted == "none"

@@ -51,8 +51,8 @@ def test_one_bit_is_noticed(rows: int, row: int, tiny_config: Configure, monkeyp
     """In the logits of one row of one forward, the whole tree's or a single row's."""
     decide = Decider.decide
 
-    def off(self: Decider, plan: Any, *rest: Any) -> Decision:
-        found = decide(self, plan, *rest)
+    def off(self: Decider, plan: Any, *rest: Any, **others: Any) -> Decision:
+        found = decide(self, plan, *rest, **others)
         if (plan.rows == 1) == (rows == 1):
             last = found.logits[-1, row % plan.rows, -1:]
             last.view(torch.int32).add_(1)
@@ -66,8 +66,8 @@ def test_keys_are_compared(tiny_config: Configure, monkeypatch: pytest.MonkeyPat
     """Logits of the same bits over keys of others: the next round would tell."""
     decide = Decider.decide
 
-    def off(self: Decider, plan: Any, context: int, lengths: torch.Tensor, *rest: Any) -> Decision:
-        found = decide(self, plan, context, lengths, *rest)
+    def off(self: Decider, plan: Any, context: int, lengths: torch.Tensor, *rest: Any, **others: Any) -> Decision:
+        found = decide(self, plan, context, lengths, *rest, **others)
         if plan.rows == 1:
             self._runner.cache.main[0][-1][0, 0, int(lengths[0]), 0].view(torch.int32).add_(1)
         return found
@@ -75,6 +75,19 @@ def test_keys_are_compared(tiny_config: Configure, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Decider, "decide", off)
     # The last layer's keys of earlier rows are seen by later ones: the logits of the chain's last row say nothing.
     assert worker(tiny_config, speculation={"lookahead": 1}).padded
+
+
+def test_fewer_slots_are_compared(tiny_config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    decide = Decider.decide
+
+    def off(self: Decider, *rest: Any, slots: torch.Tensor | None = None) -> Decision:
+        found = decide(self, *rest, slots=slots)
+        if slots is not None:
+            found.logits[0, 0, :1].view(torch.int32).add_(1)
+        return found
+
+    monkeypatch.setattr(Decider, "decide", off)
+    assert worker(tiny_config, engine={"max_batch": 3}).padded
 
 
 def test_experts_are_padded(tiny_config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +126,10 @@ def test_plain_rounds_have_one_row(tiny_config: Configure, monkeypatch: pytest.M
         monkeypatch.setattr(
             ForwardRunner,
             "logits",
-            lambda self, plan, *rest: (seen.append((self.parameters, plan.rows)), logits(self, plan, *rest))[1],
+            lambda self, plan, *rest, **others: (
+                seen.append((self.parameters, plan.rows)),
+                logits(self, plan, *rest, **others),
+            )[1],
         )
         llm.generate([ASKED[0]], replace(GREEDY, method="none"))
     assert {rows for _, rows in seen} == {1}

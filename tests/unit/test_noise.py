@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ssd import SamplingParams
 from ssd.decoding.noise import BITS, gumbel, uniform_bits
 from ssd.pipeline.chooser import Chooser
+from ssd.pipeline.selection import Selector
 
 M32, M64 = 2**32 - 1, 2**64 - 1
 int63 = st.integers(0, 2**63 - 1)
@@ -245,12 +246,22 @@ def test_prepared_noise_is_that_of_the_round() -> None:
     assert wanted is not None
     chooser.prepare(known, lengths)
     made = chooser._prepared
-    assert made is not None and chooser.prepared(known, lengths) is made[1]
+    assert made is not None and chooser.prepared(known, lengths) is made[2]
     assert torch.equal(chooser.prepared(known, lengths), wanted)
 
     chooser.prepare(known, lengths)
     other = chooser.prepared([5, 10], torch.tensor([5, 10]))
     assert torch.equal(other[0], wanted[0]) and not torch.equal(other[1], wanted[1])
+
+    second = Selector(2, (1, 2), torch.device("cpu")).of([1])
+    chooser.set(1, replace(warm, seed=8))
+    both = chooser.noise(lengths)
+    assert both is not None
+    chooser.prepare([9], lengths[1:])
+    chooser.select(second)
+    assert torch.equal(chooser.prepared([9], lengths[1:]), both[1:])
+    chooser.select(None)
+    chooser.clear(1)
 
     chooser.prepare(known, lengths)
     chooser.set(0, replace(warm, seed=5))

@@ -39,7 +39,7 @@ def test_the_cpus_operator_against_float64(case: Case, dtype: str) -> None:
     assert native.available()
     case = replace(case, dtype=dtype)
     inputs = case.inputs()
-    assert error(torch.ops.ssd.rows_attention(**inputs), inputs) < TOLERANCE[case.torch_dtype]
+    assert error(torch.ops.ssd.rows_attention(**inputs, sequences=None), inputs) < TOLERANCE[case.torch_dtype]
 
 
 @needs_compiler
@@ -50,16 +50,16 @@ def test_the_cpus_operator_gives_a_row_the_same_bits_wherever_its_keys_stand(dty
     inputs = Case(batch=1, rows=6, slots=100, scratch=5, dtype=dtype).inputs()
     inputs["limits"], inputs["mask"][:] = torch.tensor([[40, 90, 17, 100, 64, 1]]), False
     inputs["mask"][0, 1, 1:4] = True
-    together = torch.ops.ssd.rows_attention(**inputs)
+    together = torch.ops.ssd.rows_attention(**inputs, sequences=None)
     for row in range(6):
         at = slice(row, row + 1)
         own = {name: inputs[name][:, :, at] for name in ("query", "own_keys", "own_values")}
         alone = {**inputs, **own, "limits": inputs["limits"][:, at], "mask": inputs["mask"][:, at]}
-        assert torch.equal(torch.ops.ssd.rows_attention(**alone)[:, 0], together[:, row])
+        assert torch.equal(torch.ops.ssd.rows_attention(**alone, sequences=None)[:, 0], together[:, row])
     for part in ("keys", "values"):
         inputs[f"main_{part}"][:, :, 90:93] = inputs[f"scratch_{part}"][:, :, 1:4]
     inputs["limits"][0, 1], inputs["mask"][0, 1] = 93, False
-    assert torch.equal(torch.ops.ssd.rows_attention(**inputs)[:, 1], together[:, 1])
+    assert torch.equal(torch.ops.ssd.rows_attention(**inputs, sequences=None)[:, 1], together[:, 1])
 
 
 def test_parts_merge_to_the_whole_whatever_the_cuts() -> None:

@@ -2,7 +2,8 @@
 //
 // For a few rows, attention is a few thousand multiplications; what costs is calling a dozen operators
 // for them. Here it is one. Keys and values are read where they lie (no copies, no mask of the whole
-// context), and only as far as a row attends.
+// context), and only as far as a row attends. The rows of b are those of sequence `sequences[b]` of the
+// cache, or of b.
 //
 // Per row everything runs in one fixed order: main slots ascending, scratch slots ascending, itself. So
 // a row's result depends on what it attends and on nothing else in the batch.
@@ -102,7 +103,7 @@ inline void add_values(const float* weights, int64_t slots, const T* values, int
     for (int v = 0; v < N; ++v) out[v] += weights[s] * load(values + v * LANES);
 }
 
-struct States {  // keys or values [B, H_kv, slots, D] of one sequence and head
+struct States {  // keys or values [S, H_kv, slots, D] of one sequence and head
   const void* data = nullptr;
   int64_t stride = 0;
   template <typename T>
@@ -128,8 +129,8 @@ void add_chunk(const float* weights, int64_t limit, const int32_t* seen, int64_t
 template <typename T>
 void attend(const at::Tensor& query, const at::Tensor& main_keys, const at::Tensor& main_values,
             const at::Tensor& scratch_keys, const at::Tensor& scratch_values, const at::Tensor& own_keys,
-            const at::Tensor& own_values, const at::Tensor& limits, const at::Tensor& mask, float scale, float softcap,
-            at::Tensor& out) {
+            const at::Tensor& own_values, const at::Tensor& limits, const at::Tensor& mask, const at::Tensor& sequences,
+            float scale, float softcap, at::Tensor& out) {
   const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2), dim = query.size(3);
   const int64_t kv_heads = own_keys.size(1), group = heads / kv_heads, vectors = dim / LANES;
   const int64_t scratch_slots = scratch_keys.defined() ? scratch_keys.size(2) : 0;
@@ -138,17 +139,18 @@ void attend(const at::Tensor& query, const at::Tensor& main_keys, const at::Tens
   const int64_t* limit_of = limits.const_data_ptr<int64_t>();
   const bool* shown = scratch_slots ? mask.const_data_ptr<bool>() : nullptr;
   const bool own_masks = scratch_slots && mask.dim() == 3 && mask.size(0) > 1;
+  const int64_t* sequence_of = sequences.defined() ? sequences.const_data_ptr<int64_t>() : nullptr;
 
   at::parallel_for(0, batch * kv_heads, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scores(rows * group * width), scaled(rows * group * dim);
     std::vector<int32_t> seen(rows * scratch_slots);
     std::vector<int64_t> counts(rows), lasts(rows);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / kv_heads, h = task % kv_heads;
-      const States mk = of<T>(main_keys, b, h), mv = of<T>(main_values, b, h);
+      const int64_t b = task / kv_heads, h = task % kv_heads, at = sequence_of ? sequence_of[b] : b;
+      const States mk = of<T>(main_keys, at, h), mv = of<T>(main_values, at, h);
       const States ok = of<T>(own_keys, b, h), ov = of<T>(own_values, b, h);
-      const States sk = scratch_slots ? of<T>(scratch_keys, b, h) : States{};
-      const States sv = scratch_slots ? of<T>(scratch_values, b, h) : States{};
+      const States sk = scratch_slots ? of<T>(scratch_keys, at, h) : States{};
+      const States sv = scratch_slots ? of<T>(scratch_values, at, h) : States{};
       int64_t longest = 0;
       for (int64_t r = 0; r < rows; ++r) {
         lasts[r] = std::clamp<int64_t>(limit_of[b * rows + r], 0, most);
@@ -191,7 +193,7 @@ at::Tensor rows_attention(const at::Tensor& query, const at::Tensor& main_keys, 
                           const std::optional<at::Tensor>& scratch_keys,
                           const std::optional<at::Tensor>& scratch_values, const at::Tensor& own_keys,
                           const at::Tensor& own_values, const at::Tensor& limits, const std::optional<at::Tensor>& mask,
-                          double scale, double softcap) {
+                          double scale, double softcap, const std::optional<at::Tensor>& sequences) {
   const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2), dim = query.size(3);
   TORCH_CHECK(dim % LANES == 0 && heads % own_keys.size(1) == 0, "head size must be a multiple of ", LANES);
   at::Tensor out = at::empty({batch, rows, heads, dim}, query.options());
@@ -201,19 +203,22 @@ at::Tensor rows_attention(const at::Tensor& query, const at::Tensor& main_keys, 
   const at::Tensor sk = has_scratch ? dense(*scratch_keys) : none, sv = has_scratch ? dense(*scratch_values) : none;
   const at::Tensor q = dense(query), ok = dense(own_keys), ov = dense(own_values), mk = dense(main_keys);
   const at::Tensor mv = dense(main_values), until = limits.expand({batch, rows}).contiguous();
+  const at::Tensor which = sequences ? sequences->contiguous() : none;
   if (query.scalar_type() == at::kBFloat16)
-    attend<at::BFloat16>(q, mk, mv, sk, sv, ok, ov, until, seen, scale, softcap, out);
+    attend<at::BFloat16>(q, mk, mv, sk, sv, ok, ov, until, seen, which, scale, softcap, out);
   else
-    attend<float>(q, mk, mv, sk, sv, ok, ov, until, seen, scale, softcap, out);
+    attend<float>(q, mk, mv, sk, sv, ok, ov, until, seen, which, scale, softcap, out);
   return out;
 }
 
 }  // namespace
 
+// No argument has a default: calls that torch.compile makes from C++ crash on one (torch 2.13).
 TORCH_LIBRARY_FRAGMENT(ssd, library) {
   library.def(
       "rows_attention(Tensor query, Tensor main_keys, Tensor main_values, Tensor? scratch_keys, Tensor? scratch_values, "
-      "Tensor own_keys, Tensor own_values, Tensor limits, Tensor? mask, float scale, float softcap) -> Tensor");
+      "Tensor own_keys, Tensor own_values, Tensor limits, Tensor? mask, float scale, float softcap, "
+      "Tensor? sequences) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(ssd, CPU, library) { library.impl("rows_attention", &rows_attention); }
