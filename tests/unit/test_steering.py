@@ -12,7 +12,10 @@ import pytest
 from ssd import LLM, SamplingParams
 from ssd.pipeline.governor import ARMS, Arm, Governor, Round
 from ssd.pipeline.launch import InprocPipeline
+from ssd.pipeline.messages import Submit
 from ssd.pipeline.pace import Pace
+from ssd.pipeline.sequence import Sequence
+from ssd.pipeline.steering import Steering
 
 
 @pytest.fixture
@@ -77,3 +80,21 @@ def test_tokens_do_not_depend_on_the_arm(
                     assert one.token_ids == plain.token_ids
     assert wandering == set(ARMS)
     assert sum(one.speculation.accepted for one in outputs["ssd"]) > 5
+
+
+def test_each_number_of_slots_has_governors_of_its_own() -> None:
+    """What four slots taught says nothing of one; what n-grams bring is the text's, and known to both."""
+    steering = Steering(governed=True, ngram=False, jit=True, lookaheads=(3,))
+    for slots, plain_s in ((1, 0.009), (4, 0.003)):
+        steering.calibrate(slots, plain_s, {3: 0.010})
+    one, four = (steering._by_slots[slots]["ssd"] for slots in (1, 4))
+    assert (one.share, four.share) == pytest.approx((0.9, 0.3))
+    row = Sequence.of(Submit(request=0, prompt=[5, 6], params=SamplingParams()), "ssd", 64, frozenset())
+    steering.ran(4)
+    four.arm = "none"
+    assert steering.arm(row) == "none"
+    steering.ran(1)
+    assert steering.arm(row) == "ssd"
+    four.named(6, 2)
+    one.observe(Round(tokens=1, rows=1, seconds=0.012, forward_s=0.010))
+    assert one.rates()["ngram"] == pytest.approx(3 / 0.012)
