@@ -72,7 +72,7 @@ def logits_at(position: int, ends: tuple[tuple[int, int], ...]) -> Tensor:
 
 class ScriptedRunner:
     batch, vocabulary, device, compile, chunk = 8, SIZE, torch.device("cpu"), False, 16
-    graphs = None
+    graphs, counts = None, (8,)
 
     def __init__(self) -> None:
         self.changed: tuple[tuple[int, int], ...] = ()
@@ -86,7 +86,7 @@ class ScriptedRunner:
     def announce(self, *_forward: Any) -> None:
         return
 
-    def logits(self, plan: RowPlan, tokens: Tensor, lengths: Tensor, context: int) -> Tensor:
+    def logits(self, plan: RowPlan, tokens: Tensor, lengths: Tensor, context: int, slots: None) -> Tensor:
         time.sleep(0.002)  # a forward takes a while: the front gets its turn
         rows = [[logits_at(length + offset, self.changed) for offset in plan.offsets] for length in lengths.tolist()]
         return torch.stack([torch.stack(row) for row in rows])

@@ -163,11 +163,12 @@ def test_the_compiled_tree_is_not_taken(tiny_config: Configure, monkeypatch: pyt
     stepwise = Drafting._grow_stepwise
     for name in ("_grow_stepwise", "grow_at_once"):
 
-        def noting(self: Drafting, tokens: Tensor, lengths: Tensor, longest: int = 0, name: str = name) -> Any:
+        def noting(self: Drafting, tokens: Tensor, lengths: Tensor, *rest: Any, name: str = name) -> Any:
             # By seed: the draft's last round may run on after the front has its answer.
             taken[int(self.chooser.params.seed[0])].add(name)
             self.runner.compile = False  # only the choice is of interest
-            grown = stepwise(self, tokens, lengths, longest)
+            longest = rest[0] if name == "_grow_stepwise" else 0
+            grown = stepwise(self, tokens, lengths, longest, rest[-1])
             return grown if name == "_grow_stepwise" else grown[:3]
 
         monkeypatch.setattr(Drafting, name, noting)
