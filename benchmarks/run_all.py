@@ -47,6 +47,7 @@ WIDE = (
     "--peers vllm-draft {vllm} {wide_options}"  # more of them do not fit 24 GiB
 )
 SHORT = f"--prompts {CODE} --max-tokens 96 --repeat 1"
+LONG = f"--prompts {CODE} --max-tokens 192 --repeat 1"  # a governor must have time to settle
 SIMULATED = "--set speculation.fallback=jit"  # the simulator knows jit and none
 GOVERNED = "--beside speculation.governor=true"
 SELF = "--methods none,self --set draft=null --set speculation.method=self"
@@ -60,7 +61,7 @@ STAGES = (
     bench("lookahead-t1", f"{SHORT} --temperature 1 --sweep speculation.lookahead=auto,2,3,4", 4),
     bench("rows-t1", f"{SHORT} --temperature 1 --sweep speculation.rows=5,6,8,10", 4),
     bench("anytime-t1", f"{SHORT} --temperature 1 --methods ssd --sweep speculation.anytime=false,true", 2),
-    bench("batch-t0", f"{SHORT} {GOVERNED} --sweep engine.max_batch=2,4,8", 6),
+    bench("batch-t0", f"{LONG} {GOVERNED} --sweep engine.max_batch=2,4,8", 6),
     bench("self-t0", f"{SHORT} {SELF}", 2),
     Stage(name="profile", command=f"plan --measure --profile {{out}}.json --prompts {{five}} {SIMULATED}", minutes=4.5),
     Stage(

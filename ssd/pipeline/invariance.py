@@ -18,6 +18,9 @@ from ..models.runner import ForwardRunner
 from .decider import Decider
 from .selection import Selection, Selector
 
+LENGTH = 96
+"""Slots the rows of a trial attend; what stands in them is drawn at random."""
+
 
 def interchangeable(runner: ForwardRunner, decider: Decider, plans: list[RowPlan], selector: Selector) -> bool:
     """Whether rows have the same bits in forwards of all ``plans`` (whole trees, and their beginnings, the first a
@@ -25,14 +28,17 @@ def interchangeable(runner: ForwardRunner, decider: Decider, plans: list[RowPlan
     if not runner.ordered_sums:
         return False
     one, *wider = plans
-    random = torch.Generator().manual_seed(0)
-    middle = runner.cache.capacity // 2
+    random, length = torch.Generator().manual_seed(0), min(runner.cache.capacity // 2, LENGTH)
+    before = [main[:, :, :length] for part in runner.cache.main for main in part]
+    for states in before:
+        states.copy_(torch.randn(states.shape, generator=random))
+    found = []
     for plan in wider:
-        for length in (plan.rows, middle):
-            tokens = torch.randint(runner.vocabulary, (runner.batch, plan.rows), generator=random)
-            if not _same(_Trial(runner, decider, tokens, length), selector, one, plan):
-                return False
-    return True
+        tokens = torch.randint(runner.vocabulary, (runner.batch, plan.rows), generator=random)
+        found.append(_same(_Trial(runner, decider, tokens, length), selector, one, plan))
+    for states in before:
+        states.zero_()
+    return all(found)
 
 
 class _Trial:
