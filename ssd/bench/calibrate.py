@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean
+from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SKIPPED_ROUNDS = 2
 """At the beginning of a request: caches are cold."""
+FEW = 8
+"""Rounds of a kind, below which their mean says nothing."""
 ROWS = (5, 6, 8, 10, 12, 16)
 """Budgets of combs that are replayed, beside the chains."""
 METHODS: tuple[Method, ...] = ("none_fast", "none", "sd", "ssd")
@@ -84,7 +86,7 @@ def measure(
     from ..engine.llm import LLM
     from .replay import replay
 
-    points: list[Point] = []
+    points, padded = list[Point](), True
     texts: dict[float, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
     for number, size in enumerate(sizes, start=1):
         say(f"start {number}/{len(sizes)}: {_describe(size)}")
@@ -94,9 +96,10 @@ def measure(
                     params = _params("none", temperature, max_tokens + max(lookaheads) + 1)
                     outputs = [llm.generate([prompt.text], params)[0] for prompt in prompts]
                     texts[temperature] = [(output.prompt_token_ids, output.token_ids) for output in outputs]
-                for method in METHODS:
-                    say(f"start {number}/{len(sizes)}: {_describe(size)}, {method} at temperature {temperature:g}")
-                    points.append(watch(llm, prompts, size, _params(method, temperature, max_tokens)))
+                say(f"start {number}/{len(sizes)}: {_describe(size)}, temperature {temperature:g}")
+                found = watch(llm, prompts, size, temperature, max_tokens)
+                points += [one.model_copy(update={"start": number}) for one in found]
+            padded = llm.info()["verifier"]["padded"]
     content = {}
     plan = make_plan(config)[1]
     for temperature in temperatures:
@@ -106,71 +109,113 @@ def measure(
     return Profile(
         name=name,
         machine=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        costs={f"{t:g}": fit([point for point in points if point.temperature == t]) for t in temperatures},
+        costs={f"{t:g}": fit(steadied(points), t) for t in temperatures},
+        padded=padded,
         content=content,
         points=points,
     )
 
 
-def watch(llm: LLM, prompts: Sequence[Prompt], size: Size, params: SamplingParams) -> Point:
-    """Run the prompts, ``size.batch`` at a time (the list again from its start where it is short)."""
-    rounds: list[RoundReport] = []
-    llm.generate([prompts[0].text] * size.batch, _params(params.method, params.temperature, 8))
+def watch(llm: LLM, prompts: Sequence[Prompt], size: Size, temperature: float, max_tokens: int) -> list[Point]:
+    """Run the prompts, ``size.batch`` at a time (the list again from its start where it is short), by every method
+    in turns: a machine that slows down slows all of them."""
+    rounds: dict[Method, list[RoundReport]] = {method: [] for method in METHODS}
+    for method in METHODS:
+        llm.generate([prompts[0].text] * size.batch, _params(method, temperature, 8))
     for start in range(0, len(prompts), size.batch):
         group = [prompts[(start + i) % len(prompts)].text for i in range(size.batch)]
-        with llm.watch() as seen:
-            llm.generate(group, params)
-        rounds += seen[SKIPPED_ROUNDS:] or seen
-    assert params.method is not None
-    return point(rounds, size, params.method, params.temperature)
+        for method, of_method in rounds.items():
+            with llm.watch() as seen:
+                llm.generate(group, _params(method, temperature, max_tokens))
+            of_method += seen[SKIPPED_ROUNDS:] or seen
+    return [point(found, size, method, temperature) for method, found in rounds.items()]
 
 
 def point(rounds: Sequence[RoundReport], size: Size, method: Method, temperature: float) -> Point:
     """Means over rounds of one method."""
-    spent = [max(one.forward_s, one.draft_s or 0.0) + (one.jit_s or 0.0) for one in rounds]
     after_wait = [now.forward_s for before, now in pairwise(rounds) if before.jit_s]
     at_once = [now.forward_s for before, now in pairwise(rounds) if not before.jit_s] or after_wait
+    halves = [(one.forward_s, one.draft_s or 0.0, one.round_s - (one.jit_s or 0.0)) for one in rounds]
+    alone = [round_s - forward_s for forward_s, draft_s, round_s in halves if draft_s <= forward_s]
+    overhead_s = max(0.0, fmean(alone)) if len(alone) >= FEW else None
+    spare_s = overhead_s or 0.0
+    late = [round_s - draft_s for forward_s, draft_s, round_s in halves if draft_s > forward_s + spare_s]
     return Point(
         method=method,
         temperature=temperature,
         lookahead=size.lookahead,
         budget=size.budget,
         batch=size.batch,
-        rows=size.batch * (1 if method == "none_fast" else size.rows or size.lookahead + 1),
+        rows=size.batch * (1 if method in ("none", "none_fast") else size.rows or size.lookahead + 1),
         rounds=len(rounds),
         forward_s=fmean(at_once),
         draft_s=_mean([one.draft_s for one in rounds]),
         jit_s=_mean([one.jit_s for one in rounds]),
-        overhead_s=max(0.0, fmean(one.round_s - used for one, used in zip(rounds, spent, strict=True))),
+        overhead_s=overhead_s,
+        exchange_s=fmean(late) if len(late) >= FEW else None,
         after_wait_s=fmean(after_wait) - fmean(at_once) if after_wait and method == "ssd" else None,
     )
 
 
-def fit(points: Sequence[Point]) -> Costs:
-    """Costs through the points of one temperature (least squares; no coefficient below zero).
-    Overheads and waits are those of the smallest batch."""
-    by_method = {method: [p for p in points if p.method == method] for method in METHODS}
+def steadied(points: Sequence[Point]) -> list[Point]:
+    """All as if the machine had always been as fast: a start's times are divided by how long its plain decoding
+    took, against the median of all starts. (Starts of other batches than the smallest stay as they are: nothing can be
+    compared there.) A shared host's speed changes within minutes, by more than the lines between the points."""
     smallest = min(point.batch for point in points)
-    single = {method: [p for p in found if p.batch == smallest] for method, found in by_method.items()}
-    target: dict[int, list[float]] = {}
-    for point in [*by_method["none_fast"], *by_method["ssd"]]:
-        target.setdefault(point.rows, []).append(point.forward_s)
-    trees = [([1.0, p.lookahead, p.lookahead * p.budget * p.batch], p.draft_s) for p in by_method["ssd"] if p.draft_s]
-    waits = [([1.0, p.lookahead], p.jit_s) for p in [*single["sd"], *single["ssd"]] if p.jit_s]
+    plain = {
+        (point.start, point.temperature): point.forward_s
+        for point in points
+        if point.method == "none_fast" and point.batch == smallest
+    }
+    usual = median(plain.values())
+    found = []
+    for point in points:
+        ratio = usual / plain.get((point.start, point.temperature), usual)
+        found.append(point.model_copy(update={name: s * ratio for name, s in point if name.endswith("_s") and s}))
+    return found
+
+
+def fit(points: Sequence[Point], temperature: float) -> Costs:
+    """Costs at one temperature, through the points (least squares; no coefficient below zero). Overheads and waits are
+    those of the smallest batch."""
+    smallest = min(point.batch for point in points)
+    of_all = {method: [p for p in points if p.method == method and p.temperature == temperature] for method in METHODS}
+    single = {method: [p for p in found if p.batch == smallest] for method, found in of_all.items()}
+    trees = [([1.0, p.lookahead, p.lookahead * p.budget * p.batch], p.draft_s) for p in of_all["ssd"] if p.draft_s]
     base, per_step, per_row = _least_squares(trees, 3)
-    jit_base, jit_step = _least_squares(waits, 2)
+    jit, sd = _waits(single["ssd"]), _waits(single["sd"])
+    plain_s = _mean([p.overhead_s for p in [*single["none_fast"], *single["none"]]]) or 0.0
+    sd_s = _mean([p.overhead_s for p in single["sd"]]) or 0.0
+    ssd_s = _mean([p.overhead_s for p in single["ssd"]])
     return Costs(
-        target={rows: fmean(seconds) for rows, seconds in sorted(target.items())},
+        target=_forwards(points),
         tree=Line(base=base, per_step=per_step, per_row=per_row),
-        jit=Line(base=jit_base, per_step=jit_step),
+        jit=jit or sd or Line(),
+        sd=sd,
         glue=_mean([p.draft_s for p in single["sd"]]) or 0.0,
-        overhead={
-            "none": fmean(p.overhead_s for p in [*single["none_fast"], *single["none"]]),
-            "sd": fmean(p.overhead_s for p in single["sd"]),
-            "ssd": fmean(p.overhead_s for p in single["ssd"]),
-        },
+        overhead={"none": plain_s, "sd": sd_s, "ssd": sd_s if ssd_s is None else ssd_s},
+        exchange=_mean([p.exchange_s for p in single["ssd"]]) or 0.0,
         after_wait=max(0.0, _mean([p.after_wait_s for p in single["ssd"]]) or 0.0),
     )
+
+
+def _forwards(points: Sequence[Point]) -> dict[int, float]:
+    """By rows, at any temperature. A forward that follows a wait for the draft is slower: such points count only
+    beyond the others."""
+    prompt = [p for p in points if p.method == "none_fast" or (p.method == "ssd" and p.overhead_s is not None)]
+    most = max(point.rows for point in prompt)
+    late = [p for p in points if p.method == "ssd" and p.overhead_s is None and p.rows > most]
+    found: dict[int, list[float]] = {}
+    for point in [*prompt, *late]:
+        found.setdefault(point.rows, []).append(point.forward_s)
+    return {rows: fmean(seconds) for rows, seconds in sorted(found.items())}
+
+
+def _waits(points: Sequence[Point]) -> Line | None:
+    """For K tokens, after misses."""
+    waits = [([1.0, p.lookahead], p.jit_s) for p in points if p.jit_s]
+    base, per_step = _least_squares(waits, 2)
+    return Line(base=base, per_step=per_step) if waits else None
 
 
 def _least_squares(samples: list[tuple[list[float], float]], unknowns: int) -> list[float]:

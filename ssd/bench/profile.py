@@ -58,10 +58,14 @@ class Costs(_Part):
     """The draft's half of a round: glue, forecast, K steps; ``rows`` are sequences × branches."""
     jit: Line
     """Waiting for K tokens drafted after a miss."""
+    sd: Line | None = None
+    """The same in rounds of ``sd``, whose draft idles during the forward; None: as ``jit``."""
     glue: float = Field(default=0.0, ge=0)
     """The draft's half of a round without a forecast (``sd``)."""
     overhead: dict[Literal["none", "sd", "ssd"], float]
-    """A round beyond its forward (and beyond the wait after a miss)."""
+    """A round beyond its forward (and beyond the wait after a miss), where it does not wait for the draft."""
+    exchange: float = 0.0
+    """A round beyond the draft's time, where it does. Below zero, if the draft begins before the forward."""
     after_wait: float = 0.0
     """How much longer a forward takes that follows a wait (its weights have left the caches)."""
     tensor_parallel: dict[int, float] = {}
@@ -181,7 +185,7 @@ Content = Annotated[Replay | Independent, Field(discriminator="kind")]
 
 
 class Point(_Part):
-    """Means over the rounds of one real run, seconds: what the costs were fitted to."""
+    """Means over the rounds of one real run, seconds, as measured: what the costs were fitted to."""
 
     method: Method
     temperature: float
@@ -189,13 +193,17 @@ class Point(_Part):
     budget: int
     batch: int
     rows: int
-    """Of the target's forward: of all its sequences."""
+    """Of the target's forward: of all its sequences; of plain rounds unpadded."""
     rounds: int
     forward_s: float
     draft_s: float | None
     jit_s: float | None
-    overhead_s: float
+    overhead_s: float | None
+    """None, as ``exchange_s``: too few such rounds."""
+    exchange_s: float | None = None
     after_wait_s: float | None
+    start: int = 0
+    """Of which pipeline, of those started for the profile."""
 
 
 class Profile(_Part):
@@ -205,6 +213,8 @@ class Profile(_Part):
     machine: str = ""
     costs: dict[str, Costs]
     """By temperature, written ``"0"``, ``"1"``, .."""
+    padded: bool = True
+    """Whether plain rounds of ``none`` run as many rows as verifications."""
     content: dict[str, Content]
     points: list[Point] = []
 

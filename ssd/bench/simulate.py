@@ -46,11 +46,6 @@ class Setting:
         return self.rows or self.lookahead + 1
 
     @property
-    def forward_rows(self) -> int:
-        """Of a sequence, in a forward of the target."""
-        return 1 if self.method == "none_fast" else self.tree_rows
-
-    @property
     def devices(self) -> int:
         return self.target_devices + (self.draft_devices if self.method in ("sd", "ssd") else 0)
 
@@ -106,7 +101,8 @@ class Simulator:
         if min(setting.target_devices, setting.draft_devices, setting.batch, setting.lookahead) < 1:
             raise RequestError("devices, batch and lookahead must be at least 1")
         costs, content = self.profile.at(setting.temperature)
-        bare_s = costs.forward(setting.batch * setting.forward_rows, setting.target_devices)
+        plain = setting.method == "none_fast" or (setting.method == "none" and not self.profile.padded)
+        bare_s = costs.forward(setting.batch * (1 if plain else setting.tree_rows), setting.target_devices)
         if setting.method in ("none", "none_fast"):
             count = -(-tokens // setting.batch)
             made = np.full(count, setting.batch)
@@ -118,6 +114,7 @@ class Simulator:
         stalls = not ssd or setting.fallback == "jit"
         waited: np.ndarray = np.logical_not(hit.all(axis=1)) & stalls
         after = np.concatenate([[False], waited[:-1]])
+        chain = costs.jit if ssd or costs.sd is None else costs.sd
         return _timed(
             setting,
             made,
@@ -125,7 +122,8 @@ class Simulator:
             bare_s + costs.after_wait * after,
             costs.overhead["ssd" if ssd else "sd"],
             draft_s=self._tree_s(costs, setting) if ssd else costs.glue,
-            wait_s=np.where(waited, costs.jit.seconds(setting.lookahead), 0.0),
+            exchange_s=costs.exchange,
+            wait_s=np.where(waited, chain.seconds(setting.lookahead), 0.0),
         )
 
     def _tree_s(self, costs: Costs, setting: Setting) -> float:
@@ -168,11 +166,13 @@ def _timed(
     overhead_s: float,
     *,
     draft_s: float | None = None,
+    exchange_s: float = 0.0,
     wait_s: np.ndarray | None = None,
 ) -> Simulated:
     """Rounds on the clock. ``draft_s``: of a draft that takes part; ``wait_s``: after misses ``[R]``."""
     waits = np.zeros(len(made)) if wait_s is None else wait_s
-    round_s = np.maximum(forward_s, draft_s or 0.0) + overhead_s + waits
+    drafted_s = 0.0 if draft_s is None else draft_s + exchange_s
+    round_s = np.maximum(forward_s + overhead_s, drafted_s) + waits
     began_s = np.cumsum(round_s) - round_s
     lookups = setting.batch * (setting.method == "ssd")
     kept = [

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ssd import LLM, SamplingParams
-from ssd.bench.calibrate import Size, fit, measure
+from ssd.bench.calibrate import Size, fit, measure, point, steadied
 from ssd.bench.profile import Point, Replay
 from ssd.bench.prompts import Prompt
 from ssd.bench.replay import replay
@@ -18,6 +18,7 @@ from ssd.config import load_config
 from ssd.engine.front import make_plan
 from ssd.pipeline.build import build_draft, build_verifier
 from ssd.pipeline.launch import InprocPipeline
+from ssd.pipeline.messages import RoundReport
 from ssd.testing.rounds import play
 
 Configure = Callable[..., dict[str, Any]]
@@ -72,25 +73,28 @@ def test_a_measured_profile_simulates(tiny_config: Configure) -> None:
     assert [len(text) for text in profile.content["0"].accepted["4:5"]] == [12, 12]
     for setting in (Setting(lookahead=4, budget=8), Setting(method="sd", lookahead=2), Setting(method="none")):
         assert 1 < simulate(profile, setting, tokens=200).tokens_per_second < 1e4
-    assert len(said) == len(sizes) * 5 + 1
+    assert len(said) == len(sizes) * 2 + 1
+    assert not profile.padded and [one.start for one in profile.points] == [1] * 4 + [2] * 4
 
 
 def points(tree: Callable[[int, int], float]) -> list[Point]:
     found = []
-    for depth, budget, beside in ((2, 4, 0), (4, 4, 0), (4, 16, 0), (8, 8, 1)):
+    for start, (depth, budget, beside) in enumerate(((2, 4, 0), (4, 4, 0), (4, 16, 0), (8, 8, 1))):
         common: dict[str, Any] = {"temperature": 0.0, "lookahead": depth, "budget": budget}
         common |= {"batch": 1, "rounds": 9}
         for method in ("none_fast", "none", "sd", "ssd"):
-            rows = 1 if method == "none_fast" else 1 + depth * (1 + beside)
+            rows = 1 if method in ("none", "none_fast") else 1 + depth * (1 + beside)
             found.append(
                 Point(
                     method=method,  # type: ignore[arg-type]
                     rows=rows,
                     forward_s=1.0 + 0.1 * rows,
                     draft_s={"ssd": tree(depth, budget), "sd": 0.25}.get(method),
-                    jit_s=0.5 + 0.25 * depth if method in ("sd", "ssd") else None,
+                    jit_s={"sd": 0.7 + 0.25 * depth, "ssd": 0.5 + 0.25 * depth}.get(method),
                     overhead_s={"sd": 0.2, "ssd": 0.3}.get(method, 0.1),
+                    exchange_s=-0.02 if method == "ssd" and depth == 8 else None,
                     after_wait_s=0.05 if method == "ssd" else None,
+                    start=start,
                     **common,
                 )
             )
@@ -98,15 +102,53 @@ def points(tree: Callable[[int, int], float]) -> list[Point]:
 
 
 def test_fits_find_the_lines() -> None:
-    costs = fit(points(lambda depth, budget: 0.4 + 0.3 * depth + 0.01 * depth * budget))
+    costs = fit(points(lambda depth, budget: 0.4 + 0.3 * depth + 0.01 * depth * budget), 0.0)
     assert costs.target == pytest.approx({1: 1.1, 3: 1.3, 5: 1.5, 17: 2.7})
     assert (costs.tree.base, costs.tree.per_step, costs.tree.per_row) == pytest.approx((0.4, 0.3, 0.01))
     assert (costs.jit.base, costs.jit.per_step) == pytest.approx((0.5, 0.25))
+    assert costs.sd is not None and (costs.sd.base, costs.sd.per_step) == pytest.approx((0.7, 0.25))
     assert costs.overhead == pytest.approx({"none": 0.1, "sd": 0.2, "ssd": 0.3})
-    assert (costs.glue, costs.after_wait) == pytest.approx((0.25, 0.05))
+    assert (costs.glue, costs.after_wait, costs.exchange) == pytest.approx((0.25, 0.05, -0.02))
+
+
+def test_a_machine_that_changes_its_speed_is_corrected_by_its_plain_decoding() -> None:
+    steady = points(lambda depth, budget: 0.4 + 0.3 * depth + 0.01 * depth * budget)
+    slower = {0: 1.0, 1: 2.0, 2: 0.5, 3: 1.0}
+
+    def seen(one: Point) -> Point:
+        return one.model_copy(update={name: s * slower[one.start] for name, s in one if name.endswith("_s") and s})
+
+    assert fit(steadied([seen(one) for one in steady]), 0.0) == fit(steady, 0.0)
+
+
+def test_a_forward_after_a_wait_for_the_draft_counts_only_beyond_the_others() -> None:
+    changed = {4: 9.0, 8: 5.0}  # of lookahead 4 and 8
+    late = [
+        one.model_copy(update={"overhead_s": None, "forward_s": changed[one.lookahead]})
+        if one.method == "ssd" and one.lookahead in changed and one.budget != 16
+        else one
+        for one in points(lambda depth, budget: 1.0)
+    ]
+    assert fit(late, 0.0).target == pytest.approx({1: 1.1, 3: 1.3, 5: 1.5, 17: 5.0})
+
+
+def round_(forward_s: float, draft_s: float, jit_s: float | None = None) -> RoundReport:
+    """Which takes .5 s beyond the forward, or .1 beyond the draft's half."""
+    seconds = max(forward_s + 0.5, draft_s + 0.1) + (jit_s or 0.0)
+    common = {"began_s": 0.0, "wait_s": 0.0, "rows": 1, "lookups": 1, "hits": 1}
+    return RoundReport(forward_s=forward_s, draft_s=draft_s, jit_s=jit_s, round_s=seconds, **common)  # type: ignore[arg-type]
+
+
+def test_rounds_that_wait_for_the_draft_tell_of_the_exchange() -> None:
+    size = Size(lookahead=2, budget=4)
+    quick, slow = [round_(4.0, 3.0, None if i % 2 else 1.0) for i in range(9)], [round_(4.0, 6.0)] * 9
+    found = point([*quick, *slow], size, "ssd", 0.0)
+    assert (found.overhead_s, found.exchange_s) == pytest.approx((0.5, 0.1))
+    assert point(quick, size, "ssd", 0.0).exchange_s is None
+    assert point(slow, size, "ssd", 0.0).overhead_s is None
 
 
 def test_fits_have_no_negative_coefficients() -> None:
-    costs = fit(points(lambda depth, budget: 1.0 + 0.2 * depth - 0.001 * depth * budget))
+    costs = fit(points(lambda depth, budget: 1.0 + 0.2 * depth - 0.001 * depth * budget), 0.0)
     assert costs.tree.per_row == 0
     assert costs.tree.seconds(4, 8) == pytest.approx(1.8, rel=0.1)

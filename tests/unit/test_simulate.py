@@ -39,6 +39,23 @@ def test_plain_decoding() -> None:
     assert rate(profile(), method="none", batch=4) == pytest.approx(4.0)
 
 
+def test_plain_rounds_may_be_padded() -> None:
+    costs = Costs(target={1: 1.0, 5: 2.0}, tree=Line(), jit=Line(), overhead={"none": 0.0})
+    law = Independent(acceptance=A)
+    padded, exact = (Profile(name="p", costs={"0": costs}, content={"0": law}, padded=p) for p in (True, False))
+    assert (rate(padded, method="none"), rate(exact, method="none")) == pytest.approx((0.5, 1.0))
+    assert rate(padded, method="none_fast") == pytest.approx(1.0)
+
+
+def test_a_round_waits_for_its_later_half() -> None:
+    """What the verifier does beyond its forward goes on beside the draft."""
+    costs = Costs(target={1: 1.0}, tree=Line(base=1.5), jit=Line(), overhead={"ssd": 0.25}, exchange=-0.1)
+    found = Profile(name="r", costs={"0": costs}, content={"0": Independent(acceptance=A, miss=0)})
+    assert rate(found) == pytest.approx(E / 1.4, rel=0.01)
+    early = costs.model_copy(update={"tree": Line(base=1.2)})
+    assert rate(found.model_copy(update={"costs": {"0": early}})) == pytest.approx(E / 1.25, rel=0.01)
+
+
 def test_sd_is_e_over_one_plus_t() -> None:
     assert rate(profile(), method="sd") == pytest.approx(E / (1 + T_SD), rel=0.01)
 
