@@ -181,15 +181,19 @@ def fit(points: Sequence[Point], temperature: float) -> Costs:
     smallest = min(point.batch for point in points)
     of_all = {method: [p for p in points if p.method == method and p.temperature == temperature] for method in METHODS}
     single = {method: [p for p in found if p.batch == smallest] for method, found in of_all.items()}
-    trees = [([1.0, p.lookahead, p.lookahead * p.budget * p.batch], p.draft_s) for p in of_all["ssd"] if p.draft_s]
-    base, per_step, per_row = _least_squares(trees, 3)
+    trees = [
+        ([1.0, p.rows, p.lookahead, p.lookahead * p.budget * p.batch], p.draft_s) for p in of_all["ssd"] if p.draft_s
+    ]
+    base, per_node, per_step, per_row = _least_squares(trees, 4)
     jit, sd = _waits(single["ssd"]), _waits(single["sd"])
     plain_s = _mean([p.overhead_s for p in [*single["none_fast"], *single["none"]]]) or 0.0
     sd_s = _mean([p.overhead_s for p in single["sd"]]) or 0.0
     ssd_s = _mean([p.overhead_s for p in single["ssd"]])
+    target, sequence = _forwards(points, smallest)
     return Costs(
-        target=_forwards(points),
-        tree=Line(base=base, per_step=per_step, per_row=per_row),
+        target=target,
+        sequence=sequence,
+        tree=Line(base=base, per_node=per_node, per_step=per_step, per_row=per_row),
         jit=jit or sd or Line(),
         sd=sd,
         glue=_mean([p.draft_s for p in single["sd"]]) or 0.0,
@@ -199,16 +203,28 @@ def fit(points: Sequence[Point], temperature: float) -> Costs:
     )
 
 
-def _forwards(points: Sequence[Point]) -> dict[int, float]:
-    """By rows, at any temperature. A forward that follows a wait for the draft is slower: such points count only
-    beyond the others."""
+def _forwards(points: Sequence[Point], smallest: int) -> tuple[dict[int, float], float]:
+    """By rows, at any temperature; and what each further sequence adds, seen in plain decoding. A forward that follows
+    a wait for the draft is slower: such points, and larger batches, count only where they have the most rows."""
     prompt = [p for p in points if p.method == "none_fast" or (p.method == "ssd" and p.overhead_s is not None)]
-    most = max(point.rows for point in prompt)
-    late = [p for p in points if p.method == "ssd" and p.overhead_s is None and p.rows > most]
+    target = _by_rows([p for p in prompt if p.batch == smallest])
+    line = Costs(target=target, tree=Line(), jit=Line(), overhead={})
+    added = [
+        (p.forward_s - line.forward(p.rows)) / (p.batch - smallest)
+        for p in points
+        if p.method == "none_fast" and p.batch > smallest
+    ]
+    sequence = max(0.0, _mean(added) or 0.0)
+    beyond = [p for p in points if p.method == "ssd" and p.rows > max(target)]
+    lone = [p.model_copy(update={"forward_s": p.forward_s - (p.batch - smallest) * sequence}) for p in beyond]
+    return target | _by_rows(lone), sequence
+
+
+def _by_rows(points: Sequence[Point]) -> dict[int, float]:
     found: dict[int, list[float]] = {}
-    for point in [*prompt, *late]:
+    for point in sorted(points, key=lambda one: one.rows):
         found.setdefault(point.rows, []).append(point.forward_s)
-    return {rows: fmean(seconds) for rows, seconds in sorted(found.items())}
+    return {rows: fmean(seconds) for rows, seconds in found.items()}
 
 
 def _waits(points: Sequence[Point]) -> Line | None:

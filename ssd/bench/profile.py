@@ -39,23 +39,28 @@ class _Part(BaseModel):
 
 
 class Line(_Part):
-    """``base + per_step · K + per_row · K · rows`` seconds: K draft steps of so many rows each."""
+    """``base + per_node · nodes + per_step · K + per_row · K · rows`` seconds: a glue forward of so many nodes, and K
+    draft steps of so many rows each."""
 
     base: float = Field(default=0.0, ge=0)
     per_step: float = Field(default=0.0, ge=0)
     per_row: float = Field(default=0.0, ge=0)
+    per_node: float = Field(default=0.0, ge=0)
 
-    def seconds(self, steps: int, rows: float = 0.0) -> float:
-        return self.base + steps * (self.per_step + self.per_row * rows)
+    def seconds(self, steps: int, rows: float = 0.0, nodes: int = 0) -> float:
+        return self.base + self.per_node * nodes + steps * (self.per_step + self.per_row * rows)
 
 
 class Costs(_Part):
     """Seconds, at one temperature (choosing tokens costs more when it samples)."""
 
     target: dict[int, float] = Field(min_length=1)
-    """One forward of the target, by its rows in all (sequences × rows each)."""
+    """One forward of the target, by its rows in all (sequences × rows each): of a single sequence's."""
+    sequence: float = Field(default=0.0, ge=0)
+    """What each further sequence of a forward adds to that."""
     tree: Line
-    """The draft's half of a round: glue, forecast, K steps; ``rows`` are sequences × branches."""
+    """The draft's half of a round: glue, forecast, K steps; ``rows`` are sequences × branches, ``nodes`` those of
+    the trees."""
     jit: Line
     """Waiting for K tokens drafted after a miss."""
     sd: Line | None = None
@@ -73,7 +78,7 @@ class Costs(_Part):
     efficiency: float = Field(default=0.85, gt=0.5, le=1)
     """Assumed where not measured: twice the devices run the forward 2 · efficiency times as fast."""
 
-    def forward(self, rows: int, devices: int = 1) -> float:
+    def forward(self, rows: int, devices: int = 1, *, sequences: int = 1) -> float:
         """Seconds of a target forward: linear between measured row counts and beyond them."""
         counts = sorted(self.target)
         if len(counts) == 1:
@@ -83,7 +88,7 @@ class Costs(_Part):
             low, high = counts[upper - 1], counts[upper]
             slope = (self.target[high] - self.target[low]) / (high - low)
             whole = max(self.target[low] + slope * (rows - low), min(self.target.values()) / 2)
-        return whole / self.speedup(devices)
+        return (whole + (sequences - 1) * self.sequence) / self.speedup(devices)
 
     def speedup(self, devices: int) -> float:
         """Of a tensor-parallel forward."""

@@ -102,7 +102,8 @@ class Simulator:
             raise RequestError("devices, batch and lookahead must be at least 1")
         costs, content = self.profile.at(setting.temperature)
         plain = setting.method == "none_fast" or (setting.method == "none" and not self.profile.padded)
-        bare_s = costs.forward(setting.batch * (1 if plain else setting.tree_rows), setting.target_devices)
+        rows = setting.batch * (1 if plain else setting.tree_rows)
+        bare_s = costs.forward(rows, setting.target_devices, sequences=setting.batch)
         if setting.method in ("none", "none_fast"):
             count = -(-tokens // setting.batch)
             made = np.full(count, setting.batch)
@@ -128,7 +129,7 @@ class Simulator:
 
     def _tree_s(self, costs: Costs, setting: Setting) -> float:
         share = -(-setting.budget // setting.draft_devices)
-        return costs.tree.seconds(setting.lookahead, setting.batch * share)
+        return costs.tree.seconds(setting.lookahead, setting.batch * share, setting.batch * setting.tree_rows)
 
     def _play(self, content: Replay | Independent, setting: Setting, tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of every round ``[R]``, and the budgets that hold its rows' outcomes ``[R, B]``."""

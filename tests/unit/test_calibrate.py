@@ -77,7 +77,8 @@ def test_a_measured_profile_simulates(tiny_config: Configure) -> None:
     assert not profile.padded and [one.start for one in profile.points] == [1] * 4 + [2] * 4
 
 
-def points(tree: Callable[[int, int], float]) -> list[Point]:
+def points(tree: Callable[[int, int, int], float]) -> list[Point]:
+    """Of pipelines whose draft's half is a function of K, N and the tree's rows."""
     found = []
     for start, (depth, budget, beside) in enumerate(((2, 4, 0), (4, 4, 0), (4, 16, 0), (8, 8, 1))):
         common: dict[str, Any] = {"temperature": 0.0, "lookahead": depth, "budget": budget}
@@ -89,7 +90,7 @@ def points(tree: Callable[[int, int], float]) -> list[Point]:
                     method=method,  # type: ignore[arg-type]
                     rows=rows,
                     forward_s=1.0 + 0.1 * rows,
-                    draft_s={"ssd": tree(depth, budget), "sd": 0.25}.get(method),
+                    draft_s={"ssd": tree(depth, budget, rows), "sd": 0.25}.get(method),
                     jit_s={"sd": 0.7 + 0.25 * depth, "ssd": 0.5 + 0.25 * depth}.get(method),
                     overhead_s={"sd": 0.2, "ssd": 0.3}.get(method, 0.1),
                     exchange_s=-0.02 if method == "ssd" and depth == 8 else None,
@@ -102,9 +103,10 @@ def points(tree: Callable[[int, int], float]) -> list[Point]:
 
 
 def test_fits_find_the_lines() -> None:
-    costs = fit(points(lambda depth, budget: 0.4 + 0.3 * depth + 0.01 * depth * budget), 0.0)
+    costs = fit(points(lambda depth, budget, rows: 0.4 + 0.05 * rows + 0.3 * depth + 0.01 * depth * budget), 0.0)
     assert costs.target == pytest.approx({1: 1.1, 3: 1.3, 5: 1.5, 17: 2.7})
-    assert (costs.tree.base, costs.tree.per_step, costs.tree.per_row) == pytest.approx((0.4, 0.3, 0.01))
+    tree = costs.tree
+    assert (tree.base, tree.per_node, tree.per_step, tree.per_row) == pytest.approx((0.4, 0.05, 0.3, 0.01))
     assert (costs.jit.base, costs.jit.per_step) == pytest.approx((0.5, 0.25))
     assert costs.sd is not None and (costs.sd.base, costs.sd.per_step) == pytest.approx((0.7, 0.25))
     assert costs.overhead == pytest.approx({"none": 0.1, "sd": 0.2, "ssd": 0.3})
@@ -112,7 +114,7 @@ def test_fits_find_the_lines() -> None:
 
 
 def test_a_machine_that_changes_its_speed_is_corrected_by_its_plain_decoding() -> None:
-    steady = points(lambda depth, budget: 0.4 + 0.3 * depth + 0.01 * depth * budget)
+    steady = points(lambda depth, budget, rows: 0.4 + 0.05 * rows + 0.3 * depth + 0.01 * depth * budget)
     slower = {0: 1.0, 1: 2.0, 2: 0.5, 3: 1.0}
 
     def seen(one: Point) -> Point:
@@ -127,9 +129,21 @@ def test_a_forward_after_a_wait_for_the_draft_counts_only_beyond_the_others() ->
         one.model_copy(update={"overhead_s": None, "forward_s": changed[one.lookahead]})
         if one.method == "ssd" and one.lookahead in changed and one.budget != 16
         else one
-        for one in points(lambda depth, budget: 1.0)
+        for one in points(lambda *_: 1.0)
     ]
     assert fit(late, 0.0).target == pytest.approx({1: 1.1, 3: 1.3, 5: 1.5, 17: 5.0})
+
+
+def test_further_sequences_add_to_a_forward() -> None:
+    """What they add shows in plain decoding; rows of a batch that one sequence had too are the sequence's."""
+    base = next(one for one in points(lambda *_: 1.0) if one.method == "none_fast")
+    several = {"batch": 4, "start": 9}
+    plain = base.model_copy(update={**several, "rows": 4, "forward_s": 1.4 + 3 * 0.2})
+    drafted = base.model_copy(update={**several, "rows": 20, "method": "ssd", "draft_s": 1.0, "forward_s": 3.6})
+    costs = fit([*points(lambda *_: 1.0), plain, drafted], 0.0)
+    assert costs.sequence == pytest.approx(0.2)
+    assert costs.target == pytest.approx({1: 1.1, 3: 1.3, 5: 1.5, 17: 2.7, 20: 3.0})
+    assert [costs.forward(4, sequences=4), costs.forward(20, sequences=4)] == pytest.approx([2.0, 3.6])
 
 
 def round_(forward_s: float, draft_s: float, jit_s: float | None = None) -> RoundReport:
@@ -149,6 +163,6 @@ def test_rounds_that_wait_for_the_draft_tell_of_the_exchange() -> None:
 
 
 def test_fits_have_no_negative_coefficients() -> None:
-    costs = fit(points(lambda depth, budget: 1.0 + 0.2 * depth - 0.001 * depth * budget), 0.0)
+    costs = fit(points(lambda depth, budget, _: 1.0 + 0.2 * depth - 0.001 * depth * budget), 0.0)
     assert costs.tree.per_row == 0
     assert costs.tree.seconds(4, 8) == pytest.approx(1.8, rel=0.1)
