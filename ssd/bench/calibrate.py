@@ -54,6 +54,7 @@ class Size:
 
 
 SIZES = (
+    Size(lookahead=1, budget=4),
     Size(lookahead=2, budget=4),
     Size(lookahead=4, budget=24),
     Size(lookahead=8, budget=8),
@@ -187,8 +188,14 @@ def fit(points: Sequence[Point], temperature: float) -> Costs:
     base, per_node, per_step, per_row = _least_squares(trees, 4)
     jit, sd = _waits(single["ssd"]), _waits(single["sd"])
     plain_s = _mean([p.overhead_s for p in [*single["none_fast"], *single["none"]]]) or 0.0
-    sd_s = _mean([p.overhead_s for p in single["sd"]]) or 0.0
-    ssd_s = _mean([p.overhead_s for p in single["ssd"]])
+    rest = [
+        ([float(p.method == "sd"), float(p.method == "ssd"), p.lookahead], p.overhead_s)
+        for p in [*single["sd"], *single["ssd"]]
+        if p.overhead_s
+    ]
+    sd_s, ssd_s, per_position = _least_squares(rest, 3)
+    if all(p.overhead_s is None for p in single["ssd"]):
+        ssd_s = sd_s
     target, sequence = _forwards(points, smallest)
     return Costs(
         target=target,
@@ -197,7 +204,8 @@ def fit(points: Sequence[Point], temperature: float) -> Costs:
         jit=jit or sd or Line(),
         sd=sd,
         glue=_mean([p.draft_s for p in single["sd"]]) or 0.0,
-        overhead={"none": plain_s, "sd": sd_s, "ssd": sd_s if ssd_s is None else ssd_s},
+        overhead={"none": plain_s, "sd": sd_s, "ssd": ssd_s},
+        per_position=per_position,
         exchange=_mean([p.exchange_s for p in single["ssd"]]) or 0.0,
         after_wait=max(0.0, _mean([p.after_wait_s for p in single["ssd"]]) or 0.0),
     )

@@ -69,6 +69,8 @@ class Costs(_Part):
     """The draft's half of a round without a forecast (``sd``)."""
     overhead: dict[Literal["none", "sd", "ssd"], float]
     """A round beyond its forward (and beyond the wait after a miss), where it does not wait for the draft."""
+    per_position: float = Field(default=0.0, ge=0)
+    """What each position of the lookahead adds to that in rounds of a draft: noise is made for all of them."""
     exchange: float = 0.0
     """A round beyond the draft's time, where it does. Below zero, if the draft begins before the forward."""
     after_wait: float = 0.0

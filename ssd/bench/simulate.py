@@ -121,7 +121,7 @@ class Simulator:
             made,
             hit,
             bare_s + costs.after_wait * after,
-            costs.overhead["ssd" if ssd else "sd"],
+            costs.overhead["ssd" if ssd else "sd"] + costs.per_position * setting.lookahead,
             draft_s=self._tree_s(costs, setting) if ssd else costs.glue,
             exchange_s=costs.exchange,
             wait_s=np.where(waited, chain.seconds(setting.lookahead), 0.0),

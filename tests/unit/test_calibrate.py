@@ -92,7 +92,7 @@ def points(tree: Callable[[int, int, int], float]) -> list[Point]:
                     forward_s=1.0 + 0.1 * rows,
                     draft_s={"ssd": tree(depth, budget, rows), "sd": 0.25}.get(method),
                     jit_s={"sd": 0.7 + 0.25 * depth, "ssd": 0.5 + 0.25 * depth}.get(method),
-                    overhead_s={"sd": 0.2, "ssd": 0.3}.get(method, 0.1),
+                    overhead_s={"sd": 0.2 + 0.01 * depth, "ssd": 0.3 + 0.01 * depth}.get(method, 0.1),
                     exchange_s=-0.02 if method == "ssd" and depth == 8 else None,
                     after_wait_s=0.05 if method == "ssd" else None,
                     start=start,
@@ -110,6 +110,7 @@ def test_fits_find_the_lines() -> None:
     assert (costs.jit.base, costs.jit.per_step) == pytest.approx((0.5, 0.25))
     assert costs.sd is not None and (costs.sd.base, costs.sd.per_step) == pytest.approx((0.7, 0.25))
     assert costs.overhead == pytest.approx({"none": 0.1, "sd": 0.2, "ssd": 0.3})
+    assert costs.per_position == pytest.approx(0.01)
     assert (costs.glue, costs.after_wait, costs.exchange) == pytest.approx((0.25, 0.05, -0.02))
 
 
