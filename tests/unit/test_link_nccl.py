@@ -6,7 +6,6 @@ That its transfers move bytes between GPUs is for ``tests/contract/test_link.py`
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -28,15 +27,14 @@ class Group:
 
     CONNECT_S = 0.3
     ends: dict[int, Group]
-    meeting: threading.Lock
 
     class Options:
         _timeout = None
 
     def __init__(self, store: Any, rank: int, size: int, options: Any):
         assert size == 2 and options._timeout.days == 365  # NCCL's own deadline would end the process
-        self.rank, self.aborted, self.launched = rank, False, 0
-        self.sent: list[Tensor] = []
+        self.rank, self.aborted = rank, False
+        self.sent: list[Tensor | None] = []
         self.ends[rank] = self
 
     def _start_coalescing(self, device: torch.device) -> None:
@@ -50,11 +48,13 @@ class Group:
         (self._landing,) = tensors
 
     def _end_coalescing(self, device: torch.device) -> Group.Work:
-        with self.meeting:
-            number, self.launched = self.launched, self.launched + 1
-            if self._sending is not None:
-                self.sent.append(self._sending.clone())
-        return Group.Work(self, number, self._landing, time.monotonic())
+        # The frame is there before its launch counts: the other end's thread looks at any moment.
+        self.sent.append(None if self._sending is None else self._sending.clone())
+        return Group.Work(self, self.launched - 1, self._landing, time.monotonic())
+
+    @property
+    def launched(self) -> int:
+        return len(self.sent)
 
     def abort(self) -> None:
         self.aborted = True
@@ -71,12 +71,14 @@ class Group:
 
         def wait(self) -> None:
             if self.landing is not None:
-                self.landing.copy_(Group.ends[1 - self.group.rank].sent[self.number])
+                frame = Group.ends[1 - self.group.rank].sent[self.number]
+                assert frame is not None  # both exchange, or one sends and the other receives
+                self.landing.copy_(frame)
 
 
 @pytest.fixture(autouse=True)
 def twin(monkeypatch: pytest.MonkeyPatch) -> None:
-    Group.ends, Group.meeting = {}, threading.Lock()
+    Group.ends = {}
     monkeypatch.setattr(dist, "ProcessGroupNCCL", Group, raising=False)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
@@ -114,7 +116,7 @@ def test_an_end_that_does_not_come_is_given_up_in_time() -> None:
 def test_two_first_ends_are_no_link() -> None:
     """What greets like ourselves is not our other end."""
     Group.ends[1] = stranger = Group(None, 1, 2, type("Options", (), {"_timeout": type("T", (), {"days": 365})}))
-    stranger.sent, stranger.launched = [torch.tensor([0x55D11], dtype=torch.int32)], 1
+    stranger.sent = [torch.tensor([0x55D11], dtype=torch.int32)]
     with pytest.raises(LinkError, match="was not its other end"):
         link(0)
     assert Group.ends[0].aborted
