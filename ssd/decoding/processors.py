@@ -22,6 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .sampling import has_operators
 from .tree import ABSENT, TreeShape
 
 _EXCLUDED = float("-inf")
@@ -231,11 +232,44 @@ class Processors:
             return rows
         return logits.to(torch.float32).index_copy(0, self._index, rows)
 
+    @property
+    def constrained(self) -> bool:
+        """Whether some output follows a grammar."""
+        return any(row is not None and row.constraint is not None for row in self._rows)
+
+    def fixed(self, out: Tensor) -> None:
+        """What ``apply`` does after the certain tokens, but for grammars and bad words of several tokens, so that a
+        draft can do it to every row alike: ``x = logit + bias``, ``x / factor`` or, of x <= 0, ``x * factor``, then
+        less the penalty. What a draft proposes need not be what is right.
+
+        Args:
+            out: float32 ``[B, 3, V]``, bias, factor and penalty of each token. The first factor is 0 in slots
+                without settings.
+        """
+        out[:, 1, 0] = 0
+        for slot in self._slots:
+            row, (bias, factor, penalty) = self._rows[slot], out[slot]
+            assert row is not None
+            bias.copy_(self._bias[slot]) if self._bias is not None else bias.zero_()
+            if row.too_short:
+                bias[row.ends] = _EXCLUDED
+            factor.fill_(1.0)
+            penalty.zero_()
+            if row.settings.penalizes:
+                assert self._counts is not None and self._in_prompt is not None
+                repetition, presence, frequency = self._penalties[:, slot]
+                counts = self._counts[slot]
+                factor[(counts > 0) | self._in_prompt[slot]] = repetition
+                penalty.add_(frequency * counts).add_(presence * (counts > 0))
+
     def _penalize(self, rows: Tensor, paths: Tensor, present: Tensor) -> None:
         """In place, ``[A, R, V]``: repetition over prompt and output, presence and frequency over
         the output (``vllm.model_executor.layers.utils.apply_penalties``; repetition: Keskar et al.
         2019, arXiv 1909.05858, as in transformers)."""
         assert self._counts is not None and self._in_prompt is not None
+        if has_operators(rows.device):
+            torch.ops.ssd.penalize(rows, self._counts, self._in_prompt, self._penalties, self._index, paths)
+            return
         counts = self._counts[self._index][:, None].repeat(1, rows.shape[1], 1)
         counts.scatter_add_(2, paths.clamp(min=0), present.to(counts.dtype))
         repetition, presence, frequency = self._penalties[:, self._index, None, None]

@@ -103,6 +103,10 @@ class SamplingTensors:
             random=bool(random_rows),
         )
 
+    def packed(self) -> Tensor:
+        """float32 ``[B, 4]``: temperature, top_k (exact below 2**24, and above it no vocabulary's), top_p, min_p."""
+        return torch.stack((self.temperature, self.top_k.float(), self.top_p, self.min_p), dim=-1)
+
     def of(self, slots: Tensor) -> SamplingTensors:
         """Of some sequences, ``[n]`` int64. The flags stay those of all."""
         names = ("temperature", "top_k", "top_p", "min_p", "seed")
@@ -164,6 +168,19 @@ def filter_logits(logits: Tensor, params: SamplingTensors) -> Tensor:
     Source: ``transformers.generation.logits_process``; min-p: Nguyen et al. 2024, arXiv 2407.01082.
     """
     _check_shape(logits, params)
+    if has_operators(logits.device):
+        return torch.ops.ssd.filter_logits(logits.to(torch.float32), params.packed())
+    return sorted_filter(logits, params)
+
+
+def has_operators(device: torch.device) -> bool:
+    """Whether filters and penalties are operators there (``models/native.py`` loads them). They choose what torch
+    does here, but for a token within rounding of the edge of top-p."""
+    return device.type == "cpu" and hasattr(torch.ops.ssd, "scores")
+
+
+def sorted_filter(logits: Tensor, params: SamplingTensors) -> Tensor:
+    """:func:`filter_logits` in torch, for any device: by sorting every row."""
     scaled = _scale(logits, params)
     vocabulary = scaled.shape[-1]
     # One sort serves top-k and top-p. Stable, so that ties fall the same way on every device.
@@ -203,7 +220,7 @@ def scores(logits: Tensor, params: SamplingTensors, noise: Tensor | None) -> Ten
 
     Returns:
         float32 [B, W, V]: logits plus temperature times noise, dropped tokens at -inf, in rows
-        with temperature > 0; the logits themselves in rows with temperature 0. Sorts only if
+        with temperature > 0; the logits themselves in rows with temperature 0. Filters only if
         ``params.filtered``; does nothing at all if not ``params.random``.
 
     Raises:
@@ -218,9 +235,13 @@ def scores(logits: Tensor, params: SamplingTensors, noise: Tensor | None) -> Ten
         raise ValueError("noise is needed: some row has temperature > 0")
     if noise.shape != logits.shape:
         raise ValueError(f"noise must have the shape of the logits {tuple(logits.shape)}, not {tuple(noise.shape)}")
-    chosen = perturbed(logits.to(torch.float32), noise, params.temperature)
+    logits = logits.to(torch.float32)
+    if params.filtered and has_operators(logits.device):
+        each = torch.arange(logits.shape[1]).expand(logits.shape[:2])
+        return torch.ops.ssd.scores(logits, noise, each, params.packed(), None)
+    chosen = perturbed(logits, noise, params.temperature)
     if params.filtered:
-        chosen.masked_fill_(filter_logits(logits, params) == float("-inf"), float("-inf"))
+        chosen.masked_fill_(sorted_filter(logits, params) == float("-inf"), float("-inf"))
     return chosen
 
 

@@ -1,6 +1,8 @@
 """Our operators in C++ for CPUs (``csrc/``): built on first use, kept in a cache.
 
-``ssd::pack`` and ``ssd::rows_linear`` (``rows_linear.py``), ``ssd::rows_attention`` (``tree_attention.py``).
+``ssd::pack`` and ``ssd::rows_linear`` (``rows_linear.py``), ``ssd::rows_attention`` (``tree_attention.py``),
+``ssd::gumbel`` (``decoding/noise.py``), ``ssd::filter_logits`` and ``ssd::scores`` (``decoding/sampling.py``),
+``ssd::penalize`` (``decoding/processors.py``).
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ def available() -> bool:
         return False
     torch.library.register_fake("ssd::rows_linear", _linear)
     torch.library.register_fake("ssd::rows_attention", _attention)
+    torch.library.register_fake("ssd::filter_logits", _like_logits)
+    torch.library.register_fake("ssd::scores", _like_logits)
     return True
 
 
@@ -50,12 +54,16 @@ def _attention(query: Tensor, *_others: object) -> Tensor:
     return query.new_empty((batch, rows, heads, dim))
 
 
+def _like_logits(logits: Tensor, *_others: object) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
 def _build(compiler: str) -> Path:
     """The shared library of these sources, these flags, this torch and this processor."""
     from torch.utils import cpp_extension
 
     what = (
-        *(source.read_text() for source in SOURCES),
+        *(file.read_text() for file in sorted(SOURCES[0].parent.iterdir())),
         *FLAGS,
         torch.__version__,
         compiler,
@@ -78,7 +86,9 @@ def _build(compiler: str) -> Path:
             *FLAGS,
             abi,
             *includes,
-            *map(str, SOURCES),
+            # One unit: most of the time goes into torch's headers, which are read once then.
+            *(argument for source in SOURCES for argument in ("-include", str(source))),
+            *("-x", "c++", os.devnull),
             "-o",
             str(made),
             *libraries,

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ..decoding.noise import gumbel
 from ..decoding.processors import Constraint, Processors, ProcessorSettings
-from ..decoding.sampling import SamplingTensors
+from ..decoding.sampling import SamplingTensors, perturbed
 from ..errors import RequestError
+from ..models import native
 from ..params import SamplingParams
+from .candidates import noise_at
 from .grammar import Grammars
 from .selection import Selection
 
@@ -27,7 +29,7 @@ class Chooser:
     Args:
         horizon: how many positions ahead noise is made for. One shape, so that whatever is
             decoded and however, a position's noise comes out of the same code.
-        compiled: makes the noise one function, like ``ForwardRunner.compiled``.
+        compiled: makes the noise one function, like ``ForwardRunner.compiled``, where it is not our operator.
     """
 
     def __init__(
@@ -41,18 +43,25 @@ class Chooser:
     ):
         self.params = self._all = SamplingTensors.empty(batch, device)
         """Of the selected slots."""
+        self.packed = self.params.packed()
+        """The same for ``score``."""
         self._selected: Selection | None = None
-        self._taken: dict[tuple[int, ...], SamplingTensors] = {}
+        self._taken: dict[tuple[int, ...], tuple[SamplingTensors, Tensor]] = {}
         self.processors = Processors(batch, vocabulary, device)
         self.grammars: Grammars | None = None
         """Needed by requests with structured output."""
         self._vocabulary = vocabulary
+        self._fixed: Tensor | None = None
         self._prepared: tuple[Selection | None, list[int], Tensor | None] | None = None
+        self.filters = torch.device(device).type == "cpu" and native.available()
+        """Whether ``score`` knows top-k, top-p and min-p: where they are no sort."""
+        ahead, draw = torch.arange(1, horizon + 1, device=device), gumbel
+        if self.filters:
+            draw, compiled = torch.ops.ssd.gumbel, lambda body: body  # one function as it is
         self._compiled, self._noises = compiled, dict[int, Callable[..., Tensor]]()
-        ahead = torch.arange(1, horizon + 1, device=device)
 
         def noise(seeds: Tensor, lengths: Tensor) -> Tensor:
-            return gumbel(seeds[:, None], lengths[:, None] + ahead, vocabulary)
+            return draw(seeds[:, None], lengths[:, None] + ahead, vocabulary)
 
         self._noise = noise
 
@@ -65,13 +74,12 @@ class Chooser:
             self._take()
 
     def _take(self) -> None:
-        selected = self._selected
-        if selected is None or selected.index is None:
-            self.params = self._all
-            return
-        if selected.slots not in self._taken:
-            self._taken[selected.slots] = self._all.of(selected.index)
-        self.params = self._taken[selected.slots]
+        selected, everyone = self._selected, tuple[int, ...]()
+        slots, index = (everyone, None) if selected is None else (selected.slots, selected.index)
+        if slots not in self._taken:
+            params = self._all if index is None else self._all.of(index)
+            self._taken[slots] = params, params.packed()
+        self.params, self.packed = self._taken[slots]
 
     def set(self, slot: int, params: SamplingParams) -> None:
         self._prepared = None
@@ -168,6 +176,40 @@ class Chooser:
         if found is not None and found[0] is self._selected and found[1] == known:
             return found[2]
         return self.noise(lengths)
+
+    def score(
+        self, logits: Tensor, noise: Tensor, ahead: Tensor, packed: Tensor, fixed: Tensor | None = None
+    ) -> Tensor:
+        """Scores ``[B, R, V]`` whose argmax is the token, for bodies that are compiled. Temperature 0 goes with any
+        noise; filters apply if ``filters``.
+
+        Args:
+            logits: float32 ``[B, R, V]``. noise: ``[B, H, V]``, of which row b, r takes ``ahead[b, r]``. packed:
+                ``[B, 4]``, ``self.packed`` when the body runs. fixed: ``[B, 3, V]``, for a draft,
+                ``self.fixed()`` when the body runs.
+        """
+        if self.filters:
+            return torch.ops.ssd.scores(logits, noise, ahead, packed, fixed)
+        return perturbed(logits, noise_at(noise, ahead), packed[:, 0])
+
+    def fixed(self) -> Tensor:
+        """``Processors.fixed`` of the selected slots ``[B, 3, V]``; while it would say something all are selected."""
+        if self._fixed is None:
+            self._fixed = torch.zeros(len(self._all.seed), 3, self._vocabulary if self.filters else 0)
+            self._fixed = self._fixed.to(self._all.seed.device)
+        if self.filters:
+            self.processors.fixed(self._fixed)
+        return self._fixed[: len(self.params.seed)]
+
+    @property
+    def nearly_plain(self) -> bool:
+        """Whether ``score`` with ``fixed`` is all that a draft needs now."""
+        return self.plain or (self.filters and not self.processors.constrained)
+
+    @property
+    def plain(self) -> bool:
+        """Whether ``score`` is all that choosing takes now."""
+        return not self.processors.active and (self.filters or not self.params.filtered)
 
     def processed(self, logits: Tensor, paths: Tensor | None) -> Tensor:
         """``[B, R, V]`` with the requests' processors applied. ``paths`` as for ``Processors.apply``:

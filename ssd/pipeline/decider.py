@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..decoding.processors import TreePaths
-from ..decoding.sampling import perturbed, scores
+from ..decoding.sampling import scores
 from ..decoding.tree import TreeShape
 from ..decoding.verify import Outcome, verify_coupled
 from ..models.device import Courier, Written
@@ -41,7 +41,7 @@ class _Form(NamedTuple):
 
 class Decider:
     """Forward, choice and verification as one compiled function: a round's many small operations would cost as
-    much as a layer. Filters and processors, which it cannot do, choose anew.
+    much as a layer. Processors, and filters where they sort, choose anew from its logits.
 
     Args: runner: of the target. shape: the candidate tree. chooser: what the rows' requests ask for.
     """
@@ -95,11 +95,11 @@ class Decider:
         began = self._clock()
         quiet = form.silence if noise is None else noise
         self._runner.announce(plan, tokens, lengths, context)
-        logits, decided = form.body(tokens, lengths, self.chooser.params.temperature, quiet, slots)
+        logits, decided = form.body(tokens, lengths, self.chooser.packed, quiet, slots)
         (decided,) = self._courier.fetch(decided)
         forward_s = self._clock() - began
         judge = self.judge if noise is not None and plan.rows > 1 else None
-        if judge is not None or self.chooser.processors.active or self.chooser.params.filtered:
+        if judge is not None or not self.chooser.plain:
             decided = torch.stack(self._anew(plan, tokens, lengths, trees, logits, noise, judge))
         nodes, bonus = decided.tolist()
         return Decision(logits, nodes, bonus, forward_s)
@@ -127,14 +127,15 @@ class Decider:
         return judge.decide(matched, chosen.cpu(), tokens.cpu(), logits, lengths, ahead, self.chooser.params)
 
     def _form(self, plan: RowPlan, context: int, count: int) -> _Form:
-        runner, verify, ahead = self._runner, self._verify, self._depths[: plan.rows]
+        runner, verify, chooser = self._runner, self._verify, self.chooser
+        ahead = self._depths[: plan.rows].expand(count, -1)
 
         def decide(
-            tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor, slots: Tensor | None
+            tokens: Tensor, lengths: Tensor, packed: Tensor, noise: Tensor, slots: Tensor | None
         ) -> tuple[Tensor, Tensor]:
             # A draft may send anything: what is no token is fed as some token, and never accepted.
             logits = runner.logits(plan, tokens.clamp(0, runner.vocabulary - 1), lengths, context, slots=slots)
-            return logits, torch.stack(verify(tokens, perturbed(logits, noise[:, ahead], temperature).argmax(-1)))
+            return logits, torch.stack(verify(tokens, chooser.score(logits, noise, ahead, packed).argmax(-1)))
 
         written = Written(count, plan.rows, device=runner.device)
         return _Form(runner.compiled(decide), written, self._silence[:count])

@@ -11,7 +11,7 @@ from ..decoding.copying import CopyBias
 from ..decoding.forecast import Forecast
 from ..decoding.lookahead import first_lookahead
 from ..decoding.processors import TreePaths
-from ..decoding.sampling import perturbed, scores
+from ..decoding.sampling import scores
 from ..decoding.support import DraftProbs
 from ..decoding.tree import ABSENT, TreeShape
 from ..models.rows import RowPlan
@@ -130,8 +130,7 @@ class Drafting:
         """Whether this round's drafting may run as one compiled function: compiled for the shortest
         context only (it takes the compiler half a minute), and without what only single steps can do."""
         short = longest + self.shape.depth < self.runner.contexts[0]
-        params, processors = self.chooser.params, self.chooser.processors
-        return self.runner.fuses and short and not (params.filtered or processors.active or self._samples)
+        return self.runner.fuses and short and self.chooser.nearly_plain and not self._samples
 
     def _grow(
         self,
@@ -239,31 +238,35 @@ class Drafting:
             fed = torch.cat([fed, best[..., :1]], dim=-1)
         return nodes, guesses, comb_tokens(ranked, self.shape.siblings)
 
-    def _scored(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Temperature and noise of compiled drafting; silence while nothing samples."""
+    def _scored(self, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sampling parameters, processing and noise of compiled drafting; silence while nothing samples."""
         noise = self.chooser.noise(lengths)
-        return self.chooser.params.temperature, self._silences[len(lengths)] if noise is None else noise
+        silence = self._silences[len(lengths)]
+        return self.chooser.packed, self.chooser.fixed(), silence if noise is None else noise
 
     def _first_part(self) -> Callable[..., tuple[Tensor, ...]]:
         runner, glue, depths, context = self.runner, self._glue, self._depths, self.runner.contexts[0]
+        score = self.chooser.score
 
         def begin(
-            tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor, slots: Tensor | None
+            tokens: Tensor, lengths: Tensor, packed: Tensor, fixed: Tensor, noise: Tensor, slots: Tensor | None
         ) -> tuple[Tensor, Tensor]:
             logits = runner.logits(glue, tokens.clamp(min=0), lengths, context, slots=slots)
             logits = self.copying.trail(tokens, lengths, slots).add(logits)
-            ahead = noise_at(noise, depths.expand(len(tokens), -1))
-            return self.forecast.outcomes(perturbed(logits, ahead, temperature), tokens)
+            ahead = depths.expand(len(tokens), -1)
+            return self.forecast.outcomes(score(logits, noise, ahead, packed, fixed), tokens)
 
         return runner.compiled(begin)
 
     def _part(self, step: int) -> Callable[..., tuple[Tensor, ...]]:
         runner, plan, width, context = self.runner, self.branches.plans[step], self._width, self.runner.contexts[0]
+        score = self.chooser.score
 
         def advance(
             tokens: Tensor,
             lengths: Tensor,
-            temperature: Tensor,
+            packed: Tensor,
+            fixed: Tensor,
             noise: Tensor,
             slots: Tensor | None,
             nodes: Tensor,
@@ -274,8 +277,8 @@ class Drafting:
             for earlier in range(step + 1):
                 trail.feed(fed[..., earlier])
             logits = runner.logits(plan, fed[..., step], lengths, context, self.branches.layout(step, nodes), slots)
-            ahead = noise_at(noise, self._depths[nodes] + 1 + step)
-            return (best_tokens(perturbed(trail.add(logits), ahead, temperature), width),)
+            scored = score(trail.add(logits), noise, self._depths[nodes] + 1 + step, packed, fixed)
+            return (best_tokens(scored, width),)
 
         return runner.compiled(advance)
 
@@ -284,16 +287,17 @@ class Drafting:
         self, tokens: Tensor, lengths: Tensor, slots: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same as one compiled function: the small draft's time is mostly that of being
-        called. Noise is zero while nothing samples; filters and processors it cannot do."""
+        called. Noise is zero while nothing samples; what it can do is ``Chooser.nearly_plain``."""
         form = self.lookahead, len(tokens)
         if form not in self._whole:
             grow, runner, context, width = self._grow, self.runner, self.runner.contexts[0], self._width
+            chooser = self.chooser
 
             def tree(
-                tokens: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor, slots: Tensor | None
+                tokens: Tensor, lengths: Tensor, packed: Tensor, fixed: Tensor, noise: Tensor, slots: Tensor | None
             ) -> tuple[Tensor, Tensor, Tensor]:
                 def score(logits: Tensor, ahead: Tensor) -> Tensor:
-                    return perturbed(logits, noise_at(noise, ahead), temperature)
+                    return chooser.score(logits, noise, ahead, packed, fixed)
 
                 return grow(
                     lambda plan, rows, layout: runner.logits(plan, rows, lengths, context, layout, slots),
@@ -334,12 +338,16 @@ class Drafting:
         form = self.lookahead, len(roots)
         if form not in self._chain:
             runner, step, width, depth = self.runner, self._step, self._width, self.lookahead
+            score = self.chooser.score
 
-            def chain(fed: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor, slots: Tensor | None) -> Tensor:
+            def chain(
+                fed: Tensor, lengths: Tensor, packed: Tensor, fixed: Tensor, noise: Tensor, slots: Tensor | None
+            ) -> Tensor:
                 ranked, trail = [], self.copying.trail(fed, lengths, slots)
                 for ahead in range(depth):
                     logits = trail.add(runner.logits(step, fed, lengths + ahead, runner.contexts[0], slots=slots))
-                    ranked.append(best_tokens(perturbed(logits, noise[:, ahead : ahead + 1], temperature), width))
+                    scored = score(logits, noise, torch.full_like(fed, ahead), packed, fixed)
+                    ranked.append(best_tokens(scored, width))
                     fed = ranked[-1][..., 0]
                     trail.feed(fed)
                 return comb_tokens(ranked, self.shape.siblings)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..decoding.sampling import perturbed, scores
+from ..decoding.sampling import scores
 from ..decoding.tree import ABSENT, TreeShape
 from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner
@@ -108,7 +108,7 @@ class SelfDraft:
         """
         chooser, ranked = self._chooser, []
         noise = chooser.noise(lengths) if self._judge is None else None
-        anew = chooser.processors.active or (chooser.params.filtered and noise is not None)
+        anew = chooser.processors.active or (noise is not None and not chooser.plain)
         fed, going = roots, torch.tensor(wanted, device=roots.device)
         paths = fed.new_empty(len(fed), 1, 0)
         for step in range(self.shape.depth):
@@ -130,18 +130,18 @@ class SelfDraft:
         """Logits ``[B, 1, V]``, the best tokens ``[B, 1, 1 + s]`` and the confidence in the first ``[B]``."""
         step = self._steps.get(context)
         if step is None:
-            runner, plan, width = self.runner, self._plan, self._width
+            runner, plan, width, chooser = self.runner, self._plan, self._width, self._chooser
 
             def skipped_step(
-                fed: Tensor, lengths: Tensor, temperature: Tensor, noise: Tensor
+                fed: Tensor, lengths: Tensor, packed: Tensor, noise: Tensor
             ) -> tuple[Tensor, Tensor, Tensor]:
                 logits = runner.logits(plan, fed, lengths, context)
-                found = best_tokens(perturbed(logits, noise, temperature), width)
+                found = best_tokens(chooser.score(logits, noise, torch.zeros_like(fed), packed), width)
                 return logits, found, _confidence(logits, found)
 
             step = self._steps[context] = runner.compiled(skipped_step)
         quiet = self._silence if noise is None else noise
-        return step(fed, lengths, self._chooser.params.temperature, quiet)
+        return step(fed, lengths, self._chooser.packed, quiet)
 
 
 def _confidence(logits: Tensor, found: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ..decoding.tree import ABSENT
 from ..engine.detokenize import Detokenizer
 from ..models.cache import CacheView, SlotCache
 from ..params import SamplingParams
-from ..pipeline import decider, draft, drafting, lookup, verifier
+from ..pipeline import draft, drafting, lookup, verifier
 from ..pipeline import launch as _launch  # noqa: F401  so that nothing is imported, and bound, while seeded
 from ..pipeline import serve as _serve  # noqa: F401
 from ..pipeline.sequence import Sequence
@@ -32,8 +32,12 @@ __all__ = ["MUTANTS"]
 @mutant("noise position shifted", EQUAL)
 def _shifted(seeding: Seeding) -> None:
     """Coupled: a row of the tree has the noise of the row before."""
-    honest = decider.perturbed
-    seeding.put(decider, "perturbed", lambda logits, noise, *rest: honest(logits, noise.roll(1, dims=1), *rest))
+
+    class Shifted(verifier.Chooser):
+        def score(self, logits: Tensor, noise: Tensor, ahead: Tensor, *rest: Any) -> Tensor:
+            return super().score(logits, noise, ahead.roll(1, dims=1), *rest)
+
+    seeding.put(verifier, "Chooser", Shifted)
 
 
 @mutant("noise position shifted in the draft", RIGHT)

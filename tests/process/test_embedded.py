@@ -59,6 +59,14 @@ def test_as_shipped_in_local_processes():
             plain = tokens_of(llm, "none", temperature)
             assert tokens_of(llm, "sd", temperature) == plain
             assert tokens_of(llm, "ssd", temperature) == plain
+        for temperature, asked in (
+            (0.8, {"top_p": 0.9}),
+            (1.0, {"top_k": 1}),
+            (1.0, {"top_k": 50, "min_p": 0.02}),
+            (0.0, {"presence_penalty": 0.5, "logit_bias": {5: -1.0}}),
+            (0.8, {"repetition_penalty": 1.1, "top_p": 0.95}),
+        ):
+            assert tokens_of(llm, "ssd", temperature, **asked) == tokens_of(llm, "none", temperature, **asked), asked
         assert llm.degraded is None
 
 

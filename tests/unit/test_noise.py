@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ssd import SamplingParams
 from ssd.decoding.noise import BITS, gumbel, uniform_bits
+from ssd.models import native
 from ssd.pipeline.chooser import Chooser
 from ssd.pipeline.selection import Selector
 
@@ -207,6 +208,65 @@ def test_open_interval_at_the_extremes(bits: int, monkeypatch: pytest.MonkeyPatc
     u = 1 - min((bits + 0.5) / 2**31, 1 - 2**-24)
     assert math.isfinite(value)
     assert value == pytest.approx(-math.log(-math.log1p(u - 1)), rel=1e-5)
+
+
+# ---- the operator that draws it on CPUs
+
+
+def exact(bits: torch.Tensor) -> torch.Tensor:
+    """What noise of these bits is, in float64."""
+    v = ((bits.to(torch.float32) + 0.5) * 2.0**-BITS).clamp(max=1 - 2.0**-24).double()
+    return -torch.log(-torch.log1p(-v))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 16, 512, 1003, 70_001])
+def test_operator_draws_the_same_noise(vocabulary: int):
+    assert native.available()
+    seeds, positions = torch.arange(4)[:, None] * 2**59 + 5, torch.arange(6)[None] * 2**33
+    noise, wanted = torch.ops.ssd.gumbel(seeds, positions, vocabulary), gumbel(seeds, positions, vocabulary)
+    assert noise.dtype == torch.float32 and noise.is_contiguous() and noise.shape == wanted.shape
+    torch.testing.assert_close(noise.double(), exact(uniform_bits(seeds, positions, vocabulary)), rtol=3e-7, atol=3e-7)
+    # The same bits for a token, whatever else is drawn.
+    fewer = max(vocabulary - 3, 1)
+    assert torch.equal(torch.ops.ssd.gumbel(seeds[2], positions[:, 5], fewer)[0], noise[2, 5, :fewer])
+
+
+def token_of(bits: int, seed: int, position: int) -> int:
+    """The token whose 31 bits these are, the lowest of the 32 being 0: ``reference`` backwards."""
+
+    def shifted(x: int, by: int) -> int:
+        y = x
+        for _ in range(32 // by):
+            y = x ^ y >> by
+        return y
+
+    def divided(x: int, factor: int) -> int:
+        return x * pow(factor, -1, 2**32) & M32
+
+    key = row_key(seed, position)
+    x = shifted(divided(shifted(bits << 1, 15), 0xD35A2D97), 15) - (key >> 32) & M32
+    x = shifted(divided(x, 0x21F0AAAD), 16) ^ key & M32
+    x = shifted(divided(shifted(x, 14), 0x31848BAB), 15)
+    return shifted(divided(shifted(divided(x, 0xAC4C1B51), 11), 0xED5AD4BB), 17)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 2**30, 2**31 - 129, 2**31 - 65, 2**31 - 2, 2**31 - 1])
+def test_operator_at_the_extremes(bits: int):
+    """Bits that occur once in 2**31 draws, at a position where their token is one of a vocabulary."""
+    assert native.available()
+    token, position = min((token_of(bits, 3, position), position) for position in range(20_000))
+    assert reference(3, position, token) == bits and token < 2**22
+    drawn = torch.ops.ssd.gumbel(ints(3), ints(position), token + 1)[0, token]
+    assert float(drawn) == pytest.approx(float(exact(torch.tensor(bits))), rel=3e-7, abs=3e-7)
+
+
+def test_operator_checks_its_arguments():
+    assert native.available()
+    with pytest.raises(RuntimeError, match="int64"):
+        torch.ops.ssd.gumbel(ints(1), ints(1).int(), 4)
+    for vocabulary in (0, 2**31):
+        with pytest.raises(RuntimeError, match="vocabulary"):
+            torch.ops.ssd.gumbel(ints(1), ints(1), vocabulary)
 
 
 @pytest.mark.parametrize("along", ["positions", "seeds"])

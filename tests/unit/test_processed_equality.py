@@ -157,8 +157,14 @@ def test_a_draft_that_is_the_target_is_always_right(tiny_config: Configure, case
                     assert record.lookups == record.rounds - 1
 
 
-def test_the_compiled_tree_is_not_taken(tiny_config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It knows no processors. Which way is taken follows the batch, round by round."""
+@pytest.mark.parametrize("operators", [True, False])
+def test_the_compiled_tree_is_not_taken(
+    tiny_config: Configure, monkeypatch: pytest.MonkeyPatch, operators: bool
+) -> None:
+    """Without operators it knows no filters and no processors. Which way is taken follows the batch, round by round."""
+    asked = "grow_at_once" if operators else "_grow_stepwise"
+    if not operators:
+        monkeypatch.setattr("ssd.models.native.available", lambda: False)
     taken: dict[int, set[str]] = defaultdict(set)
     stepwise = Drafting._grow_stepwise
     for name in ("_grow_stepwise", "grow_at_once"):
@@ -185,10 +191,10 @@ def test_the_compiled_tree_is_not_taken(tiny_config: Configure, monkeypatch: pyt
     monkeypatch.setattr(DraftWorker, "speculate", as_if_compiled)
     ways: list[tuple[dict[str, Any], str]] = [
         ({}, "grow_at_once"),
-        ({"presence_penalty": 1.0}, "_grow_stepwise"),
-        ({"min_tokens": 16}, "_grow_stepwise"),
+        ({"presence_penalty": 1.0}, asked),
+        ({"min_tokens": 16}, asked),
         ({"temperature": 1.0, "logprobs": 2}, "grow_at_once"),
-        ({"temperature": 1.0, "top_k": 9}, "_grow_stepwise"),
+        ({"temperature": 1.0, "top_k": 9}, asked),
         ({"logprobs": 1}, "grow_at_once"),
     ]
     with LLM(tiny_config(), launch=InprocPipeline) as llm:

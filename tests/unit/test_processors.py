@@ -19,14 +19,17 @@ from transformers.generation.logits_process import (
 )
 
 from ssd import RequestError, SamplingParams
+from ssd.decoding import processors as processor_module
 from ssd.decoding.processors import Processors, ProcessorSettings, TreePaths
 from ssd.decoding.sampling import scores
 from ssd.decoding.tree import ABSENT, TreeShape
 from ssd.engine.resolve import resolve
+from ssd.models import native
 from ssd.params import completion_seed
 from ssd.pipeline.chooser import Chooser
 from ssd.testing.tiny import tiny_tokenizer
 
+assert native.available()
 V = 40
 INF = float("inf")
 PROMPT, OUTPUT = [3, 5, 5, 9, 30], [7, 5, 7, 11]
@@ -109,6 +112,18 @@ def test_every_row_of_a_tree_by_the_formulas(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EACH)
+def test_the_operator_gives_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, generator = TreeShape.comb(4, 1), random.Random(name)
+    tokens = torch.tensor([[generator.choice([7, 11, 5, 2, V, -3]) for _ in range(shape.nodes)] for _ in range(3)])
+    made, logits = processors(EACH[name], None, EACH["all"]), logits_of(3, shape.nodes, V)
+    logits[:, :, 7] = 0.0
+    assert processor_module.has_operators(logits.device)
+    ours = made.apply(logits, TreePaths(shape).of(tokens))
+    monkeypatch.setattr(processor_module, "has_operators", lambda _: False)
+    assert torch.equal(ours, made.apply(logits, TreePaths(shape).of(tokens)))
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_a_path_is_as_good_as_committed(name: str) -> None:
     """Bit for bit: what plain decoding has in its history, a verified row has on its path."""
     history = [2, 7, 11, 7, 7, 11, 2, 5]
@@ -122,6 +137,26 @@ def test_a_path_is_as_good_as_committed(name: str) -> None:
         for gap in (0, 3):  # paths of less than a tree's depth
             padded = torch.nn.functional.pad(path, (gap, 0), value=ABSENT)
             assert torch.equal(other.apply(logits, padded), at_once.apply(logits))
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_a_draft_processes_every_row_as_after_the_certain_tokens(name: str) -> None:
+    """Compiled drafting, by the operator; but for bad words of several tokens."""
+    given = EACH[name] | {"bad_words": tuple(word for word in EACH[name].get("bad_words", ()) if len(word) == 1)}
+    chooser, logits = Chooser(2, V, "cpu", horizon=1), logits_of(2, 3, V)
+    assert chooser.filters and chooser.nearly_plain
+    chooser.processors.set(1, ProcessorSettings(**given), prompt=PROMPT, output=OUTPUT)
+    assert chooser.nearly_plain
+
+    def scored() -> Tensor:
+        nothing = torch.zeros(2, 3, dtype=torch.int64)
+        return chooser.score(logits, torch.zeros(2, 1, V), nothing, chooser.packed, chooser.fixed())
+
+    for tokens in ([], [7, 5], [7, 30, 2]):
+        chooser.processors.commit(1, tokens)
+        torch.testing.assert_close(scored(), chooser.processed(logits, None))
+    chooser.processors.clear(1)
+    assert torch.equal(scored(), logits)
 
 
 def test_as_transformers() -> None:

@@ -16,11 +16,21 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from ssd.decoding import sampling
 from ssd.decoding.noise import gumbel
-from ssd.decoding.sampling import SamplingTensors, choose, filter_logits, perturbed, scores
+from ssd.decoding.sampling import SamplingTensors, choose, filter_logits, perturbed, scores, sorted_filter
+from ssd.models import native
 from ssd.models.runner import can_compile
+from ssd.pipeline.chooser import Chooser
 
 PLAIN: dict[str, Any] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
+
+
+@pytest.fixture(autouse=True, params=["operators", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds for both."""
+    assert native.available()
+    monkeypatch.setattr(sampling, "has_operators", lambda _: request.param == "operators")
 
 
 def tensors(*rows: dict[str, Any]) -> SamplingTensors:
@@ -131,6 +141,78 @@ def test_bfloat16_logits_are_scored_in_float32():
     logits = random_logits(1, 1, 9).bfloat16()
     for row in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 2}):
         assert scores(logits, tensors(row), torch.zeros(1, 1, 9)).dtype == torch.float32
+
+
+def same_but_at_the_edge(ours: Tensor, theirs: Tensor, probs: Tensor, top_p: float) -> None:
+    """Two sets of kept tokens ``[.., V]``: equal, but for some whose being kept is a matter of rounding."""
+    for a, b, p in zip(ours.flatten(0, -2), theirs.flatten(0, -2), probs.flatten(0, -2), strict=True):
+        if torch.equal(a, b):
+            continue
+        assert abs(float(p[a & b].double().sum()) - top_p) < 1e-5 or abs(float(p[a | b].double().sum()) - top_p) < 1e-5
+        assert (a != b).sum() <= 2
+
+
+@pytest.mark.parametrize("way", ["operators"], indirect=True)
+@pytest.mark.parametrize("vocabulary", [1, 5, 8, 1003, 40_000])
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 30.0])
+def test_operator_keeps_what_sorting_keeps(vocabulary: int, spread: float):
+    """Flat, steep and usual rows; edges in any bucket, on ties (bfloat16 logits have many), with excluded tokens."""
+    logits = random_logits(2, 3, vocabulary, seed=vocabulary) * spread
+    logits[1] = logits[1].bfloat16().float()
+    logits[0, 1, 1::3] = -torch.inf
+    for temperature, top_k, top_p, min_p in COMBINATIONS:
+        row = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        params = tensors(row, row)
+        ours, theirs = filter_logits(logits, params), sorted_filter(logits, params)
+        same = ours == theirs
+        if not same.all():
+            counted = sorted_filter(logits, tensors(*[row | {"top_p": 1.0, "min_p": 0.0}] * 2)).softmax(-1)
+            same_but_at_the_edge(ours.isfinite(), theirs.isfinite(), counted, top_p)
+
+
+@pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
+def test_a_rounds_scores_are_those_of_scores():
+    """Compiled as a round's bodies are, and with the rows of noise they take."""
+    chooser, logits = Chooser(len(MIX), 1003, "cpu", horizon=5), random_logits(len(MIX), 3, 1003)
+    assert chooser.filters
+    params = tensors(*MIX)
+    noise = gumbel(params.seed[:, None], torch.arange(5)[None], 1003)
+    ahead = torch.randint(0, 5, (len(MIX), 3), generator=torch.Generator().manual_seed(4))
+    expected = scores(logits, params, noise[torch.arange(len(MIX))[:, None], ahead])
+    options = {"cpp_wrapper": True}
+    compiled = torch.compile(lambda *given: chooser.score(*given) + 0.0, fullgraph=True, dynamic=False, options=options)
+    for body in (chooser.score, compiled):
+        # Neighbours of 1,003 tokens do not start on a vector's bounds; a slice of a wider head does not follow on.
+        for given in (logits, torch.cat([logits, logits], dim=-1)[..., :1003]):
+            assert torch.equal(body(given, noise, ahead, params.packed()), expected)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_operators_survive_logits_that_are_no_numbers(value: float):
+    """A broken model decodes nonsense; it takes no process with it."""
+    for spoilt in (slice(None), slice(0, 90), slice(5, 6)):
+        logits = random_logits(1, 2, 100)
+        logits[..., spoilt] = value
+        for row in ({"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}, {"top_k": 60, "top_p": 0.999, "min_p": 1e-3}):
+            packed = tensors({"temperature": 1.0} | row).packed()
+            assert torch.ops.ssd.filter_logits(logits, packed).shape == logits.shape
+
+
+def test_operators_check_their_arguments():
+    logits, noise, packed = random_logits(2, 3, 8), torch.zeros(2, 4, 8), tensors({}, {}).packed()
+    ahead = torch.zeros(2, 3, dtype=torch.int64)
+    operator = torch.ops.ssd.scores
+    for given in (
+        (logits.double(), noise, ahead, packed),
+        (logits, noise, ahead, packed[:1]),
+        (logits, noise[:1], ahead, packed),
+        (logits, noise, ahead[:, :2], packed),
+        (logits, noise, ahead + 4, packed),
+    ):
+        with pytest.raises(RuntimeError, match=r"must be|no row"):
+            operator(*given, None)
+    with pytest.raises(RuntimeError, match="fixed processing"):
+        operator(logits, noise, ahead, packed, torch.zeros(2, 3, 7))
 
 
 def test_no_sort_without_filters(monkeypatch: pytest.MonkeyPatch):

@@ -16,49 +16,15 @@
 #include <limits>
 #include <vector>
 
-namespace {
+#include "vectors.h"
 
-constexpr int LANES = 8;
+namespace ssd_rows_attention {
+
+using namespace ssd_vectors;
+
 constexpr int BLOCK = 32;     // slots whose keys stay in the first cache while all rows meet them
 constexpr int KEYS = 8;       // that a query meets at once
 constexpr int CHUNK = 8;      // vectors of an output kept in registers
-
-typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
-typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
-
-inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
-
-inline Vector load(const at::BFloat16* from) {
-  return (Vector)(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16);
-}
-
-typedef float Half __attribute__((vector_size(LANES * 2)));
-
-inline float sum(Vector x) {
-  const Half part = __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
-  return (part[0] + part[2]) + (part[1] + part[3]);
-}
-
-// e^x for x <= 0, within 2 units in the last place; 0 below the normal numbers.
-inline Vector exp_nonpositive(Vector x) {
-  const Vector lowest = Vector{} - 87.3f;
-  const auto live = x > lowest;
-  x = live ? x : lowest;
-  const Vector shifted = x * 1.44269504f + 12582912.0f;  // rounds to an integer, kept in the low bits
-  const Vector whole = shifted - 12582912.0f;
-  const Vector r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
-  Vector p = Vector{} + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const Words power = ((Words)shifted + 127) << 23;
-  const Vector result = p * (Vector)power;
-  return live ? result : Vector{};
-}
 
 // A query with N keys: the same sums as one by one, but N chains of multiplications that do not wait for each other.
 template <int N, typename T>
@@ -211,7 +177,7 @@ at::Tensor rows_attention(const at::Tensor& query, const at::Tensor& main_keys, 
   return out;
 }
 
-}  // namespace
+}  // namespace ssd_rows_attention
 
 // No argument has a default: calls that torch.compile makes from C++ crash on one (torch 2.13).
 TORCH_LIBRARY_FRAGMENT(ssd, library) {
@@ -221,4 +187,4 @@ TORCH_LIBRARY_FRAGMENT(ssd, library) {
       "Tensor? sequences) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(ssd, CPU, library) { library.impl("rows_attention", &rows_attention); }
+TORCH_LIBRARY_IMPL(ssd, CPU, library) { library.impl("rows_attention", &ssd_rows_attention::rows_attention); }

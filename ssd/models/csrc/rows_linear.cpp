@@ -22,7 +22,7 @@
 #include <sys/mman.h>
 #endif
 
-namespace {
+namespace ssd_rows_linear {
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16, VECTORS = 4;
@@ -141,15 +141,15 @@ at::Tensor rows_linear(const at::Tensor& input, const at::Tensor& packed, int64_
   return stride == outputs ? y : y.narrow(-1, 0, outputs).contiguous();
 }
 
-}  // namespace
+}  // namespace ssd_rows_linear
 
 TORCH_LIBRARY(ssd, library) {
   library.def("pack(Tensor weight) -> Tensor");
-  library.def("reserve(int bytes) -> Tensor", &reserve);
+  library.def("reserve(int bytes) -> Tensor", &ssd_rows_linear::reserve);
   library.def("rows_linear(Tensor input, Tensor packed, int outputs) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(ssd, CPU, library) {
-  library.impl("pack", &pack);
-  library.impl("rows_linear", &rows_linear);
+  library.impl("pack", &ssd_rows_linear::pack);
+  library.impl("rows_linear", &ssd_rows_linear::rows_linear);
 }
