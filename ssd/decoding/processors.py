@@ -259,7 +259,7 @@ class Processors:
                 assert self._counts is not None and self._in_prompt is not None
                 repetition, presence, frequency = self._penalties[:, slot]
                 counts = self._counts[slot]
-                factor[(counts > 0) | self._in_prompt[slot]] = repetition
+                factor.masked_fill_((counts > 0) | self._in_prompt[slot], repetition)
                 penalty.add_(frequency * counts).add_(presence * (counts > 0))
 
     def _penalize(self, rows: Tensor, paths: Tensor, present: Tensor) -> None:
@@ -320,6 +320,14 @@ class Processors:
         self._penalizes = any(row.settings.penalizes for _, row in rows)
         self._biases = any(row.settings.biases for _, row in rows)
         self.active = bool(slots)
+
+
+def processed_alike(logits: Tensor, fixed: Tensor) -> Tensor:
+    """Every row ``[B, R, V]`` as ``Processors.fixed`` ``[B, 3, V]`` has it."""
+    bias, factor, penalty = fixed[:, :, None].unbind(1)
+    biased = logits + bias
+    changed = torch.where(biased > 0, biased / factor, biased * factor) - penalty
+    return torch.where(factor[..., :1] == 0, logits, changed)
 
 
 class TreePaths:

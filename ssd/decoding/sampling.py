@@ -20,6 +20,9 @@ GREEDY_BELOW = 1e-5
 # Top-p sums probabilities as integers in units of 2**-40, see ``_beyond_top_p``.
 _MASS_BITS = 40
 
+LIKELY = 128
+"""Tokens of a row among which ``likely`` looks for what is dropped."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SamplingTensors:
@@ -197,6 +200,31 @@ def sorted_filter(logits: Tensor, params: SamplingTensors) -> Tensor:
     dropped |= scaled < scaled.amax(-1, keepdim=True) + _per_row(params.min_p.log())
     dropped &= _per_row(params.temperature > 0)
     return scaled.masked_fill(dropped, -torch.inf)
+
+
+def likely(logits: Tensor, packed: Tensor) -> Tensor:
+    """What :func:`filter_logits` keeps, nearly, without a sort: for a draft, whose guesses need not be right.
+
+    The edge is looked for among the ``LIKELY`` most probable tokens of a row; a top-k above that, and a top-p that they
+    do not reach, drop nothing. Of tokens tied at the edge of top-p all stay.
+
+    Args: logits: float32 ``[B, R, V]``. packed: ``[B, 4]``, ``SamplingTensors.packed``.
+
+    Returns: ``[B, R, V]``, the logits (not over the temperature), dropped tokens ``-inf``.
+    """
+    temperature, top_k, top_p, min_p = packed[:, None, :, None].unbind(2)  # [B, 1, 1]
+    divisor = torch.where(temperature > 0, temperature, 1.0)
+    best = logits.topk(min(LIKELY, logits.shape[-1]), dim=-1).values
+    greatest, count = best[..., :1], best.shape[-1]
+    counted = (top_k == 0) | (torch.arange(count, device=logits.device) < top_k)
+    weights = ((best - greatest) / divisor).exp() * counted
+    whole = ((logits - greatest) / divisor).exp().sum(-1, keepdim=True)
+    total = torch.where((top_k > 0) & (top_k <= count), weights.sum(-1, keepdim=True), whole)
+    kept = counted & ((weights.cumsum(-1) - weights < top_p * total) | (top_p >= 1))
+    edge = best.gather(-1, kept.sum(-1, keepdim=True) - 1)
+    edge = torch.where(kept.all(-1, keepdim=True), -torch.inf, edge)
+    edge = torch.maximum(edge, greatest + divisor * min_p.log())
+    return logits.masked_fill((logits < edge) & (temperature > 0), -torch.inf)
 
 
 def perturbed(logits: Tensor, noise: Tensor, temperature: Tensor) -> Tensor:

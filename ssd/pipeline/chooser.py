@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..decoding.noise import gumbel
-from ..decoding.processors import Constraint, Processors, ProcessorSettings
-from ..decoding.sampling import SamplingTensors, perturbed
+from ..decoding.processors import Constraint, Processors, ProcessorSettings, processed_alike
+from ..decoding.sampling import SamplingTensors, likely, perturbed
 from ..errors import RequestError
 from ..models import native
 from ..params import SamplingParams
@@ -177,34 +177,42 @@ class Chooser:
             return found[2]
         return self.noise(lengths)
 
-    def score(
-        self, logits: Tensor, noise: Tensor, ahead: Tensor, packed: Tensor, fixed: Tensor | None = None
-    ) -> Tensor:
+    def score(self, logits: Tensor, noise: Tensor, ahead: Tensor, packed: Tensor) -> Tensor:
         """Scores ``[B, R, V]`` whose argmax is the token, for bodies that are compiled. Temperature 0 goes with any
         noise; filters apply if ``filters``.
 
         Args:
             logits: float32 ``[B, R, V]``. noise: ``[B, H, V]``, of which row b, r takes ``ahead[b, r]``. packed:
-                ``[B, 4]``, ``self.packed`` when the body runs. fixed: ``[B, 3, V]``, for a draft,
-                ``self.fixed()`` when the body runs.
+                ``[B, 4]``, ``self.packed`` when the body runs.
+        """
+        return self.draft_score(logits, noise, ahead, packed, None)
+
+    def draft_score(self, logits: Tensor, noise: Tensor, ahead: Tensor, packed: Tensor, fixed: Tensor | None) -> Tensor:
+        """``score`` for a draft: with processors too, and filters wherever it runs, all nearly as they are.
+
+        Args: fixed: ``[B, 3, V]`` or None, ``self.fixed()`` when the body runs.
         """
         if self.filters:
             return torch.ops.ssd.scores(logits, noise, ahead, packed, fixed)
+        if fixed is not None:
+            logits = likely(processed_alike(logits, fixed), packed)
         return perturbed(logits, noise_at(noise, ahead), packed[:, 0])
 
-    def fixed(self) -> Tensor:
-        """``Processors.fixed`` of the selected slots ``[B, 3, V]``; while it would say something all are selected."""
-        if self._fixed is None:
-            self._fixed = torch.zeros(len(self._all.seed), 3, self._vocabulary if self.filters else 0)
-            self._fixed = self._fixed.to(self._all.seed.device)
-        if self.filters:
-            self.processors.fixed(self._fixed)
-        return self._fixed[: len(self.params.seed)]
-
     @property
-    def nearly_plain(self) -> bool:
-        """Whether ``score`` with ``fixed`` is all that a draft needs now."""
-        return self.plain or (self.filters and not self.processors.constrained)
+    def kinds(self) -> Sequence[SamplingParams]:
+        """A request for each form of a body with ``draft_score``."""
+        plain, filtered = SamplingParams(), SamplingParams(temperature=1.0, top_p=0.9)
+        return (plain,) if self.filters else (plain, filtered)
+
+    def fixed(self) -> Tensor | None:
+        """What a draft's scores need beside ``packed``: ``Processors.fixed`` of the selected slots ``[B, 3, V]`` (while
+        that says something, all are selected), or None where nothing asked for takes more than ``score``."""
+        if self.plain and not self.filters:
+            return None
+        if self._fixed is None:
+            self._fixed = torch.zeros(len(self._all.seed), 3, self._vocabulary, device=self._all.seed.device)
+        self.processors.fixed(self._fixed)
+        return self._fixed[: len(self.params.seed)]
 
     @property
     def plain(self) -> bool:

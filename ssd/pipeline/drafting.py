@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -63,9 +64,10 @@ class Drafting:
         self.bell: Callable[[], bool] = lambda: False
         """Whether the verifier waits for the tree."""
         self._anytime = anytime
-        self._parts: dict[int, list[Callable[..., tuple[Tensor, ...]]]] = {}  # by slots, as those below
-        self._whole: dict[tuple[int, int], Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
-        self._chain: dict[tuple[int, int], Callable[..., Tensor]] = {}
+        # What is compiled, by lookahead, slots, and whether its scores are as simple as can be.
+        self._parts: dict[tuple[int, bool], list[Callable[..., tuple[Tensor, ...]]]] = {}
+        self._whole: dict[tuple[int, int, bool], Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
+        self._chain: dict[tuple[int, int, bool], Callable[..., Tensor]] = {}
         silence = torch.zeros(batch, 2 * shape.depth + 1, runner.vocabulary, device=device)
         self._silences = {count: silence[:count] for count in range(1, batch + 1)}
 
@@ -85,13 +87,15 @@ class Drafting:
             self.chooser.select(selected := selector.first(count))
             slots, lengths = selected.index, torch.zeros(count, dtype=torch.int64, device=device)
             trees = torch.full((count, self.shape.nodes), ABSENT, device=device)
-            for depth in self._lookaheads:
+            for asked, depth in product(self.chooser.kinds, self._lookaheads):
+                self.chooser.set(0, asked)
                 self.lookahead = depth
                 if self._anytime:
                     self._grow_in_parts(trees, lengths, slots)
                 else:
                     self.grow_at_once(trees, lengths, slots)
                 self._chains_at_once(trees[:, :1].clamp(min=0), lengths, slots)
+        self.chooser.clear(0)
         self.lookahead = first_lookahead(self._lookaheads)
 
     def glue(self, tokens: Tensor, lengths: Tensor, longest: int, slots: Tensor | None = None) -> None:
@@ -130,7 +134,7 @@ class Drafting:
         """Whether this round's drafting may run as one compiled function: compiled for the shortest
         context only (it takes the compiler half a minute), and without what only single steps can do."""
         short = longest + self.shape.depth < self.runner.contexts[0]
-        return self.runner.fuses and short and self.chooser.nearly_plain and not self._samples
+        return self.runner.fuses and short and not self.chooser.processors.constrained and not self._samples
 
     def _grow(
         self,
@@ -225,9 +229,10 @@ class Drafting:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As ``grow_at_once``, in several compiled functions, until the bell: the glue with the forecast, and
         each step. What a step must know of the copy bias it makes again from the tokens fed so far."""
-        if (parts := self._parts.get(len(tokens))) is None:
-            parts = self._parts[len(tokens)] = [self._first_part(), *map(self._part, range(self.shape.depth))]
-        scored = self._scored(lengths)
+        _, fixed, _ = scored = self._scored(lengths)
+        form = len(tokens), fixed is None
+        if (parts := self._parts.get(form)) is None:
+            parts = self._parts[form] = [self._first_part(), *map(self._part, range(self.shape.depth))]
         nodes, guesses = parts[0](tokens, lengths, *scored, slots)
         ranked, fed = [], guesses[..., None]
         for part in parts[1 : 1 + self.lookahead]:
@@ -238,7 +243,7 @@ class Drafting:
             fed = torch.cat([fed, best[..., :1]], dim=-1)
         return nodes, guesses, comb_tokens(ranked, self.shape.siblings)
 
-    def _scored(self, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _scored(self, lengths: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Sampling parameters, processing and noise of compiled drafting; silence while nothing samples."""
         noise = self.chooser.noise(lengths)
         silence = self._silences[len(lengths)]
@@ -246,10 +251,10 @@ class Drafting:
 
     def _first_part(self) -> Callable[..., tuple[Tensor, ...]]:
         runner, glue, depths, context = self.runner, self._glue, self._depths, self.runner.contexts[0]
-        score = self.chooser.score
+        score = self.chooser.draft_score
 
         def begin(
-            tokens: Tensor, lengths: Tensor, packed: Tensor, fixed: Tensor, noise: Tensor, slots: Tensor | None
+            tokens: Tensor, lengths: Tensor, packed: Tensor, fixed: Tensor | None, noise: Tensor, slots: Tensor | None
         ) -> tuple[Tensor, Tensor]:
             logits = runner.logits(glue, tokens.clamp(min=0), lengths, context, slots=slots)
             logits = self.copying.trail(tokens, lengths, slots).add(logits)
@@ -260,13 +265,13 @@ class Drafting:
 
     def _part(self, step: int) -> Callable[..., tuple[Tensor, ...]]:
         runner, plan, width, context = self.runner, self.branches.plans[step], self._width, self.runner.contexts[0]
-        score = self.chooser.score
+        score = self.chooser.draft_score
 
         def advance(
             tokens: Tensor,
             lengths: Tensor,
             packed: Tensor,
-            fixed: Tensor,
+            fixed: Tensor | None,
             noise: Tensor,
             slots: Tensor | None,
             nodes: Tensor,
@@ -287,17 +292,23 @@ class Drafting:
         self, tokens: Tensor, lengths: Tensor, slots: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same as one compiled function: the small draft's time is mostly that of being
-        called. Noise is zero while nothing samples; what it can do is ``Chooser.nearly_plain``."""
-        form = self.lookahead, len(tokens)
+        called. Noise is zero while nothing samples; filters and processors are nearly as they are."""
+        _, fixed, _ = scored = self._scored(lengths)
+        form = self.lookahead, len(tokens), fixed is None
         if form not in self._whole:
             grow, runner, context, width = self._grow, self.runner, self.runner.contexts[0], self._width
             chooser = self.chooser
 
             def tree(
-                tokens: Tensor, lengths: Tensor, packed: Tensor, fixed: Tensor, noise: Tensor, slots: Tensor | None
+                tokens: Tensor,
+                lengths: Tensor,
+                packed: Tensor,
+                fixed: Tensor | None,
+                noise: Tensor,
+                slots: Tensor | None,
             ) -> tuple[Tensor, Tensor, Tensor]:
                 def score(logits: Tensor, ahead: Tensor) -> Tensor:
-                    return chooser.score(logits, noise, ahead, packed, fixed)
+                    return chooser.draft_score(logits, noise, ahead, packed, fixed)
 
                 return grow(
                     lambda plan, rows, layout: runner.logits(plan, rows, lengths, context, layout, slots),
@@ -309,7 +320,7 @@ class Drafting:
                 )
 
             self._whole[form] = runner.compiled(tree)
-        return self._whole[form](tokens, lengths, *self._scored(lengths), slots)
+        return self._whole[form](tokens, lengths, *scored, slots)
 
     def _chains_stepwise(self, fed: Tensor, lengths: Tensor, longest: int, slots: Tensor | None) -> Tensor:
         """Candidates ``[B, 1, W - 1]`` below the roots ``fed [B, 1]``. Any parameters and rules."""
@@ -335,13 +346,14 @@ class Drafting:
     @torch.no_grad()
     def _chains_at_once(self, roots: Tensor, lengths: Tensor, slots: Tensor | None = None) -> Tensor:
         """The same as one compiled function: the verifier waits for it."""
-        form = self.lookahead, len(roots)
+        _, fixed, _ = scored = self._scored(lengths)
+        form = self.lookahead, len(roots), fixed is None
         if form not in self._chain:
             runner, step, width, depth = self.runner, self._step, self._width, self.lookahead
-            score = self.chooser.score
+            score = self.chooser.draft_score
 
             def chain(
-                fed: Tensor, lengths: Tensor, packed: Tensor, fixed: Tensor, noise: Tensor, slots: Tensor | None
+                fed: Tensor, lengths: Tensor, packed: Tensor, fixed: Tensor | None, noise: Tensor, slots: Tensor | None
             ) -> Tensor:
                 ranked, trail = [], self.copying.trail(fed, lengths, slots)
                 for ahead in range(depth):
@@ -353,4 +365,4 @@ class Drafting:
                 return comb_tokens(ranked, self.shape.siblings)
 
             self._chain[form] = runner.compiled(chain)
-        return self._chain[form](roots, lengths, *self._scored(lengths), slots)
+        return self._chain[form](roots, lengths, *scored, slots)

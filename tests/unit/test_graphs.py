@@ -15,10 +15,12 @@ from torch.utils._pytree import tree_flatten
 
 from ssd.config import load_config
 from ssd.errors import ConfigError
+from ssd.models import native
 from ssd.models.graphs import LARGE_BYTES, PLACES, Graphs
 from ssd.params import SamplingParams
 from ssd.pipeline import build, launch
 from ssd.pipeline.build import Plan, build_draft, build_verifier
+from ssd.pipeline.drafting import Drafting
 from ssd.testing.rounds import play
 
 CPU = torch.device("cpu")
@@ -109,6 +111,33 @@ def test_rounds_over_captured_forwards_are_those_of_plain_ones(
         both.append([history.tokens for history in histories])
         assert any(one.source == "hit" for history in histories for one in history.rounds)
     assert both[0] == both[1]
+
+
+@pytest.mark.parametrize("asked", [{"top_p": 0.7}, {"top_k": 5, "min_p": 0.1}, {"presence_penalty": 1.0}])
+def test_drafts_are_captured_with_what_requests_ask_for(
+    asked: dict[str, Any], tiny_config: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on GPUs, where no operator of ours filters: in graphs of their own, beside those of plainer requests. A draft
+    that is the target is right wherever it is told all."""
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(build, "_graphs", lambda *_: Graphs(CPU, twin))
+    monkeypatch.setattr(Drafting, "_grow_stepwise", lambda *_: pytest.fail("not captured"))
+    made = load_config(tiny_config(draft="target", speculation={"lookahead": 3, "forecast": {"budget": 12}}))
+    plan = Plan(config=made, vocabulary=128, ends=(0,))
+    verifier, draft = build_verifier(plan)[0], build_draft(plan)[0]
+    assert not draft.chooser.filters
+    plain = SamplingParams(max_tokens=20, ignore_eos=True, seed=3, temperature=0.9, method="ssd")
+    params = [plain, replace(plain, **asked), replace(plain, temperature=0.0)]
+    histories = play(verifier, draft, plan, [[9, 8, 7]] * len(params), params)
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_graphs", lambda *_: None)
+        verifier = build_verifier(plan)[0]
+    alone = play(verifier, draft, plan, [[9, 8, 7]] * len(params), [replace(p, method="none") for p in params])
+    for history, expected, wanted in zip(histories, alone, params, strict=True):
+        assert history.tokens == expected.tokens
+        if wanted.presence_penalty == 0:
+            assert all(one.accepted == 3 for one in history.rounds[1:-1])
+    assert histories[0].tokens != histories[1].tokens
 
 
 def test_graphs_need_a_gpu(tiny_config: Callable[..., dict[str, Any]]) -> None:

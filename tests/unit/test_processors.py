@@ -139,18 +139,22 @@ def test_a_path_is_as_good_as_committed(name: str) -> None:
             assert torch.equal(other.apply(logits, padded), at_once.apply(logits))
 
 
+@pytest.mark.parametrize("operators", [True, False])
 @pytest.mark.parametrize("name", EACH)
-def test_a_draft_processes_every_row_as_after_the_certain_tokens(name: str) -> None:
-    """Compiled drafting, by the operator; but for bad words of several tokens."""
+def test_a_draft_processes_every_row_as_after_the_certain_tokens(
+    name: str, operators: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled drafting; but for bad words of several tokens."""
+    if not operators:
+        monkeypatch.setattr(native, "available", lambda: False)
     given = EACH[name] | {"bad_words": tuple(word for word in EACH[name].get("bad_words", ()) if len(word) == 1)}
     chooser, logits = Chooser(2, V, "cpu", horizon=1), logits_of(2, 3, V)
-    assert chooser.filters and chooser.nearly_plain
+    assert chooser.filters == operators and (chooser.fixed() is None) == (not operators)
     chooser.processors.set(1, ProcessorSettings(**given), prompt=PROMPT, output=OUTPUT)
-    assert chooser.nearly_plain
 
     def scored() -> Tensor:
         nothing = torch.zeros(2, 3, dtype=torch.int64)
-        return chooser.score(logits, torch.zeros(2, 1, V), nothing, chooser.packed, chooser.fixed())
+        return chooser.draft_score(logits, torch.zeros(2, 1, V), nothing, chooser.packed, chooser.fixed())
 
     for tokens in ([], [7, 5], [7, 30, 2]):
         chooser.processors.commit(1, tokens)

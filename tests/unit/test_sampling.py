@@ -18,7 +18,16 @@ from transformers.generation.logits_process import (
 
 from ssd.decoding import sampling
 from ssd.decoding.noise import gumbel
-from ssd.decoding.sampling import SamplingTensors, choose, filter_logits, perturbed, scores, sorted_filter
+from ssd.decoding.sampling import (
+    LIKELY,
+    SamplingTensors,
+    choose,
+    filter_logits,
+    likely,
+    perturbed,
+    scores,
+    sorted_filter,
+)
 from ssd.models import native
 from ssd.models.runner import can_compile
 from ssd.pipeline.chooser import Chooser
@@ -168,6 +177,28 @@ def test_operator_keeps_what_sorting_keeps(vocabulary: int, spread: float):
         if not same.all():
             counted = sorted_filter(logits, tensors(*[row | {"top_p": 1.0, "min_p": 0.0}] * 2)).softmax(-1)
             same_but_at_the_edge(ours.isfinite(), theirs.isfinite(), counted, top_p)
+
+
+@pytest.mark.parametrize("way", ["torch"], indirect=True)
+@pytest.mark.parametrize("vocabulary", [1, 5, LIKELY, 1003])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 30.0])
+def test_a_draft_keeps_nearly_what_sorting_keeps(vocabulary: int, spread: float):
+    """The same where that is no more than it looks at; else more."""
+    logits = random_logits(2, 3, vocabulary, seed=vocabulary) * spread
+    alike = 0
+    for temperature, top_k, top_p, min_p in [*COMBINATIONS, (0.0, 1, 0.1, 0.9)]:
+        row = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        params = tensors(row, {"temperature": 0.5})
+        found, exact = likely(logits, params.packed()), sorted_filter(logits, params)
+        ours, theirs = found.isfinite(), exact.isfinite()
+        assert torch.equal(found[ours], logits[ours]) and ours[1].all()
+        few = (theirs.sum(-1) < min(LIKELY, vocabulary)) & (top_k <= LIKELY or top_k >= vocabulary)
+        alike += int(few[0].sum())
+        if not torch.equal(ours[few], theirs[few]):
+            counted = sorted_filter(logits, tensors(row | {"top_p": 1.0, "min_p": 0.0}, {"temperature": 0.5}))
+            same_but_at_the_edge(ours[few], theirs[few], counted.softmax(-1)[few], top_p)
+        assert (theirs <= ours)[~few].all()
+    assert alike > 100 or vocabulary == 1
 
 
 @pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
