@@ -23,12 +23,28 @@ from ssd.bench.prompts import load_prompts
 from ssd.config import load_config
 
 METHODS = ("none_fast", "sd", "ssd")
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "arguments": {"type": "array", "items": {"type": "string", "maxLength": 12}, "minItems": 2, "maxItems": 4},
+        "doc": {"type": "string", "minLength": 20, "maxLength": 80},
+        "returns": {"type": "integer"},
+    },
+    "required": ["name", "arguments", "doc", "returns"],
+    "additionalProperties": False,
+}
+COMPACT = StructuredOutputsParams(json=SCHEMA, disable_any_whitespace=True)
 KINDS: dict[str, dict[str, Any]] = {
     "T = 0": {},
     "T = 0, presence_penalty 0.5": {"presence_penalty": 0.5},
     "T = 0, logit_bias of one token": {"logit_bias": {5: -1.0}},
     "T = 0, logprobs 5": {"logprobs": 5},
     "T = 0, regex": {"structured_outputs": StructuredOutputsParams(regex=r"[a-z_ =().:\n0-9]{20,400}")},
+    "T = 0, json_object": {"structured_outputs": StructuredOutputsParams(json_object=True)},
+    "T = 0, JSON schema": {"structured_outputs": StructuredOutputsParams(json=SCHEMA)},
+    "T = 0, JSON schema, no spaces": {"structured_outputs": COMPACT},
+    "T = 0.7, JSON schema, no spaces": {"temperature": 0.7, "structured_outputs": COMPACT},
     "T = 1": {"temperature": 1.0},
     "T = 1, top_p 0.9": {"temperature": 1.0, "top_p": 0.9},
     "T = 1, top_k 50": {"temperature": 1.0, "top_k": 50},

@@ -51,6 +51,10 @@ class Constraint(Protocol):
         after a path that is not allowed itself."""
         ...
 
+    def mended(self, path: Sequence[int], chain: Sequence[int]) -> list[int]:
+        """A guess at what follows the certain tokens and ``path``, the better for what may."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessorSettings:
@@ -238,9 +242,9 @@ class Processors:
         return any(row is not None and row.constraint is not None for row in self._rows)
 
     def fixed(self, out: Tensor) -> None:
-        """What ``apply`` does after the certain tokens, but for grammars and bad words of several tokens, so that a
-        draft can do it to every row alike: ``x = logit + bias``, ``x / factor`` or, of x <= 0, ``x * factor``, then
-        less the penalty. What a draft proposes need not be what is right.
+        """What ``apply`` does after the certain tokens, so that a draft can do it to every row alike:
+        ``x = logit + bias``, ``x / factor`` or, of x <= 0, ``x * factor``, then less the penalty. Grammars are for
+        ``allowed``, and bad words of several tokens are left out. What a draft proposes need not be what is right.
 
         Args:
             out: float32 ``[B, 3, V]``, bias, factor and penalty of each token. The first factor is 0 in slots
@@ -261,6 +265,19 @@ class Processors:
                 counts = self._counts[slot]
                 factor.masked_fill_((counts > 0) | self._in_prompt[slot], repetition)
                 penalty.add_(frequency * counts).add_(presence * (counts > 0))
+
+    def allowed(self, out: Tensor, paths: Tensor) -> None:
+        """What grammars allow after each path, in slots with settings.
+
+        Args: out: bool ``[B, R, V]``. paths: as for ``apply``.
+        """
+        for slot, after in zip(self._slots, paths[self._index].tolist(), strict=True):
+            row = self._rows[slot]
+            assert row is not None
+            if row.constraint is None:
+                out[slot] = True
+            else:
+                out[slot] = row.constraint.allowed([[token for token in path if token >= 0] for path in after])
 
     def _penalize(self, rows: Tensor, paths: Tensor, present: Tensor) -> None:
         """In place, ``[A, R, V]``: repetition over prompt and output, presence and frequency over
@@ -322,11 +339,13 @@ class Processors:
         self.active = bool(slots)
 
 
-def processed_alike(logits: Tensor, fixed: Tensor) -> Tensor:
-    """Every row ``[B, R, V]`` as ``Processors.fixed`` ``[B, 3, V]`` has it."""
+def processed_alike(logits: Tensor, fixed: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """``logits`` ``[B, R, V]`` as ``Processors.fixed`` ``[B, 3, V]`` and ``Processors.allowed`` ``[B, R, V]`` tell."""
     bias, factor, penalty = fixed[:, :, None].unbind(1)
     biased = logits + bias
     changed = torch.where(biased > 0, biased / factor, biased * factor) - penalty
+    if allowed is not None:
+        changed = changed.masked_fill(~allowed, _EXCLUDED)
     return torch.where(factor[..., :1] == 0, logits, changed)
 
 

@@ -266,7 +266,7 @@ def scores(logits: Tensor, params: SamplingTensors, noise: Tensor | None) -> Ten
     logits = logits.to(torch.float32)
     if params.filtered and has_operators(logits.device):
         each = torch.arange(logits.shape[1]).expand(logits.shape[:2])
-        return torch.ops.ssd.scores(logits, noise, each, params.packed(), None)
+        return torch.ops.ssd.scores(logits, noise, each, params.packed(), None, None)
     chosen = perturbed(logits, noise, params.temperature)
     if params.filtered:
         chosen.masked_fill_(sorted_filter(logits, params) == float("-inf"), float("-inf"))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..decoding.noise import gumbel
-from ..decoding.processors import Constraint, Processors, ProcessorSettings, processed_alike
-from ..decoding.sampling import SamplingTensors, likely, perturbed
+from ..decoding.processors import Constraint, Processors, ProcessorSettings
+from ..decoding.sampling import SamplingTensors, perturbed
 from ..errors import RequestError
 from ..models import native
 from ..params import SamplingParams
@@ -51,7 +51,6 @@ class Chooser:
         self.grammars: Grammars | None = None
         """Needed by requests with structured output."""
         self._vocabulary = vocabulary
-        self._fixed: Tensor | None = None
         self._prepared: tuple[Selection | None, list[int], Tensor | None] | None = None
         self.filters = torch.device(device).type == "cpu" and native.available()
         """Whether ``score`` knows top-k, top-p and min-p: where they are no sort."""
@@ -185,34 +184,9 @@ class Chooser:
             logits: float32 ``[B, R, V]``. noise: ``[B, H, V]``, of which row b, r takes ``ahead[b, r]``. packed:
                 ``[B, 4]``, ``self.packed`` when the body runs.
         """
-        return self.draft_score(logits, noise, ahead, packed, None)
-
-    def draft_score(self, logits: Tensor, noise: Tensor, ahead: Tensor, packed: Tensor, fixed: Tensor | None) -> Tensor:
-        """``score`` for a draft: with processors too, and filters wherever it runs, all nearly as they are.
-
-        Args: fixed: ``[B, 3, V]`` or None, ``self.fixed()`` when the body runs.
-        """
         if self.filters:
-            return torch.ops.ssd.scores(logits, noise, ahead, packed, fixed)
-        if fixed is not None:
-            logits = likely(processed_alike(logits, fixed), packed)
+            return torch.ops.ssd.scores(logits, noise, ahead, packed, None, None)
         return perturbed(logits, noise_at(noise, ahead), packed[:, 0])
-
-    @property
-    def kinds(self) -> Sequence[SamplingParams]:
-        """A request for each form of a body with ``draft_score``."""
-        plain, filtered = SamplingParams(), SamplingParams(temperature=1.0, top_p=0.9)
-        return (plain,) if self.filters else (plain, filtered)
-
-    def fixed(self) -> Tensor | None:
-        """What a draft's scores need beside ``packed``: ``Processors.fixed`` of the selected slots ``[B, 3, V]`` (while
-        that says something, all are selected), or None where nothing asked for takes more than ``score``."""
-        if self.plain and not self.filters:
-            return None
-        if self._fixed is None:
-            self._fixed = torch.zeros(len(self._all.seed), 3, self._vocabulary, device=self._all.seed.device)
-        self.processors.fixed(self._fixed)
-        return self._fixed[: len(self.params.seed)]
 
     @property
     def plain(self) -> bool:

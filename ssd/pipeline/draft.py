@@ -4,6 +4,7 @@ checks. Decisions only; ``loops`` moves the frames."""
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -137,6 +138,7 @@ class DraftWorker:
         if not all(forecasting):
             silent = [slot for slot, forecasts in enumerate(forecasting) if not forecasts]
             guessed[silent], below[silent] = ABSENT, ABSENT
+        self._mend(at, guessed, below)
         return SpeculationSet(nodes=at, guesses=guessed, trees=below, draft=draft)
 
     def commit(self, frame: OutcomeFrame, speculation: SpeculationSet) -> list[bool]:
@@ -215,8 +217,27 @@ class DraftWorker:
         chains = self.drafting.chains(roots, lengths, longest, selected.index).tolist()
         for slot, chain in zip(selected.slots, chains, strict=True):
             if slot in waits:
-                drafted[slot] = self.trees[slot][1:] = chain
+                drafted[slot] = self.trees[slot][1:] = self._mended(slot, [], chain)
         return drafted
+
+    def _mend(self, nodes: np.ndarray, guesses: np.ndarray, trees: np.ndarray) -> None:
+        """In place, the branches ``[B, N]`` of rows whose output follows a grammar: what is drafted at once has none
+        below the guesses."""
+        for slot, row in enumerate(self.rows):
+            if row is None or row.constraint is None:
+                continue
+            for branch, (node, guess) in enumerate(zip(nodes[slot].tolist(), guesses[slot].tolist(), strict=True)):
+                path = [*(self.trees[slot][n] for n in self.shape.path(node)), guess]
+                if min(path) >= 0:
+                    trees[slot, branch] = self._mended(slot, path, trees[slot, branch].tolist())
+
+    def _mended(self, slot: int, path: list[int], tree: list[int]) -> list[int]:
+        """A comb below ``path``, its chain mended where the row has a grammar and candidates are not drawn."""
+        row, depth = self.rows[slot], self.shape.depth
+        if row is None or row.constraint is None or self.drafting.samples:
+            return tree
+        chain = list(takewhile(lambda token: token >= 0, tree[:depth]))
+        return [*row.constraint.mended(path, chain), *tree[len(chain) :]]
 
     def _select(self, used: Collection[int]) -> tuple[Selection, Tensor, int]:
         """Slots of a forward, L of each, and the longest in use. Rows of a slot that is empty or not whole are

@@ -20,6 +20,7 @@ from ..models.runner import ForwardRunner, Layout
 from .branches import BranchSteps
 from .candidates import best_tokens, comb_tokens, noise_at
 from .chooser import Chooser
+from .draft_scores import Asked, DraftScores
 from .rules import CandidateSampler, stacked
 from .selection import Selector
 
@@ -64,15 +65,14 @@ class Drafting:
         self.bell: Callable[[], bool] = lambda: False
         """Whether the verifier waits for the tree."""
         self._anytime = anytime
-        # What is compiled, by lookahead, slots, and whether its scores are as simple as can be.
+        # What is compiled, by lookahead, slots, and whether its scores are noise alone.
         self._parts: dict[tuple[int, bool], list[Callable[..., tuple[Tensor, ...]]]] = {}
         self._whole: dict[tuple[int, int, bool], Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
         self._chain: dict[tuple[int, int, bool], Callable[..., Tensor]] = {}
-        silence = torch.zeros(batch, 2 * shape.depth + 1, runner.vocabulary, device=device)
-        self._silences = {count: silence[:count] for count in range(1, batch + 1)}
+        self._score = DraftScores(chooser, shape, batch, runner.vocabulary, device)
 
     @property
-    def _samples(self) -> bool:
+    def samples(self) -> bool:
         """Whether candidates are drawn, not matched: some row samples, under a rule that compares
         probabilities."""
         return self.sampler is not None and self.chooser.params.random
@@ -87,7 +87,7 @@ class Drafting:
             self.chooser.select(selected := selector.first(count))
             slots, lengths = selected.index, torch.zeros(count, dtype=torch.int64, device=device)
             trees = torch.full((count, self.shape.nodes), ABSENT, device=device)
-            for asked, depth in product(self.chooser.kinds, self._lookaheads):
+            for asked, depth in product(self._score.kinds, self._lookaheads):
                 self.chooser.set(0, asked)
                 self.lookahead = depth
                 if self._anytime:
@@ -134,7 +134,7 @@ class Drafting:
         """Whether this round's drafting may run as one compiled function: compiled for the shortest
         context only (it takes the compiler half a minute), and without what only single steps can do."""
         short = longest + self.shape.depth < self.runner.contexts[0]
-        return self.runner.fuses and short and not self.chooser.processors.constrained and not self._samples
+        return self.runner.fuses and short and not self.samples
 
     def _grow(
         self,
@@ -177,7 +177,7 @@ class Drafting:
         """Any parameters and rules. The last of the four: what the branches were drawn from
         ``[B, N, I, m]``, if they were. Guesses are ranked with plain decoding's noise under every
         rule: the bonus token is drawn with it too."""
-        noise, sampler, drawn = self.chooser.noise(lengths), self.sampler if self._samples else None, []
+        noise, sampler, drawn = self.chooser.noise(lengths), self.sampler if self.samples else None, []
         params = self.chooser.params
         paths = above = self._paths.of(tokens) if self.chooser.processors.active else None
 
@@ -229,50 +229,40 @@ class Drafting:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As ``grow_at_once``, in several compiled functions, until the bell: the glue with the forecast, and
         each step. What a step must know of the copy bias it makes again from the tokens fed so far."""
-        _, fixed, _ = scored = self._scored(lengths)
-        form = len(tokens), fixed is None
+        asked = self._score.asked(tokens, lengths)
+        form = len(tokens), asked.fixed is None
         if (parts := self._parts.get(form)) is None:
             parts = self._parts[form] = [self._first_part(), *map(self._part, range(self.shape.depth))]
-        nodes, guesses = parts[0](tokens, lengths, *scored, slots)
+        nodes, guesses = parts[0](tokens, lengths, asked, slots)
         ranked, fed = [], guesses[..., None]
         for part in parts[1 : 1 + self.lookahead]:
             if ranked and self._ended():
                 break
-            (best,) = part(tokens, lengths, *scored, slots, nodes, fed)
+            (best,) = part(tokens, lengths, asked, slots, nodes, fed)
             ranked.append(best)
             fed = torch.cat([fed, best[..., :1]], dim=-1)
         return nodes, guesses, comb_tokens(ranked, self.shape.siblings)
 
-    def _scored(self, lengths: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Sampling parameters, processing and noise of compiled drafting; silence while nothing samples."""
-        noise = self.chooser.noise(lengths)
-        silence = self._silences[len(lengths)]
-        return self.chooser.packed, self.chooser.fixed(), silence if noise is None else noise
-
     def _first_part(self) -> Callable[..., tuple[Tensor, ...]]:
         runner, glue, depths, context = self.runner, self._glue, self._depths, self.runner.contexts[0]
-        score = self.chooser.draft_score
+        score = self._score
 
-        def begin(
-            tokens: Tensor, lengths: Tensor, packed: Tensor, fixed: Tensor | None, noise: Tensor, slots: Tensor | None
-        ) -> tuple[Tensor, Tensor]:
+        def begin(tokens: Tensor, lengths: Tensor, asked: Asked, slots: Tensor | None) -> tuple[Tensor, Tensor]:
             logits = runner.logits(glue, tokens.clamp(min=0), lengths, context, slots=slots)
             logits = self.copying.trail(tokens, lengths, slots).add(logits)
             ahead = depths.expand(len(tokens), -1)
-            return self.forecast.outcomes(score(logits, noise, ahead, packed, fixed), tokens)
+            return self.forecast.outcomes(score(logits, ahead, asked, asked.allowed), tokens)
 
         return runner.compiled(begin)
 
     def _part(self, step: int) -> Callable[..., tuple[Tensor, ...]]:
         runner, plan, width, context = self.runner, self.branches.plans[step], self._width, self.runner.contexts[0]
-        score = self.chooser.draft_score
+        score = self._score
 
         def advance(
             tokens: Tensor,
             lengths: Tensor,
-            packed: Tensor,
-            fixed: Tensor | None,
-            noise: Tensor,
+            asked: Asked,
             slots: Tensor | None,
             nodes: Tensor,
             fed: Tensor,
@@ -282,8 +272,7 @@ class Drafting:
             for earlier in range(step + 1):
                 trail.feed(fed[..., earlier])
             logits = runner.logits(plan, fed[..., step], lengths, context, self.branches.layout(step, nodes), slots)
-            scored = score(trail.add(logits), noise, self._depths[nodes] + 1 + step, packed, fixed)
-            return (best_tokens(scored, width),)
+            return (best_tokens(score(trail.add(logits), self._depths[nodes] + 1 + step, asked), width),)
 
         return runner.compiled(advance)
 
@@ -292,35 +281,27 @@ class Drafting:
         self, tokens: Tensor, lengths: Tensor, slots: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same as one compiled function: the small draft's time is mostly that of being
-        called. Noise is zero while nothing samples; filters and processors are nearly as they are."""
-        _, fixed, _ = scored = self._scored(lengths)
-        form = self.lookahead, len(tokens), fixed is None
+        called. What requests ask for is nearly done (``DraftScores``)."""
+        asked = self._score.asked(tokens, lengths)
+        form = self.lookahead, len(tokens), asked.fixed is None
         if form not in self._whole:
             grow, runner, context, width = self._grow, self.runner, self.runner.contexts[0], self._width
-            chooser = self.chooser
+            score = self._score
 
             def tree(
-                tokens: Tensor,
-                lengths: Tensor,
-                packed: Tensor,
-                fixed: Tensor | None,
-                noise: Tensor,
-                slots: Tensor | None,
+                tokens: Tensor, lengths: Tensor, asked: Asked, slots: Tensor | None
             ) -> tuple[Tensor, Tensor, Tensor]:
-                def score(logits: Tensor, ahead: Tensor) -> Tensor:
-                    return chooser.draft_score(logits, noise, ahead, packed, fixed)
-
                 return grow(
                     lambda plan, rows, layout: runner.logits(plan, rows, lengths, context, layout, slots),
-                    lambda logits, ahead: self.forecast.outcomes(score(logits, ahead), tokens),
-                    lambda logits, ahead, nodes, fed, step: best_tokens(score(logits, ahead), width),
+                    lambda logits, ahead: self.forecast.outcomes(score(logits, ahead, asked, asked.allowed), tokens),
+                    lambda logits, ahead, nodes, fed, step: best_tokens(score(logits, ahead, asked), width),
                     tokens,
                     lengths,
                     slots,
                 )
 
             self._whole[form] = runner.compiled(tree)
-        return self._whole[form](tokens, lengths, *scored, slots)
+        return self._whole[form](tokens, lengths, asked, slots)
 
     def _chains_stepwise(self, fed: Tensor, lengths: Tensor, longest: int, slots: Tensor | None) -> Tensor:
         """Candidates ``[B, 1, W - 1]`` below the roots ``fed [B, 1]``. Any parameters and rules."""
@@ -329,7 +310,7 @@ class Drafting:
         for step in range(self.lookahead):
             logits = self.runner.forward(self._step, fed, lengths + step, longest=longest + step, slots=slots)
             logits = self.chooser.processed(trail.add(logits), paths)
-            if self._samples and self.sampler is not None:
+            if self.samples and self.sampler is not None:
                 found, draft = self.sampler.children(logits, self.chooser.params, lengths[:, None], step)
                 ranked.append(found)
                 drawn.append(draft)
@@ -346,23 +327,22 @@ class Drafting:
     @torch.no_grad()
     def _chains_at_once(self, roots: Tensor, lengths: Tensor, slots: Tensor | None = None) -> Tensor:
         """The same as one compiled function: the verifier waits for it."""
-        _, fixed, _ = scored = self._scored(lengths)
-        form = self.lookahead, len(roots), fixed is None
+        asked = self._score.asked(roots, lengths)
+        form = self.lookahead, len(roots), asked.fixed is None
         if form not in self._chain:
             runner, step, width, depth = self.runner, self._step, self._width, self.lookahead
-            score = self.chooser.draft_score
+            score = self._score
 
-            def chain(
-                fed: Tensor, lengths: Tensor, packed: Tensor, fixed: Tensor | None, noise: Tensor, slots: Tensor | None
-            ) -> Tensor:
+            def chain(fed: Tensor, lengths: Tensor, asked: Asked, slots: Tensor | None) -> Tensor:
                 ranked, trail = [], self.copying.trail(fed, lengths, slots)
+                allowed = None if asked.allowed is None else asked.allowed[:, :1]
                 for ahead in range(depth):
                     logits = trail.add(runner.logits(step, fed, lengths + ahead, runner.contexts[0], slots=slots))
-                    scored = score(logits, noise, torch.full_like(fed, ahead), packed, fixed)
+                    scored = score(logits, torch.full_like(fed, ahead), asked, None if ahead else allowed)
                     ranked.append(best_tokens(scored, width))
                     fed = ranked[-1][..., 0]
                     trail.feed(fed)
                 return comb_tokens(ranked, self.shape.siblings)
 
             self._chain[form] = runner.compiled(chain)
-        return self._chain[form](roots, lengths, *scored, slots)
+        return self._chain[form](roots, lengths, asked, slots)

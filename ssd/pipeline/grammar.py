@@ -59,6 +59,16 @@ class GrammarMatcher:
                 masks[path] = self._mask(path)
         return torch.from_numpy(np.stack([masks[path] for path in rows]))
 
+    def mended(self, path: Sequence[int], chain: Sequence[int]) -> list[int]:
+        """The chain after the certain tokens and ``path``; from its first token that is not allowed on, what the
+        grammar leaves no choice about."""
+        matcher, forced = self._matcher.deep_copy(), []
+        if matcher.try_consume_tokens(list(path)) == len(path):
+            taken = matcher.try_consume_tokens(list(chain))
+            if taken < len(chain) and not matcher.is_stopped():
+                forced = matcher.compute_ff_tokens()[: len(chain) - taken]
+        return [*chain[:taken], *forced, *chain[taken + len(forced) :]] if forced else list(chain)
+
     def _mask(self, path: tuple[int, ...]) -> np.ndarray:
         """``[V]`` bool."""
         # A copy: what goes wrong on a candidate's path must not touch the sequence.

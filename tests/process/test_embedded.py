@@ -65,6 +65,7 @@ def test_as_shipped_in_local_processes():
             (1.0, {"top_k": 50, "min_p": 0.02}),
             (0.0, {"presence_penalty": 0.5, "logit_bias": {5: -1.0}}),
             (0.8, {"repetition_penalty": 1.1, "top_p": 0.95}),
+            (0.8, {"structured_outputs": {"json_object": True}}),
         ):
             assert tokens_of(llm, "ssd", temperature, **asked) == tokens_of(llm, "none", temperature, **asked), asked
         assert llm.degraded is None

@@ -42,6 +42,14 @@ def twin(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     return replay, kept
 
 
+@pytest.fixture
+def as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bodies are captured, and none of our operators there."""
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(build, "_graphs", lambda *_: Graphs(CPU, twin))
+    monkeypatch.setattr(Drafting, "_grow_stepwise", lambda *_: pytest.fail("not captured"))
+
+
 def refusing(_work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     raise RuntimeError("operation not permitted when stream is capturing\ndetails")
 
@@ -113,15 +121,13 @@ def test_rounds_over_captured_forwards_are_those_of_plain_ones(
     assert both[0] == both[1]
 
 
+@pytest.mark.usefixtures("as_on_gpus")
 @pytest.mark.parametrize("asked", [{"top_p": 0.7}, {"top_k": 5, "min_p": 0.1}, {"presence_penalty": 1.0}])
 def test_drafts_are_captured_with_what_requests_ask_for(
     asked: dict[str, Any], tiny_config: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on GPUs, where no operator of ours filters: in graphs of their own, beside those of plainer requests. A draft
     that is the target is right wherever it is told all."""
-    monkeypatch.setattr(native, "available", lambda: False)
-    monkeypatch.setattr(build, "_graphs", lambda *_: Graphs(CPU, twin))
-    monkeypatch.setattr(Drafting, "_grow_stepwise", lambda *_: pytest.fail("not captured"))
     made = load_config(tiny_config(draft="target", speculation={"lookahead": 3, "forecast": {"budget": 12}}))
     plan = Plan(config=made, vocabulary=128, ends=(0,))
     verifier, draft = build_verifier(plan)[0], build_draft(plan)[0]

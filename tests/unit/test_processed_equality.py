@@ -26,6 +26,7 @@ from ssd.params import completion_seed
 from ssd.pipeline.draft import DraftWorker
 from ssd.pipeline.drafting import Drafting
 from ssd.pipeline.launch import InprocPipeline
+from tests.unit.test_graphs import as_on_gpus  # noqa: F401  a fixture
 
 Configure = Callable[..., dict[str, Any]]
 VOCABULARY = 128
@@ -142,6 +143,11 @@ def test_every_parameter(
     assert sum(output.speculation.hits for output in outputs["ssd"]) > 0
 
 
+@pytest.mark.usefixtures("as_on_gpus")
+def test_every_parameter_captured(cases: Any, tiny_config: Configure) -> None:
+    test_every_parameter(4, 2, 3, "jit", cases, tiny_config)
+
+
 def test_a_draft_that_is_the_target_is_always_right(tiny_config: Configure, cases: Any) -> None:
     """So it applies the same processors: in glue, branches and what it drafts on a miss."""
     config = tiny_config(draft="target", speculation={"lookahead": 4, "forecast": {"budget": 15}})
@@ -157,14 +163,10 @@ def test_a_draft_that_is_the_target_is_always_right(tiny_config: Configure, case
                     assert record.lookups == record.rounds - 1
 
 
-@pytest.mark.parametrize("operators", [True, False])
-def test_the_compiled_tree_is_not_taken(
-    tiny_config: Configure, monkeypatch: pytest.MonkeyPatch, operators: bool
-) -> None:
-    """Without operators it knows no filters and no processors. Which way is taken follows the batch, round by round."""
-    asked = "grow_at_once" if operators else "_grow_stepwise"
-    if not operators:
-        monkeypatch.setattr("ssd.models.native.available", lambda: False)
+@pytest.mark.parametrize("rule", ["coupled", "rejection"])
+def test_when_a_tree_is_drafted_at_once(tiny_config: Configure, monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
+    """Unless candidates are drawn. Which way is taken follows the batch, round by round."""
+    drawn = "grow_at_once" if rule == "coupled" else "_grow_stepwise"
     taken: dict[int, set[str]] = defaultdict(set)
     stepwise = Drafting._grow_stepwise
     for name in ("_grow_stepwise", "grow_at_once"):
@@ -191,13 +193,13 @@ def test_the_compiled_tree_is_not_taken(
     monkeypatch.setattr(DraftWorker, "speculate", as_if_compiled)
     ways: list[tuple[dict[str, Any], str]] = [
         ({}, "grow_at_once"),
-        ({"presence_penalty": 1.0}, asked),
-        ({"min_tokens": 16}, asked),
-        ({"temperature": 1.0, "logprobs": 2}, "grow_at_once"),
-        ({"temperature": 1.0, "top_k": 9}, asked),
+        ({"presence_penalty": 1.0}, "grow_at_once"),
+        ({"min_tokens": 16}, "grow_at_once"),
+        ({"temperature": 1.0, "logprobs": 2}, drawn),
+        ({"temperature": 1.0, "top_k": 9}, drawn),
         ({"logprobs": 1}, "grow_at_once"),
     ]
-    with LLM(tiny_config(), launch=InprocPipeline) as llm:
+    with LLM(tiny_config(speculation={"verify": rule}), launch=InprocPipeline) as llm:
         for seed, (given, _) in enumerate(ways, start=1):
             llm.generate([[9, 30]], replace(BASE, seed=seed, **given))
         assert llm.degraded is None

@@ -27,6 +27,7 @@ from ssd.engine.resolve import resolve
 from ssd.models import native
 from ssd.params import completion_seed
 from ssd.pipeline.chooser import Chooser
+from ssd.pipeline.draft_scores import DraftScores
 from ssd.testing.tiny import tiny_tokenizer
 
 assert native.available()
@@ -149,12 +150,15 @@ def test_a_draft_processes_every_row_as_after_the_certain_tokens(
         monkeypatch.setattr(native, "available", lambda: False)
     given = EACH[name] | {"bad_words": tuple(word for word in EACH[name].get("bad_words", ()) if len(word) == 1)}
     chooser, logits = Chooser(2, V, "cpu", horizon=1), logits_of(2, 3, V)
-    assert chooser.filters == operators and (chooser.fixed() is None) == (not operators)
+    draft_scores = DraftScores(chooser, TreeShape.comb(2), 2, V, torch.device("cpu"))
+    assert chooser.filters == operators
     chooser.processors.set(1, ProcessorSettings(**given), prompt=PROMPT, output=OUTPUT)
 
     def scored() -> Tensor:
         nothing = torch.zeros(2, 3, dtype=torch.int64)
-        return chooser.draft_score(logits, torch.zeros(2, 1, V), nothing, chooser.packed, chooser.fixed())
+        asked = draft_scores.asked(nothing, nothing[:, 0])
+        assert (asked.fixed is None) == (chooser.plain and not operators)
+        return draft_scores(logits, nothing, asked, asked.allowed)
 
     for tokens in ([], [7, 5], [7, 30, 2]):
         chooser.processors.commit(1, tokens)

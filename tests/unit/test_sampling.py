@@ -241,9 +241,11 @@ def test_operators_check_their_arguments():
         (logits, noise, ahead + 4, packed),
     ):
         with pytest.raises(RuntimeError, match=r"must be|no row"):
-            operator(*given, None)
+            operator(*given, None, None)
     with pytest.raises(RuntimeError, match="fixed processing"):
-        operator(logits, noise, ahead, packed, torch.zeros(2, 3, 7))
+        operator(logits, noise, ahead, packed, torch.zeros(2, 3, 7), None)
+    with pytest.raises(RuntimeError, match="what is allowed"):
+        operator(logits, noise, ahead, packed, torch.zeros(2, 3, 8), torch.ones(2, 1, 8, dtype=torch.bool))
 
 
 def test_no_sort_without_filters(monkeypatch: pytest.MonkeyPatch):

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,10 +16,12 @@ from ssd import LLM, RequestError, RequestOutput, SamplingParams, StructuredOutp
 from ssd.decoding.processors import Processors, ProcessorSettings
 from ssd.decoding.tree import ABSENT
 from ssd.pipeline.chooser import Chooser
-from ssd.pipeline.grammar import Grammars
+from ssd.pipeline.draft import DraftWorker
+from ssd.pipeline.grammar import GrammarMatcher, Grammars
 from ssd.pipeline.launch import InprocPipeline
 from ssd.pipeline.verifier import VerifierWorker
 from ssd.testing.tiny import tiny_model, tiny_tokenizer
+from tests.unit.test_graphs import as_on_gpus  # noqa: F401  a fixture
 
 VOCABULARY = 400
 """From 324 ids on the tiny tokenizer spells every byte."""
@@ -149,6 +152,13 @@ def test_every_method_gives_the_same_tokens(
     assert 0 < sum(o.speculation.hits for o in ssd) < sum(o.speculation.lookups for o in ssd)
 
 
+@pytest.mark.usefixtures("as_on_gpus")
+@pytest.mark.parametrize("siblings", [0, 2])
+def test_trees_drafted_at_once(siblings: int, configure: Callable[..., dict[str, Any]]) -> None:
+    """Where the grammar masks guesses only, and mends what follows them."""
+    test_every_method_gives_the_same_tokens(4, siblings, "jit", configure)
+
+
 @pytest.mark.parametrize(("rule", "siblings"), [("rejection", 2), ("block", 0)])
 def test_rules_that_compare_probabilities(rule: str, siblings: int, configure: Callable[..., dict[str, Any]]) -> None:
     """Their tokens are others than plain decoding's, the texts follow the grammar all the same."""
@@ -193,6 +203,61 @@ def test_the_draft_is_steered(configure: Callable[..., dict[str, Any]], monkeypa
     assert [o.token_ids for o in steered] == [o.token_ids for o in loose]
     with_, without = (sum(o.speculation.rounds for o in outputs) for outputs in (steered, loose))
     assert with_ < without
+
+
+@pytest.mark.usefixtures("as_on_gpus")
+def test_guesses_are_allowed_and_chains_mended(
+    configure: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A draft that knows nothing of the next tokens is right about those a grammar leaves no choice about."""
+    seen = 0
+    speculate = DraftWorker.speculate
+
+    def watched(self: DraftWorker) -> Any:
+        nonlocal seen
+        found = speculate(self)
+        for slot, row in enumerate(self.rows):
+            if row is None or row.constraint is None or not row.forecasts or not row.whole:
+                continue
+            for node, guess in zip(found.nodes[slot].tolist(), found.guesses[slot].tolist(), strict=True):
+                above = [self.trees[slot][n] for n in self.shape.path(node)]
+                if ABSENT in above:
+                    continue
+                may = row.constraint.allowed([above])[0]
+                if may.sum() > len(found.nodes[slot]) + 1 + max(self.shape.siblings):
+                    assert may[guess], (above, guess)  # there were enough to choose from
+                    seen += 1
+        return found
+
+    monkeypatch.setattr(DraftWorker, "speculate", watched)
+    forced = replace(BASE, structured_outputs={"regex": "(abcdefgh){4}[0-9]"})  # type: ignore[arg-type]
+    with LLM(configure(2), launch=InprocPipeline) as llm:
+        (plain,) = llm.generate([[9, 30]], replace(forced, method="none"))
+        outputs = llm.generate([[9, 30], [5]], [replace(forced, method="ssd"), replace(requests()[0][1], method="ssd")])
+        monkeypatch.setattr(GrammarMatcher, "mended", lambda _self, _path, chain: list(chain))
+        (unmended,) = llm.generate([[9, 30]], replace(forced, method="ssd"))
+    assert outputs[0].token_ids == unmended.token_ids == plain.token_ids
+    assert outputs[0].speculation.rounds < unmended.speculation.rounds
+    assert seen > 20
+
+
+def test_mending() -> None:
+    grammars = Grammars(lambda: tiny_tokenizer(VOCABULARY), vocabulary=VOCABULARY, ends=[0])
+    encode = partial(tiny_tokenizer(VOCABULARY).encode, add_special_tokens=False)
+    constraint = grammars.matcher(StructuredOutputsParams(regex="[0-9]abcd[xy]"))
+    digit, forced, wrong = encode("7"), encode("abcd"), encode("~~~~~~")
+    assert constraint.mended(digit, [*forced[:1], *wrong])[: len(forced)] == forced
+    assert constraint.mended(digit, wrong) == [*forced, *wrong[len(forced) :]]
+    assert constraint.mended(digit, wrong[:2]) == forced[:2]
+    for path, chain in (
+        (digit, [*forced, *encode("y")]),
+        ([], wrong),
+        (wrong, forced),
+        ([*digit, *forced], wrong),
+        ([], []),
+    ):
+        assert constraint.mended(path, chain) == chain
+    assert constraint.advance(digit[0]) and constraint.mended([], wrong) == [*forced, *wrong[len(forced) :]]
 
 
 def test_it_ends_where_the_grammar_does(configure: Callable[..., dict[str, Any]]) -> None:

@@ -35,12 +35,15 @@ struct Sampling {
 };
 
 // `Processors.fixed` of a row, [3][V]: biases, factors, penalties. The first factor is 0 where it asks for nothing.
-void process(const float* logits, const float* fixed, int64_t vocabulary, float* out) {
+// `allowed`: [V] or null.
+void process(const float* logits, const float* fixed, const bool* allowed, int64_t vocabulary, float* out) {
   const float *biases = fixed, *factors = fixed + vocabulary, *penalties = fixed + 2 * vocabulary;
   for (int64_t token = 0; token < vocabulary; ++token) {
     const float biased = logits[token] + biases[token];
     out[token] = (biased > 0 ? biased / factors[token] : biased * factors[token]) - penalties[token];
   }
+  if (!allowed) return;
+  for (int64_t token = 0; token < vocabulary; ++token) out[token] = allowed[token] ? out[token] : NEVER;
 }
 
 // A token stays if its logit is greater than `value`, or equal and its id at least `first`.
@@ -202,7 +205,8 @@ at::Tensor dense(const at::Tensor& logits) { return logits.stride(-1) == 1 ? log
 
 // For every row `fill(b, r, logits, sampling, out)`, then the edge of what it is told are the logits is applied.
 template <typename Fill>
-at::Tensor filtered(const at::Tensor& given, const at::Tensor& packed, const at::Tensor& processing, const Fill& fill) {
+at::Tensor filtered(const at::Tensor& given, const at::Tensor& packed, const at::Tensor& processing,
+                    const at::Tensor& allowed, const Fill& fill) {
   TORCH_CHECK(given.dim() == 3 && given.scalar_type() == at::kFloat, "logits must be float32 [B, R, V]");
   TORCH_CHECK(packed.dim() == 2 && packed.size(0) == given.size(0) && packed.size(1) == 4 && packed.is_contiguous() &&
                   packed.scalar_type() == at::kFloat,
@@ -217,6 +221,12 @@ at::Tensor filtered(const at::Tensor& given, const at::Tensor& packed, const at:
                 "fixed processing must be float32 [B, 3, V]");
     processes = processing.const_data_ptr<float>();
   }
+  const bool* allows = nullptr;
+  if (allowed.defined()) {
+    TORCH_CHECK(allowed.sizes() == logits.sizes() && allowed.stride(-1) == 1 && allowed.scalar_type() == at::kBool,
+                "what is allowed must be bool [B, R, V]");
+    allows = allowed.const_data_ptr<bool>();
+  }
   float* to = out.mutable_data_ptr<float>();
   const Sampling* sampling = reinterpret_cast<const Sampling*>(packed.const_data_ptr<float>());
   at::parallel_for(0, logits.size(0) * rows, 1, [&](int64_t begin, int64_t end) {
@@ -226,7 +236,8 @@ at::Tensor filtered(const at::Tensor& given, const at::Tensor& packed, const at:
       const float* row = from + b * logits.stride(0) + r * logits.stride(1);
       if (processes && processes[(3 * b + 1) * vocabulary] != 0) {
         processed.resize(vocabulary);
-        process(row, processes + 3 * b * vocabulary, vocabulary, processed.data());
+        const bool* here = allows ? allows + b * allowed.stride(0) + r * allowed.stride(1) : nullptr;
+        process(row, processes + 3 * b * vocabulary, here, vocabulary, processed.data());
         row = processed.data();
       }
       float* into = to + at * vocabulary;
@@ -242,14 +253,14 @@ at::Tensor filtered(const at::Tensor& given, const at::Tensor& packed, const at:
 
 at::Tensor filter_logits(const at::Tensor& logits, const at::Tensor& packed) {
   const int64_t vocabulary = logits.size(-1);
-  return filtered(logits, packed, {}, [&](int64_t, int64_t, const float* row, const Sampling& sampling, float* out) {
+  return filtered(logits, packed, {}, {}, [&](int64_t, int64_t, const float* row, const Sampling& sampling, float* out) {
     const float temperature = sampling.temperature > 0 ? sampling.temperature : 1.0f;
     for (int64_t token = 0; token < vocabulary; ++token) out[token] = row[token] / temperature;
   });
 }
 
 at::Tensor scores(const at::Tensor& logits, const at::Tensor& given, const at::Tensor& ahead, const at::Tensor& packed,
-                  const std::optional<at::Tensor>& fixed) {
+                  const std::optional<at::Tensor>& fixed, const std::optional<at::Tensor>& allowed) {
   const int64_t vocabulary = logits.size(-1);
   TORCH_CHECK(given.dim() == 3 && given.size(0) == logits.size(0) && given.size(2) == vocabulary &&
                   given.scalar_type() == at::kFloat,
@@ -257,21 +268,23 @@ at::Tensor scores(const at::Tensor& logits, const at::Tensor& given, const at::T
   TORCH_CHECK(ahead.dim() == 2 && ahead.size(0) == logits.size(0) && ahead.size(1) == logits.size(1) &&
                   ahead.scalar_type() == at::kLong,
               "rows of noise must be int64 [B, R]");
-  const at::Tensor noise = dense(given), processing = fixed ? *fixed : at::Tensor();
+  const at::Tensor noise = dense(given), processing = fixed.value_or(at::Tensor()), allows = allowed.value_or(at::Tensor());
   const float* drawn = noise.const_data_ptr<float>();
   const int64_t* which = ahead.const_data_ptr<int64_t>();
-  return filtered(logits, packed, processing, [&](int64_t b, int64_t r, const float* row, const Sampling& sampling, float* out) {
+  const auto fill = [&](int64_t b, int64_t r, const float* row, const Sampling& sampling, float* out) {
     const int64_t place = which[b * ahead.stride(0) + r * ahead.stride(1)];
     TORCH_CHECK(place >= 0 && place < noise.size(1), "there is no row ", place, " of noise");
     perturb(row, drawn + b * noise.stride(0) + place * noise.stride(1), sampling.temperature, vocabulary, out);
-  });
+  };
+  return filtered(logits, packed, processing, allows, fill);
 }
 
 }  // namespace ssd_filters
 
 TORCH_LIBRARY_FRAGMENT(ssd, library) {
   library.def("filter_logits(Tensor logits, Tensor packed) -> Tensor");
-  library.def("scores(Tensor logits, Tensor noise, Tensor ahead, Tensor packed, Tensor? fixed) -> Tensor");
+  library.def(
+      "scores(Tensor logits, Tensor noise, Tensor ahead, Tensor packed, Tensor? fixed, Tensor? allowed) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(ssd, CPU, library) {
