@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssd import LLM, SamplingParams
+from ssd import LLM, SamplingParams, StructuredOutputsParams
 from ssd.decoding.noise import uniform_bits
 from ssd.decoding.tree import TreeShape
 from ssd.models import tree_attention
@@ -137,8 +137,8 @@ def graphs(bench: Bench, dtype: str) -> dict[str, Any]:
 
 
 def tokens(bench: Bench, dtype: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """``none``, ``sd`` and ``ssd`` say the same, T = 0 and 1, alone and in a batch, draft and target
-    on one device."""
+    """``none``, ``sd`` and ``ssd`` say the same, T = 0 and 1, with filters, penalties and a grammar, alone and in a
+    batch, draft and target on one device."""
     speculation = {"lookahead": LOOKAHEAD, "governor": False, **changes.get("speculation", {})}
     worker = {"dtype": dtype, "device": str(bench.device), "compile": changes.get("compile", False)}
     config = {
@@ -149,11 +149,16 @@ def tokens(bench: Bench, dtype: str, changes: dict[str, Any]) -> dict[str, Any]:
     }
     count = 8 if bench.tiny else 48
     cold = SamplingParams(max_tokens=count, ignore_eos=True)
-    asked = [cold, cold] if speculation.get("verify") else [cold, replace(cold, temperature=1.0, seed=7)]
+    asked = {"T=0": cold}
+    if not speculation.get("verify"):
+        asked["T=1"] = hot = replace(cold, temperature=1.0, seed=7)
+        asked["filters"] = replace(hot, top_p=0.9, top_k=50)
+        asked["penalty"] = replace(cold, presence_penalty=0.5)
+        asked["grammar"] = replace(hot, structured_outputs=StructuredOutputsParams(json_object=True))
     found: dict[str, Any] = {"ok": True}
     with LLM(config, launch=InprocPipeline) as llm:
         for prompts in ([PROMPT], [PROMPT, PROMPT[:30], PROMPT[50:]])[bench.tiny :]:
-            for params in asked:
+            for name, params in asked.items():
                 outputs = {
                     method: llm.generate(prompts, [replace(params, method=method)] * len(prompts))
                     for method in ("none", "sd", "ssd")
@@ -163,7 +168,7 @@ def tokens(bench: Bench, dtype: str, changes: dict[str, Any]) -> dict[str, Any]:
                     for method in ("sd", "ssd")
                 }
                 hits = sum(one.speculation.hits for one in outputs["ssd"])
-                found[f"batch {len(prompts)}, T={params.temperature:g}"] = {**same, "hits": hits}
+                found[f"batch {len(prompts)}, {name}"] = {**same, "hits": hits}
                 found["ok"] &= all(same.values())
         assert llm.degraded is None, llm.degraded
     return found
