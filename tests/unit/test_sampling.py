@@ -162,7 +162,7 @@ def same_but_at_the_edge(ours: Tensor, theirs: Tensor, probs: Tensor, top_p: flo
 
 
 @pytest.mark.parametrize("way", ["operators"], indirect=True)
-@pytest.mark.parametrize("vocabulary", [1, 5, 8, 1003, 40_000])
+@pytest.mark.parametrize("vocabulary", [1, 5, 8, 1003, 20_000])
 @pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 30.0])
 def test_operator_keeps_what_sorting_keeps(vocabulary: int, spread: float):
     """Flat, steep and usual rows; edges in any bucket, on ties (bfloat16 logits have many), with excluded tokens."""
