@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from ssd import LLM, SamplingParams
 from ssd.bench.prompts import load_prompts
-from ssd.pipeline.build import Plan
 from ssd.pipeline.launch import InprocPipeline
+from ssd.pipeline.plan import Plan
 
 from .bench import Bench, Size
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..decoding.forecast import Forecast
 from ..decoding.tree import ABSENT
 from ..params import SamplingParams
-from ..pipeline.build import Plan, build_draft
+from ..pipeline.build import build_draft
+from ..pipeline.plan import Plan
 from .replay import Walk, deepest_node, draft_plan, with_speculation
 
 

@@ -19,8 +19,9 @@ from ..decoding.widths import siblings_within
 from ..errors import ConfigError
 from ..models.rows import RowPlan
 from ..params import SamplingParams
-from ..pipeline.build import Plan, build_draft
+from ..pipeline.build import build_draft
 from ..pipeline.messages import Admit
+from ..pipeline.plan import Plan
 from .profile import NEVER, ROOT, Replay
 
 BUDGETS = (4, 8, 12, 16, 24, 32, 48)

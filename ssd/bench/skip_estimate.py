@@ -19,7 +19,8 @@ import torch
 from ..models.rows import RowPlan
 from ..models.runner import ForwardRunner
 from ..models.skipping import SkipSet, skipping
-from ..pipeline.build import Plan, set_threads, target_runner, usable_cores
+from ..pipeline.build import set_threads, target_runner, usable_cores
+from ..pipeline.plan import Plan
 
 LOOKAHEADS = (1, 2, 3, 4, 5, 6, 7, 8)
 CONFIDENCES = (0.0, 0.3, 0.5, 0.7, 0.85, 0.95)

@@ -18,11 +18,10 @@ from ..config import Config, load_config, section_of
 from ..engine.llm import LLM
 from ..errors import PipelineError, RequestError, WorkerError
 from ..params import SamplingParams
-from ..pipeline.build import Plan
 from ..pipeline.control import ControlLane, ZmqLane
 from ..pipeline.launch import LEAVE_S
 from ..pipeline.messages import Shutdown
-from ..pipeline.serve import run_worker
+from ..pipeline.plan import Plan
 from .cores import CoreLease
 from .placement import (
     LOOPBACK,
@@ -55,6 +54,8 @@ class WorkerActor:
             replica: other pipelines of this configuration may share the node: its cores are only
                 a number of cores.
         """
+        from ..pipeline.serve import run_worker  # models' code, which clients and fronts go without
+
         read = Plan.from_dict(plan).for_role(role)
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         config = with_visible_gpu(read.config, role, gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))

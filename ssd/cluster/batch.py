@@ -26,8 +26,8 @@ from ..config import Config
 from ..engine.async_engine import AHEAD, AsyncEngine
 from ..engine.book import Limits
 from ..errors import PipelineError, SSDError, UsageError, WorkerError
-from ..pipeline.build import Plan
 from ..pipeline.launch import Pipeline
+from ..pipeline.plan import Plan
 from ..serving.batch import Batch, Line, LineWorker, Progress, model_name
 from .actors import PLACEMENT_TIMEOUT_S
 from .cores import CoreLease

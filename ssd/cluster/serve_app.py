@@ -25,8 +25,8 @@ from ray import serve
 from ..config import Config, load_config
 from ..engine.async_engine import AsyncEngine
 from ..errors import UsageError, WorkerError
-from ..pipeline.build import Plan
 from ..pipeline.launch import Pipeline
+from ..pipeline.plan import Plan
 from ..serving.app import build_app
 from ..serving.metrics import Metrics
 from .actors import RayPipeline

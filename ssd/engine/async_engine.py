@@ -13,9 +13,9 @@ from ..config import Config
 from ..errors import OverloadedError, PipelineError, SSDError, WorkerError
 from ..params import RequestOutput, SamplingParams, StreamEvent
 from ..pipeline.async_lane import AsyncLane
-from ..pipeline.build import Plan
 from ..pipeline.launch import Pipeline, Restartable, launch_here
 from ..pipeline.messages import Message, RoundReport, Watch
+from ..pipeline.plan import Plan
 from .book import Limits, Request
 from .front import Front, Taken, taken
 from .restarts import News

@@ -16,7 +16,6 @@ from ..models.loading import load_tokenizer, read_config
 from ..models.skipping import SkipSet
 from ..models.vocabulary import shared_vocabulary
 from ..params import SamplingParams, StreamEvent, completion_seed
-from ..pipeline.build import Plan, check_sizes
 from ..pipeline.grammar import Grammars
 from ..pipeline.messages import (
     Committed,
@@ -31,6 +30,7 @@ from ..pipeline.messages import (
     Timings,
     Welcome,
 )
+from ..pipeline.plan import Plan, check_sizes
 from .book import Limits, Request, RequestBook, Step
 from .detokenize import Detokenizer
 from .resolve import resolve

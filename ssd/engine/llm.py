@@ -13,9 +13,9 @@ from typing import Any
 from ..config import Config
 from ..errors import PipelineError, RequestError, WorkerError
 from ..params import RequestOutput, SamplingParams, StreamEvent
-from ..pipeline.build import Plan
 from ..pipeline.launch import Pipeline, Restartable, launch_here
 from ..pipeline.messages import GetTimings, RoundReport, Watch
+from ..pipeline.plan import Plan
 from .book import Request
 from .front import Front, Taken, taken
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..errors import ConfigError, ModelError
+
+if TYPE_CHECKING:  # as in loading.py
+    from transformers import PreTrainedModel
 
 KEY = "speculation.self"
 

@@ -135,7 +135,8 @@ class Decider:
         ) -> tuple[Tensor, Tensor]:
             # A draft may send anything: what is no token is fed as some token, and never accepted.
             logits = runner.logits(plan, tokens.clamp(0, runner.vocabulary - 1), lengths, context, slots=slots)
-            return logits, torch.stack(verify(tokens, chooser.score(logits, noise, ahead, packed).argmax(-1)))
+            decided = verify(tokens, chooser.score(logits, noise, ahead, packed).argmax(-1))
+            return logits, torch.stack([*decided])  # a named tuple in the graph would keep it out of torch's cache
 
         written = Written(count, plan.rows, device=runner.device)
         return _Form(runner.compiled(decide), written, self._silence[:count])

@@ -31,7 +31,7 @@ from .messages import Admit, Decided, Message, Prepare, Shutdown
 from .rendezvous import Rendezvous, VerifierSide, link_kind, own_address, publish
 
 if TYPE_CHECKING:
-    from .build import Plan
+    from .plan import Plan
 
 IDLE_POLL_S = 0.5
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ..errors import PipelineError, WorkerError
-from .build import Plan
 from .control import ControlLane, InprocLane, ZmqLane
 from .messages import Shutdown
+from .plan import Plan
 
 if TYPE_CHECKING:
     from ..models.loading import PreTrainedModel

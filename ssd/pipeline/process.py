@@ -15,8 +15,8 @@ import sys
 import threading
 import time
 
-from .build import Plan
 from .control import ZmqLane
+from .plan import Plan
 from .serve import run_worker
 
 GRACE_S = 4.0

@@ -10,13 +10,14 @@ from typing import Any
 from ..config import ModelConfig, rank_of, section_of
 from ..errors import LinkError, PipelineError, UsageError, WorkerError
 from ..models.device import own_stream
-from .build import Plan, build_draft, build_rank, build_verifier, set_threads, settle, usable_cores
+from .build import build_draft, build_rank, build_verifier, set_threads, settle, usable_cores
 from .control import ControlLane
 from .draft import DraftWorker
 from .draft_ranks import LeadingDraft, RankMeeting, share_loop
 from .loops import draft_loop, verifier_loop
 from .messages import Failed, Hello, Ready, Shutdown, Welcome
 from .partner import DraftSide, Rejoin
+from .plan import Plan
 from .rendezvous import Rendezvous, VerifierSide, draft_side, link_kind, published, rank_side
 from .tensor import follow, naming_the_lost
 from .verifier import VerifierWorker

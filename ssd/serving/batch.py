@@ -26,8 +26,8 @@ from ..engine.async_engine import AHEAD, AsyncEngine
 from ..engine.book import Limits
 from ..errors import PipelineError, RequestError, SSDError, UsageError
 from ..params import MAX_SEED
-from ..pipeline.build import Plan
 from ..pipeline.launch import Pipeline, launch_here
+from ..pipeline.plan import Plan
 from .chat import ChatTemplate
 from .generation import Generation, chat_job, completion_job
 from .journal import Journal, fingerprint

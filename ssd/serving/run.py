@@ -13,8 +13,8 @@ import uvicorn
 from ..config import Config
 from ..engine.async_engine import AsyncEngine
 from ..errors import SSDError, UsageError
-from ..pipeline.build import Plan
 from ..pipeline.launch import Pipeline, launch_here
+from ..pipeline.plan import Plan
 from .app import build_app
 from .lane import LaneServer
 from .metrics import Metrics

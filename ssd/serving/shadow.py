@@ -25,9 +25,9 @@ from ..engine.async_engine import AsyncEngine
 from ..engine.book import Request
 from ..errors import OverloadedError, PipelineError
 from ..params import RequestOutput, StreamEvent
-from ..pipeline.build import Plan
 from ..pipeline.launch import Pipeline, launch_here
 from ..pipeline.messages import RoundReport
+from ..pipeline.plan import Plan
 from .metrics import Metrics
 
 CLIENT = "ssd.shadow"

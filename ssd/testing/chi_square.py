@@ -30,7 +30,8 @@ from transformers.generation.logits_process import (
 
 from ..config import load_config
 from ..params import SamplingParams
-from ..pipeline.build import Plan, build_draft, build_verifier
+from ..pipeline.build import build_draft, build_verifier
+from ..pipeline.plan import Plan
 from .rounds import History, play
 from .tiny import save_tiny, tiny_model
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..params import SamplingParams
-from ..pipeline.build import Plan
 from ..pipeline.draft import DraftWorker
 from ..pipeline.frames import Next, OutcomeFrame
 from ..pipeline.messages import Submit
+from ..pipeline.plan import Plan
 from ..pipeline.verifier import VerifierWorker
 
 Source = Literal["none", "hit", "jit", "ngram"]

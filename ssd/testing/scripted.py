@@ -8,7 +8,6 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from ..params import SpeculationRecord
-from ..pipeline.build import Plan
 from ..pipeline.control import ControlLane, InprocLane
 from ..pipeline.messages import (
     Cancel,
@@ -22,6 +21,7 @@ from ..pipeline.messages import (
     Submit,
     Watch,
 )
+from ..pipeline.plan import Plan
 
 IDLE_S = 0.02
 

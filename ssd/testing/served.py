@@ -14,8 +14,8 @@ from typing import Any
 import uvicorn
 
 from ..config import load_config
-from ..pipeline.build import Plan
 from ..pipeline.launch import Pipeline
+from ..pipeline.plan import Plan
 from ..serving.app import build_app
 from ..serving.metrics import Metrics
 from ..serving.shadow import observed_engine

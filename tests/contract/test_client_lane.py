@@ -21,7 +21,7 @@ from ssd.config import ServerConfig
 from ssd.engine.async_engine import AsyncEngine
 from ssd.errors import ConfigError, OverloadedError, PipelineError, RequestError, UsageError
 from ssd.params import RequestOutput, SpeculationRecord, StreamEvent, completion_seed
-from ssd.pipeline.build import Plan
+from ssd.pipeline.plan import Plan
 from ssd.serving import wire
 from ssd.serving.asked import Asked
 from ssd.serving.client import AsyncClient, Client

@@ -12,11 +12,12 @@ import torch
 from ssd import ConfigError
 from ssd.config import load_config
 from ssd.decoding.tree import ABSENT
-from ssd.pipeline.build import Plan, build_draft
+from ssd.pipeline.build import build_draft
 from ssd.pipeline.control import InprocLane
 from ssd.pipeline.lane_ends import Inbox
 from ssd.pipeline.link import InprocLink
 from ssd.pipeline.messages import Admit, Bell, Cancel
+from ssd.pipeline.plan import Plan
 from tests.unit.test_equality import GREEDY, HOT, MIXED, WARM, same_as_plain, total
 
 Configure = Callable[..., dict[str, Any]]

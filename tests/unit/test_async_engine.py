@@ -16,7 +16,7 @@ from ssd.engine.async_engine import AsyncEngine
 from ssd.engine.book import Limits
 from ssd.errors import OverloadedError, PipelineError, RequestError, WorkerError
 from ssd.params import completion_seed
-from ssd.pipeline.build import Plan
+from ssd.pipeline.plan import Plan
 from ssd.testing.scripted import ScriptedPipeline, scripted_token
 
 LONG = SamplingParams(max_tokens=400)

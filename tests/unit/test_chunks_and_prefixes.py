@@ -18,10 +18,11 @@ from ssd.config import load_config
 from ssd.decoding.tree import ABSENT
 from ssd.engine.front import make_plan
 from ssd.pipeline import lane_ends
-from ssd.pipeline.build import Plan, build_draft, build_verifier
+from ssd.pipeline.build import build_draft, build_verifier
 from ssd.pipeline.launch import InprocPipeline
 from ssd.pipeline.loops import verifier_loop
 from ssd.pipeline.messages import Admit, Cancel, Committed, Finished, Message, Shutdown, Submit
+from ssd.pipeline.plan import Plan
 from ssd.pipeline.prefix import PrefixCache, common_prefix
 from ssd.pipeline.verifier import VerifierWorker
 from ssd.testing.rounds import play

@@ -12,7 +12,7 @@ import pytest
 
 from ssd.config import Config, load_config
 from ssd.errors import UsageError, WorkerError
-from ssd.pipeline.build import Plan
+from ssd.pipeline.plan import Plan
 from ssd.testing.scripted import ScriptedPipeline
 
 pytest.importorskip("ray.serve")

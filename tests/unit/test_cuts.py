@@ -23,12 +23,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from ssd import LLM, RequestOutput, SamplingParams, SpeculationRecord
 from ssd.engine.book import RequestBook, Step
 from ssd.models.rows import RowPlan
-from ssd.pipeline.build import Plan
 from ssd.pipeline.control import InprocLane
 from ssd.pipeline.frames import SpeculationSet
 from ssd.pipeline.launch import InprocPipeline
 from ssd.pipeline.loops import verifier_loop
 from ssd.pipeline.messages import Committed, Finished, Ready, Shutdown
+from ssd.pipeline.plan import Plan
 from ssd.pipeline.sequence import Sequence
 from ssd.pipeline.verifier import Verdict, VerifierWorker
 from ssd.testing.tiny import save_tiny, tiny_tokenizer

@@ -16,10 +16,10 @@ from ssd.config import load_config
 from ssd.decoding.forecast import ConfidenceForecast, FanOutForecast, Forecast, fan_out
 from ssd.decoding.forecast_share import ForecastShare
 from ssd.decoding.tree import ABSENT, TreeShape
-from ssd.pipeline.build import Plan
 from ssd.pipeline.draft import DraftWorker
 from ssd.pipeline.frames import SpeculationSet
 from ssd.pipeline.launch import InprocPipeline
+from ssd.pipeline.plan import Plan
 from tests.unit.test_equality import GREEDY, HOT, MIXED, WARM, prompts, run, same_as_plain, total
 
 Configure = Callable[..., dict[str, Any]]

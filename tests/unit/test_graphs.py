@@ -19,8 +19,9 @@ from ssd.models import native
 from ssd.models.graphs import LARGE_BYTES, PLACES, Graphs
 from ssd.params import SamplingParams
 from ssd.pipeline import build, launch
-from ssd.pipeline.build import Plan, build_draft, build_verifier
+from ssd.pipeline.build import build_draft, build_verifier
 from ssd.pipeline.drafting import Drafting
+from ssd.pipeline.plan import Plan
 from ssd.testing.rounds import play
 
 CPU = torch.device("cpu")

@@ -14,9 +14,10 @@ from ssd import SamplingParams
 from ssd.config import load_config
 from ssd.decoding.tree import ABSENT
 from ssd.params import Method
-from ssd.pipeline.build import Plan, build_draft, build_verifier
+from ssd.pipeline.build import build_draft, build_verifier
 from ssd.pipeline.draft import DraftWorker
 from ssd.pipeline.frames import SpeculationSet
+from ssd.pipeline.plan import Plan
 from ssd.testing.rounds import History, play
 
 Configure = Callable[..., dict[str, Any]]

@@ -23,10 +23,10 @@ from ssd.decoding.tree import ABSENT, TreeShape
 from ssd.decoding.verify import Outcome
 from ssd.errors import ConfigError
 from ssd.pipeline import rules
-from ssd.pipeline.build import Plan
 from ssd.pipeline.draft import DraftWorker
 from ssd.pipeline.frames import Frames, ProbsLayout, SpeculationSet
 from ssd.pipeline.launch import InprocPipeline
+from ssd.pipeline.plan import Plan
 from ssd.pipeline.rules import CandidateSampler, Judge, probs_layout, stacked
 
 Configure = Callable[..., dict[str, Any]]

@@ -16,9 +16,10 @@ from ssd.config import load_config
 from ssd.engine.front import Front
 from ssd.models.skipping import SkipSet, skipping
 from ssd.params import Method
-from ssd.pipeline.build import Plan, build_verifier
+from ssd.pipeline.build import build_verifier
 from ssd.pipeline.launch import InprocPipeline
 from ssd.pipeline.messages import Submit
+from ssd.pipeline.plan import Plan
 from ssd.pipeline.verifier import VerifierWorker
 from ssd.testing.tiny import ARCHITECTURES, save_tiny, tiny_model
 

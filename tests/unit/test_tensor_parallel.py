@@ -17,8 +17,8 @@ from ssd.config import load_config
 from ssd.models.runner import ForwardRunner
 from ssd.models.sharding import shard
 from ssd.models.tensor_group import TensorGroup
-from ssd.pipeline.build import Plan
 from ssd.pipeline.launch import InprocPipeline
+from ssd.pipeline.plan import Plan
 from ssd.pipeline.tensor import LeadingRunner
 from ssd.testing.tiny import ARCHITECTURES, save_tiny, tiny_model
 from tests.unit.test_equality import prompts, run, same_as_plain

@@ -18,8 +18,9 @@ from ssd.bench.skip_estimate import Costs, Estimate, Estimator, measured_costs, 
 from ssd.bench.tune_layers import layers_yaml, measure, patterns, search, shortlist
 from ssd.cli import app
 from ssd.models.skipping import SkipSet
-from ssd.pipeline.build import Plan, build_verifier, target_runner
+from ssd.pipeline.build import build_verifier, target_runner
 from ssd.pipeline.messages import Submit
+from ssd.pipeline.plan import Plan
 from ssd.testing.scripted_llm import ScriptedLLM
 from ssd.testing.tiny import save_tiny
 
