@@ -145,7 +145,7 @@ def test_wrong_number_of_ranks(torchrun: Callable[..., Launch], config: str) -> 
     launch.assert_nothing_left()
 
 
-@pytest.mark.parametrize("end", ["interrupt", "front", "verifier", "draft"])
+@pytest.mark.parametrize("end", ["interrupt", pytest.param("front", marks=pytest.mark.slow), "verifier", "draft"])
 def test_one_leaves_all_leave(torchrun: Callable[..., Launch], config: str, end: str) -> None:
     endless = ("--max-tokens", "390", "--set", "speculation.method=ssd")
     launch = torchrun("--config", config, "generate", "hello there", *endless)

@@ -46,7 +46,7 @@ def test_methods_give_the_same_tokens(dtype, lookahead, siblings, batch):
     # Products of bfloat16 take a processor without them six times as long.
     count = {"max_tokens": 40 if dtype == "float32" else 14}
     with LLM("embedded", overrides=overrides, launch=InprocPipeline) as llm:
-        for temperature in (0.0, 0.8, 1.2):
+        for temperature in (0.0, 0.8, 1.2) if dtype == "float32" else (0.0, 1.2):
             plain = tokens_of(llm, "none", temperature, **count)
             assert tokens_of(llm, "sd", temperature, **count) == plain
             assert tokens_of(llm, "ssd", temperature, **count) == plain
