@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ssd.testing.chi_square import CASES, FALLBACKS, measure, save_pair, table
+from ssd.testing.laws.chi_square import CASES, FALLBACKS, measure, save_pair, table
 
 
 def main() -> None:

@@ -31,11 +31,11 @@ from rich.table import Table
 from transformers.utils import logging
 
 from ssd import LLM, SamplingParams
-from ssd.bench.certify import Certificate, Trial, certify
-from ssd.bench.compare import versions
-from ssd.config import load_config, resolve_model_path
-from ssd.pipeline.launch import InprocPipeline, LocalPipeline
-from ssd.testing.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
+from ssd.bench.exactness.certify import Certificate, Trial, certify
+from ssd.bench.measure.compare import versions
+from ssd.config.load import load_config, resolve_model_path
+from ssd.pipeline.runtime.launch import InprocPipeline, LocalPipeline
+from ssd.testing.models.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 VOCABULARY, LONGEST_PROMPT = 128, 40
 TEMPERATURES = (0.0, 0.7, 1.0, 1.5)

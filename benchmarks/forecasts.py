@@ -11,11 +11,11 @@ import typer
 from rich.console import Console
 
 from ssd import LLM, SamplingParams
-from ssd.bench.forecasts import hit_rates
-from ssd.bench.prompts import load_prompts
-from ssd.config import load_config
+from ssd.bench.drafts.forecasts import hit_rates
+from ssd.bench.measure.prompts import load_prompts
+from ssd.config.load import load_config
 from ssd.engine.front import make_plan
-from ssd.pipeline.launch import InprocPipeline
+from ssd.pipeline.runtime.launch import InprocPipeline
 
 SHAPES = ("uniform", "geometric", "measured", "confidence")
 BUDGETS = (8, 16, 24)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ssd.testing.law_cases import cases, table
+from ssd.testing.laws.cases import cases, table
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ import typer
 from rich.progress import track
 
 from ssd import LLM, SamplingParams, StructuredOutputsParams
-from ssd.bench.prompts import load_prompts
-from ssd.config import load_config
+from ssd.bench.measure.prompts import load_prompts
+from ssd.config.load import load_config
 
 METHODS = ("none_fast", "sd", "ssd")
 SCHEMA = {

@@ -2,7 +2,7 @@
 
     python benchmarks/rules.py --out FILE.json [--prompts FILE.jsonl] [--repeat 3]
 
-One engine per rule, asked at every temperature by ``ssd.bench.compare`` (``none_fast``, ``none`` and
+One engine per rule, asked at every temperature by ``ssd.bench.measure.compare`` (``none_fast``, ``none`` and
 ``ssd`` interleaved prompt by prompt, so a speedup is within one engine's run). ``benchmarks/tables.py`` writes
 the table of benchmarks/results/*/rules.json into docs/exactness.md.
 
@@ -21,9 +21,9 @@ from typing import Any
 from rich.console import Console
 
 from ssd import LLM
-from ssd.bench.compare import Comparison, compare, versions
-from ssd.bench.prompts import load_prompts
-from ssd.config import Config, load_config
+from ssd.bench.measure.compare import Comparison, compare, versions
+from ssd.bench.measure.prompts import load_prompts
+from ssd.config.load import Config, load_config
 from ssd.engine.front import make_plan
 
 PROMPTS = Path(__file__).parent / "prompts" / "heldout-code.jsonl"

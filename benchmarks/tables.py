@@ -138,7 +138,7 @@ def equality(data: dict[str, Any]) -> str:
 
 
 def chi_square(data: list[dict[str, Any]]) -> str:
-    from ssd.testing.chi_square import table  # torch: only where it is needed
+    from ssd.testing.laws.chi_square import table  # torch: only where it is needed
 
     return table(data)
 

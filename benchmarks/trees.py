@@ -17,8 +17,7 @@ import typer
 from rich.console import Console
 
 from ssd import LLM, SamplingParams
-from ssd.bench.prompts import load_prompts
-from ssd.bench.trees import (
+from ssd.bench.drafts.trees import (
     DraftAlong,
     RankTree,
     allotted_combs,
@@ -29,10 +28,11 @@ from ssd.bench.trees import (
     static_tree,
     tokens_per_round,
 )
-from ssd.config import load_config, resolve_model_path
+from ssd.bench.measure.prompts import load_prompts
+from ssd.config.load import load_config, resolve_model_path
 from ssd.engine.front import make_plan
 from ssd.models.loading import load_model
-from ssd.pipeline.launch import InprocPipeline
+from ssd.pipeline.runtime.launch import InprocPipeline
 
 KINDS = ("chain", "even comb", "comb", "static tree", "dynamic tree")
 Texts = list[list[int]]

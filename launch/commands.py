@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import ssd
-import ssd.cli
-import ssd.cli_serving
+import ssd.cli.app
+import ssd.cli.serving
 
 SHARED = ("--config", "-c", "--set")
 """Options every command has; launchers also take them before the command."""
@@ -25,8 +25,8 @@ def run(
     # The commands take LLM from the package when they run.
     ssd.LLM = llm  # type: ignore[misc,assignment]
     if batch is not None:
-        ssd.cli_serving.make_batch = batch
-    ssd.cli.app(in_order(arguments), prog_name=program)
+        ssd.cli.serving.make_batch = batch
+    ssd.cli.app.app(in_order(arguments), prog_name=program)
     sys.exit()
 
 

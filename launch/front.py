@@ -19,9 +19,9 @@ if str(ROOT) not in sys.path:
 from launch.commands import run  # noqa: E402
 from launch.torchrun import LOOPBACK  # noqa: E402
 from ssd.errors import PipelineError, UsageError  # noqa: E402
-from ssd.pipeline.control import ControlLane, ZmqLane  # noqa: E402
-from ssd.pipeline.messages import Shutdown  # noqa: E402
-from ssd.pipeline.plan import Plan  # noqa: E402
+from ssd.pipeline.runtime.plan import Plan  # noqa: E402
+from ssd.pipeline.transport.lanes import ControlLane, ZmqLane  # noqa: E402
+from ssd.pipeline.transport.messages import Shutdown  # noqa: E402
 
 
 class TorchrunPipeline:

@@ -43,10 +43,10 @@ if str(ROOT) not in sys.path:
 
 import torch.distributed as dist  # noqa: E402
 
-from ssd.pipeline.control import ZmqLane  # noqa: E402
-from ssd.pipeline.launch import LEAVE_S  # noqa: E402
-from ssd.pipeline.plan import Plan  # noqa: E402
-from ssd.pipeline.serve import run_worker  # noqa: E402
+from ssd.pipeline.runtime.launch import LEAVE_S  # noqa: E402
+from ssd.pipeline.runtime.plan import Plan  # noqa: E402
+from ssd.pipeline.runtime.worker_main import run_worker  # noqa: E402
+from ssd.pipeline.transport.lanes import ZmqLane  # noqa: E402
 
 LOOPBACK = "127.0.0.1"
 ORDERS = "ssd/orders"

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from ssd.config import load_config
+from ssd.config.load import load_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 

@@ -82,7 +82,7 @@ def _stage(bench: Bench, name: str, have: Path) -> int:
 
 def _tiny_pair(folder: Path) -> tuple[Path, Path]:
     """Two Llamas of 2 layers over one vocabulary."""
-    from ssd.testing.tiny import save_tiny
+    from ssd.testing.models.tiny import save_tiny
 
     return save_tiny(folder / "target", "llama", seed=0), save_tiny(folder / "draft", "llama", seed=1)
 

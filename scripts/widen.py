@@ -17,7 +17,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ssd.errors import ModelError
-from ssd.testing.widen import sizes_for, widen
+from ssd.testing.models.widen import sizes_for, widen
 
 TOKENIZER_FILES = (
     "tokenizer*",

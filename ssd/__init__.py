@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import Config, load_config
+    from .config.load import Config, load_config
     from .engine.async_engine import AsyncEngine
     from .engine.llm import LLM
     from .errors import (
@@ -31,25 +31,25 @@ if TYPE_CHECKING:
         UsageError,
         WorkerError,
     )
-    from .params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent, TokenLogprob
-    from .serving.client import AsyncClient, Client
-    from .structured import StructuredOutputsParams
+    from .request.params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent, TokenLogprob
+    from .request.structured import StructuredOutputsParams
+    from .serving.lane.client import AsyncClient, Client
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Config": "config",
-    "load_config": "config",
-    "AsyncClient": "serving.client",
+    "Config": "config.load",
+    "load_config": "config.load",
+    "AsyncClient": "serving.lane.client",
     "AsyncEngine": "engine.async_engine",
-    "Client": "serving.client",
+    "Client": "serving.lane.client",
     "LLM": "engine.llm",
-    "RequestOutput": "params",
-    "SamplingParams": "params",
-    "SpeculationRecord": "params",
-    "StreamEvent": "params",
-    "StructuredOutputsParams": "structured",
-    "TokenLogprob": "params",
+    "RequestOutput": "request.params",
+    "SamplingParams": "request.params",
+    "SpeculationRecord": "request.params",
+    "StreamEvent": "request.params",
+    "StructuredOutputsParams": "request.structured",
+    "TokenLogprob": "request.params",
     "ConfigError": "errors",
     "LinkError": "errors",
     "ModelError": "errors",

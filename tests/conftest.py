@@ -42,7 +42,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     ``random``, other weights altogether; ``adversary``, the target with its head negated: it
     guesses what the target thinks least likely.
     """
-    from ssd.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
+    from ssd.testing.models.tiny import save_tiny, tiny_model, tiny_tokenizer
 
     made: dict[tuple[str, str], Path] = {}
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from ssd.testing.tiny import save_tiny, tiny_model
+from ssd.testing.models.tiny import save_tiny, tiny_model
 
 
 def uncompiled(pair: str, folder: Path, batch: int) -> Path:

@@ -70,7 +70,7 @@ class Server:
         found = {"front": front}
         for child in front.children(recursive=True):
             line = child.cmdline()
-            if "ssd.pipeline.process" in line:
+            if "ssd.pipeline.runtime.process" in line:
                 found["worker " + str(len(found))] = child
         return found
 

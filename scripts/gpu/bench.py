@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, LlamaForCausalLM
 
-from ssd.config import resolve_model_path
-from ssd.testing.widen import sizes_for, widen
+from ssd.config.load import resolve_model_path
+from ssd.testing.models.widen import sizes_for, widen
 
 SEED = 1
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ssd import LLM, SamplingParams, StructuredOutputsParams
 from ssd.decoding.noise import uniform_bits
-from ssd.decoding.tree import TreeShape
-from ssd.models import tree_attention
-from ssd.models.graphs import Graphs
+from ssd.decoding.trees.shape import TreeShape
+from ssd.models.attention import split as tree_attention
+from ssd.models.cuda.graphs import Graphs
 from ssd.models.loading import load_model
 from ssd.models.rows import RowPlan
 from ssd.models.runner import Attention, ForwardRunner
-from ssd.pipeline.launch import InprocPipeline
+from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.testing.attention import CASES, LARGE_CASES, check
 
 from .bench import Bench

@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ssd import LLM, SamplingParams
-from ssd.bench.prompts import load_prompts
-from ssd.pipeline.launch import InprocPipeline
-from ssd.pipeline.plan import Plan
+from ssd.bench.measure.prompts import load_prompts
+from ssd.pipeline.runtime.launch import InprocPipeline
+from ssd.pipeline.runtime.plan import Plan
 
 from .bench import Bench, Size
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ssd.decoding.forecast import ConfidenceForecast
-from ssd.decoding.tree import TreeShape
-from ssd.models import tree_attention
-from ssd.models.graphs import Graphs
+from ssd.decoding.forecast.base import ConfidenceForecast
+from ssd.decoding.trees.shape import TreeShape
+from ssd.models.attention import split as tree_attention
+from ssd.models.cuda.graphs import Graphs
 from ssd.models.rows import RowPlan
 from ssd.models.runner import Attention, ForwardRunner
-from ssd.pipeline.branches import scratch_slots
-from ssd.pipeline.draft import DraftWorker
+from ssd.pipeline.draft.branches import scratch_slots
+from ssd.pipeline.draft.worker import DraftWorker
 from ssd.testing.attention import Case
 
 from .bench import Bench, Size

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from ssd.decoding.copying import CopyBias
-from ssd.decoding.tree import TreeShape
+from ssd.decoding.text.copying import CopyBias
+from ssd.decoding.trees.shape import TreeShape
 
 from .data import KINDS, heldout_windows
 from .recipe import SEED

@@ -31,7 +31,7 @@ class Stage:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
     """A pair trained from scratch, or grown from the generation before it: wider MLPs whose new
-    units first add nothing (:func:`ssd.testing.widen.widen`), so no learning is lost. The small
+    units first add nothing (:func:`ssd.testing.models.widen.widen`), so no learning is lost. The small
     one learns most of the language at half the cost a token."""
 
     name: str  # the folder below the root

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from ssd.testing.widen import widen
+from ssd.testing.models.widen import widen
 
 from .data import KINDS, Batches, heldout_windows
 from .muon import Muon

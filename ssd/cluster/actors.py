@@ -14,14 +14,14 @@ from typing import Any
 
 import ray
 
-from ..config import Config, load_config, section_of
+from ..config.load import Config, load_config, section_of
 from ..engine.llm import LLM
 from ..errors import PipelineError, RequestError, WorkerError
-from ..params import SamplingParams
-from ..pipeline.control import ControlLane, ZmqLane
-from ..pipeline.launch import LEAVE_S
-from ..pipeline.messages import Shutdown
-from ..pipeline.plan import Plan
+from ..pipeline.runtime.launch import LEAVE_S
+from ..pipeline.runtime.plan import Plan
+from ..pipeline.transport.lanes import ControlLane, ZmqLane
+from ..pipeline.transport.messages import Shutdown
+from ..request.params import SamplingParams
 from .cores import CoreLease
 from .placement import (
     LOOPBACK,
@@ -54,7 +54,7 @@ class WorkerActor:
             replica: other pipelines of this configuration may share the node: its cores are only
                 a number of cores.
         """
-        from ..pipeline.serve import run_worker  # models' code, which clients and fronts go without
+        from ..pipeline.runtime.worker_main import run_worker  # models' code, which clients and fronts go without
 
         read = Plan.from_dict(plan).for_role(role)
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])

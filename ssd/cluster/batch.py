@@ -1,6 +1,6 @@
 """``ssd batch`` on a cluster: Ray Data hands out the lines, an actor pool of pipelines decodes them.
 
-Formats, journal and resume are those of ``ssd.serving.batch``: the driver writes what comes back to
+Formats, journal and resume are those of ``ssd.serving.batch.run``: the driver writes what comes back to
 the same synced shards, so a run may be begun on one machine and finished on a cluster. What a kill
 costs is the lines in flight: a few times ``engine.max_batch`` for every replica.
 """
@@ -22,13 +22,13 @@ from typing import Any
 import ray
 import ray.data
 
-from ..config import Config
+from ..config.load import Config
 from ..engine.async_engine import AHEAD, AsyncEngine
 from ..engine.book import Limits
 from ..errors import PipelineError, SSDError, UsageError, WorkerError
-from ..pipeline.launch import Pipeline
-from ..pipeline.plan import Plan
-from ..serving.batch import Batch, Line, LineWorker, Progress, model_name
+from ..pipeline.runtime.launch import Pipeline
+from ..pipeline.runtime.plan import Plan
+from ..serving.batch.run import Batch, Line, LineWorker, Progress, model_name
 from .actors import PLACEMENT_TIMEOUT_S
 from .cores import CoreLease
 from .placement import Bundle, Placement, bundles, on_gpu, reason

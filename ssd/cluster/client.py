@@ -12,10 +12,10 @@ from typing import Any
 
 import ray
 
-from ..config import Config, load_config
+from ..config.load import Config, load_config
 from ..errors import PipelineError, UsageError, WorkerError
-from ..params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent, TokenLogprob
-from ..pipeline.launch import LEAVE_S
+from ..pipeline.runtime.launch import LEAVE_S
+from ..request.params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent, TokenLogprob
 from .actors import PipelineActor
 from .placement import reason, release_abandoned
 

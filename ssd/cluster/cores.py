@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from ..config import Config
+from ..config.load import Config
 
 
 @dataclass(slots=True)

@@ -22,12 +22,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
 
-from ..config import Config, load_config
+from ..config.load import Config, load_config
 from ..engine.async_engine import AsyncEngine
 from ..errors import UsageError, WorkerError
-from ..pipeline.launch import Pipeline
-from ..pipeline.plan import Plan
-from ..serving.app import build_app
+from ..pipeline.runtime.launch import Pipeline
+from ..pipeline.runtime.plan import Plan
+from ..serving.http.app import build_app
 from ..serving.metrics import Metrics
 from .actors import RayPipeline
 from .placement import Placement, Strategy, bundles

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .sampling import has_operators
-from .tree import ABSENT, TreeShape
+from .trees.shape import ABSENT, TreeShape
 
 _EXCLUDED = float("-inf")
 

@@ -9,13 +9,13 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..config import Config
+from ..config.load import Config
 from ..errors import OverloadedError, PipelineError, SSDError, WorkerError
-from ..params import RequestOutput, SamplingParams, StreamEvent
-from ..pipeline.async_lane import AsyncLane
-from ..pipeline.launch import Pipeline, Restartable, launch_here
-from ..pipeline.messages import Message, RoundReport, Watch
-from ..pipeline.plan import Plan
+from ..pipeline.runtime.launch import Pipeline, Restartable, launch_here
+from ..pipeline.runtime.plan import Plan
+from ..pipeline.transport.async_lane import AsyncLane
+from ..pipeline.transport.messages import Message, RoundReport, Watch
+from ..request.params import RequestOutput, SamplingParams, StreamEvent
 from .book import Limits, Request
 from .front import Front, Taken, taken
 from .restarts import News

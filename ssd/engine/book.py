@@ -22,7 +22,8 @@ from enum import Enum, auto
 from typing import Any
 
 from ..errors import OverloadedError, PipelineError
-from ..params import (
+from ..pipeline.transport.messages import Cancel, Committed, Finished, Submit
+from ..request.params import (
     FinishReason,
     Provenance,
     RequestOutput,
@@ -31,9 +32,8 @@ from ..params import (
     StreamEvent,
     TokenLogprob,
 )
-from ..pipeline.messages import Cancel, Committed, Finished, Submit
 from .detokenize import Detokenizer
-from .queue import FairQueue
+from .fair_queue import FairQueue
 
 
 class State(Enum):

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, load_config, rank_of, resolve_model_path, section_of
+from ..config.load import Config, load_config, rank_of, resolve_model_path, section_of
 from ..errors import ConfigError, RequestError, UsageError, WorkerError
 from ..models.loading import load_tokenizer, read_config
 from ..models.skipping import SkipSet
 from ..models.vocabulary import shared_vocabulary
-from ..params import SamplingParams, StreamEvent, completion_seed
-from ..pipeline.grammar import Grammars
-from ..pipeline.messages import (
+from ..pipeline.runtime.plan import Plan, check_sizes
+from ..pipeline.sampling.grammar import Grammars
+from ..pipeline.transport.messages import (
     Committed,
     Failed,
     Finished,
@@ -30,7 +30,7 @@ from ..pipeline.messages import (
     Timings,
     Welcome,
 )
-from ..pipeline.plan import Plan, check_sizes
+from ..request.params import SamplingParams, StreamEvent, completion_seed
 from .book import Limits, Request, RequestBook, Step
 from .detokenize import Detokenizer
 from .resolve import resolve

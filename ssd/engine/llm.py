@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..config import Config
+from ..config.load import Config
 from ..errors import PipelineError, RequestError, WorkerError
-from ..params import RequestOutput, SamplingParams, StreamEvent
-from ..pipeline.launch import Pipeline, Restartable, launch_here
-from ..pipeline.messages import GetTimings, RoundReport, Watch
-from ..pipeline.plan import Plan
+from ..pipeline.runtime.launch import Pipeline, Restartable, launch_here
+from ..pipeline.runtime.plan import Plan
+from ..pipeline.transport.messages import GetTimings, RoundReport, Watch
+from ..request.params import RequestOutput, SamplingParams, StreamEvent
 from .book import Request
 from .front import Front, Taken, taken
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..decoding.tree import TreeShape
+from ..decoding.trees.shape import TreeShape
 
 BLOCK = 256
 """Main slots an attention block covers. Sums over slots go block by block in one order, so

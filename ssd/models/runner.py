@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import RequestError
-from . import attention as rows_attention
-from . import native, tree_attention
+from .attention import reference as rows_attention
+from .attention import split as tree_attention
 from .cache import CacheView, SlotCache
-from .graphs import Graphs
+from .cpu import native
+from .cpu.linear import RowsLinear
+from .cuda.graphs import Graphs
 from .rows import RowPlan
-from .rows_linear import RowsLinear
 from .sharding import Sharding
 
 Attention = Literal["rows", "tree"]

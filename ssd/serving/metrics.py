@@ -8,8 +8,8 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ..engine.book import Request
-from ..params import StreamEvent
-from ..pipeline.messages import RoundReport
+from ..pipeline.transport.messages import RoundReport
+from ..request.params import StreamEvent
 from .remote import read_metrics
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)

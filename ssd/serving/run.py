@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
-from ..config import Config
+from ..config.load import Config
 from ..engine.async_engine import AsyncEngine
 from ..errors import SSDError, UsageError
-from ..pipeline.launch import Pipeline, launch_here
-from ..pipeline.plan import Plan
-from .app import build_app
-from .lane import LaneServer
+from ..pipeline.runtime.launch import Pipeline, launch_here
+from ..pipeline.runtime.plan import Plan
+from .http.app import build_app
+from .lane.server import LaneServer
 from .metrics import Metrics
 from .shadow import observed_engine
 

@@ -19,15 +19,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from random import Random
 
-from ..config import Config
+from ..config.load import Config
 from ..decoding.sampling import GREEDY_BELOW
 from ..engine.async_engine import AsyncEngine
 from ..engine.book import Request
 from ..errors import OverloadedError, PipelineError
-from ..params import RequestOutput, StreamEvent
-from ..pipeline.launch import Pipeline, launch_here
-from ..pipeline.messages import RoundReport
-from ..pipeline.plan import Plan
+from ..pipeline.runtime.launch import Pipeline, launch_here
+from ..pipeline.runtime.plan import Plan
+from ..pipeline.transport.messages import RoundReport
+from ..request.params import RequestOutput, StreamEvent
 from .metrics import Metrics
 
 CLIENT = "ssd.shadow"

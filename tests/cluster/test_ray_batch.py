@@ -18,11 +18,11 @@ import psutil
 import pytest
 
 from ssd import LLM, SamplingParams
-from ssd.config import load_config
+from ssd.config.load import load_config
 from ssd.errors import WorkerError
-from ssd.pipeline.launch import InprocPipeline
-from ssd.serving.batch import Batch
-from ssd.testing.scripted import ScriptedPipeline
+from ssd.pipeline.runtime.launch import InprocPipeline
+from ssd.serving.batch.run import Batch
+from ssd.testing.twins.pipeline import ScriptedPipeline
 
 pytest.importorskip("ray.data")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]

@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from ssd import LLM, SamplingParams
-from ssd.config import Config, load_config
-from ssd.pipeline.launch import InprocPipeline
-from ssd.testing.scripted import ScriptedPipeline, scripted_token
+from ssd.config.load import Config, load_config
+from ssd.pipeline.runtime.launch import InprocPipeline
+from ssd.testing.twins.pipeline import ScriptedPipeline, scripted_token
 
 pytest.importorskip("ray.serve")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from ssd.errors import PipelineError
-from ssd.pipeline.async_lane import AsyncLane
-from ssd.pipeline.control import ControlLane, InprocLane, ZmqLane
-from ssd.pipeline.messages import Cancel, Message
+from ssd.pipeline.transport.async_lane import AsyncLane
+from ssd.pipeline.transport.lanes import ControlLane, InprocLane, ZmqLane
+from ssd.pipeline.transport.messages import Cancel, Message
 
 COUNT = 3000
 

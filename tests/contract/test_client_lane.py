@@ -17,17 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssd import SamplingParams
-from ssd.config import ServerConfig
+from ssd.config.load import ServerConfig
 from ssd.engine.async_engine import AsyncEngine
 from ssd.errors import ConfigError, OverloadedError, PipelineError, RequestError, UsageError
-from ssd.params import RequestOutput, SpeculationRecord, StreamEvent, completion_seed
-from ssd.pipeline.plan import Plan
-from ssd.serving import wire
-from ssd.serving.asked import Asked
-from ssd.serving.client import AsyncClient, Client
-from ssd.serving.keys import make_keys
-from ssd.serving.lane import LaneServer
-from ssd.testing.scripted import ScriptedPipeline, scripted_token
+from ssd.pipeline.runtime.plan import Plan
+from ssd.request.params import RequestOutput, SpeculationRecord, StreamEvent, completion_seed
+from ssd.serving.lane import wire
+from ssd.serving.lane.client import AsyncClient, Client
+from ssd.serving.lane.in_flight import Asked
+from ssd.serving.lane.keys import make_keys
+from ssd.serving.lane.server import LaneServer
+from ssd.testing.twins.pipeline import ScriptedPipeline, scripted_token
 
 SOON_S = 60.0
 PARAMS = SamplingParams(max_tokens=30, seed=5)
@@ -272,7 +272,7 @@ def test_refusals_keep_their_kind(tmp_path: Path) -> None:
 
 
 def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssd.serving.client.CONNECT_S", 0.2)
+    monkeypatch.setattr("ssd.serving.lane.client.CONNECT_S", 0.2)
 
     async def body() -> None:
         with pytest.raises(PipelineError, match="ssd serve"):
@@ -304,7 +304,7 @@ def test_garbage_does_not_stop_the_server(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not zmq.has("curve"), reason="this libzmq has no CURVE")
 def test_tcp_needs_keys_that_the_server_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssd.serving.client.CONNECT_S", 1.0)
+    monkeypatch.setattr("ssd.serving.lane.client.CONNECT_S", 1.0)
     keys, foreign = tmp_path / "keys", tmp_path / "foreign"
     make_keys(keys, "alice")
     make_keys(foreign, "mallory")

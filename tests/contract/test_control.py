@@ -13,10 +13,10 @@ import pytest
 import zmq
 
 from ssd.errors import PipelineError
-from ssd.params import SamplingParams, SpeculationRecord
-from ssd.pipeline import control, messages
-from ssd.pipeline.control import ControlLane, InprocLane, ZmqLane
-from ssd.pipeline.messages import (
+from ssd.pipeline.transport import lanes as control
+from ssd.pipeline.transport import messages
+from ssd.pipeline.transport.lanes import ControlLane, InprocLane, ZmqLane
+from ssd.pipeline.transport.messages import (
     Admit,
     Bell,
     Cancel,
@@ -44,6 +44,7 @@ from ssd.pipeline.messages import (
     decode,
     encode,
 )
+from ssd.request.params import SamplingParams, SpeculationRecord
 
 PARAMS = SamplingParams(
     temperature=0.7,

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from ssd.errors import LinkError
-from ssd.pipeline.link import InprocLink, Link
-from ssd.pipeline.rendezvous import VerifierSide, draft_side
+from ssd.pipeline.transport.links.base import Link
+from ssd.pipeline.transport.links.inproc import InprocLink
+from ssd.pipeline.transport.rendezvous import VerifierSide, draft_side
 
 PATIENCE_S = 20.0
 """No wait of a test is longer: a hang is a failure, not a stuck run."""

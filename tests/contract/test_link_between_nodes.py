@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
-from ssd.pipeline.rendezvous import VerifierSide, draft_side
+from ssd.pipeline.transport.rendezvous import VerifierSide, draft_side
 
 
 def test_addresses() -> None:

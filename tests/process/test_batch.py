@@ -18,11 +18,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd.config import Config, load_config
+from ssd.config.load import Config, load_config
 from ssd.errors import UsageError
-from ssd.serving.batch import Batch, Progress, read_lines
-from ssd.serving.journal import Journal
-from ssd.testing.scripted import ScriptedPipeline
+from ssd.serving.batch.journal import Journal
+from ssd.serving.batch.run import Batch, Progress, read_lines
+from ssd.testing.twins.pipeline import ScriptedPipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW_S = 0.02
@@ -189,9 +189,9 @@ def test_a_shard_cut_anywhere(cut: int, garbage: bytes, tmp_path_factory: pytest
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
-    from ssd.cli import app
+    from ssd.cli.app import app
 
-    monkeypatch.setattr("ssd.serving.batch.Batch", partial(Batch, launch=ScriptedPipeline))
+    monkeypatch.setattr("ssd.serving.batch.run.Batch", partial(Batch, launch=ScriptedPipeline))
     source, out = write(tmp_path / "in.jsonl", plain(5)), tmp_path / "out.jsonl"
     answer = CliRunner().invoke(app, ["batch", str(source), str(out), "--set", "engine.max_batch=2"])
     assert answer.exit_code == 0, answer.output

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from ssd import LLM, SamplingParams
-from ssd.bench.prompts import DEMO_PROMPTS
-from ssd.config import resolve_model_path
+from ssd.bench.measure.prompts import DEMO_PROMPTS
+from ssd.config.load import resolve_model_path
 from ssd.errors import ModelError
-from ssd.pipeline.launch import InprocPipeline, LocalPipeline
+from ssd.pipeline.runtime.launch import InprocPipeline, LocalPipeline
 
 PROMPTS = [prompt.text for prompt in DEMO_PROMPTS[:4]]
 

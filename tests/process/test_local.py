@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from ssd import LLM, PipelineError, SamplingParams, UsageError, WorkerError
-from ssd.pipeline.launch import LocalPipeline
+from ssd.pipeline.runtime.launch import LocalPipeline
 
 Configure = Callable[..., dict[str, Any]]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ssd.testing.served import Served
+from ssd.testing.twins.served import Served
 
 playwright = pytest.importorskip("playwright.sync_api")
 BROWSER = next(

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from ssd import LLM, SamplingParams
-from ssd.pipeline.launch import InprocPipeline
+from ssd.pipeline.runtime.launch import InprocPipeline
 
 SCHEMA = {
     "type": "object",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,62 +14,52 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "ssd"
 MAX_LINES = 400
+MAX_MODULES = 12
+MAX_PARAMETERS = 8
+PIPELINE_LINES = 6300
+"""``ssd/pipeline`` stays smaller than this."""
 
-BASE = ("errors", "params", "structured")
 STACK = (
-    "config_words",
-    "config_speculation",
+    "errors",
+    "request",
+    "decoding",
     "config",
     "models",
     "pipeline",
     "engine",
-    "learning",
     "serving",
     "cluster",
     "bench",
     "testing",
+    "__init__",
+    "cli",
 )
-"""Bottom to top: a layer imports only what stands before it (models also decoding)."""
-MEASURING = ("cli_bench", "cli_plan", "cli_tune")
-ALLOWED = {
-    "errors": set(),
-    "structured": {"errors"},
-    "params": {"errors", "structured"},
-    "decoding": {*BASE},
-    **{layer: {*BASE, "decoding", *STACK[:index]} for index, layer in enumerate(STACK)},
-    "config_words": set(),
-    "config_speculation": {"errors"},
-    "config": {*BASE, "config_words", "config_speculation"},
-    # The package's face and its commands stand above everything.
-    "__init__": {*BASE, "decoding", *STACK},
-    "cli": {
-        "__init__",
-        *BASE,
-        "decoding",
-        *STACK,
-        "cli_serving",
-        "cli_remote",
-        "cli_certify",
-        "cli_values",
-        *MEASURING,
+"""Bottom to top: a layer imports only what stands before it."""
+ALLOWED = {layer: {*STACK[:index]} for index, layer in enumerate(STACK)}
+ROOMS = {
+    "pipeline": {
+        "round": set(),
+        "transport": {"round"},
+        "policy": {"round"},
+        "sampling": {"round"},
+        "verifier": {"round", "transport", "policy", "sampling"},
+        "draft": {"round", "transport", "sampling"},
+        "runtime": {"round", "transport", "policy", "sampling", "verifier", "draft"},
     },
-    "cli_values": {*BASE},
-    "cli_serving": {"__init__", *BASE, "decoding", *STACK},
-    "cli_remote": {"__init__", *BASE, "decoding", *STACK},
-    "cli_certify": {"__init__", *BASE, "decoding", *STACK, "cli_serving"},
-    **{command: {"__init__", *BASE, "decoding", *STACK, "cli_plan"} for command in MEASURING},
+    "serving": {"http": set(), "lane": set(), "batch": {"http"}},
 }
+"""Rooms of a layer, and which of its other rooms each may import."""
 OPEN = {"ssd.__version__"}
 """Importable from everywhere."""
 FENCED = {
     "ray": ("ssd/cluster/", "launch/"),
-    "zmq": ("ssd/pipeline/", "ssd/serving/"),
-    "torch.distributed": ("ssd/pipeline/", "ssd/models/", "launch/"),
-    "llguidance": ("ssd/pipeline/grammar.py",),
+    "zmq": ("ssd/pipeline/transport/", "ssd/serving/lane/"),
+    "torch.distributed": ("ssd/pipeline/transport/", "ssd/models/", "launch/"),
+    "llguidance": ("ssd/pipeline/sampling/grammar.py",),
     "transformers": ("ssd/models/", "ssd/engine/", "ssd/testing/", "ssd/bench/peers/worker.py"),
-    "typer": tuple(f"ssd/{name}.py" for name in ("cli", "cli_serving", "cli_remote", "cli_certify", *MEASURING)),
+    "typer": ("ssd/cli/",),
     "fastapi": ("ssd/serving/",),
-    "uvicorn": ("ssd/serving/", "ssd/testing/served.py"),
+    "uvicorn": ("ssd/serving/", "ssd/testing/twins/served.py"),
 }
 DECODING_IMPORTS = {"torch", "ssd"}
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal"}
@@ -140,6 +131,24 @@ def test_layers(path: Path) -> None:
                 assert inner in ALLOWED[layer(path)], f"{name(path)} must not import {module}"
 
 
+@pytest.mark.parametrize("path", sources(*(f"ssd/{owner}" for owner in ROOMS)), ids=name)
+def test_rooms(path: Path) -> None:
+    """Inside a layer the fences are as strict."""
+    owner, room, *rest = path.relative_to(PACKAGE).with_suffix("").parts
+    if not rest:  # a module of the layer itself
+        return
+    rooms = ROOMS[owner]
+    for module in imports(path):
+        parts = module.split(".")
+        if parts[:2] == ["ssd", owner] and len(parts) > 2 and parts[2] in rooms and parts[2] != room:
+            assert parts[2] in rooms[room], f"{name(path)} must not import {module}"
+
+
+@pytest.mark.parametrize("path", sources("ssd/pipeline/policy"), ids=name)
+def test_policy_needs_no_torch(path: Path) -> None:
+    assert not [module for module in imports(path) if within(module, "torch")]
+
+
 @pytest.mark.parametrize("path", sources("ssd", "launch"), ids=name)
 def test_fenced_libraries(path: Path) -> None:
     for library, homes in FENCED.items():
@@ -161,6 +170,25 @@ def test_files_stay_short(path: Path) -> None:
     assert lines <= MAX_LINES, f"{name(path)} has {lines} lines; split it by noun"
 
 
+def test_folders_stay_small() -> None:
+    folders = Counter(path.parent for path in sources("ssd") if path.name not in ("__init__.py", "__main__.py"))
+    large = {name(folder): count for folder, count in folders.items() if count > MAX_MODULES}
+    assert not large, f"more than {MAX_MODULES} modules in {large}; make rooms by noun"
+
+
+@pytest.mark.parametrize("path", sources("ssd/pipeline", "ssd/engine", "ssd/models"), ids=name)
+def test_constructors_stay_small(path: Path) -> None:
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            given = node.args
+            count = len([*given.posonlyargs, *given.args, *given.kwonlyargs]) - 1
+            assert count <= MAX_PARAMETERS, f"{name(path)}:{node.lineno} takes {count} parameters"
+
+
+def test_the_pipeline_stays_small() -> None:
+    assert sum(len(path.read_text().splitlines()) for path in sources("ssd/pipeline")) < PIPELINE_LINES
+
+
 @pytest.mark.parametrize("path", sources("ssd"), ids=name)
 def test_nothing_unpickles(path: Path) -> None:
     used = uses(path)
@@ -168,7 +196,7 @@ def test_nothing_unpickles(path: Path) -> None:
     assert not used & {"torch.load", "torch.save", "numpy.load", "np.load"}
 
 
-@pytest.mark.parametrize("path", [path for path in sources("ssd") if path != PACKAGE / "cli.py"], ids=name)
+@pytest.mark.parametrize("path", [path for path in sources("ssd") if layer(path) != "cli"], ids=name)
 def test_only_the_command_line_prints(path: Path) -> None:
     calls = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call) and dotted(node.func) == "print"]
     assert not calls, f"{name(path)} prints at line {calls[0].lineno}"

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...config import Config, resolve_model_path
+from ...config.load import Config, resolve_model_path
 from ...errors import PipelineError, RequestError
-from ...params import RequestOutput, SamplingParams, SpeculationRecord
-from ..arms import Sample
-from ..prompts import Prompt
+from ...request.params import RequestOutput, SamplingParams, SpeculationRecord
+from ..measure.arms import Sample
+from ..measure.prompts import Prompt
 
 PEERS = {
     "transformers": ("transformers", False),

@@ -1,0 +1,1 @@
+"""Comparing drafts, trees and forecasts."""

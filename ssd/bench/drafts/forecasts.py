@@ -1,0 +1,77 @@
+"""Hit rates of forecasts by replay: rounds led along known texts, every forecast asked what it would prepare.
+
+As in ``replay``, under coupled verification trees and outcomes depend on the text alone. But forecasts that learn
+are told what became of theirs, so rounds come in order, and texts one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ...decoding.forecast.base import Forecast
+from ...decoding.trees.shape import ABSENT
+from ...pipeline.runtime.build import build_draft
+from ...pipeline.runtime.plan import Plan
+from ...request.params import SamplingParams
+from ..simulate.replay import Walk, deepest_node, draft_plan, with_speculation
+
+
+def hit_rates(
+    plan: Plan,
+    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    params: SamplingParams,
+    *,
+    shapes: Sequence[str],
+    budgets: Sequence[int],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, dict[int, float]]:
+    """Share of rounds whose outcome was prepared, by the forecast's shape and its budget.
+
+    Args:
+        plan: of the pairing; its tree is used. texts: prompt and the target's answer to it under
+            ``params``, as token ids. The answers' last K + 1 tokens only judge what comes before.
+        progress: texts done and in all.
+    """
+    tree = plan.shape
+    siblings = list(tree.siblings)
+    worker = build_draft(draft_plan(plan, tree.depth, siblings, max(budgets)))[0]
+    forecasts = {
+        (shape, budget): with_speculation(
+            plan, lookahead=tree.depth, siblings=siblings, budget=budget, shape=shape, max_batch=1
+        ).forecast("cpu")
+        for shape in shapes
+        for budget in budgets
+    }
+    hits, rounds = dict.fromkeys(forecasts, 0), 0
+    for number, (prompt, answer) in enumerate(texts):
+        walk = Walk(worker, tree, [*prompt, *answer], params)
+        for forecast in forecasts.values():
+            forecast.admit(0, params.temperature)
+        root, last, first = len(prompt) - 1, len(prompt) + len(answer) - tree.depth - 2, True
+        while root < last:
+            tokens, scores = walk.at(root)
+            tokens = tokens[None].clone()
+            if first:  # nothing was prepared for a sequence's first round
+                tokens[:, 1:], first = ABSENT, False
+            ahead = torch.tensor([walk.ids[root + 1 : root + tree.depth + 2]])
+            node, depth = deepest_node(tree, tokens, ahead)
+            bonus = ahead.gather(1, depth[:, None])[:, 0]
+            for key, forecast in forecasts.items():
+                hits[key] += _hit(forecast, scores[None], tokens, node, bonus)
+            rounds += 1
+            root += int(depth) + 1
+        progress(number + 1, len(texts))
+    return {shape: {budget: hits[shape, budget] / rounds for budget in budgets} for shape in shapes}
+
+
+def _hit(forecast: Forecast, scores: Tensor, tokens: Tensor, node: Tensor, bonus: Tensor) -> bool:
+    """One round of one text."""
+    forecast.prepare(tokens.tolist())
+    nodes, guesses = forecast.outcomes(scores, tokens)
+    outcome, outcomes = (int(node), int(bonus)), zip(nodes[0].tolist(), guesses[0].tolist(), strict=True)
+    branch = next((n for n, prepared in enumerate(outcomes) if prepared == outcome), None)
+    forecast.learn([True], node.tolist(), [branch])
+    return branch is not None

@@ -1,0 +1,200 @@
+"""Which candidate tree accepts most per row: a draft asked along known texts.
+
+Under coupled verification the tree below a root depends on the text alone, and an accepted path *is* the text.
+So where every child is the draft's guess of some rank, all that matters of a text is the rank the draft gave each
+of its tokens (:func:`ranks`), and any static tree is judged by walking over these. Trees whose shape follows the
+draft's confidence need what the draft says beside the text too (:func:`dynamic_depths`).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...decoding.noise import gumbel
+from ...decoding.trees.widths import siblings_within
+from ...request.params import SamplingParams
+
+RankPath = tuple[int, ...]
+"""A node by the ranks of the guesses on its path, from below the root; the root is ()."""
+
+
+@dataclass(frozen=True)
+class RankTree:
+    """A static tree: which guesses are verified after which. ``paths``: of its nodes, the root's left out."""
+
+    paths: frozenset[RankPath]
+
+    @classmethod
+    def comb(cls, widths: Sequence[int]) -> RankTree:
+        """A chain as deep as ``widths`` is long, with so many guesses at each depth, the chain's among them."""
+        return cls(frozenset((*[0] * depth, rank) for depth, width in enumerate(widths) for rank in range(width)))
+
+    @property
+    def rows(self) -> int:
+        """W."""
+        return len(self.paths) + 1
+
+    @property
+    def depth(self) -> int:
+        return max((len(path) for path in self.paths), default=0)
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """Nodes at each depth below the root."""
+        counts = Counter(len(path) for path in self.paths)
+        return tuple(counts[depth] for depth in range(1, self.depth + 1))
+
+    def accepted(self, ranks: Sequence[int]) -> int:
+        """Depth reached along a text whose next tokens have these ranks."""
+        node: RankPath = ()
+        for rank in ranks:
+            if (child := (*node, rank)) not in self.paths:
+                break
+            node = child
+        return len(node)
+
+
+def tokens_per_round(accepted: Iterable[Sequence[int]]) -> float:
+    """Of rounds that follow each other, given how deep one from each position of each text would reach."""
+    rounds = tokens = 0
+    for text in accepted:
+        position = 0
+        while position < len(text):
+            rounds += 1
+            tokens += text[position] + 1
+            position += text[position] + 1
+    return tokens / rounds
+
+
+def static_accepted(tree: RankTree, texts: Iterable[Sequence[int]], horizon: int) -> list[list[int]]:
+    """For every position of the texts of ranks but the last ``horizon``: the depth a round would reach."""
+    return [[tree.accepted(text[at : at + tree.depth]) for at in range(len(text) - horizon)] for text in texts]
+
+
+def rank_curve(texts: Iterable[Sequence[int]], widest: int = 9) -> tuple[float, ...]:
+    """``m(r)``: how often the draft's guess of each rank below ``widest`` was right."""
+    counts = Counter(rank for text in texts for rank in text)
+    return tuple(counts[rank] / counts.total() for rank in range(widest))
+
+
+def static_tree(curve: Sequence[float], rows: int, deepest: int) -> RankTree:
+    """The ``rows - 1`` likeliest nodes, a node being as likely as its path's ranks together: greedy marginal gain
+    (Sequoia, arXiv 2402.12374)."""
+    heap: list[tuple[float, RankPath]] = [(-chance, (rank,)) for rank, chance in enumerate(curve)]
+    paths: set[RankPath] = set()
+    heapq.heapify(heap)
+    while len(paths) < rows - 1 and heap:
+        worth, path = heapq.heappop(heap)
+        paths.add(path)
+        if len(path) < deepest:
+            for rank, chance in enumerate(curve):
+                heapq.heappush(heap, (worth * chance, (*path, rank)))
+    return RankTree(frozenset(paths))
+
+
+def chains(rows: int, deepest: int) -> list[RankTree]:
+    return [RankTree.comb([1] * depth) for depth in range(1, min(deepest, rows - 1) + 1)]
+
+
+def even_combs(rows: int, deepest: int) -> list[RankTree]:
+    """As many siblings at every depth."""
+    return [RankTree.comb([(rows - 1) // depth] * depth) for depth in range(1, min(deepest, rows - 1) + 1)]
+
+
+def allotted_combs(curve: Sequence[float], rows: int, deepest: int) -> list[RankTree]:
+    """Siblings where the curve says they are likeliest accepted, one comb for each depth."""
+    depths = range(1, min(deepest, rows - 1) + 1)
+    return [RankTree.comb([1 + count for count in siblings_within(rows, depth, curve)]) for depth in depths]
+
+
+class DraftAlong:
+    """A draft on one text.
+
+    Args:
+        model: as transformers loaded it, without copy bias. ids: the text. first: position of the first root.
+    """
+
+    def __init__(self, model: Any, ids: Sequence[int], first: int, params: SamplingParams, vocabulary: int):
+        self._model, self._params, self._vocabulary = model, params, vocabulary
+        self.ids, self.first = torch.tensor(ids), first
+        self._cache: Any = None  # the model makes it
+        positions = torch.arange(len(ids))
+        self._scores = self._forward(self.ids, positions, torch.tril(torch.ones(len(ids), len(ids), dtype=torch.bool)))
+
+    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """Scores ``[R, V]`` after rows of ``tokens`` at ``positions`` that attend ``mask`` ``[R, slots]``."""
+        bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        with torch.no_grad():
+            given = {"position_ids": positions[None], "attention_mask": bias[None, None], "use_cache": True}
+            found = self._model(input_ids=tokens[None], past_key_values=self._cache, **given)
+        self._cache, logits = found.past_key_values, found.logits[0, :, : self._vocabulary].float()
+        if self._params.temperature == 0:
+            return logits
+        seeds = torch.tensor([self._params.seed])[:, None]
+        return logits + self._params.temperature * gumbel(seeds, positions[None] + 1, self._vocabulary)[0]
+
+    def ranks(self) -> list[int]:
+        """Of every token after the first root: how many guesses the draft ranked before it."""
+        scores, right = self._scores[self.first : -1], self.ids[self.first + 1 :]
+        return (scores > scores.gather(1, right[:, None])).sum(1).tolist()
+
+    def dynamic_depths(self, rows: int, deepest: int, horizon: int, sharpness: float) -> list[list[int]]:
+        """Depth reached from every root by the tree of the nodes of greatest confidence: the product of confidences
+        along the path (EAGLE-2, arXiv 2406.16858, here without its beam: nodes are expanded one at a time). Confidence
+        in a token is softmax(β · scores), noise included; β is ``sharpness``. Returns a list for each number of rows
+        2, 3, .., ``rows``."""
+        roots = torch.arange(self.first, len(self.ids) - 1 - horizon)
+        count, length = len(roots), len(self.ids)
+        every = torch.arange(count)
+        slots = torch.arange(length) <= roots[:, None]  # of the text, seen by every row below a root
+        pool = _children(self._scores[roots], torch.zeros(count), rows - 1, sharpness)
+        parents, depths = torch.full_like(pool.tokens, -1), torch.ones_like(pool.tokens)
+        right = torch.zeros(count, 0, dtype=torch.bool)  # [P, n]: which nodes are the text's
+        above = torch.zeros(count, 0, 0, dtype=torch.bool)  # [P, n, n]: which nodes stand above which, itself included
+        found, reached = [], torch.zeros(count, dtype=torch.int64)
+        for step in range(rows - 1):
+            best = pool.worth.argmax(1)
+            worth, token, parent, depth = (x[every, best] for x in (pool.worth, pool.tokens, parents, depths))
+            pool.worth[every, best] = -torch.inf
+            above_right = right[every, parent.clamp(min=0)] if step else parent < 0
+            on_path = ((parent < 0) | above_right) & (token == self.ids[roots + depth])
+            reached = torch.where(on_path, depth.maximum(reached), reached)
+            found.append(reached.tolist())
+            if step == rows - 2:
+                break
+            right = torch.cat([right, on_path[:, None]], 1)
+            grown = torch.zeros(count, step + 1, step + 1, dtype=torch.bool)
+            grown[:, :step, :step] = above
+            if step:
+                grown[:, step, :step] = above[every, parent.clamp(min=0)] & (parent >= 0)[:, None]
+            grown[:, step, step] = True
+            above = grown
+            # Rows of one step lie side by side in the cache: row p of step s is slot length + s * P + p.
+            mine = torch.zeros(count, step + 1, count, dtype=torch.bool)
+            mine[every, :, every] = above[:, step]
+            scores = self._forward(token, roots + depth, torch.cat([slots, mine.flatten(1)], 1))
+            new = _children(scores, worth.masked_fill(depth >= deepest, -torch.inf), rows - 1, sharpness)
+            pool = _Pool(torch.cat([pool.worth, new.worth], 1), torch.cat([pool.tokens, new.tokens], 1))
+            parents = torch.cat([parents, torch.full_like(new.tokens, step)], 1)
+            depths = torch.cat([depths, (depth + 1)[:, None].expand_as(new.tokens)], 1)
+        self._cache.crop(-(self._cache.get_seq_length() - length))
+        return found
+
+
+class _Pool(NamedTuple):
+    worth: Tensor
+    tokens: Tensor
+
+
+def _children(scores: Tensor, worth: Tensor, most: int, sharpness: float) -> _Pool:
+    """Of nodes ``[P]`` with these scores ``[P, V]``: the ``most`` best, worth the node's and the draft's confidence."""
+    best = (sharpness * scores).log_softmax(-1).topk(most, dim=-1)
+    return _Pool(best.values + worth[:, None], best.indices)

@@ -1,0 +1,1 @@
+"""Certificates that output equals plain decoding."""

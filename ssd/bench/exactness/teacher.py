@@ -1,0 +1,119 @@
+"""Teacher forcing: what a target says after a prefix, computed apart from the engine.
+
+A plain ``transformers`` forward over the whole prefix with the model's own attention: no slot cache,
+no row plans, no compilation. Only the formulas that turn logits into a choice are the engine's
+(``ssd.decoding``), for they define it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...config.load import Config, resolve_model_path
+from ...decoding.noise import gumbel
+from ...decoding.sampling import scores
+from ...engine.front import make_plan
+from ...engine.resolve import resolve
+from ...models.loading import load_model
+from ...pipeline.sampling.slots import Chooser
+from ...request.params import RequestOutput, SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forced:
+    """Two tokens as choices after one prefix."""
+
+    scores: tuple[float, float]
+    """Processed and perturbed: the larger is chosen. ``-inf``: filtered or excluded."""
+    within: bool
+    """Whether logits no farther than the band from the teacher's choose the one, and others the other."""
+
+    @property
+    def gap(self) -> float:
+        return abs(self.scores[0] - self.scores[1]) if self.scores[0] != self.scores[1] else 0.0
+
+
+class Teacher:
+    """The configuration's target, in its dtype, on its device, loaded a second time.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+
+    def __init__(self, config: Config):
+        self._tokenizer, self._plan = make_plan(config)
+        target = config.target
+        self._model = load_model(
+            resolve_model_path(target.model),
+            dtype=target.dtype,
+            device=target.device,
+            max_positions=config.engine.max_model_len,
+        )
+
+    @torch.no_grad()
+    def logits(self, tokens: Sequence[int], rows: int) -> Tensor:
+        """After each of the last ``rows`` prefixes of ``tokens``, float32 ``[rows, V]``."""
+        ids = torch.tensor([list(tokens)], device=self._model.device)
+        logits = self._model(input_ids=ids, logits_to_keep=rows, use_cache=False).logits
+        return logits[0, :, : self._plan.vocabulary].float()
+
+    def noise_of(self, output: RequestOutput) -> float:
+        """Largest difference between a log-probability the engine reported and the teacher's, over
+        all tokens reported of all rows. The request must have asked for ``logprobs``."""
+        told = output.logprobs
+        if not told:
+            return 0.0
+        rows = self.logits([*output.prompt_token_ids, *output.token_ids[:-1]], len(told)).log_softmax(-1)
+        ours = [[rows[row, one] for one in _ids(token)] for row, token in enumerate(told)]
+        theirs = [[token.logprob, *(value for _, value in token.top)] for token in told]
+        return max(abs(float(a) - b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True))
+
+    def force(
+        self,
+        prompt: Sequence[int],
+        output: Sequence[int],
+        params: SamplingParams,
+        tokens: tuple[int, int],
+        band: float,
+    ) -> Forced:
+        """Judge two tokens as the next one after ``prompt`` and ``output``.
+
+        Filters and processors are no smooth functions of the logits, so what the band allows is
+        tried: a token is a possible choice if it is the choice once its own logit is raised by the
+        band, or its rival's lowered, or both by half of it.
+        """
+        logits = self.logits([*prompt, *output], 1)
+        one, other = tokens
+        tried = [logits]
+        for token, rival in ((one, other), (other, one)):
+            for up, down in ((band, 0.0), (0.0, band), (band / 2, band / 2)):
+                moved = logits.clone()
+                moved[0, token] += up
+                moved[0, rival] -= down
+                tried.append(moved)
+        judged = self._scores(torch.stack(tried, dim=1), prompt, output, params)  # [1, 7, V]
+        chosen = set(judged[0].argmax(-1).tolist())
+        return Forced(
+            scores=(float(judged[0, 0, one]), float(judged[0, 0, other])),
+            within={one, other} <= chosen,
+        )
+
+    def _scores(self, logits: Tensor, prompt: Sequence[int], output: Sequence[int], params: SamplingParams) -> Tensor:
+        """``[1, R, V]``: raw logits of R variants of one row to what its choice is the argmax of."""
+        plan, device = self._plan, logits.device
+        params = resolve(params, self._tokenizer, vocabulary=plan.vocabulary, ends=plan.ends)
+        chooser = Chooser(1, plan.vocabulary, device, horizon=1)
+        chooser.set(0, params)
+        ends = {*params.stop_token_ids, *plan.ends} if params.min_tokens else set()
+        chooser.process(0, params, prompt=prompt, output=output, ends=sorted(ends))
+        position = torch.tensor([len(prompt) + len(output)], device=device)
+        noise = gumbel(torch.tensor([params.seed], device=device), position, plan.vocabulary)
+        return scores(chooser.processed(logits, None), chooser.params, noise.expand_as(logits[0])[None])
+
+
+def _ids(token: object) -> list[int]:
+    return [token.token_id, *(one for one, _ in token.top)]  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""Simulating rounds from measured profiles, and planning with it."""

@@ -1,0 +1,186 @@
+"""What rounds at every position of known texts accept and hit: the draft, run over them.
+
+Under coupled verification the tree below a root depends on the tokens before it alone, whether it
+was prepared as a branch or drafted after a miss. So the draft is led along the target's own tokens,
+drafts the deepest and widest tree at every position, and all smaller trees are parts of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ...decoding.sampling import scores
+from ...decoding.trees.shape import ABSENT, TreeShape
+from ...decoding.trees.widths import siblings_within
+from ...errors import ConfigError
+from ...models.rows import RowPlan
+from ...pipeline.runtime.build import build_draft
+from ...pipeline.runtime.plan import Plan
+from ...pipeline.transport.messages import Admit
+from ...request.params import SamplingParams
+from .profile import NEVER, ROOT, Replay
+
+BUDGETS = (4, 8, 12, 16, 24, 32, 48)
+CHUNK_BYTES = 64 << 20
+WIDEST = 3
+"""Combs with more rows than so many for each depth are not replayed."""
+
+
+def replay(
+    plan: Plan,
+    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    params: SamplingParams,
+    *,
+    lookaheads: Sequence[int],
+    rows: Sequence[int] = (),
+    budgets: Sequence[int] = BUDGETS,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Replay:
+    """Tables of every tree and budget: chains, and combs of so many ``rows``.
+
+    Args:
+        plan: of the pairing; its forecast's shape and sharpness are used. budgets: tried, where a
+            forecast must be tried to know (of the confidence forecast only the largest is).
+        texts: prompt and the target's answer to it under ``params``, as token ids. The last
+            ``max(lookaheads) + 1`` tokens of an answer only serve to judge what comes before.
+        progress: texts done and in all.
+    """
+    if plan.config.speculation.forecast.shape == "measured":
+        raise ConfigError(
+            "a forecast that learns is another one in every round; measure profiles with speculation.forecast.shape"
+            "=confidence (benchmarks/forecasts.py compares hit rates)"
+        )
+    combs = {
+        (depth, count): siblings_within(count, depth)
+        for depth in lookaheads
+        for count in sorted({depth + 1, *rows})
+        if depth < count <= 1 + WIDEST * depth
+    }
+    deepest, widest = max(lookaheads), max(max(beside) for beside in combs.values())
+    whole = TreeShape.comb(deepest, widest)
+    worker = build_draft(draft_plan(plan, deepest, widest, max(budgets)))[0]
+    trees = {ROOT: (TreeShape.comb(1), [0, 0])}
+    for (depth, count), beside in combs.items():
+        trees[f"{depth}:{count}"] = TreeShape.comb(depth, beside), _nodes(deepest, widest, beside)
+    # The confidence forecast lists outcomes by likelihood: a smaller budget is the beginning of a larger one.
+    nested = plan.config.speculation.forecast.shape == "confidence"
+    sizes = [max(budgets)] if nested else sorted(budgets, reverse=True)
+    forecasts = {
+        name: [_sized(plan, shape, size).forecast("cpu") for size in sizes] for name, (shape, _) in trees.items()
+    }
+    accepted: dict[str, list[list[int]]] = {name: [[] for _ in texts] for name in trees}
+    needed: dict[str, list[list[int]]] = {name: [[] for _ in texts] for name in trees}
+    chunk = max(1, CHUNK_BYTES // (4 * whole.nodes * plan.vocabulary))
+    for number, (prompt, answer) in enumerate(texts):
+        walk = Walk(worker, whole, [*prompt, *answer], params)
+        roots = range(len(prompt) - 1, len(prompt) + len(answer) - deepest - 2)
+        for start in range(0, len(roots), chunk):
+            seen = [walk.at(root) for root in roots[start : start + chunk]]
+            tokens, marks = torch.stack([t for t, _ in seen]), torch.stack([s for _, s in seen])
+            ahead = torch.tensor([walk.ids[root + 1 : root + deepest + 2] for root in roots[start : start + chunk]])
+            for name, (shape, nodes) in trees.items():
+                part, scored = tokens[:, nodes].clone(), marks[:, nodes]
+                if name == ROOT:
+                    part[:, 1] = ABSENT
+                node, depth = deepest_node(shape, part, ahead)
+                bonus = ahead.gather(1, depth[:, None])
+                accepted[name][number] += depth.tolist()
+                least = torch.full_like(node, NEVER)
+                for size, forecast in zip(sizes, forecasts[name], strict=True):
+                    outcomes, guesses = forecast.outcomes(scored, part)
+                    found = (outcomes == node[:, None]) & (guesses == bonus)
+                    least = torch.where(found.any(1), found.int().argmax(1) + 1 if nested else size, least)
+                needed[name][number] += least.tolist()
+        progress(number + 1, len(texts))
+    return Replay(accepted=accepted, needed=needed)
+
+
+class Walk:
+    """The draft on one text: at any root, in order, the whole tree and its scores."""
+
+    def __init__(self, worker, shape: TreeShape, ids: list[int], params: SamplingParams):
+        self.worker, self.shape, self.ids = worker, shape, ids
+        worker.admit(Admit(slot=0, tokens=ids, params=params, forecasts=True))
+        self._glue, self._step = RowPlan.tree("replay", shape), RowPlan.sequential("step", 1)
+        self._depths = shape.depth_index()
+        self._ready = False
+
+    @torch.no_grad()
+    def at(self, root: int) -> tuple[Tensor, Tensor]:
+        """Tokens ``[W]`` and draft scores ``[W, V]`` (float32, on the CPU) of the tree below position ``root``."""
+        runner, chooser = self.worker.runner, self.worker.chooser
+        if not self._ready and root:
+            runner.prefill(0, self.ids[:root])  # later positions are written as the walk goes on
+        self._ready = True
+        length = torch.tensor([root], device=runner.device)
+        noise, copying = chooser.noise(length), self.worker.drafting.copying
+        fed, ranked = torch.tensor([[self.ids[root]]], device=runner.device), []
+        trail = copying.trail(fed, length)
+        for step in range(self.shape.depth):
+            logits = trail.add(runner.forward(self._step, fed, length + step, longest=root + step))
+            ahead = None if noise is None else noise[:, step : step + 1]
+            ranked.append(scores(logits, chooser.params, ahead)[0, 0].topk(1 + self.shape.siblings[step]).indices)
+            fed = ranked[-1][None, :1]
+            trail.feed(fed)
+        chain, beside = [best[:1] for best in ranked], [best[1:] for best in ranked]
+        tokens = torch.cat([torch.tensor([self.ids[root]], device=runner.device), *chain, *beside])
+        trail = copying.trail(tokens[None], length)
+        logits = trail.add(runner.forward(self._glue, tokens[None], length, longest=root))
+        ahead = None if noise is None else noise[:, self._depths.to(noise.device)]
+        return tokens.cpu(), scores(logits, chooser.params, ahead)[0].cpu()
+
+
+def deepest_node(shape: TreeShape, tokens: Tensor, ahead: Tensor) -> tuple[Tensor, Tensor]:
+    """Deepest node ``[P]`` of each tree ``[P, W]`` on the path of the tokens that follow its root
+    ``[P, K + 1]``, and its depth ``[P]``."""
+    node = torch.zeros(len(tokens), dtype=torch.int64)
+    depth = node.clone()
+    for child, parent in enumerate(shape.parents, start=1):
+        matches = tokens[:, child] == ahead[:, shape.depths[child] - 1]
+        reached = (node == parent) & matches
+        node = torch.where(reached, child, node)
+        depth = torch.where(reached, shape.depths[child], depth)
+    return node, depth
+
+
+def _nodes(deepest: int, widest: int, beside: Sequence[int]) -> list[int]:
+    """Which nodes of ``comb(deepest, widest)`` are ``comb(len(beside), beside)``, in its order."""
+    leaves = [deepest + 1 + level * widest + rank for level, count in enumerate(beside) for rank in range(count)]
+    return [*range(len(beside) + 1), *leaves]
+
+
+def _sized(plan: Plan, shape: TreeShape, size: int) -> Plan:
+    return with_speculation(plan, lookahead=shape.depth, siblings=list(shape.siblings), budget=size)
+
+
+def draft_plan(plan: Plan, depth: int, siblings: int | list[int], budget: int) -> Plan:
+    """For a draft that is led over texts: one slot, nothing compiled."""
+    config = plan.config
+    assert config.draft is not None
+    draft = config.draft.model_copy(update={"compile": False, "data_parallel": 1})
+    plan = replace(plan, config=config.model_copy(update={"draft": draft}))
+    return with_speculation(plan, lookahead=depth, siblings=siblings, budget=budget, max_batch=1)
+
+
+def with_speculation(
+    plan: Plan,
+    *,
+    lookahead: int,
+    siblings: int | list[int],
+    budget: int,
+    shape: str | None = None,
+    max_batch: int | None = None,
+) -> Plan:
+    """The plan with another tree and forecast."""
+    config = plan.config
+    found = config.speculation.forecast
+    forecast = found.model_copy(update={"budget": budget, "shape": shape or found.shape})
+    speculation = config.speculation.model_copy(
+        update={"lookahead": lookahead, "siblings": siblings, "rows": None, "forecast": forecast}
+    )
+    engine = config.engine.model_copy(update={"max_batch": max_batch or config.engine.max_batch})
+    return replace(plan, config=config.model_copy(update={"speculation": speculation, "engine": engine}))

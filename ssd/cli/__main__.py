@@ -1,0 +1,5 @@
+"""``python -m ssd.cli``."""
+
+from .app import main
+
+main()

@@ -1,0 +1,1 @@
+"""Which outcomes of a round the draft prepares for."""

@@ -1,0 +1,1 @@
+"""Guesses from the text itself: n-grams, copied continuations, common prefixes."""

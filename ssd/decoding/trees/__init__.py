@@ -1,0 +1,1 @@
+"""Token trees: their shapes, their widths, and combs of candidates."""

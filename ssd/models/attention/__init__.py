@@ -1,0 +1,1 @@
+"""Attention of decode rows over the slot cache."""

@@ -1,0 +1,111 @@
+"""Attention of decode rows over the slot cache, as a transformers attention function.
+
+A row attends main slots below a limit, chosen scratch slots, and itself. Its own key and value
+are a term apart, not read from a slot: a candidate that stands in a scratch slot (a sibling)
+then gets bit for bit the numbers it would get in place, which ``numerics: strict`` rests on.
+Likewise sums over main slots run block by block in one fixed order: a longer context only adds
+exact zeros. Heads that share keys and values (GQA) are rows of one product, nothing is
+repeated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from ...errors import ModelError
+from ..cache import RowStates
+from ..rows import BLOCK
+
+NAME = "ssd_rows"
+# What stock models may pass and full causal attention may ignore.
+_HARMLESS = {
+    "dropout",
+    "position_ids",
+    "use_cache",
+    "sliding_window",
+    "output_attentions",
+    "is_causal",
+    "cu_seq_lens_q",
+}
+
+
+def row_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: RowStates,
+    value: RowStates,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Softmax attention.
+
+    Args:
+        query: ``[B, H, R, D]``.
+        key, value: what the rows may attend.
+        attention_mask: ``[B, 1, R, T + X]`` bool, True where a row attends a slot (its own key
+            excluded, it is always attended).
+        scaling: factor on the scores; D^-0.5 by default. softcap: as in Gemma 2.
+
+    Returns:
+        ``[B, R, H, D]`` and None.
+
+    Raises:
+        ModelError: the model passes an argument this function does not know (attention sinks,
+            position biases): ignoring it would give wrong tokens.
+    """
+    refuse_unknown(kwargs)
+    key, value = key.picked(), value.picked()
+    batch, heads, rows, dim = query.shape
+    shared = key.own.shape[1]
+    group = heads // shared
+    scale = dim**-0.5 if scaling is None else scaling
+    query = (query * scale).reshape(batch * shared, group * rows, dim)
+
+    # Scores sum over D, however many slots there are; only the values need the fixed order.
+    scores = torch.cat([torch.bmm(query, k.flatten(0, 1).transpose(1, 2)) for k in key[:2] if k is not None], dim=-1)
+    scores = scores.float()
+    own_key = key.own.reshape(batch * shared, 1, rows, dim)
+    own = (query.view(batch * shared, group, rows, dim).float() * own_key.float()).sum(-1)
+    if softcap is not None:
+        scores, own = torch.tanh(scores / softcap) * softcap, torch.tanh(own / softcap) * softcap
+    mask = attention_mask[:, :, None].expand(batch, shared, group, rows, -1).reshape(scores.shape)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    own = own.reshape(batch * shared, group * rows, 1)
+
+    peak = torch.maximum(scores.amax(-1, keepdim=True), own)
+    weights, own_weight = torch.exp(scores - peak), torch.exp(own - peak)
+    total = own_weight
+    own_value = value.own[:, :, None].expand(-1, -1, group, -1, -1).reshape(batch * shared, group * rows, -1)
+    out = own_weight * own_value.float()
+    start = 0
+    for part in _blocks(value):
+        share = weights[..., start : start + part.shape[1]]
+        total = total + share.sum(-1, keepdim=True)
+        out = out + torch.bmm(share.to(part.dtype), part).float()
+        start += part.shape[1]
+    out = (out / total).to(query.dtype).view(batch, heads, rows, -1)
+    return out.transpose(1, 2), None
+
+
+def refuse_unknown(arguments: dict[str, Any]) -> None:
+    """Raises: ModelError if the model passes what no attention function here knows."""
+    for name, given in arguments.items():
+        if given is not None and name not in _HARMLESS:
+            raise ModelError(f"the model's attention uses {name!r}, which this engine does not support")
+
+
+def _blocks(states: RowStates) -> list[Tensor]:
+    """Blocks ``[B·H_kv, n, D]`` in the fixed order of summation: main, then scratch."""
+    blocks = list(states.main.flatten(0, 1).split(BLOCK, dim=1))
+    if states.scratch is not None:
+        blocks.append(states.scratch.flatten(0, 1))
+    return blocks
+
+
+AttentionInterface.register(NAME, row_attention)

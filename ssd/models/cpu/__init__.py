@@ -1,0 +1,1 @@
+"""Our operators for CPUs."""

@@ -1,0 +1,1 @@
+"""CUDA graphs, streams and buffers."""

@@ -1,0 +1,1 @@
+"""The draft: the worker that prepares speculations."""

@@ -1,0 +1,1 @@
+"""Values of a round. Nothing here knows a worker or a transport."""

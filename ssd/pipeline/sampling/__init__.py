@@ -1,0 +1,1 @@
+"""What the requests in the slots ask of sampling."""

@@ -1,0 +1,165 @@
+"""Grammars for structured output, compiled and matched by ``llguidance`` (the only file that imports it).
+
+A worker compiles a grammar once and copies its matcher for every request. A matcher stands after the
+certain tokens of its sequence; for a candidate's row a copy takes in its path.
+Draft and verifier have one each, so that what is drafted is what the target may choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import RequestError
+from ...request.structured import StructuredOutputsParams
+
+KEPT = 64
+"""Compiled grammars a worker keeps, the latest used."""
+
+
+class GrammarMatcher:
+    """Where one output stands in its grammar (a ``decoding.processors.Constraint``).
+
+    Args:
+        matcher: ``llguidance.LLMatcher``. vocabulary: V.
+    """
+
+    def __init__(self, matcher: Any, vocabulary: int):
+        self._matcher, self._vocabulary = matcher, vocabulary
+
+    @property
+    def complete(self) -> bool:
+        """Whether the output is whole and nothing may follow."""
+        return bool(self._matcher.is_stopped() and self._matcher.is_accepting())
+
+    @property
+    def error(self) -> str | None:
+        """Why the library gave up (its limits), if it did."""
+        return _problem(self._matcher)
+
+    def advance(self, token: int) -> bool:
+        """Take in a certain token; False, and nothing changes, if the grammar does not allow it."""
+        return self._matcher.try_consume_tokens([token]) == 1
+
+    def allowed(self, paths: Sequence[Sequence[int]]) -> Tensor:
+        """What may follow the certain tokens and each path, ``[R, V]`` bool on the host.
+
+        End-of-text ids may where the output may end, and nothing else may once it is whole. After a
+        path the grammar does not allow, everything: such a row is never reached.
+        """
+        masks: dict[tuple[int, ...], np.ndarray] = {}
+        rows = [tuple(path) for path in paths]
+        for path in rows:
+            if path not in masks:
+                masks[path] = self._mask(path)
+        return torch.from_numpy(np.stack([masks[path] for path in rows]))
+
+    def mended(self, path: Sequence[int], chain: Sequence[int]) -> list[int]:
+        """The chain after the certain tokens and ``path``; from its first token that is not allowed on, what the
+        grammar leaves no choice about."""
+        matcher, forced = self._matcher.deep_copy(), []
+        if matcher.try_consume_tokens(list(path)) == len(path):
+            taken = matcher.try_consume_tokens(list(chain))
+            if taken < len(chain) and not matcher.is_stopped():
+                forced = matcher.compute_ff_tokens()[: len(chain) - taken]
+        return [*chain[:taken], *forced, *chain[taken + len(forced) :]] if forced else list(chain)
+
+    def _mask(self, path: tuple[int, ...]) -> np.ndarray:
+        """``[V]`` bool."""
+        # A copy: what goes wrong on a candidate's path must not touch the sequence.
+        matcher = self._matcher.deep_copy() if path else self._matcher
+        taken = matcher.try_consume_tokens(list(path)) if path else 0
+        if taken < len(path) and not matcher.is_stopped():
+            return np.ones(self._vocabulary, dtype=bool)
+        packed = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        return np.unpackbits(packed, count=self._vocabulary, bitorder="little").astype(bool)
+
+
+class Grammars:
+    """Compiles grammars for one vocabulary, when the first request asks for one.
+
+    Args:
+        tokenizer: called once, then; a fast tokenizer of transformers. vocabulary: V. ends: end-of-text ids.
+    """
+
+    def __init__(self, tokenizer: Callable[[], Any], *, vocabulary: int, ends: Iterable[int]):
+        self._load, self._vocabulary, self._ends = tokenizer, vocabulary, list(ends)
+        self._compiled = lru_cache(KEPT)(self._compile)
+
+    def matcher(self, wanted: StructuredOutputsParams) -> GrammarMatcher:
+        """At the beginning of an output.
+
+        Raises: RequestError: it cannot be compiled; the message says why in one line.
+        """
+        return GrammarMatcher(self._compiled(wanted).deep_copy(), self._vocabulary)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from llguidance.hf import from_tokenizer
+
+        try:
+            return from_tokenizer(self._load(), n_vocab=self._vocabulary, eos_token=self._ends or None)
+        except ValueError as error:
+            raise RequestError(f"structured_outputs does not work with this model's tokenizer: {error}") from None
+
+    def _compile(self, wanted: StructuredOutputsParams) -> Any:
+        from llguidance import LLMatcher
+
+        try:
+            matcher = LLMatcher(self._tokenizer, _grammar(wanted), log_level=0)
+        except (ValueError, RecursionError) as error:
+            raise _refused(wanted, str(error)) from None
+        first = GrammarMatcher(matcher, self._vocabulary).allowed([()])[0]
+        if (problem := _problem(matcher)) is not None:
+            raise _refused(wanted, problem)
+        first[self._ends] = False
+        if not first.any() and not matcher.is_accepting():
+            raise _refused(wanted, "no text matches")
+        return matcher
+
+
+def _grammar(wanted: StructuredOutputsParams) -> str:
+    """In llguidance's own notation. Raises: ValueError."""
+    import json
+
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+
+    if wanted.regex is not None:
+        return LLMatcher.grammar_from_regex(wanted.regex)
+    if wanted.choice is not None:
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, wanted.choice)))
+    if wanted.grammar is not None:
+        try:
+            return LLMatcher.grammar_from_lark(any_to_lark(wanted.grammar))
+        except GbnfToLarkError as error:
+            raise ValueError(str(error)) from None
+    schema = '{"type":"object"}' if wanted.json_object else wanted.json
+    options: Any = {}
+    if wanted.disable_any_whitespace:
+        options["whitespace_flexible"] = False
+    if wanted.whitespace_pattern:
+        options["whitespace_pattern"] = wanted.whitespace_pattern
+    assert isinstance(schema, str)
+    json.loads(schema)  # llguidance's own message points into its notation
+    return LLMatcher.grammar_from_json_schema(schema, overrides=options or None)
+
+
+def _refused(wanted: StructuredOutputsParams, why: str) -> RequestError:
+    return RequestError(f"structured_outputs.{wanted.kind} cannot be used: {_one_line(why)}")
+
+
+def _problem(matcher: Any) -> str | None:
+    """What is wrong with a matcher, if anything is; that no token fits is no fault of its own."""
+    message = _one_line(matcher.get_error()) if matcher.is_error() else ""
+    return None if message in ("", "NoExtensionBias") else message
+
+
+def _one_line(message: str) -> str:
+    """Of llguidance's, which go on about the parser's state."""
+    return " ".join(message.split("<state>")[0].split())[:300]

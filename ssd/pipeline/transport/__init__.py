@@ -1,0 +1,1 @@
+"""How frames and messages travel between processes. Nothing here knows a worker."""

@@ -1,0 +1,1 @@
+"""Links: fixed-size frames between draft and verifier."""

@@ -1,0 +1,78 @@
+"""Whether a forward may have fewer rows, or be of fewer slots, without changing a bit.
+
+Where sums run in one order however many rows there are (our operators on CPUs, ``models/csrc``), a row's logits and
+keys are the same bits in a plain forward as in a verification, beside others and alone, and strict numerics need no
+padding. What the
+compiler makes of the operations in between is not ours: so this is tried on the very functions that rounds call, with
+every engine, before it is relied on. Which path a row takes through a kernel depends on shapes, not on
+values; another order of summation shows in the last bits of some of the thousands of numbers compared.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...models.rows import RowPlan
+from ...models.runner import ForwardRunner
+from ..sampling.selection import Selection, Selector
+from .decider import Decider
+
+LENGTH = 96
+"""Slots the rows of a trial attend; what stands in them is drawn at random."""
+
+
+def interchangeable(runner: ForwardRunner, decider: Decider, plans: list[RowPlan], selector: Selector) -> bool:
+    """Whether rows have the same bits in forwards of all ``plans`` (whole trees, and their beginnings, the first a
+    single row), of all slots and of some. The slots' contents are lost."""
+    if not runner.ordered_sums:
+        return False
+    one, *wider = plans
+    random, length = torch.Generator().manual_seed(0), min(runner.cache.capacity // 2, LENGTH)
+    before = [main[:, :, :length] for part in runner.cache.main for main in part]
+    for states in before:
+        states.copy_(torch.randn(states.shape, generator=random))
+    found = []
+    for plan in wider:
+        tokens = torch.randint(runner.vocabulary, (runner.batch, plan.rows), generator=random)
+        found.append(_same(_Trial(runner, decider, tokens, length), selector, one, plan))
+    for states in before:
+        states.zero_()
+    return all(found)
+
+
+class _Trial:
+    """The same tokens, above the same length, in several forwards."""
+
+    def __init__(self, runner: ForwardRunner, decider: Decider, tokens: Tensor, length: int):
+        self._runner, self._decider, self._tokens, self._length = runner, decider, tokens, length
+
+    def logits(self, plan: RowPlan, selected: Selection, first: int = 0, ahead: int = 0) -> Tensor:
+        """``[B, R, V]`` of R tokens from the ``first`` on, ``ahead`` of the length."""
+        self._decider.chooser.select(selected)
+        lengths = torch.full((selected.count,), self._length + ahead, dtype=torch.int64)
+        fed = self._tokens[list(selected.slots), first : first + plan.rows].tolist()
+        return self._decider.decide(plan, self._runner.contexts[0], lengths, fed, slots=selected.index).logits.clone()
+
+    def states(self, selected: Selection, count: int) -> Tensor:
+        """Keys and values of the first ``count`` tokens, all layers'."""
+        slots, places = list(selected.slots), slice(self._length, self._length + count)
+        return torch.stack([main[slots, :, places] for part in self._runner.cache.main for main in part])
+
+
+def _same(trial: _Trial, selector: Selector, one: RowPlan, plan: RowPlan) -> bool:
+    reference, kept = trial.logits(plan, selector.all), trial.states(selector.all, plan.in_place)
+    # The chain first: a leaf, fed in place, takes the place of the chain's node beside it. Deep ones before others.
+    leaves = sorted(range(plan.in_place, plan.rows), key=lambda row: -plan.offsets[row])
+    for count in selector.counts:
+        selected = selector.of(range(selector.all.count - count, selector.all.count))
+        slots = list(selected.slots)
+        if not torch.equal(trial.logits(plan, selected), reference[slots]):
+            return False
+        for row in [*range(plan.in_place), *leaves]:
+            alone = trial.logits(one, selected, row, plan.offsets[row])
+            if not torch.equal(alone[:, 0], reference[slots, row]):
+                return False
+            if row == plan.in_place - 1 and not torch.equal(trial.states(selected, plan.in_place), kept[:, slots]):
+                return False
+    return True

@@ -1,0 +1,1 @@
+"""Batch files: lines, results, and the journal that survives a kill."""

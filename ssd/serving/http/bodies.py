@@ -1,0 +1,242 @@
+"""Request bodies of the OpenAI API, and how their fields become ``SamplingParams``.
+
+Every field is either understood, or refused with an error that names it: nothing is ignored, except
+fields that say nothing about the answer (``user``, ``metadata``).
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, TypeVar, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from ...errors import RequestError
+from ...request.params import MAX_LOGPROBS, MAX_SEED, SamplingParams, completion_seed
+from .errors import APIError, as_api_error
+from .structured import REPLACED, ResponseFormat, StructuredOutputs, structured_outputs
+
+MAX_STOPS = 16
+MAX_NAMED = 1024
+"""Entries of ``logit_bias`` and ``bad_words``."""
+MAX_CHOICES = 128
+"""Prompts × n of one request."""
+MAX_PRIORITY = 2**31 - 1
+COMPLETION_MAX_TOKENS = 16
+"""OpenAI's default for /v1/completions; chat answers may fill the context."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A request field that is a sampling parameter."""
+
+    name: str
+    type: Any
+    sampling: str = ""
+    """Field of ``SamplingParams``; the same name by default."""
+    default: Any = None
+    """When the request leaves it out or gives null; None leaves it to ``SamplingParams``."""
+
+
+Stop = str | Annotated[list[str], Field(max_length=MAX_STOPS)]
+PARAMETERS = (
+    Parameter("temperature", float, default=1.0),
+    Parameter("top_p", float),
+    Parameter("top_k", Annotated[int, Field(ge=-1)]),
+    Parameter("min_p", float),
+    Parameter("stop", Stop),
+    Parameter("stop_token_ids", list[int]),
+    Parameter("ignore_eos", bool),
+    Parameter("include_stop_str_in_output", bool),
+    Parameter("min_tokens", int),
+    Parameter("presence_penalty", float),
+    Parameter("frequency_penalty", float),
+    Parameter("repetition_penalty", float),
+    Parameter("logit_bias", Annotated[dict[str, float], Field(max_length=MAX_NAMED)]),
+    Parameter("bad_words", Annotated[list[str | list[int]], Field(max_length=MAX_NAMED)]),
+    Parameter("allowed_token_ids", list[int]),
+    Parameter("method", Literal["none", "sd", "self", "ssd"]),
+    Parameter("seed", Annotated[int, Field(ge=-(2**63), le=MAX_SEED)]),
+)
+"""A new sampling parameter is one line here, and none in ``UNSUPPORTED``."""
+
+NOTHING: tuple[Any, ...] = (None,)
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": NOTHING,
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "modalities": (None, ["text"]),
+    "parallel_tool_calls": (None, False, True),
+    "prediction": NOTHING,
+    "reasoning_effort": (None, "none"),
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "top_logprobs": (None, 0),
+    "verbosity": (None, "medium"),
+    "web_search_options": NOTHING,
+}
+"""Fields of OpenAI's (or vLLM's) that cannot be obeyed, and the values by which they ask for nothing."""
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class StreamOptions(_Body):
+    include_usage: bool | None = None
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """Role and text, as chat templates take them."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class Common(_Body):
+    """Fields both endpoints have, beside ``PARAMETERS``."""
+
+    model: str
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    """vLLM's."""
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    provenance: bool | None = None
+    """Ours: say of each token how it came to be."""
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    """vLLM's: lower goes first. Any but 0 needs ``engine.scheduling=priority``."""
+    user: str | None = None
+    safety_identifier: str | None = None
+    metadata: dict[str, str] | None = None
+
+    @property
+    def logprobs_asked(self) -> int | None:
+        """How many of the likeliest tokens to report for each; None for no report at all."""
+        raise NotImplementedError
+
+
+class _Completion(Common):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def logprobs_asked(self) -> int | None:
+        return self.logprobs
+
+
+class _Chat(Common):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def logprobs_asked(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+_SAMPLING: dict[str, Any] = {p.name: (p.type | None, None) for p in PARAMETERS}
+CompletionBody = create_model("CompletionBody", __base__=_Completion, **_SAMPLING)
+ChatBody = create_model("ChatBody", __base__=_Chat, **_SAMPLING)
+Body = TypeVar("Body", bound=Common)
+
+
+def read_body(cls: type[Body], raw: Any) -> Body:
+    """Check a request body.
+
+    Raises:
+        APIError: 400, naming the field.
+    """
+    if not isinstance(raw, dict):
+        raise APIError(400, "the body must be a JSON object")
+    given: dict[str, Any] = {}
+    for name, value in raw.items():
+        if name in cls.model_fields:
+            given[name] = value
+        elif name in REPLACED:
+            raise APIError(400, f"{name} is now {REPLACED[name]}", param=name, code="unknown_parameter")
+        elif name not in UNSUPPORTED:
+            near = get_close_matches(name, [*cls.model_fields, *UNSUPPORTED], n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise APIError(400, f"unknown parameter {name!r}{hint}", param=name, code="unknown_parameter")
+        elif not any(value == neutral and type(value) is type(neutral) for neutral in UNSUPPORTED[name]) and not (
+            isinstance(value, float) and value in UNSUPPORTED[name]
+        ):
+            raise APIError(400, f"{name} is not supported by this server", param=name, code="unsupported_parameter")
+    try:
+        body = cls.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        at = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("list[", "function-", "union")))
+        raise APIError(400, f"{at}: {first['msg']}", param=str(first["loc"][0]), code="invalid_value") from None
+    if body.stream_options is not None and not body.stream:
+        raise APIError(400, "stream_options is only allowed when stream is true", param="stream_options")
+    if getattr(body, "top_logprobs", None) and body.logprobs_asked is None:
+        raise APIError(400, "top_logprobs is only allowed when logprobs is true", param="top_logprobs")
+    return body
+
+
+def sampling_params(body: Common, *, max_tokens: int, seed: int) -> SamplingParams:
+    """``SamplingParams`` of one choice.
+
+    Raises: APIError: a value out of range.
+    """
+    fields: dict[str, Any] = {"max_tokens": max_tokens}
+    for parameter in PARAMETERS:
+        value = getattr(body, parameter.name)
+        value = parameter.default if value is None else value
+        if value is not None:
+            fields[parameter.sampling or parameter.name] = value
+    fields["seed"], fields["logprobs"] = seed, body.logprobs_asked
+    fields["structured_outputs"] = structured_outputs(body.structured_outputs, body.response_format)
+    if fields.get("top_k") == -1:  # as vLLM says "all"
+        fields["top_k"] = 0
+    try:
+        return SamplingParams(**fields)
+    except RequestError as error:
+        raise refused(error, structured_by(body)) from None
+
+
+def refused(error: RequestError, structured_by: str = "structured_outputs") -> APIError:
+    """An error of the engine's about sampling parameters, which names the field first; others as always.
+    ``structured_by``: the field that asked for structured output."""
+    message = str(error)
+    name = message.split()[0].rstrip(":").split(".")[0]
+    if name == "structured_outputs":
+        name = structured_by
+        if name == "response_format":
+            message = name + message[message.index(" ") :]
+    elif name not in _SAMPLING and name != "priority":
+        return as_api_error(error)
+    return APIError(400, message, param=name, code="invalid_value")
+
+
+def structured_by(body: Common) -> str:
+    return "structured_outputs" if body.structured_outputs is not None else "response_format"
+
+
+def seeds(body: Common, count: int) -> list[int]:
+    """A seed for each choice, as ``LLM`` gives them to its completions; random ones if the request
+    gives none."""
+    given = cast(int | None, getattr(body, "seed", None))
+    first = secrets.randbelow(MAX_SEED) if given is None else given % (MAX_SEED + 1)
+    return [completion_seed(first, choice) for choice in range(count)]

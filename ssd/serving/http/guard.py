@@ -1,0 +1,162 @@
+"""Who may call: API keys, Host and Origin checks, body limits. One ASGI wrapper around the app."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from ...config.load import ServerConfig
+from ...errors import ConfigError
+from .errors import APIError
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN_PATHS = frozenset({"/", "/health", "/ready", "/favicon.ico"})
+"""Say nothing of the users' text: no key is asked for."""
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+MIN_KEY = 16
+
+
+class Guard:
+    """Lets a request through to ``app``, or answers it with an OpenAI error.
+
+    A page of another origin cannot use a server on loopback: its ``Origin`` is refused, the ``Host`` of
+    a rebound name too, and bodies must be JSON, which browsers do not send across origins unasked.
+
+    Raises:
+        ConfigError: no key where one is needed, or a bad key file.
+    """
+
+    def __init__(self, app: App, config: ServerConfig):
+        self._app, self._config = app, config
+        self._keys = read_keys(config)
+        self._hosts = {name.lower() for name in config.allowed_hosts}
+        if is_loopback(config.host):
+            self._hosts |= LOOPBACK_NAMES | {config.host.lower()}
+        elif self._hosts:
+            self._hosts.add(config.host.lower())
+        self._origins = {origin.rstrip("/").lower() for origin in config.allowed_origins}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        try:
+            self._check_host(headers)
+            self._check_origin(headers)
+            scope["ssd.client"] = self._check_key(scope, headers)
+            self._check_body(scope, headers)
+        except APIError as error:
+            await answer(send, error)
+            return
+        await self._app(scope, self._bounded(receive), send)
+
+    def _check_host(self, headers: dict[str, str]) -> None:
+        host = _hostname(headers.get("host", ""))
+        if self._hosts and host not in self._hosts:
+            raise APIError(421, f"this server is not called {host!r}; see server.allowed_hosts", code="wrong_host")
+
+    def _check_origin(self, headers: dict[str, str]) -> None:
+        origin = headers.get("origin")
+        if origin is None or origin.lower() in self._origins:
+            return
+        parts = urlsplit(origin)
+        if parts.scheme not in ("http", "https") or parts.netloc.lower() != headers.get("host", "").lower():
+            raise APIError(403, "pages of this origin may not call; see server.allowed_origins", code="wrong_origin")
+
+    def _check_key(self, scope: Scope, headers: dict[str, str]) -> str:
+        """Whom the request is for: clients take turns by it."""
+        address = scope.get("client") or ("",)
+        if not self._keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+            return f"address {address[0]}"
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        digest = _digest(given.strip())
+        matches = [name for name, key in self._keys.items() if hmac.compare_digest(digest, key)]
+        if kind.lower() != "bearer" or not matches:
+            raise APIError(401, "this server needs an API key: Authorization: Bearer KEY", code="invalid_api_key")
+        return matches[0]
+
+    def _check_body(self, scope: Scope, headers: dict[str, str]) -> None:
+        if scope["method"] != "POST":
+            return
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise APIError(415, "the body must be JSON, with content-type application/json")
+        length = headers.get("content-length", "")
+        if length.isdigit() and int(length) > self._config.max_body_bytes:
+            raise self._too_long
+
+    @property
+    def _too_long(self) -> APIError:
+        return APIError(413, f"the body is longer than server.max_body_bytes={self._config.max_body_bytes}")
+
+    def _bounded(self, receive: Receive) -> Receive:
+        taken = 0
+
+        async def bounded() -> MutableMapping[str, Any]:
+            nonlocal taken
+            message = await receive()
+            if message["type"] == "http.request":
+                taken += len(message.get("body", b""))
+                if taken > self._config.max_body_bytes:
+                    raise self._too_long
+            return message
+
+        return bounded
+
+
+async def answer(send: Send, error: APIError) -> None:
+    """Send an error as a whole response."""
+    body = json.dumps(error.body).encode()
+    extra = [(name.encode(), value.encode()) for name, value in error.headers.items()]
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *extra]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def read_keys(config: ServerConfig) -> dict[str, bytes]:
+    """Digests of the keys, by a name for each. Raises: ConfigError."""
+    if config.api_key_file is None:
+        if not is_loopback(config.host):
+            raise ConfigError(
+                f"server.host={config.host} is reachable from other machines; set server.api_key_file "
+                "(one key a line), or bind 127.0.0.1"
+            )
+        return {}
+    path = Path(config.api_key_file).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"server.api_key_file: {path} cannot be read: {error}") from None
+    if not lines or min(map(len, lines)) < MIN_KEY:
+        raise ConfigError(f"server.api_key_file: {path} needs at least one key, each of {MIN_KEY} characters or more")
+    return {f"key {number}": _digest(key) for number, key in enumerate(lines, 1)}
+
+
+def is_loopback(host: str) -> bool:
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _hostname(header: str) -> str:
+    """Of a Host header, without the port."""
+    if header.startswith("["):
+        return header[1 : header.find("]")].lower()
+    return header.rpartition(":")[0].lower() if ":" in header else header.lower()

@@ -1,0 +1,1 @@
+"""The client lane: the Python client's ZMQ protocol."""

@@ -1,0 +1,53 @@
+"""A request in flight on the client's side of the lane: what its reader has, and what is still to come."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import replace
+
+from ...errors import SSDError
+from ...request.params import SamplingParams, StreamEvent
+
+
+class Asked:
+    """One request in flight."""
+
+    def __init__(self, number: int, prompt: str | list[int], params: SamplingParams, priority: int = 0):
+        self.number, self.prompt, self.params, self.priority = number, prompt, params, priority
+        self.events: asyncio.Queue[StreamEvent | SSDError] = asyncio.Queue()
+        self.received: Counter[int] = Counter()
+        """Tokens its reader was given, by completion."""
+        self.skip: Counter[int] = Counter()
+        """Tokens still to come that the reader knows: after asking again."""
+        self.ended: set[int] = set()
+        """Completions whose last event its reader was given."""
+        self.over = False
+
+    def put(self, event: StreamEvent) -> None:
+        """Pass on what is new of an event."""
+        index = event.index
+        known = min(self.skip[index], len(event.token_ids))
+        self.skip[index] -= known
+        if index in self.ended or (known and known == len(event.token_ids) and event.output is None):
+            return
+        if known:
+            event = replace(
+                event,
+                text="".join(event.pieces[known:]),
+                token_ids=event.token_ids[known:],
+                accepted=max(0, event.accepted - known),
+                pieces=event.pieces[known:],
+                provenance=event.provenance[known:],
+                logprobs=None if event.logprobs is None else event.logprobs[known:],
+            )
+        self.received[index] += len(event.token_ids)
+        if event.output is not None:
+            self.ended.add(index)
+        self.over = self.over or len(self.ended) == self.params.n
+        self.events.put_nowait(event)
+
+    def fail(self, error: SSDError) -> None:
+        if not self.over:
+            self.over = True
+            self.events.put_nowait(error)

@@ -1,0 +1,61 @@
+"""CURVE keys of a client lane over TCP: one pair for the server, one for each client it lets in.
+
+::
+
+    KEYS/server.key_secret     stays on the server
+    KEYS/server.key            public; clients need it
+    KEYS/clients/NAME.key      public; whom the server lets in
+    KEYS/NAME.key_secret       for that client, with server.key: give it to nobody else
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import zmq
+import zmq.auth
+
+from ...errors import ConfigError, UsageError
+
+
+def make_keys(folder: Path, client: str) -> Path:
+    """Make the server's keys if there are none, and a client's. Returns the client's secret file.
+
+    Raises: UsageError: the client has keys already, or the name is no file name.
+    """
+    if not client or Path(client).name != client or client == "server":
+        raise UsageError(f"{client!r} cannot be a client's name; use a plain word")
+    clients = folder / "clients"
+    clients.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    if not (folder / "server.key_secret").exists():
+        zmq.auth.create_certificates(folder, "server")
+    secret = folder / f"{client}.key_secret"
+    if secret.exists() or (clients / f"{client}.key").exists():
+        raise UsageError(f"{client!r} has keys in {folder} already; choose another name or remove them")
+    zmq.auth.create_certificates(folder, client)
+    (folder / f"{client}.key").rename(clients / f"{client}.key")
+    for path in folder.glob("*.key_secret"):
+        path.chmod(0o600)
+    return secret
+
+
+def server_keys(folder: Path) -> tuple[bytes, bytes]:
+    """Public and secret key. Raises: ConfigError."""
+    return _load(folder / "server.key_secret", secret=True)
+
+
+def client_keys(folder: Path, client: str) -> tuple[bytes, bytes, bytes]:
+    """The client's public and secret key, and the server's public one. Raises: ConfigError."""
+    public, secret = _load(folder / f"{client}.key_secret", secret=True)
+    return public, secret, _load(folder / "server.key", secret=False)[0]
+
+
+def _load(path: Path, *, secret: bool) -> tuple[bytes, bytes]:
+    try:
+        public, private = zmq.auth.load_certificate(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no usable key {path} ({error}); make keys with: ssd lane-keys FOLDER NAME") from None
+    if secret and private is None:
+        raise ConfigError(f"{path} holds no secret key; make keys with: ssd lane-keys FOLDER NAME")
+    return public, private or b""

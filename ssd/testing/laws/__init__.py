@@ -1,0 +1,1 @@
+"""Exact and sampled laws of verification rules."""

@@ -1,0 +1,1 @@
+"""Known bugs, seeded into the running code."""

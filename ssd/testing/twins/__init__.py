@@ -1,0 +1,1 @@
+"""Stand-ins for pipelines, engines and servers."""

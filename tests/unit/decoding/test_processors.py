@@ -1,0 +1,338 @@
+"""Penalties, biases and bans: what transformers and vLLM's formulas say, at every node of a tree."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+from transformers.generation.logits_process import (
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
+
+from ssd import RequestError, SamplingParams
+from ssd.decoding import processors as processor_module
+from ssd.decoding.processors import Processors, ProcessorSettings, TreePaths
+from ssd.decoding.sampling import scores
+from ssd.decoding.trees.shape import ABSENT, TreeShape
+from ssd.engine.resolve import resolve
+from ssd.models.cpu import native
+from ssd.pipeline.draft.scores import DraftScores
+from ssd.pipeline.sampling.slots import Chooser
+from ssd.request.params import completion_seed
+from ssd.testing.models.tiny import tiny_tokenizer
+
+assert native.available()
+V = 40
+INF = float("inf")
+PROMPT, OUTPUT = [3, 5, 5, 9, 30], [7, 5, 7, 11]
+
+EACH: dict[str, dict[str, Any]] = {
+    "repetition above 1": {"repetition_penalty": 1.3},
+    "repetition below 1": {"repetition_penalty": 0.7},
+    "presence": {"presence_penalty": 0.6},
+    "frequency": {"frequency_penalty": -0.4},
+    "bias": {"logit_bias": ((0, 1.5), (7, -100.0), (39, 0.1))},
+    "one-token bad words": {"bad_words": ((4,), (7,))},
+    "bad words": {"bad_words": ((7, 11, 2), (11, 3), (1, 2, 3, 4), (5, 7, 11, 2), (11, 4), (6, 3), (7,))},
+    "allowed": {"allowed_token_ids": (1, 2, 7, 11, 39)},
+    "min_tokens": {"min_tokens": 6, "end_ids": (0, 8, 8)},
+    "end ids alone": {"end_ids": (0, 8)},
+    "all": {
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.25,
+        "logit_bias": ((2, 3.0), (11, -2.0)),
+        "bad_words": ((11, 2), (39,)),
+        "allowed_token_ids": tuple(range(1, 40)),
+        "min_tokens": 7,
+        "end_ids": (8,),
+    },
+}
+
+
+def logits_of(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def by_the_formulas(logits: list[float], prompt: list[int], output: list[int], given: dict[str, Any]) -> list[float]:
+    """One row, written from vLLM's documentation, token by token."""
+    settings = ProcessorSettings(**given)
+    result = []
+    for token, logit in enumerate(logits):
+        value = logit
+        if settings.allowed_token_ids is not None and token not in settings.allowed_token_ids:
+            value = -INF
+        for *prefix, last in settings.bad_words:
+            if token == last and len(prefix) <= len(output) and output[len(output) - len(prefix) :] == prefix:
+                value = -INF
+        if len(output) < settings.min_tokens and token in settings.end_ids:
+            value = -INF
+        value += dict(settings.logit_bias).get(token, 0.0)
+        if token in prompt or token in output:
+            value = value / settings.repetition_penalty if value > 0 else value * settings.repetition_penalty
+        value -= settings.frequency_penalty * output.count(token)
+        value -= settings.presence_penalty * (token in output)
+        result.append(value)
+    return result
+
+
+def processors(*rows: dict[str, Any] | None, prompt: list[int] = PROMPT, output: list[int] = OUTPUT) -> Processors:
+    made = Processors(len(rows), V, "cpu")
+    for slot, given in enumerate(rows):
+        if given is not None:
+            made.set(slot, ProcessorSettings(**given), prompt=prompt, output=output)
+    return made
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_every_row_of_a_tree_by_the_formulas(name: str) -> None:
+    """Several outputs, so that bad words complete and ``min_tokens`` passes on the way."""
+    shape = TreeShape.comb(3, 2)
+    logits = logits_of(1, shape.nodes, V)
+    touched = 0
+    for output in ([], [7], OUTPUT, [*OUTPUT, 5, 7]):
+        made = processors(EACH[name], output=output)
+        generator = random.Random(name + str(output))
+        tokens = torch.tensor([[-7, *(generator.choice([7, 11, 5, 2, 6, 1]) for _ in range(shape.nodes - 1))]])
+        actual = made.apply(logits, TreePaths(shape).of(tokens))
+        for node in range(shape.nodes):
+            history = output + [int(tokens[0, n]) for n in shape.path(node)]
+            expected = torch.tensor(by_the_formulas(logits[0, node].tolist(), PROMPT, history, EACH[name]))
+            torch.testing.assert_close(actual[0, node], expected)
+        touched += int((actual != logits).sum())
+    assert (touched > 0) == (name != "end ids alone")
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_the_operator_gives_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, generator = TreeShape.comb(4, 1), random.Random(name)
+    tokens = torch.tensor([[generator.choice([7, 11, 5, 2, V, -3]) for _ in range(shape.nodes)] for _ in range(3)])
+    made, logits = processors(EACH[name], None, EACH["all"]), logits_of(3, shape.nodes, V)
+    logits[:, :, 7] = 0.0
+    assert processor_module.has_operators(logits.device)
+    ours = made.apply(logits, TreePaths(shape).of(tokens))
+    monkeypatch.setattr(processor_module, "has_operators", lambda _: False)
+    assert torch.equal(ours, made.apply(logits, TreePaths(shape).of(tokens)))
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_a_path_is_as_good_as_committed(name: str) -> None:
+    """Bit for bit: what plain decoding has in its history, a verified row has on its path."""
+    history = [2, 7, 11, 7, 7, 11, 2, 5]
+    logits = logits_of(2, 1, V)
+    for split in range(len(history) + 1):
+        at_once = processors(EACH[name], None, output=history)
+        other = processors(EACH[name], None, output=[])
+        for token in history[:split]:
+            other.commit(0, [token])
+        path = torch.tensor([[history[split:]], [[ABSENT] * (len(history) - split)]], dtype=torch.int64)
+        for gap in (0, 3):  # paths of less than a tree's depth
+            padded = torch.nn.functional.pad(path, (gap, 0), value=ABSENT)
+            assert torch.equal(other.apply(logits, padded), at_once.apply(logits))
+
+
+@pytest.mark.parametrize("operators", [True, False])
+@pytest.mark.parametrize("name", EACH)
+def test_a_draft_processes_every_row_as_after_the_certain_tokens(
+    name: str, operators: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled drafting; but for bad words of several tokens."""
+    if not operators:
+        monkeypatch.setattr(native, "available", lambda: False)
+    given = EACH[name] | {"bad_words": tuple(word for word in EACH[name].get("bad_words", ()) if len(word) == 1)}
+    chooser, logits = Chooser(2, V, "cpu", horizon=1), logits_of(2, 3, V)
+    draft_scores = DraftScores(chooser, TreeShape.comb(2), 2, V, torch.device("cpu"))
+    assert chooser.filters == operators
+    chooser.processors.set(1, ProcessorSettings(**given), prompt=PROMPT, output=OUTPUT)
+
+    def scored() -> Tensor:
+        nothing = torch.zeros(2, 3, dtype=torch.int64)
+        asked = draft_scores.asked(nothing, nothing[:, 0])
+        assert (asked.fixed is None) == (chooser.plain and not operators)
+        return draft_scores(logits, nothing, asked, asked.allowed)
+
+    for tokens in ([], [7, 5], [7, 30, 2]):
+        chooser.processors.commit(1, tokens)
+        torch.testing.assert_close(scored(), chooser.processed(logits, None))
+    chooser.processors.clear(1)
+    assert torch.equal(scored(), logits)
+
+
+def test_as_transformers() -> None:
+    logits = logits_of(1, 1, V)
+    ids = torch.tensor([PROMPT + OUTPUT])
+    output = torch.tensor([OUTPUT])
+
+    def ours(**given: Any) -> Tensor:
+        return processors(given).apply(logits)[0]
+
+    for penalty in (0.5, 1.7):
+        expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits[0])  # type: ignore[arg-type]
+        assert torch.equal(ours(repetition_penalty=penalty), expected)
+    words = [[7, 11, 2], [11, 3], [1, 2], [4]]
+    expected = NoBadWordsLogitsProcessor(words)(output, logits[0])  # type: ignore[arg-type]
+    assert torch.equal(ours(bad_words=tuple(map(tuple, words))), expected)
+    assert int(expected.isinf().sum()) == 3
+    expected = SequenceBiasLogitsProcessor([[[3], 2.5], [[9], -4.0]])(output, logits[0])  # type: ignore[arg-type]
+    assert torch.equal(ours(logit_bias=((3, 2.5), (9, -4.0))), expected)
+    expected = SuppressTokensLogitsProcessor([t for t in range(V) if t not in (4, 9)])(output, logits[0])  # type: ignore[arg-type]
+    assert torch.equal(ours(allowed_token_ids=(4, 9)), expected)
+    for least in (4, 5):
+        processor = MinNewTokensLengthLogitsProcessor(len(PROMPT), least, [0, 8])
+        assert torch.equal(ours(min_tokens=least, end_ids=(0, 8)), processor(ids, logits[0]))  # type: ignore[arg-type]
+
+
+def test_bad_words_do_not_begin_in_the_prompt() -> None:
+    made = processors({"bad_words": ((30, 2), (9, 30, 2))}, output=[])
+    logits = logits_of(1, 1, V)
+    assert torch.equal(made.apply(logits), logits)
+    made.commit(0, [30])
+    assert made.apply(logits).isinf().nonzero().tolist() == [[0, 0, 2]]
+
+
+def test_rows_do_not_see_each_other() -> None:
+    rows = [EACH["all"], None, EACH["bad words"], EACH["frequency"], None, EACH["allowed"]]
+    made = processors(*rows)
+    logits, before = logits_of(6, 3, V), logits_of(6, 3, V)
+    paths = torch.tensor([[ABSENT, ABSENT], [ABSENT, 7], [7, 11]]).expand(6, -1, -1)
+    actual = made.apply(logits, paths)
+    assert torch.equal(logits, before)  # raw logits are still needed for log-probabilities
+    for slot, given in enumerate(rows):
+        alone = processors(given).apply(logits[slot : slot + 1], paths[:1])
+        assert torch.equal(actual[slot], alone[0])
+    made.clear(0)
+    made.set(2, ProcessorSettings(repetition_penalty=2.0), prompt=[1], output=[])
+    after = made.apply(logits, paths)
+    assert torch.equal(after[0], logits[0])
+    assert torch.equal(after[3], actual[3])
+    fresh = Processors(1, V, "cpu")
+    fresh.set(0, ProcessorSettings(repetition_penalty=2.0), prompt=[1])
+    assert torch.equal(after[2], fresh.apply(logits[2:3], paths[:1])[0])
+
+
+def test_candidates_that_are_no_tokens() -> None:
+    """A hostile draft: rows that will not be accepted, whatever they hold, do not disturb others."""
+    made = processors(EACH["all"])
+    logits = logits_of(1, 3, V)
+    paths = torch.tensor([[[ABSENT, 7], [V, 7], [2**31 - 1, -(2**31)]]])
+    assert torch.equal(made.apply(logits, paths)[0, 0], made.apply(logits[:, :1], paths[:, :1])[0, 0])
+
+
+def test_nothing_asked_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    chooser = Chooser(2, V, "cpu", horizon=3)
+    chooser.set(0, params := SamplingParams(temperature=1.0, top_k=3, stop_token_ids=(3,), logprobs=4))
+    chooser.process(0, params, prompt=PROMPT, output=[], ends=[0])
+    monkeypatch.setattr(Processors, "apply", lambda *_: pytest.fail("processed"))
+    logits = logits_of(2, 3, V)
+    scores(chooser.processed(logits, None), chooser.params, chooser.noise(torch.tensor([4, 4])))
+    assert not chooser.processors.active
+    # And no longer than it is asked for.
+    chooser.process(1, SamplingParams(min_tokens=3), prompt=PROMPT, output=[], ends=[0, V + 3])
+    assert chooser.processors.active
+    chooser.processors.commit(1, [1, 2])
+    assert chooser.processors.active
+    chooser.processors.commit(1, [1])
+    assert not chooser.processors.active
+    chooser.process(1, SamplingParams(presence_penalty=1.0), prompt=PROMPT, output=[], ends=[])
+    chooser.clear(1)
+    assert not chooser.processors.active
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"repetition_penalty": 0.0}, "repetition_penalty"),
+    ({"repetition_penalty": INF}, "repetition_penalty"),
+    ({"presence_penalty": 2.1}, "presence_penalty"),
+    ({"frequency_penalty": float("nan")}, "frequency_penalty"),
+    ({"logit_bias": {3: 101.0}}, "logit_bias"),
+    ({"logit_bias": {-1: 1.0}}, "logit_bias"),
+    ({"logit_bias": {3: float("nan")}}, "logit_bias"),
+    ({"logit_bias": {"x": 1.0}}, "logit_bias"),
+    ({"logit_bias": [3, 4]}, "logit_bias"),
+    ({"bad_words": "one"}, "bad_words"),
+    ({"bad_words": [""]}, "bad_words"),
+    ({"bad_words": [[]]}, "bad_words"),
+    ({"bad_words": [3, 4]}, "bad_words"),
+    ({"bad_words": [[3, "x"]]}, "bad_words"),
+    ({"allowed_token_ids": ()}, "allowed_token_ids"),
+    ({"allowed_token_ids": (-1,)}, "allowed_token_ids"),
+    ({"stop_token_ids": "12"}, "stop_token_ids"),
+    ({"min_tokens": -1}, "min_tokens"),
+    ({"min_tokens": 4, "max_tokens": 3}, "min_tokens"),
+    ({"n": 0}, "n must"),
+    ({"n": 129, "temperature": 1.0}, "n must"),
+    ({"n": 2}, "temperature"),
+    ({"logprobs": -1}, "logprobs"),
+    ({"logprobs": 21}, "logprobs"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), WRONG, ids=str)
+def test_values_out_of_range(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message) as error:
+        SamplingParams(**given)
+    assert "\n" not in str(error.value)
+
+
+def test_biases_as_json_gives_them() -> None:
+    assert SamplingParams(logit_bias={"7": 1, 3: -2.5}).logit_bias == ((3, -2.5), (7, 1.0))  # type: ignore[dict-item]
+    assert hash(SamplingParams(logit_bias={7: 1.0}, bad_words=["a", [1, 2]]))  # type: ignore[arg-type]
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer(700)
+
+
+def resolved(**given: Any) -> SamplingParams:
+    return resolve(SamplingParams(**given), tokenizer(), vocabulary=700, ends=(0,))
+
+
+def test_bad_words_of_text() -> None:
+    encode = tokenizer().encode
+    (whole,) = resolved(bad_words=["it\n"]).bad_words
+    assert list(whole) == encode("it\n") and len(whole) > 1
+    # After a space it is one other token, so both forms are banned, however it was given.
+    for word in ("s", "  s"):
+        assert resolved(bad_words=[word]).bad_words == (tuple(encode("s")), tuple(encode(" s")))
+    assert len(encode(" s")) == 1
+    assert resolved(bad_words=["🐍", [5, 6]]).bad_words == (tuple(encode("🐍")), (5, 6))
+    untouched = SamplingParams(stop=("x",))
+    assert resolve(untouched, None, vocabulary=1, ends=()) is untouched
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"logit_bias": {700: 1.0}}, "logit_bias has token id 700"),
+        ({"stop_token_ids": (5, 701)}, "stop_token_ids has token id 701"),
+        ({"allowed_token_ids": (700,)}, "allowed_token_ids has token id 700"),
+        ({"bad_words": [[3, 700]]}, "bad_words has token id 700"),
+        ({"bad_words": ["  "]}, "is no token"),
+        ({"allowed_token_ids": (5, 6), "bad_words": [[5], [9, 6]]}, "exclude every token"),
+        ({"allowed_token_ids": (0, 6), "min_tokens": 1, "stop_token_ids": (6,)}, "exclude every token"),
+        ({"bad_words": [[token] for token in range(700)]}, "exclude every token"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_the_vocabulary(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        resolved(**given)
+
+
+def test_seeds_of_completions() -> None:
+    seeds = [completion_seed(5, index) for index in range(100)]
+    assert seeds[0] == 5
+    assert len(set(seeds)) == 100 and all(0 <= seed < 2**63 for seed in seeds)
+    # SplitMix64 of 0: the first output of the reference implementation, less its sign bit.
+    assert completion_seed(0, 1) == 0xE220A8397B1DCDAF & (2**63 - 1)
+    assert not set(seeds[1:]) & {completion_seed(6, index) for index in range(100)}
+    SamplingParams(seed=completion_seed(2**63 - 1, 127))

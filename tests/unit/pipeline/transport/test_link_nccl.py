@@ -1,0 +1,122 @@
+"""What ``NcclLink`` does around NCCL, without a GPU: over a twin of torch's process group.
+
+That its transfers move bytes between GPUs is for ``tests/contract/test_link.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ssd.errors import LinkError
+from ssd.pipeline.transport.links.nccl import NcclLink
+
+CPU = torch.device("cpu")
+
+
+class Group:
+    """Transfers begin when both ends have launched theirs, as NCCL's do; the first is slow."""
+
+    CONNECT_S = 0.3
+    ends: dict[int, Group]
+
+    class Options:
+        _timeout = None
+
+    def __init__(self, store: Any, rank: int, size: int, options: Any):
+        assert size == 2 and options._timeout.days == 365  # NCCL's own deadline would end the process
+        self.rank, self.aborted = rank, False
+        self.sent: list[Tensor | None] = []
+        self.ends[rank] = self
+
+    def _start_coalescing(self, device: torch.device) -> None:
+        self._sending: Tensor | None = None
+        self._landing: Tensor | None = None
+
+    def send(self, tensors: list[Tensor], peer: int, tag: int) -> None:
+        (self._sending,) = tensors
+
+    def recv(self, tensors: list[Tensor], peer: int, tag: int) -> None:
+        (self._landing,) = tensors
+
+    def _end_coalescing(self, device: torch.device) -> Group.Work:
+        # The frame is there before its launch counts: the other end's thread looks at any moment.
+        self.sent.append(None if self._sending is None else self._sending.clone())
+        return Group.Work(self, self.launched - 1, self._landing, time.monotonic())
+
+    @property
+    def launched(self) -> int:
+        return len(self.sent)
+
+    def abort(self) -> None:
+        self.aborted = True
+
+    class Work:
+        def __init__(self, group: Group, number: int, landing: Tensor | None, began_s: float):
+            self.group, self.number, self.landing, self.began_s = group, number, landing, began_s
+
+        def is_completed(self) -> bool:
+            other = Group.ends.get(1 - self.group.rank)
+            if other is None or other.launched <= self.number:
+                return False
+            return self.number > 0 or time.monotonic() - self.began_s >= Group.CONNECT_S
+
+        def wait(self) -> None:
+            if self.landing is not None:
+                frame = Group.ends[1 - self.group.rank].sent[self.number]
+                assert frame is not None  # both exchange, or one sends and the other receives
+                self.landing.copy_(frame)
+
+
+@pytest.fixture(autouse=True)
+def twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    Group.ends = {}
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Group, raising=False)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+
+def link(rank: int, meet_s: float = 10.0) -> NcclLink:
+    return NcclLink(dist.HashStore(), rank, 5.0, CPU, meet_s)
+
+
+def test_a_new_link_is_warm() -> None:
+    """Connecting falls into its making, and the first round's frames are its second transfer."""
+    with ThreadPoolExecutor(2) as pool:
+        began = time.monotonic()
+        ends = [future.result(10) for future in [pool.submit(link, rank) for rank in (0, 1)]]
+        assert time.monotonic() - began >= Group.CONNECT_S
+        assert [group.launched for group in Group.ends.values()] == [1, 1]
+        frames = [np.arange(3, dtype=np.int32), np.arange(7, dtype=np.int32)]
+        landed = [np.zeros_like(frames[1]), np.zeros_like(frames[0])]
+        moves = [pool.submit(end.exchange, frame, into) for end, frame, into in zip(ends, frames, landed, strict=True)]
+        for move in moves:
+            move.result(10)
+    assert np.array_equal(landed[0], frames[1]) and np.array_equal(landed[1], frames[0])
+    assert [group.launched for group in Group.ends.values()] == [2, 2]
+
+
+def test_an_end_that_does_not_come_is_given_up_in_time() -> None:
+    began = time.monotonic()
+    with pytest.raises(LinkError, match=r"greeting failed: the other end sent nothing for 0\.2 s"):
+        link(0, meet_s=0.2)
+    assert time.monotonic() - began < 5
+    assert Group.ends[0].aborted
+
+
+def test_two_first_ends_are_no_link() -> None:
+    """What greets like ourselves is not our other end."""
+    Group.ends[1] = stranger = Group(None, 1, 2, type("Options", (), {"_timeout": type("T", (), {"days": 365})}))
+    stranger.sent = [torch.tensor([0x55D11], dtype=torch.int32)]
+    with pytest.raises(LinkError, match="was not its other end"):
+        link(0)
+    assert Group.ends[0].aborted
