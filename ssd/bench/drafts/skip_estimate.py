@@ -19,8 +19,9 @@ import torch
 from ...models.rows import RowPlan
 from ...models.runner import ForwardRunner
 from ...models.skipping import SkipSet, skipping
-from ...pipeline.runtime.build import set_threads, target_runner, usable_cores
+from ...pipeline.runtime.cores import set_threads, usable_cores
 from ...pipeline.runtime.plan import Plan
+from ...pipeline.runtime.runners import target_runner
 
 LOOKAHEADS = (1, 2, 3, 4, 5, 6, 7, 8)
 CONFIDENCES = (0.0, 0.3, 0.5, 0.7, 0.85, 0.95)

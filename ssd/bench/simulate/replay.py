@@ -18,7 +18,7 @@ from ...decoding.trees.shape import ABSENT, TreeShape
 from ...decoding.trees.widths import siblings_within
 from ...errors import ConfigError
 from ...models.rows import RowPlan
-from ...pipeline.runtime.build import build_draft
+from ...pipeline.runtime.build_draft import build_draft
 from ...pipeline.runtime.plan import Plan
 from ...pipeline.transport.messages import Admit
 from ...request.params import SamplingParams

@@ -59,7 +59,8 @@ class InprocPipeline:
     """
 
     def __init__(self, plan: Plan, models: Mapping[str, PreTrainedModel] | None = None):
-        from .build import build_draft, build_verifier
+        from .build_draft import build_draft
+        from .build_verifier import build_verifier
         from .worker_main import run_draft, run_verifier, run_worker
 
         # One after the other: compilers and captures of CUDA graphs do not bear company.

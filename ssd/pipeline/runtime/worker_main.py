@@ -18,9 +18,12 @@ from ..transport.rendezvous import Rendezvous, VerifierSide, draft_side, link_ki
 from ..verifier.draft_side import DraftSide, Rejoin
 from ..verifier.ranks import follow, naming_the_lost
 from ..verifier.worker import VerifierWorker
-from .build import build_draft, build_rank, build_verifier, set_threads, settle, usable_cores
-from .loops import draft_loop, verifier_loop
+from .build_draft import build_draft
+from .build_verifier import build_rank, build_verifier
+from .cores import set_threads, settle, usable_cores
+from .draft_loop import draft_loop
 from .plan import Plan
+from .verifier_loop import verifier_loop
 
 WAIT_S = 0.5
 

@@ -29,7 +29,8 @@ from transformers.generation.logits_process import (
 )
 
 from ...config.load import load_config
-from ...pipeline.runtime.build import build_draft, build_verifier
+from ...pipeline.runtime.build_draft import build_draft
+from ...pipeline.runtime.build_verifier import build_verifier
 from ...pipeline.runtime.plan import Plan
 from ...request.params import SamplingParams
 from ..models.tiny import save_tiny, tiny_model

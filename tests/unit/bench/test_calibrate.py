@@ -16,7 +16,8 @@ from ssd.bench.simulate.replay import replay
 from ssd.bench.simulate.simulator import Setting, simulate
 from ssd.config.load import load_config
 from ssd.engine.front import make_plan
-from ssd.pipeline.runtime.build import build_draft, build_verifier
+from ssd.pipeline.runtime.build_draft import build_draft
+from ssd.pipeline.runtime.build_verifier import build_verifier
 from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.pipeline.transport.messages import RoundReport
 from ssd.testing.twins.rounds import play

@@ -18,8 +18,9 @@ from ssd.bench.drafts.tune_layers import layers_yaml, measure, patterns, search,
 from ssd.bench.measure.prompts import DEMO_PROMPTS
 from ssd.cli.app import app
 from ssd.models.skipping import SkipSet
-from ssd.pipeline.runtime.build import build_verifier, target_runner
+from ssd.pipeline.runtime.build_verifier import build_verifier
 from ssd.pipeline.runtime.plan import Plan
+from ssd.pipeline.runtime.runners import target_runner
 from ssd.pipeline.transport.messages import Submit
 from ssd.testing.models.tiny import save_tiny
 from ssd.testing.twins.llm import ScriptedLLM

@@ -15,7 +15,8 @@ from ssd.decoding.trees.shape import TreeShape
 from ssd.decoding.trees.widths import RANKS, siblings_within
 from ssd.engine.front import make_plan
 from ssd.errors import ConfigError
-from ssd.pipeline.runtime.build import build_draft, build_verifier
+from ssd.pipeline.runtime.build_draft import build_draft
+from ssd.pipeline.runtime.build_verifier import build_verifier
 from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.testing.twins.rounds import play
 

@@ -18,7 +18,7 @@ from ssd.errors import LinkError, WorkerError
 from ssd.pipeline.draft.worker import DraftWorker
 from ssd.pipeline.round.frames import Frames, SpeculationSet
 from ssd.pipeline.round.verdict import Verdict
-from ssd.pipeline.runtime import build
+from ssd.pipeline.runtime import build_draft as draft_building
 from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.pipeline.transport.rendezvous import VerifierSide, draft_side
 from ssd.pipeline.verifier.draft_side import Rejoin
@@ -272,7 +272,7 @@ def test_a_draft_that_cannot_be_started(config: dict[str, Any], breaking: Breaki
 
 def test_closing_while_it_is_restarted(config: dict[str, Any], breaking: Breaking, monkeypatch: Any) -> None:
     building, go_on = threading.Event(), threading.Event()
-    build_draft = build.build_draft
+    build_draft = draft_building.build_draft
 
     def slow(*args: Any) -> Any:
         if breaking.rounds:
@@ -280,7 +280,7 @@ def test_closing_while_it_is_restarted(config: dict[str, Any], breaking: Breakin
             go_on.wait(SOON_S)
         return build_draft(*args)
 
-    monkeypatch.setattr(build, "build_draft", slow)
+    monkeypatch.setattr(draft_building, "build_draft", slow)
     llm = LLM(config, launch=InprocPipeline)
     breaking.now.set()
     breaking.plain_round_s = 0.05

@@ -15,7 +15,8 @@ from ssd.config.load import load_config
 from ssd.decoding.trees.shape import ABSENT
 from ssd.pipeline.draft.worker import DraftWorker
 from ssd.pipeline.round.frames import SpeculationSet
-from ssd.pipeline.runtime.build import build_draft, build_verifier
+from ssd.pipeline.runtime.build_draft import build_draft
+from ssd.pipeline.runtime.build_verifier import build_verifier
 from ssd.pipeline.runtime.plan import Plan
 from ssd.request.params import Method
 from ssd.testing.twins.rounds import History, play

@@ -18,8 +18,9 @@ from ssd.errors import ConfigError
 from ssd.models.cpu import native
 from ssd.models.cuda.graphs import LARGE_BYTES, PLACES, Graphs
 from ssd.pipeline.draft.drafting import Drafting
-from ssd.pipeline.runtime import build, launch
-from ssd.pipeline.runtime.build import build_draft, build_verifier
+from ssd.pipeline.runtime import launch, runners
+from ssd.pipeline.runtime.build_draft import build_draft
+from ssd.pipeline.runtime.build_verifier import build_verifier
 from ssd.pipeline.runtime.plan import Plan
 from ssd.request.params import SamplingParams
 from ssd.testing.twins.rounds import play
@@ -47,7 +48,7 @@ def twin(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
 def as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bodies are captured, and none of our operators there."""
     monkeypatch.setattr(native, "available", lambda: False)
-    monkeypatch.setattr(build, "_graphs", lambda *_: Graphs(CPU, twin))
+    monkeypatch.setattr(runners, "_graphs", lambda *_: Graphs(CPU, twin))
     monkeypatch.setattr(Drafting, "_grow_stepwise", lambda *_: pytest.fail("not captured"))
 
 
@@ -113,7 +114,7 @@ def test_rounds_over_captured_forwards_are_those_of_plain_ones(
         plan = Plan(config=made, vocabulary=128, ends=(0,))
         with monkeypatch.context() as patch:
             if graphs is not None:  # the check for a GPU stands before
-                patch.setattr(build, "_graphs", lambda *_, graphs=graphs: graphs)
+                patch.setattr(runners, "_graphs", lambda *_, graphs=graphs: graphs)
             verifier, draft = build_verifier(plan)[0], build_draft(plan)[0]
         assert verifier.runner.attention == wanted["attention"]
         histories = play(verifier, draft, plan, prompts, params)
@@ -137,7 +138,7 @@ def test_drafts_are_captured_with_what_requests_ask_for(
     params = [plain, replace(plain, **asked), replace(plain, temperature=0.0)]
     histories = play(verifier, draft, plan, [[9, 8, 7]] * len(params), params)
     with monkeypatch.context() as patch:
-        patch.setattr(build, "_graphs", lambda *_: None)
+        patch.setattr(runners, "_graphs", lambda *_: None)
         verifier = build_verifier(plan)[0]
     alone = play(verifier, draft, plan, [[9, 8, 7]] * len(params), [replace(p, method="none") for p in params])
     for history, expected, wanted in zip(histories, alone, params, strict=True):

@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from torch._functorch._aot_autograd.autograd_cache import check_cacheable
 
 from ssd.config.load import load_config
-from ssd.pipeline.runtime.build import build_draft, build_verifier
+from ssd.pipeline.runtime.build_draft import build_draft
+from ssd.pipeline.runtime.build_verifier import build_verifier
 from ssd.pipeline.runtime.plan import Plan
 
 

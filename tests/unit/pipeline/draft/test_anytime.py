@@ -12,7 +12,7 @@ import torch
 from ssd import ConfigError
 from ssd.config.load import load_config
 from ssd.decoding.trees.shape import ABSENT
-from ssd.pipeline.runtime.build import build_draft
+from ssd.pipeline.runtime.build_draft import build_draft
 from ssd.pipeline.runtime.plan import Plan
 from ssd.pipeline.transport.lane_ends import Inbox
 from ssd.pipeline.transport.lanes import InprocLane

@@ -25,8 +25,8 @@ from ssd.engine.book import RequestBook, Step
 from ssd.models.rows import RowPlan
 from ssd.pipeline.round.frames import SpeculationSet
 from ssd.pipeline.runtime.launch import InprocPipeline
-from ssd.pipeline.runtime.loops import verifier_loop
 from ssd.pipeline.runtime.plan import Plan
+from ssd.pipeline.runtime.verifier_loop import verifier_loop
 from ssd.pipeline.transport.lanes import InprocLane
 from ssd.pipeline.transport.messages import Committed, Finished, Ready, Shutdown
 from ssd.pipeline.verifier.sequence import Sequence

@@ -18,10 +18,11 @@ from ssd.config.load import load_config
 from ssd.decoding.text.prefix import common_prefix
 from ssd.decoding.trees.shape import ABSENT
 from ssd.engine.front import make_plan
-from ssd.pipeline.runtime.build import build_draft, build_verifier
+from ssd.pipeline.runtime.build_draft import build_draft
+from ssd.pipeline.runtime.build_verifier import build_verifier
 from ssd.pipeline.runtime.launch import InprocPipeline
-from ssd.pipeline.runtime.loops import verifier_loop
 from ssd.pipeline.runtime.plan import Plan
+from ssd.pipeline.runtime.verifier_loop import verifier_loop
 from ssd.pipeline.transport import lane_ends
 from ssd.pipeline.transport.messages import Admit, Cancel, Committed, Finished, Message, Shutdown, Submit
 from ssd.pipeline.verifier.prefix import PrefixCache

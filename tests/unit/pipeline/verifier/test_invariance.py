@@ -13,7 +13,7 @@ from ssd import LLM, SamplingParams
 from ssd.config.load import load_config
 from ssd.engine.front import make_plan
 from ssd.models.runner import ForwardRunner
-from ssd.pipeline.runtime.build import build_verifier
+from ssd.pipeline.runtime.build_verifier import build_verifier
 from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.pipeline.verifier import worker as verifier_module
 from ssd.pipeline.verifier.decider import Decider, Decision

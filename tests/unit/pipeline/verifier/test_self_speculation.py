@@ -15,7 +15,7 @@ from ssd.bench.measure.compare import prepared
 from ssd.config.load import load_config
 from ssd.engine.front import Front
 from ssd.models.skipping import SkipSet, skipping
-from ssd.pipeline.runtime.build import build_verifier
+from ssd.pipeline.runtime.build_verifier import build_verifier
 from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.pipeline.runtime.plan import Plan
 from ssd.pipeline.transport.messages import Submit

@@ -1,0 +1,74 @@
+"""From a plan to the verifier."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from ...config.load import ModelConfig
+from ...models.rows import RowPlan
+from ...models.runner import ForwardRunner
+from ...models.skipping import SkipSet, skipping
+from ..transport.rank_lanes import Ranks
+from ..verifier.judge import Judge
+from ..verifier.self_draft import SelfDraft
+from ..verifier.worker import VerifierWorker
+from .plan import Plan
+from .runners import describe, target_runner
+
+if TYPE_CHECKING:
+    from ...models.loading import PreTrainedModel
+
+
+def build_verifier(
+    plan: Plan, model: PreTrainedModel | None = None, ranks: Ranks | None = None
+) -> tuple[VerifierWorker, dict[str, Any]]:
+    """The verifier, warm, and what to tell about it. ``model``: already loaded. ``ranks``: those that
+    share the model, if several do; they must ``follow`` by now. Raises: UsageError."""
+    config = plan.config
+    runner = target_runner(plan, model, ranks)
+    worker = VerifierWorker(
+        runner,
+        shape=plan.shape,
+        method=config.speculation.method,
+        jit=plan.jit,
+        ngram=plan.ngram,
+        strict=config.numerics == "strict",
+        governed=config.speculation.governor,
+        lookaheads=plan.lookaheads,
+        ends=frozenset(plan.ends),
+        max_model_len=config.engine.max_model_len,
+        prefix_caching=config.engine.prefix_caching,
+    )
+    worker.chooser.grammars = plan.grammars(config.target)
+    if plan.probs is not None:
+        worker.decider.judge = Judge(
+            config.speculation.verify, plan.shape, plan.probs, batch=runner.batch, device=runner.device
+        )
+    if (wanted := config.speculation.self_draft) is not None:
+        skips = SkipSet.of(wanted.skip_attention, wanted.skip_mlp, runner.cache.layers)
+        worker.self_draft = SelfDraft(
+            runner.over(skipping(runner.model, skips)),
+            shape=plan.shape,
+            chooser=worker.chooser,
+            judge=worker.decider.judge,
+            confidence=wanted.confidence,
+            governed=config.speculation.governor,
+        )
+    return worker, _warm(worker, config.target)
+
+
+def _warm(worker: VerifierWorker, wanted: ModelConfig) -> dict[str, Any]:
+    began = time.perf_counter()
+    worker.warm_up()
+    return {
+        **describe(worker.runner, wanted),
+        "warm_up_s": round(time.perf_counter() - began, 2),
+        "padded": worker.padded,
+    }
+
+
+def build_rank(plan: Plan, ranks: Ranks) -> tuple[ForwardRunner, list[RowPlan], dict[str, Any]]:
+    """What another rank of the verifier needs to ``follow``, and what to tell about it. Raises: UsageError."""
+    runner = target_runner(plan, None, ranks)
+    return runner, [*plan.verify_plans, RowPlan.sequential("one", 1)], describe(runner, plan.config.target)
