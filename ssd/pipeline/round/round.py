@@ -27,6 +27,11 @@ class Round:
     behind: frozenset[int] = frozenset()
     """Requests for which the draft could prepare nothing, because it is still computing their keys."""
 
+    @classmethod
+    def empty(cls, batch: int) -> Round:
+        """The round before the first one: nothing decodes in any of the B slots."""
+        return cls(roles=Roles(("none",) * batch))
+
     @property
     def lookups(self) -> int:
         """Outcomes of the round before that were looked up in a speculation set."""
@@ -36,3 +41,8 @@ class Round:
     def hits(self) -> int:
         """Lookups that found the outcome."""
         return sum(one.hit is True for one in self.candidates.values())
+
+    @property
+    def all_prepared(self) -> bool:
+        """Whether all candidates were found in a speculation set, and there are some."""
+        return bool(self.candidates) and all(one.origin == "prepared" for one in self.candidates.values())

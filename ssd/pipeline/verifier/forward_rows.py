@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ...decoding.trees.shape import ABSENT
-from ...models.cuda.device import Written
+from ...models.device import Written
 from ...models.rows import RowPlan, verify_plans
 from ...models.runner import ForwardRunner
 from ..sampling.selection import Selection, Selector

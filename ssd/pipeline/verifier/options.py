@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...decoding.trees.shape import TreeShape
-from ...request.params import Method
+from ...request.methods import Method
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
