@@ -15,7 +15,7 @@ from ...decoding.sampling import SamplingTensors, perturbed
 from ...decoding.trees.combs import noise_at
 from ...errors import RequestError
 from ...models.cpu import operators
-from ...request.params import SamplingParams
+from ...request.sampling_params import SamplingParams
 from .grammar import Grammars
 from .selection import Selection
 

@@ -27,7 +27,7 @@ from ssd.engine.resolve import resolve
 from ssd.models.cpu import operators
 from ssd.pipeline.draft.scores import DraftScores
 from ssd.pipeline.sampling.slots import Chooser
-from ssd.request.params import completion_seed
+from ssd.request.sampling_params import completion_seed
 from ssd.testing.models.tiny import tiny_tokenizer
 
 assert operators.available()

@@ -22,7 +22,7 @@ from ssd.pipeline.runtime import launch, runners
 from ssd.pipeline.runtime.build_draft import build_draft
 from ssd.pipeline.runtime.build_verifier import build_verifier
 from ssd.pipeline.runtime.plan import Plan
-from ssd.request.params import SamplingParams
+from ssd.request.sampling_params import SamplingParams
 from ssd.testing.twins.rounds import play
 
 CPU = torch.device("cpu")
