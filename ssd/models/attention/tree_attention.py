@@ -52,7 +52,7 @@ def try_kernels(config: PretrainedConfig, dtype: torch.dtype, device: torch.devi
     slots, own = random(shared, _TRIAL_SLOTS), random(shared, rows)
     limits = torch.full((1, rows), _TRIAL_SLOTS, device=device)
     mask = torch.ones(rows, _TRIAL_SLOTS, dtype=torch.bool, device=device)
-    inputs = AttentionInputs(random(heads, rows), *[slots] * 4, own, own, limits, mask, dim**-0.5, 0.0)
+    inputs = AttentionInputs(random(heads, rows), slots, slots, slots, slots, own, own, limits, mask, dim**-0.5, 0.0)
     result = torch.ops.ssd.tree_attention(*inputs)
     if not result.isfinite().all():
         raise RuntimeError("its results are not finite")

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ...errors import first_line
+
 Body = Callable[..., Any]
 Capture = Callable[[Body], tuple[Callable[[], None], Any]]
 """Takes work without arguments; returns its replay, and the result that every replay fills."""
@@ -82,7 +84,7 @@ class _Captured:
             try:
                 graph = _Graph(self._body, leaves, form, self._device, self._capture)
             except refusals() as error:
-                self._give_up((str(error).strip() or type(error).__name__).splitlines()[0])
+                self._give_up(first_line(error))
                 return self._body(*args)
             self._graphs[places] = graph
         return graph.run(leaves)
@@ -119,7 +121,7 @@ def refusals() -> tuple[type[Exception], ...]:
     Triton's (a kernel that does not compile, or needs more shared memory than there is) are not."""
     if importlib.util.find_spec("triton") is None:
         return (RuntimeError,)
-    from triton.errors import TritonError
+    from triton.errors import TritonError  # pyright: ignore[reportMissingImports]
 
     return RuntimeError, TritonError
 
