@@ -1,5 +1,5 @@
-"""On a CUDA device: the checks of ``scripts/gpu_check.py --stage 1``, one test each, and what needs CUDA
-to go wrong."""
+"""On a CUDA device: the checks of ``scripts/gpu_check.py --stage 1``, one test each, and tests of what only
+CUDA can break."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_noise_bits_are_those_of_the_cpu() -> None:
 
 
 @DTYPES
-def test_a_row_has_the_same_bits_in_plain_and_verify_forwards(bench: Bench, dtype: str) -> None:
+def test_a_row_has_the_same_bits_in_plain_and_verifying_forwards(bench: Bench, dtype: str) -> None:
     found = checks.rows(bench, dtype)
     assert found["ok"], found
 
@@ -54,12 +54,12 @@ def test_graphs_replay_the_bits_of_eager_forwards(bench: Bench, dtype: str) -> N
 @pytest.mark.parametrize(
     "speculation", [{}, {"siblings": 2, "lookahead": 3}, {"verify": "rejection"}], ids=["chain", "comb", "rejection"]
 )
-def test_methods_say_the_same_tokens(bench: Bench, dtype: str, speculation: dict[str, Any]) -> None:
+def test_methods_emit_the_same_tokens(bench: Bench, dtype: str, speculation: dict[str, Any]) -> None:
     found = checks.tokens(bench, dtype, {"speculation": speculation})
     assert found["ok"], found
 
 
-def test_a_body_that_waits_is_not_captured_and_still_right(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_body_that_waits_is_not_captured_and_still_correct(caplog: pytest.LogCaptureFixture) -> None:
     device = torch.device("cuda:0")
     run = Graphs(device).of(lambda x: x * x.sum().item(), "waiting")
     with caplog.at_level(logging.WARNING):
