@@ -322,7 +322,7 @@ def test_one_graph(rows: list[dict[str, Any]]):
 
 @pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
 def test_perturbed_is_the_same_compiled() -> None:
-    """A round's compiled choice and the eager one (filters, processors) occur in one batch, so they need the same bits."""
+    """One batch may mix a compiled choice and an eager one (filters, processors): they need the same bits."""
 
     def body(logits: Tensor, noise: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
         scores = perturbed(logits, noise, temperature)
