@@ -18,6 +18,7 @@ from ssd.pipeline.transport.lanes import ZmqLane
 from ssd.pipeline.transport.links.inproc import InprocLink
 from ssd.pipeline.transport.messages import Admit
 from ssd.pipeline.verifier.draft_side import DraftSide
+from ssd.request.methods import Method
 
 PROMPTS = [[5, 6, 7, 8] * 3, [9, 30, 77]]
 PARAMS = SamplingParams(max_tokens=30, ignore_eos=True)
@@ -46,8 +47,9 @@ def test_decoding_goes_on(
     monkeypatch.setattr(DraftSide, step, failing)
     config = tiny_config(engine={"max_batch": 2, "draft_restarts": 0}, speculation={"anytime": True})
     with LLM(config, launch=InprocPipeline) as llm:
+        method: Method = "sd" if step == "receive_trees" else "ssd"  # every round of ``sd`` waits
         for _ in range(2):
-            found = llm.generate(PROMPTS, replace(PARAMS, method="ssd"))
+            found = llm.generate(PROMPTS, replace(PARAMS, method=method))
         plain = llm.generate(PROMPTS, replace(PARAMS, method="none"))
         assert llm.degraded
     assert [one.token_ids for one in found] == [one.token_ids for one in plain]
