@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.attention import tree_attention
+from ..models.attention.inputs import AttentionInputs
+from ..models.attention.tree_attention import in_triton
 
 Attention = Callable[[dict[str, Any]], Tensor]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -121,7 +122,7 @@ def error(got: Tensor, inputs: dict[str, Any]) -> float:
 
 def kernel(inputs: dict[str, Any]) -> Tensor:
     """The Triton kernels, whatever the inputs' device."""
-    return tree_attention.in_triton(**inputs)
+    return in_triton(AttentionInputs(**inputs))
 
 
 def operator(inputs: dict[str, Any]) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from .governor import Mean
+from ...decoding.averages import DecayingRatio
+from .governor import MEMORY
 
 Source = Literal["jit", "ngram"]
 TRY_EVERY = 16
@@ -16,18 +17,18 @@ class FallbackChoice:
     for a draft made now, the wait for it."""
 
     def __init__(self) -> None:
-        self._tokens: dict[Source, Mean] = {"jit": Mean(), "ngram": Mean()}
-        self._forward_s, self._wait_s = Mean(), Mean()
+        self._tokens: dict[Source, DecayingRatio] = {"jit": DecayingRatio(MEMORY), "ngram": DecayingRatio(MEMORY)}
+        self._forward_s, self._wait_s = DecayingRatio(MEMORY), DecayingRatio(MEMORY)
         self._since = 0
 
     def served(self, source: Source, tokens: int, forward_s: float) -> None:
         """A round over candidates of this source brought so many tokens."""
-        self._tokens[source].add(tokens, 1.0)
-        self._forward_s.add(forward_s, 1.0)
+        self._tokens[source].observe(tokens, 1.0)
+        self._forward_s.observe(forward_s, 1.0)
         self._since += 1
 
     def waited(self, seconds: float) -> None:
-        self._wait_s.add(seconds, 1.0)
+        self._wait_s.observe(seconds, 1.0)
 
     @property
     def ngram(self) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...decoding.averages import DecayingRatio
 from ..round.roles import Arm
 
 ARMS: tuple[Arm, ...] = ("ssd", "sd", "ngram", "none")
@@ -49,21 +50,6 @@ class Round:
     """Whether there were candidates to verify."""
 
 
-class Mean:
-    """Ratio of exponentially decaying sums."""
-
-    def __init__(self, memory: int | None = None) -> None:
-        self._keep = 1 - 1 / (memory or MEMORY)
-        self.top = self.bottom = 0.0
-
-    def add(self, top: float, bottom: float) -> None:
-        self.top, self.bottom = self.top * self._keep + top, self.bottom * self._keep + bottom
-
-    @property
-    def value(self) -> float | None:
-        return self.top / self.bottom if self.bottom else None
-
-
 class Governor:
     """Decides among the arms of a method, for all its requests together.
 
@@ -72,20 +58,20 @@ class Governor:
         named: tokens of a round of n-grams; given where several governors see the same text.
     """
 
-    def __init__(self, method: Arm = "ssd", *, named: Mean | None = None):
+    def __init__(self, method: Arm = "ssd", *, named: DecayingRatio | None = None):
         self.arm: Arm = method
         self.method: Arm = method
         self.share = 1.0
         """Of a verification's forward, what a plain round's takes (1 where it is padded to the same width)."""
-        self._rest_s, self._verify_s = Mean(), Mean()
-        self._missed_s, self._named = Mean(), named or Mean(NAMED_MEMORY)
-        self._tokens, self._rate = Mean(), Mean()
+        self._rest_s, self._verify_s = DecayingRatio(MEMORY), DecayingRatio(MEMORY)
+        self._missed_s, self._named = DecayingRatio(MEMORY), named or DecayingRatio(NAMED_MEMORY)
+        self._tokens, self._rate = DecayingRatio(MEMORY), DecayingRatio(MEMORY)
         self._trial: int | None = None
         """Rounds left of a trial; 0: the arm is settled. None: nothing was seen yet."""
         self._left = self._rest = REST
         self._until_look, self._looked_from = REST, 0.0
         """Rounds until plain decoding is tried; while it is, what the arm before brought."""
-        self._wide, self._alike, self._forward_s, self._other_s = True, 0, Mean(), None
+        self._wide, self._alike, self._forward_s, self._other_s = True, 0, DecayingRatio(MEMORY), None
 
     @property
     def speculating(self) -> bool:
@@ -111,7 +97,7 @@ class Governor:
 
     def named(self, tokens: int, rounds: int) -> None:
         """So many rounds of n-grams would have brought a row so many tokens."""
-        self._named.add(tokens, rounds)
+        self._named.observe(tokens, rounds)
 
     def rates(self) -> dict[Arm, float]:
         """Tokens per second of a row, by every arm of which something is known now."""
@@ -133,13 +119,13 @@ class Governor:
             self._trial = max(TRIAL, MEMORY // round.rows)
         wide = round.wide and self.arm != "none"
         self._compare_widths(round.forward_s, wide)
-        self._verify_s.add(round.forward_s / (1.0 if wide else self.share), 1.0)
-        self._rest_s.add(max(round.seconds - round.waited_s - round.forward_s, 0.0), 1.0)
+        self._verify_s.observe(round.forward_s / (1.0 if wide else self.share), 1.0)
+        self._rest_s.observe(max(round.seconds - round.waited_s - round.forward_s, 0.0), 1.0)
         if self.speculating:
-            self._rate.add(round.tokens / round.rows, round.seconds)
-            self._tokens.add(round.tokens / round.rows, 1.0)
+            self._rate.observe(round.tokens / round.rows, round.seconds)
+            self._tokens.observe(round.tokens / round.rows, 1.0)
             if round.missed_s:
-                self._missed_s.add(round.missed_s, 1.0)
+                self._missed_s.observe(round.missed_s, 1.0)
         rates = self.rates()
         others: dict[Arm, float] = {arm: rate for arm, rate in rates.items() if arm != self.arm}
         if self._looked_from:
@@ -156,8 +142,8 @@ class Governor:
         """Measure ``share`` anew where wide rounds follow narrow ones, or the other way round."""
         if wide != self._wide:
             known = self._forward_s.value if self._alike >= TRIAL else None
-            self._wide, self._alike, self._forward_s, self._other_s = wide, 0, Mean(), known
-        self._forward_s.add(forward_s, 1.0)
+            self._wide, self._alike, self._forward_s, self._other_s = wide, 0, DecayingRatio(MEMORY), known
+        self._forward_s.observe(forward_s, 1.0)
         self._alike += 1
         if self._alike == TRIAL and self._other_s and (here := self._forward_s.value):
             self.share = min(1.0, self._other_s / here if wide else here / self._other_s)
@@ -197,4 +183,4 @@ class Governor:
 
     def _try(self, arm: Arm) -> None:
         self.arm, self._trial = arm, TRIAL
-        self._tokens, self._rate = Mean(), Mean()
+        self._tokens, self._rate = DecayingRatio(MEMORY), DecayingRatio(MEMORY)

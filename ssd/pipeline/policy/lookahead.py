@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ...decoding.averages import DecayingRatio
+
 TIERS = (1, 2, 3, 5, 7, 11, 16)
 """Lookaheads chosen from: few, since each is a compiled shape of its own."""
 START = 3
@@ -38,29 +40,6 @@ def first_lookahead(tiers: Sequence[int]) -> int:
     return max((tier for tier in tiers if tier <= START), default=tiers[0])
 
 
-class Evidence:
-    """A mean that forgets, and leans on a guess while it knows little."""
-
-    def __init__(self) -> None:
-        self._sum = self._weight = 0.0
-
-    def fade(self) -> None:
-        """A round has passed."""
-        keep = 1 - 1 / MEMORY
-        self._sum, self._weight = self._sum * keep, self._weight * keep
-
-    def add(self, value: float, weight: float = 1.0) -> None:
-        self._sum += value * weight
-        self._weight += weight
-
-    def value(self, guess: float) -> float:
-        return (self._sum + PRIOR_ROUNDS * guess) / (self._weight + PRIOR_ROUNDS)
-
-    @property
-    def mean(self) -> float:
-        return self._sum / self._weight if self._weight else 0.0
-
-
 class LookaheadChooser:
     """Chooses among tiers, for a whole batch, by what rounds bring and take.
 
@@ -73,10 +52,10 @@ class LookaheadChooser:
         self.tiers, self.current = tuple(tiers), first_lookahead(tiers)
         self.changes = 0
         self.forward_ratio = forward_s or dict.fromkeys(tiers, 1.0)
-        self._accepts = [Evidence() for _ in range(self.tiers[-1])]
-        self._forward, self._rest = Evidence(), Evidence()
-        self._draft = {tier: Evidence() for tier in tiers}
-        self._wait = {tier: Evidence() for tier in tiers}
+        self._accepts = [DecayingRatio(MEMORY) for _ in range(self.tiers[-1])]
+        self._forward, self._rest = DecayingRatio(MEMORY), DecayingRatio(MEMORY)
+        self._draft = {tier: DecayingRatio(MEMORY) for tier in tiers}
+        self._wait = {tier: DecayingRatio(MEMORY) for tier in tiers}
         self._since = 0
 
     def learn(self, depth: int, drafted: int) -> None:
@@ -98,22 +77,22 @@ class LookaheadChooser:
             if rates[best] > rates[self.current] * (1 + MARGIN):
                 self.current, self._since = best, 0
                 self.changes += 1
-        for evidence in (*self._accepts, self._forward, self._rest, *self._draft.values(), *self._wait.values()):
-            evidence.fade()
+        for each in (*self._accepts, self._forward, self._rest, *self._draft.values(), *self._wait.values()):
+            each.fade()
 
     def rates(self) -> dict[int, float]:
         """Expected tokens per second of a row, by lookahead."""
-        draft_s, wait_s = self._draft[self.current].mean, self._wait[self.current].mean
+        draft_s, wait_s = self._draft[self.current].value or 0.0, self._wait[self.current].value or 0.0
         rates, tokens, reached, acceptance, depth = {}, 1.0, 1.0, PRIOR_ACCEPTANCE, 0
         for tier in self.tiers:
             while depth < tier:
-                acceptance = self._accepts[depth].value(acceptance)
+                acceptance = self._accepts[depth].towards(acceptance, PRIOR_ROUNDS)
                 reached *= acceptance
                 tokens += reached
                 depth += 1
             # A glue forward and K steps; after a miss K steps.
-            draft = self._draft[tier].value(draft_s * (tier + 1) / (self.current + 1))
-            wait = self._wait[tier].value(wait_s * tier / self.current)
-            forward = self._forward.mean * self.forward_ratio[tier]
-            rates[tier] = tokens / max(self._rest.mean + max(forward, draft) + wait, 1e-9)
+            draft = self._draft[tier].towards(draft_s * (tier + 1) / (self.current + 1), PRIOR_ROUNDS)
+            wait = self._wait[tier].towards(wait_s * tier / self.current, PRIOR_ROUNDS)
+            forward = (self._forward.value or 0.0) * self.forward_ratio[tier]
+            rates[tier] = tokens / max((self._rest.value or 0.0) + max(forward, draft) + wait, 1e-9)
         return rates

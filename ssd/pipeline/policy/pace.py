@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .governor import LONGEST_REST, MARGIN, MEMORY, REST, TRIAL, Mean
+from ...decoding.averages import DecayingRatio
+from .governor import LONGEST_REST, MARGIN, MEMORY, REST, TRIAL
 
 
 class Pace:
@@ -16,7 +17,7 @@ class Pace:
     def __init__(self) -> None:
         self.drafted = True
         """While the batch speculates."""
-        self._tokens, self._misses = Mean(), Mean()
+        self._tokens, self._misses = DecayingRatio(MEMORY), DecayingRatio(MEMORY)
         self._left = MEMORY  # rounds until the next decision
         self._rest, self._trial = REST, True
 
@@ -34,14 +35,14 @@ class Pace:
             batch_rate: tokens per second of all rows together.
         """
         if self.drafted:
-            self._tokens.add(tokens, 1.0)
-            self._misses.add(float(missed), 1.0)
+            self._tokens.observe(tokens, 1.0)
+            self._misses.observe(float(missed), 1.0)
         self._left -= 1
         if self._left > 0:
             return
         if not self.drafted:
             self.drafted = self._trial = True
-            self._tokens, self._misses, self._left = Mean(), Mean(), TRIAL
+            self._tokens, self._misses, self._left = DecayingRatio(MEMORY), DecayingRatio(MEMORY), TRIAL
             return
         gained = (self._tokens.value or 1.0) - 1.0
         costs = self.misses * others_hit * wait_s * batch_rate

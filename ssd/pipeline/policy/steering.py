@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ...decoding.averages import DecayingRatio
 from ...decoding.text.ngram import NgramIndex, NgramRounds
 from ...request.methods import Method
 from ..round.roles import Arm, Roles
 from ..round.round import Round
 from ..round.verdict import Commit, Verdict
 from .fallback import FallbackChoice
-from .governor import NAMED_MEMORY, Governor, Mean
+from .governor import NAMED_MEMORY, Governor
 from .governor import Round as GovernedRound
 from .lookahead import LookaheadChooser
 from .pace import Pace
@@ -45,7 +46,7 @@ class Steering:
     def __init__(self, *, governed: bool, ngram: bool, jit: bool, lookaheads: tuple[int, ...]):
         self._governed, self._jit, self._lookaheads = governed, jit, lookaheads
         self._fallback = FallbackChoice() if ngram else None
-        self._named_means = {method: Mean(NAMED_MEMORY) for method in SPECULATIVE}
+        self._named_means = {method: DecayingRatio(NAMED_MEMORY) for method in SPECULATIVE}
         self._governors = self._new_governors()
         self._by_slots = {0: self._governors}
         several = len(lookaheads) > 1

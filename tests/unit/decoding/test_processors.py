@@ -140,24 +140,24 @@ def test_a_path_is_as_good_as_committed(name: str) -> None:
             assert torch.equal(other.apply(logits, padded), at_once.apply(logits))
 
 
-@pytest.mark.parametrize("operators", [True, False])
+@pytest.mark.parametrize("built", [True, False])
 @pytest.mark.parametrize("name", EACH)
 def test_a_draft_processes_every_row_as_after_the_certain_tokens(
-    name: str, operators: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, built: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiled drafting; but for bad words of several tokens."""
-    if not operators:
+    if not built:
         monkeypatch.setattr(operators, "available", lambda: False)
     given = EACH[name] | {"bad_words": tuple(word for word in EACH[name].get("bad_words", ()) if len(word) == 1)}
     chooser, logits = Chooser(2, V, "cpu", horizon=1), logits_of(2, 3, V)
     draft_scores = DraftScores(chooser, TreeShape.comb(2), 2, V, torch.device("cpu"))
-    assert chooser.filters == operators
+    assert chooser.filters == built
     chooser.processors.set(1, ProcessorSettings(**given), prompt=PROMPT, output=OUTPUT)
 
     def scored() -> Tensor:
         nothing = torch.zeros(2, 3, dtype=torch.int64)
         asked = draft_scores.asked(nothing, nothing[:, 0])
-        assert (asked.fixed is None) == (chooser.plain and not operators)
+        assert (asked.fixed is None) == (chooser.plain and not built)
         return draft_scores(logits, nothing, asked, asked.allowed)
 
     for tokens in ([], [7, 5], [7, 30, 2]):

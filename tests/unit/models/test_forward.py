@@ -12,7 +12,7 @@ from ssd.decoding.trees.shape import TreeShape
 from ssd.errors import RequestError
 from ssd.models.loading import lay_out_for_cpu
 from ssd.models.rows import BLOCK, RowPlan
-from ssd.models.runner import ForwardRunner, can_compile
+from ssd.models.runner import ForwardRunner, RunnerOptions, can_compile
 from ssd.testing.models.tiny import ARCHITECTURES, tiny_model
 
 VOCABULARY = 128
@@ -55,8 +55,7 @@ class Slots:
     ):
         model = tiny_model(architecture, vocab_size=VOCABULARY, dtype=dtype)
         lay_out_for_cpu(model)
-        self.runner = ForwardRunner(
-            model,
+        options = RunnerOptions(
             batch=batch,
             capacity=capacity,
             scratch_slots=scratch,
@@ -64,6 +63,7 @@ class Slots:
             vocabulary=VOCABULARY,
             **more,
         )
+        self.runner = ForwardRunner(model, options)
         self.batch = batch
 
     def forward(self, shape: TreeShape, trees: dict[int, tuple[int, list[int]]], longest: int | None = None) -> Tensor:
@@ -219,7 +219,8 @@ def test_a_kept_leaf_goes_on_like_a_chain(architecture: str, dtype: torch.dtype)
 @each_model
 def test_padding_of_the_head_is_cut_off(architecture: str) -> None:
     model = tiny_model(architecture, vocab_size=VOCABULARY)
-    runner = ForwardRunner(model, batch=1, capacity=50, scratch_slots=0, prefill_chunk=CHUNK, vocabulary=100)
+    options = RunnerOptions(batch=1, capacity=50, scratch_slots=0, prefill_chunk=CHUNK, vocabulary=100)
+    runner = ForwardRunner(model, options)
     logits = runner.forward(plan_of(CHAIN), torch.full((1, 5), 7), torch.zeros(1, dtype=torch.int64), longest=0)
     assert logits.shape == (1, 5, 100)
     whole = Slots(architecture, FP32, batch=1).forward(CHAIN, {0: (0, [7] * 5)})

@@ -18,7 +18,7 @@ from ssd.models.attention import tree_attention
 from ssd.models.cpu import operators
 from ssd.models.loading import lay_out_for_cpu
 from ssd.models.rows import RowPlan
-from ssd.models.runner import ForwardRunner, can_compile
+from ssd.models.runner import ForwardRunner, RunnerOptions, can_compile
 from ssd.testing.attention import CASES, TOLERANCE, Case, error
 from ssd.testing.models.tiny import ARCHITECTURES, tiny_model
 
@@ -114,15 +114,10 @@ def test_a_model_says_the_same_with_either_attention(
     for attention in ("rows", "tree"):
         model = tiny_model(architecture, vocab_size=128)
         lay_out_for_cpu(model)
-        runner = ForwardRunner(
-            model,
-            batch=2,
-            capacity=300,
-            scratch_slots=6,
-            prefill_chunk=16,
-            vocabulary=128,
-            attention=attention,
+        options = RunnerOptions(
+            batch=2, capacity=300, scratch_slots=6, prefill_chunk=16, vocabulary=128, attention=attention
         )
+        runner = ForwardRunner(model, options)
         runner.prefill(0, list(range(4, 44)))
         runner.prefill(1, list(range(40, 120)) * 3)
         logits.append(runner.forward(plan, tokens, torch.tensor([40, 240]), longest=240))
