@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from ...decoding.text.ngram import NgramIndex, NgramRounds
-from ...request.params import Method
+from ...request.methods import Method
 from ..round.verdict import Commit, Verdict
 from ..verifier.sequence import Sequence
 from .fallback import FallbackChoice

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...decoding.logprobs import Logprobs
-from ...request.params import FinishReason, Origin
+from ...request.output import FinishReason, Origin
 from ..verifier.sequence import Sequence
 
 

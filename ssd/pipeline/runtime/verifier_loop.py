@@ -8,7 +8,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 
 from ...errors import LinkError, PipelineError
-from ...request.params import FinishReason, SpeculationRecord
+from ...request.output import FinishReason, SpeculationRecord
 from ..round.frames import Next
 from ..round.verdict import Verdict
 from ..transport.lane_ends import Teller

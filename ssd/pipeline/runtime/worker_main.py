@@ -9,7 +9,7 @@ from typing import Any
 
 from ...config.load import ModelConfig, rank_of, section_of
 from ...errors import LinkError, PipelineError, UsageError, WorkerError
-from ...models.cuda.device import own_stream
+from ...models.device import own_stream
 from ..draft.ranks import LeadingDraft, RankMeeting, share_loop
 from ..draft.worker import DraftWorker
 from ..transport.lanes import ControlLane

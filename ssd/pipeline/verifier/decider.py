@@ -13,7 +13,7 @@ from ...decoding.processors import TreePaths
 from ...decoding.sampling import scores
 from ...decoding.trees.shape import TreeShape
 from ...decoding.verify.coupled import Outcome, verify_coupled
-from ...models.cuda.device import Courier, Written
+from ...models.device import Courier, Written
 from ...models.rows import RowPlan
 from ...models.runner import ForwardRunner
 from ..sampling.slots import Chooser

@@ -62,7 +62,9 @@ class DraftSide:
         began = time.perf_counter()
         if self._rings:
             self.lane.send(Bell(round=self.round))
-        self.link.exchange(self.frames.pack_outcome(frame), self._speculation, timed)
+        pending = self.link.post(self.frames.pack_outcome(frame), self._speculation)
+        timed()
+        pending.wait()
         self._waited_s += time.perf_counter() - began - busy_s
         speculation, spent_us = self.frames.unpack_speculation(self._speculation, self.round)
         self.drafted_s = spent_us / 1e6

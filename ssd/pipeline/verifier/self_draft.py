@@ -23,7 +23,7 @@ from ...decoding.trees.combs import best_tokens, comb_tokens
 from ...decoding.trees.shape import ABSENT, TreeShape
 from ...models.rows import RowPlan
 from ...models.runner import ForwardRunner
-from ...request.params import Origin
+from ...request.output import Origin
 from ..policy.governor import Governor, Round
 from ..round.verdict import Verdict
 from ..sampling.slots import Chooser

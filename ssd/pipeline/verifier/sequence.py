@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from ...decoding.processors import Constraint
 from ...decoding.text.ngram import NgramRounds
-from ...request.params import FinishReason, Method, SamplingParams, SpeculationRecord
+from ...request.methods import Method
+from ...request.output import FinishReason, SpeculationRecord
+from ...request.sampling_params import SamplingParams
 from ..policy.pace import Pace
 from ..transport.messages import Admit, Submit
 

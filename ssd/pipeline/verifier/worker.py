@@ -13,10 +13,11 @@ from ...decoding.logprobs import token_logprobs
 from ...decoding.trees.shape import ABSENT, TreeShape
 from ...decoding.verify.draft_probs import DraftProbs
 from ...errors import RequestError
-from ...models.cuda.device import Written
+from ...models.device import Written
 from ...models.rows import RowPlan, verify_plans
 from ...models.runner import ForwardRunner
-from ...request.params import Method, Origin
+from ...request.methods import Method
+from ...request.output import Origin
 from ..policy.steering import Steering
 from ..round.frames import RowState, SpeculationSet
 from ..round.lookup import lookup

@@ -23,7 +23,7 @@ from ...pipeline.runtime import launch as _launch  # noqa: F401  so that nothing
 from ...pipeline.runtime import worker_main as _serve  # noqa: F401
 from ...pipeline.verifier import worker as verifier
 from ...pipeline.verifier.sequence import Sequence
-from ...request.params import SamplingParams
+from ...request.sampling_params import SamplingParams
 from . import rules as _rules  # noqa: F401  which registers its own
 from .seeding import EQUAL, MUTANTS, POSSIBLE, RIGHT, Seeding, mutant
 

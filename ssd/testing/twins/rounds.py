@@ -14,7 +14,7 @@ from ...pipeline.round.frames import Next, OutcomeFrame
 from ...pipeline.runtime.plan import Plan
 from ...pipeline.transport.messages import Submit
 from ...pipeline.verifier.worker import VerifierWorker
-from ...request.params import SamplingParams
+from ...request.sampling_params import SamplingParams
 
 Source = Literal["none", "hit", "jit", "ngram"]
 

@@ -20,7 +20,7 @@ from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.pipeline.runtime.plan import Plan
 from ssd.pipeline.transport.messages import Submit
 from ssd.pipeline.verifier.worker import VerifierWorker
-from ssd.request.params import Method
+from ssd.request.methods import Method
 from ssd.testing.models.tiny import ARCHITECTURES, save_tiny, tiny_model
 
 LAYERS = 4
