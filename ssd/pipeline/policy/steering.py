@@ -95,7 +95,10 @@ class Steering:
                 arms.append("none")
                 continue
             request, method = entry
-            row = self._rows[request] = known.get(request) or _Row(method)
+            row = known.get(request)
+            if row is None or row.method != method:
+                row = _Row(method)
+            self._rows[request] = row
             arms.append(self._arm(row, drafting))
         return Roles(tuple(arms))
 
@@ -111,7 +114,7 @@ class Steering:
 
     def start(self, request: int, tokens: Iterable[int]) -> None:
         """The request decodes from now on. ``tokens``: all its certain ones."""
-        row = self._rows[request]
+        row = self._rows[request] = _Row(self._rows[request].method)
         if row.method in self._governors and (self._fallback is not None or self._governed):
             row.ngrams = NgramRounds(NgramIndex(tokens), self._lookaheads[-1])
 
