@@ -209,7 +209,7 @@ class ForwardRunner:
 
         Its arguments must always have the shapes of its first call, and everything else it uses must stay
         unchanged. It is called on the worker's thread and stream, where the first call compiles and captures.
-        Under graphs its result is overwritten by the next call of any captured body of this runner."""
+        Under graphs its result is overwritten by its next call, and by calls of bodies captured before it."""
         name, body = body.__name__, self._optimized(body)
         return body if self.graphs is None else self.graphs.of(body, name)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 
-from ..cache import RowStates
+from ..cache import RowStates, head_dim
 from ..cpu import operators
 from .inputs import SCHEMA, AttentionInputs
 from .row_attention import refuse_unknown
@@ -56,11 +56,6 @@ def try_kernels(config: PretrainedConfig, dtype: torch.dtype, device: torch.devi
     result = torch.ops.ssd.tree_attention(*inputs)
     if not result.isfinite().all():
         raise RuntimeError("its results are not finite")
-
-
-def head_dim(text: PretrainedConfig) -> int:
-    """Returns D of a text configuration."""
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def tree_attention(

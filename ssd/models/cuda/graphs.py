@@ -7,9 +7,9 @@ A graph reads and writes fixed addresses. Small arguments are copied into the gr
 each replay. Large ones (a batch's noise) are read in place, and a large argument at another address
 needs another graph.
 
-All graphs of one ``Graphs`` share a memory pool, so a result is valid only until *any* of them is replayed
-next: a graph captured later may use the memory for its temporaries. A result that must live longer is
-copied by the caller.
+All graphs of one ``Graphs`` share a memory pool. A result may lie where a graph that was captured *earlier* has
+its temporaries, so it is valid until the next replay of its own graph or of any graph captured before it. Bodies
+whose results must outlive others' replays (noise) are captured first.
 """
 
 from __future__ import annotations
