@@ -12,7 +12,7 @@ import pytest
 from ssd.errors import PipelineError, RequestError
 from ssd.pipeline.transport import messages
 from ssd.pipeline.transport.messages import Admit, Cancel, Failed, Submit
-from ssd.request.params import SamplingParams
+from ssd.request.sampling_params import SamplingParams
 from ssd.serving.lane import wire
 from tests.contract.test_client_lane import MESSAGES
 from tests.contract.test_control import EVERY

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ...errors import PipelineError, RequestError
-from ...request.params import FinishReason, Origin, SamplingParams, SpeculationRecord
+from ...request.output import FinishReason, Origin, SpeculationRecord
+from ...request.sampling_params import SamplingParams
 from .codec import Codec
 
 MAX_MESSAGE_BYTES = 64 * 2**20

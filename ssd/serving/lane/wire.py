@@ -27,7 +27,8 @@ from typing import Any
 
 from ...errors import OverloadedError, PipelineError, RequestError, SSDError, UsageError
 from ...pipeline.transport.codec import Codec
-from ...request.params import SamplingParams, StreamEvent
+from ...request.output import StreamEvent
+from ...request.sampling_params import SamplingParams
 
 VERSION = 2
 MAX_MESSAGE_BYTES = 8 * 2**20
