@@ -23,7 +23,8 @@ from rich.console import Console
 from ssd import LLM
 from ssd.bench.measure.compare import Comparison, compare, versions
 from ssd.bench.measure.prompts import load_prompts
-from ssd.config.load import Config, load_config
+from ssd.config.load import load_config
+from ssd.config.sections import Config
 from ssd.engine.front import make_plan
 
 PROMPTS = Path(__file__).parent / "prompts" / "heldout-code.jsonl"

@@ -24,7 +24,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from launch.ray_env import join  # noqa: E402
-from ssd.config.load import Config, load_config  # noqa: E402
+from ssd.config.load import load_config  # noqa: E402
+from ssd.config.sections import Config  # noqa: E402
 from ssd.errors import PipelineError, UsageError, WorkerError  # noqa: E402
 from ssd.serving.http.guard import read_keys  # noqa: E402
 

@@ -30,7 +30,7 @@ from .values import bias, ids, structured
 
 if TYPE_CHECKING:
     from ..bench.measure.compare import Comparison
-    from ..config.load import Config, ModelConfig
+    from ..config.sections import Config, ModelConfig
 
 EXIT_DIFFERENT, EXIT_USAGE, EXIT_PIPELINE, EXIT_INTERRUPTED = 1, 2, 3, 130
 

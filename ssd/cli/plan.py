@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from ..bench.measure.prompts import Prompt
     from ..bench.simulate.profile import Profile
-    from ..config.load import Config
+    from ..config.sections import Config
 
 ConfigOption = Annotated[
     str, typer.Option("--config", "-c", help="A YAML file, or the name of a shipped configuration.")

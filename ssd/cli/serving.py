@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ..config.load import Config
+    from ..config.sections import Config
     from ..serving.batch.run import Batch
 
 

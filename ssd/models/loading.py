@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging
 
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 
 if TYPE_CHECKING:  # fronts read configurations and tokenizers only; importing it takes two seconds
     from transformers import PreTrainedModel
@@ -29,7 +29,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(f"{folder}: no usable tokenizer ({_first_line(error)})") from error
+        raise ModelError(f"{folder}: no usable tokenizer ({first_line(error)})") from error
 
 
 def load_model(folder: Path, *, dtype: str, device: str, max_positions: int) -> PreTrainedModel:
@@ -61,7 +61,7 @@ def load_model(folder: Path, *, dtype: str, device: str, max_positions: int) -> 
                 **({"device_map": {"": device}} if straight else {}),
             )
     except Exception as error:
-        raise ModelError(f"{folder}: cannot be loaded ({_first_line(error)})") from error
+        raise ModelError(f"{folder}: cannot be loaded ({first_line(error)})") from error
     # transformers would draw them at random: other tokens at every start.
     if absent := sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"]))):
         raise ModelError(f"{folder}: the weights lack {', '.join(absent[:3])}{', ..' if len(absent) > 3 else ''}")
@@ -118,7 +118,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: config.json cannot be read ({_first_line(error)})") from error
+        raise ModelError(f"{folder}: config.json cannot be read ({first_line(error)})") from error
     if "auto_map" in raw:
         raise ModelError(f"{folder}: config.json asks for code of its own (auto_map); remote code is refused")
     if not list(folder.glob("*.safetensors")):
@@ -126,11 +126,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(f"{folder}: unknown architecture ({_first_line(error)})") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{folder}: unknown architecture ({first_line(error)})") from error
 
 
 def lay_out_for_cpu(model: PreTrainedModel) -> None:

@@ -18,7 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd.config.load import Config, load_config
+from ssd.config.load import load_config
+from ssd.config.sections import Config
 from ssd.errors import UsageError
 from ssd.serving.batch.journal import Journal
 from ssd.serving.batch.run import Batch, Progress, read_lines
@@ -30,7 +31,7 @@ RUN = f"""
 import asyncio, sys
 from functools import partial
 from pathlib import Path
-from ssd.config import load_config
+from ssd.config.load import load_config
 from ssd.serving.batch import Batch
 from ssd.testing.scripted import ScriptedPipeline
 config = load_config("embedded", ["engine.max_batch=3"])

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ...config.load import Config, load_config
+from ...config.load import load_config
+from ...config.sections import Config
 from ...models.skipping import SkipSet
 from ..measure.arms import Progress
 from ..measure.compare import compare

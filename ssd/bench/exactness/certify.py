@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ...config.load import Config
+from ...config.sections import Config
 from ...errors import RequestError
 from ...request.params import METHODS, Method, RequestOutput, SamplingParams, SpeculationRecord, completion_seed
 from ..measure.compare import BASELINE, REFERENCE, first_difference, versions

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...config.load import Config, resolve_model_path
+from ...config.load import resolve_model_path
+from ...config.sections import Config
 from ...decoding.noise import gumbel
 from ...decoding.sampling import scores
 from ...engine.front import make_plan

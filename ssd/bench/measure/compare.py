@@ -14,7 +14,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ... import __version__
-from ...config.load import Config, load_config
+from ...config.load import load_config
+from ...config.sections import Config
 from ...errors import RequestError
 from ...request.params import METHODS, Method, RequestOutput, SamplingParams
 from .arms import Arm, MethodArm, Progress, Tally, interleave, merge

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ...config.load import Config, load_config
+from ...config.load import load_config
+from ...config.sections import Config
 from ...errors import RequestError
 from ...request.params import SamplingParams
 from ..peers.adapters import Peer, PeerUnavailable

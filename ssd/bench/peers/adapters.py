@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...config.load import Config, resolve_model_path
+from ...config.load import resolve_model_path
+from ...config.sections import Config
 from ...errors import PipelineError, RequestError
 from ...request.params import RequestOutput, SamplingParams, SpeculationRecord
 from ..measure.arms import Sample

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...config.load import Config, load_config
+from ...config.load import load_config
+from ...config.sections import Config
 from ...request.params import Method, SamplingParams
 from ..measure.prompts import Prompt
 from .profile import Costs, Line, Point, Profile

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ...config.load import Config, load_config
+from ...config.load import load_config
+from ...config.sections import Config
 from ...request.params import SamplingParams
 from ..measure.arms import MethodArm, interleave, merge
 from ..measure.prompts import Prompt

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ...config.load import Config, load_config
+from ...config.load import load_config
+from ...config.sections import Config
 from ...request.params import SamplingParams
 from ..measure.arms import MethodArm, Progress, interleave, merge
 from ..measure.prompts import Prompt

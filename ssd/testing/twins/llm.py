@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from ...config.load import Config, load_config
+from ...config.load import load_config
+from ...config.sections import Config
 from ...pipeline.transport.messages import RoundReport
 from ...request.params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent
 

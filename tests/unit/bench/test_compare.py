@@ -17,7 +17,8 @@ from ssd.bench.measure.compare import Comparison, Mismatch, compare, first_diffe
 from ssd.bench.measure.prompts import DEMO_PROMPTS, Prompt, load_prompts
 from ssd.bench.report.tables import print_comparison
 from ssd.cli.app import app
-from ssd.config.load import Config, load_config
+from ssd.config.load import load_config
+from ssd.config.sections import Config
 from ssd.errors import LinkError, RequestError
 from ssd.testing.twins.llm import ScriptedLLM
 
