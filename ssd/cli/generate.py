@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import PipelineError, RequestError, UsageError
-from ..request.params import RequestOutput, SamplingParams, StreamEvent
+from ..request.output import RequestOutput, StreamEvent
+from ..request.sampling_params import SamplingParams
 from ..request.structured import StructuredOutputsParams
 from .context import makers
 from .options import ConfigOption, SeedOption, SetOption, TemperatureOption, settings_of

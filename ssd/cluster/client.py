@@ -16,7 +16,8 @@ from ..config.load import load_config
 from ..config.sections import Config
 from ..errors import PipelineError, UsageError, WorkerError
 from ..pipeline.runtime.launch import LEAVE_S
-from ..request.params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent, TokenLogprob
+from ..request.output import RequestOutput, SpeculationRecord, StreamEvent, TokenLogprob
+from ..request.sampling_params import SamplingParams
 from .actors import PipelineActor
 from .placement import reason, release_abandoned
 

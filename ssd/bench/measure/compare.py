@@ -17,7 +17,8 @@ from ... import __version__
 from ...config.load import load_config
 from ...config.sections import Config
 from ...errors import RequestError
-from ...request.params import METHODS, Method, RequestOutput
+from ...request.methods import METHODS, Method
+from ...request.output import RequestOutput
 from .interleave import Arm, MethodArm, Progress, Runs, Tally, interleave, merge
 from .prompts import Prompt
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from ...config.sections import Config
 from ...errors import RequestError
-from ...request.params import Method, RequestOutput, SamplingParams, SpeculationRecord
+from ...request.methods import Method
+from ...request.output import RequestOutput, SpeculationRecord
+from ...request.sampling_params import SamplingParams
 from .prompts import Prompt
 
 if TYPE_CHECKING:

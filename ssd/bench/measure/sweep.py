@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...config.load import load_config
 from ...config.sections import Config
-from ...request.params import SamplingParams
+from ...request.sampling_params import SamplingParams
 from ..peers.adapters import Peer, PeerUnavailable
 from .compare import Comparison, compare
 from .interleave import Launch, MethodArm, Progress, Runs

@@ -17,7 +17,8 @@ from typing import Any
 from ...config.load import resolve_model_path
 from ...config.sections import Config
 from ...errors import PipelineError, RequestError
-from ...request.params import RequestOutput, SamplingParams, SpeculationRecord
+from ...request.output import RequestOutput, SpeculationRecord
+from ...request.sampling_params import SamplingParams
 from ..measure.interleave import Sample
 from ..measure.prompts import Prompt
 

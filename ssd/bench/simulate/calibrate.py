@@ -14,7 +14,8 @@ import numpy as np
 
 from ...config.load import load_config
 from ...config.sections import Config
-from ...request.params import Method, SamplingParams
+from ...request.methods import Method
+from ...request.sampling_params import SamplingParams
 from ..measure.interleave import Launch
 from ..measure.prompts import Prompt
 from .profile import Costs, Line, Point, Profile

@@ -21,7 +21,7 @@ from ...models.rows import RowPlan
 from ...pipeline.runtime.build_draft import build_draft
 from ...pipeline.runtime.plan import Plan
 from ...pipeline.transport.messages import Admit
-from ...request.params import SamplingParams
+from ...request.sampling_params import SamplingParams
 from .profile import NEVER, ROOT, Replay
 
 BUDGETS = (4, 8, 12, 16, 24, 32, 48)

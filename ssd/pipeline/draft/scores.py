@@ -18,7 +18,7 @@ from ...decoding.processors import TreePaths, processed_alike
 from ...decoding.sampling import likely, perturbed
 from ...decoding.trees.combs import noise_at
 from ...decoding.trees.shape import TreeShape
-from ...request.params import SamplingParams
+from ...request.sampling_params import SamplingParams
 from ..sampling.slots import Chooser
 
 

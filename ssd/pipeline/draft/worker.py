@@ -15,7 +15,7 @@ from ...decoding.text.copying import CopyBias
 from ...decoding.text.ngram import NgramIndex
 from ...decoding.text.prefix import common_prefix
 from ...decoding.trees.shape import ABSENT, TreeShape
-from ...models.cuda.device import Courier, Written
+from ...models.device import Courier, Written
 from ...models.runner import ForwardRunner
 from ..round.frames import OutcomeFrame, RowState, SpeculationSet
 from ..round.lookup import lookup

@@ -14,8 +14,8 @@ from ...decoding.processors import Constraint, Processors, ProcessorSettings
 from ...decoding.sampling import SamplingTensors, perturbed
 from ...decoding.trees.combs import noise_at
 from ...errors import RequestError
-from ...models.cpu import native
-from ...request.params import SamplingParams
+from ...models.cpu import operators
+from ...request.sampling_params import SamplingParams
 from .grammar import Grammars
 from .selection import Selection
 
@@ -52,7 +52,7 @@ class Chooser:
         """Needed by requests with structured output."""
         self._vocabulary = vocabulary
         self._prepared: tuple[Selection | None, list[int], Tensor | None] | None = None
-        self.filters = torch.device(device).type == "cpu" and native.available()
+        self.filters = torch.device(device).type == "cpu" and operators.available()
         """Whether ``score`` knows top-k, top-p and min-p: where they are no sort."""
         ahead, draw = torch.arange(1, horizon + 1, device=device), gumbel
         if self.filters:

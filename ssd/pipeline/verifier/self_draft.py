@@ -23,12 +23,12 @@ from ...decoding.trees.combs import best_tokens, comb_tokens
 from ...decoding.trees.shape import ABSENT, TreeShape
 from ...models.rows import RowPlan
 from ...models.runner import ForwardRunner
-from ...request.params import Origin
 from ..policy.governor import Governor, Round
+from ..round.candidates import CandidateOrigin
 from ..round.verdict import Verdict
 from ..sampling.slots import Chooser
 from .judge import Judge
-from .sequence import Sequence as Request
+from .sequence import TargetSequence
 
 
 class SelfDraft:
@@ -67,8 +67,17 @@ class SelfDraft:
         for context in self.runner.contexts:
             self._step(context, nothing[:, None], nothing, None)
 
+    def calibrate(self, plain_s: float, verify_s: float) -> None:
+        """Set what a plain forward costs, and one that verifies."""
+        if self.governor is not None:
+            self.governor.share = min(1.0, plain_s / verify_s)
+
     def fill(
-        self, rows: Sequence[Request | None], trees: list[list[int]], origins: list[Origin], lengths: Tensor
+        self,
+        rows: Sequence[TargetSequence | None],
+        trees: list[list[int]],
+        origins: list[CandidateOrigin],
+        lengths: Tensor,
     ) -> float:
         """Put candidates below the roots of ``trees [B][W]`` (in place) in the rows of method ``self``.
 
@@ -82,17 +91,15 @@ class SelfDraft:
         roots = torch.tensor([[max(tree[0], 0)] for tree in trees]).to(lengths.device)
         found = self.propose(roots, lengths, wanted, longest).tolist()
         for slot in (slot for slot, own in enumerate(wanted) if own):
-            trees[slot][1:], origins[slot] = found[slot], "miss"
-            if self._judge is not None:
-                self._judge.name(slot)
+            trees[slot][1:], origins[slot] = found[slot], "self"
         return time.perf_counter() - began
 
     def observe(self, verdict: Verdict, seconds: float) -> None:
         """Show the governor how a round went that took so long."""
         commits = verdict.commits
-        if self.governor is not None and commits and all(commit.sequence.method == "self" for commit in commits):
+        if self.governor is not None and commits and all(commit.method == "self" for commit in commits):
             tokens, wide = sum(len(commit.tokens) for commit in commits), any(commit.drafted for commit in commits)
-            spent = {"seconds": seconds, "waited_s": verdict.drafted_s, "forward_s": verdict.forward_s}
+            spent = {"seconds": seconds, "waited_s": verdict.self_draft_s, "forward_s": verdict.forward_s}
             self.governor.observe(Round(tokens=tokens, rows=len(commits), wide=wide, **spent))
 
     @torch.no_grad()

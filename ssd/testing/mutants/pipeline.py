@@ -22,8 +22,8 @@ from ...pipeline.round import lookup
 from ...pipeline.runtime import launch as _launch  # noqa: F401  so that nothing is imported, and bound, while seeded
 from ...pipeline.runtime import worker_main as _serve  # noqa: F401
 from ...pipeline.verifier import worker as verifier
-from ...pipeline.verifier.sequence import Sequence
-from ...request.params import SamplingParams
+from ...pipeline.verifier.sequence import TargetSequence
+from ...request.sampling_params import SamplingParams
 from . import rules as _rules  # noqa: F401  which registers its own
 from .seeding import EQUAL, MUTANTS, POSSIBLE, RIGHT, Seeding, mutant
 
@@ -190,13 +190,13 @@ def _forgetful(seeding: Seeding) -> None:
 @mutant("tokens after the end of text", "equality/test_equality.py::test_where_requests_end")
 def _runs_on(seeding: Seeding) -> None:
     """The rest of the block that an end-of-text id stands in is given out too."""
-    honest = Sequence.commit
+    honest = TargetSequence.commit
 
-    def wrong(self: Sequence, path: list[int], bonus: int) -> Any:
+    def wrong(self: TargetSequence, path: list[int], bonus: int) -> Any:
         emitted, finished = honest(self, path, bonus)
         return (emitted if finished != "stop" else [*path, bonus]), finished
 
-    seeding.put(Sequence, "commit", wrong)
+    seeding.put(TargetSequence, "commit", wrong)
 
 
 @mutant("stop string cut off by one", "engine/test_detokenize.py::test_a_stop_string_over_a_token_border")

@@ -9,7 +9,8 @@ from typing import Any
 from ...config.load import load_config
 from ...config.sections import Config
 from ...pipeline.transport.messages import RoundReport
-from ...request.params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent, TokenLogprob
+from ...request.output import RequestOutput, SpeculationRecord, StreamEvent, TokenLogprob
+from ...request.sampling_params import SamplingParams
 
 SECONDS = {"none_fast": 2.0, "none": 2.5, "sd": 1.6, "self": 1.8, "ssd": 1.0}
 """Seconds of decoding each prompt, by method."""

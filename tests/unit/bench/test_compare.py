@@ -21,7 +21,7 @@ from ssd.cli.context import Makers
 from ssd.config.load import load_config
 from ssd.config.sections import Config
 from ssd.errors import LinkError, RequestError
-from ssd.request.params import TokenLogprob
+from ssd.request.output import TokenLogprob
 from ssd.testing.models.tiny import tiny_tokenizer
 from ssd.testing.twins.llm import ScriptedLLM
 

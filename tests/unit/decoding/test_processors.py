@@ -24,13 +24,13 @@ from ssd.decoding.processors import Processors, ProcessorSettings, TreePaths
 from ssd.decoding.sampling import scores
 from ssd.decoding.trees.shape import ABSENT, TreeShape
 from ssd.engine.resolve import resolve
-from ssd.models.cpu import native
+from ssd.models.cpu import operators
 from ssd.pipeline.draft.scores import DraftScores
 from ssd.pipeline.sampling.slots import Chooser
-from ssd.request.params import completion_seed
+from ssd.request.sampling_params import completion_seed
 from ssd.testing.models.tiny import tiny_tokenizer
 
-assert native.available()
+assert operators.available()
 V = 40
 INF = float("inf")
 PROMPT, OUTPUT = [3, 5, 5, 9, 30], [7, 5, 7, 11]
@@ -147,7 +147,7 @@ def test_a_draft_processes_every_row_as_after_the_certain_tokens(
 ) -> None:
     """Compiled drafting; but for bad words of several tokens."""
     if not operators:
-        monkeypatch.setattr(native, "available", lambda: False)
+        monkeypatch.setattr(operators, "available", lambda: False)
     given = EACH[name] | {"bad_words": tuple(word for word in EACH[name].get("bad_words", ()) if len(word) == 1)}
     chooser, logits = Chooser(2, V, "cpu", horizon=1), logits_of(2, 3, V)
     draft_scores = DraftScores(chooser, TreeShape.comb(2), 2, V, torch.device("cpu"))

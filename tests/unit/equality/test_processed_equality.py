@@ -25,7 +25,7 @@ from ssd.decoding.noise import gumbel
 from ssd.pipeline.draft.drafting import Drafting
 from ssd.pipeline.draft.worker import DraftWorker
 from ssd.pipeline.runtime.launch import InprocPipeline
-from ssd.request.params import completion_seed
+from ssd.request.sampling_params import completion_seed
 from tests.unit.models.test_graphs import as_on_gpus  # noqa: F401  a fixture
 
 Configure = Callable[..., dict[str, Any]]
