@@ -6,13 +6,13 @@
     speculation frame (draft → verifier)  header(5) · nodes, guesses [B, N] · trees [B, N, W - 1]
     tree frame (draft → verifier, jit)    header(5) · trees [B, W - 1]
 
-Under the rules that compare probabilities (``rejection``, ``block``), the draft's frames end with the distributions that
-each inner node's children were drawn from: ``[B, N, I]`` of them (``[B, I]`` in a tree frame), laid out by
+Under the rules that compare probabilities (``rejection``, ``block``), the draft's frames end with the distributions
+that each inner node's children were drawn from: ``[B, N, I]`` of them (``[B, I]`` in a tree frame), laid out by
 ``ProbsLayout``.
 
-The header holds magic, the link's epoch, the round, and two words that depend on the frame. In the outcome frame they are
-the number of control messages that must have been applied, and what comes next (with the n-gram bit and the lookahead).
-In the draft's frames they are the time that drafting took (µs) and 0.
+The header holds magic, the link's epoch, the round, and two words that depend on the frame. In the outcome frame they
+are the number of control messages that must have been applied, and what comes next (with the n-gram bit and the
+lookahead). In the draft's frames they are the time that drafting took (µs) and 0.
 
 Frames are numpy arrays and lists, not tensors. They are small and on the critical path of a round, and right after a
 forward a call of torch takes 24 to 77 µs where one of numpy takes about 20.
