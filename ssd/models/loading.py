@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +30,7 @@ def load_tokenizer(folder: Path) -> Any:
         ModelError: the folder has none that transformers can load.
     """
     _check_folder(folder)
-    with _naming(folder, "no usable tokenizer"):
+    with _Naming(folder, "no usable tokenizer"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
@@ -54,7 +52,7 @@ def load_model(folder: Path, *, dtype: str, device: str, max_positions: int) -> 
     check_supported(config, max_positions)
     # With accelerate, weights go directly to the GPU, shard by shard; otherwise through host memory.
     straight = torch.device(device).type == "cuda" and importlib.util.find_spec("accelerate") is not None
-    with _naming(folder, "cannot be loaded"), _LOADING:
+    with _Naming(folder, "cannot be loaded"), _LOADING:
         model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             folder,
             config=config,
@@ -135,18 +133,23 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise ModelError(f"{folder}: config.json needs its own code (auto_map); remote code is refused")
     if not list(folder.glob("*.safetensors")):
         raise ModelError(f"{folder} has no *.safetensors; only safetensors weights are loaded")
-    with _naming(folder, "unknown architecture"):
+    with _Naming(folder, "unknown architecture"):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-@contextlib.contextmanager
-def _naming(folder: Path, problem: str) -> Iterator[None]:
-    """Turns any error of transformers, tokenizers or safetensors into a ModelError; some of theirs are bare
-    ``Exception``."""
-    try:
-        yield
-    except Exception as error:
-        raise ModelError(f"{folder}: {problem} ({first_line(error)})") from error
+class _Naming:
+    """Turns any error of transformers, tokenizers or safetensors into a ModelError. No list of types would do: some of
+    theirs are bare ``Exception``."""
+
+    def __init__(self, folder: Path, problem: str):
+        self._folder, self._problem = folder, problem
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, ModelError):
+            raise ModelError(f"{self._folder}: {self._problem} ({first_line(error)})") from error
 
 
 def lay_out_for_cpu(model: PreTrainedModel) -> None:

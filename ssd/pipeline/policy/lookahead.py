@@ -1,13 +1,13 @@
-"""How far to draft: the lookahead K of most expected tokens per second, from what rounds show.
+"""How far to draft: the lookahead K with the most expected tokens per second, estimated from recent rounds.
 
 With ``a_i`` the chance that depth i is accepted given depth i - 1 was, a round of lookahead K brings
 
     E(K) = 1 + Σ_{i<=K} Π_{j<=i} a_j    tokens in    T(K) = rest + max(forward(K), draft(K)) + wait(K)
 
-seconds (draft and verifier work side by side, then the verifier waits for the rows that missed).
-Measured acceptance by position, not α^i: real acceptance falls with depth (SmartSpec's goodput, arXiv
-2406.14066; SGLang's tiers). What was not seen lately is extrapolated: a position accepts like the one
-above it, drafting takes as long as its steps say.
+seconds. Draft and verifier work side by side, then the verifier waits for the rows that missed. Acceptance is measured
+by position instead of assumed to be α^i, because real acceptance falls with depth (SmartSpec's goodput, arXiv
+2406.14066; SGLang's tiers). What was not observed recently is extrapolated: a position accepts like the one above it,
+and the time of drafting is proportional to its steps.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from collections.abc import Mapping, Sequence
 from ...decoding.averages import DecayingRatio
 
 TIERS = (1, 2, 3, 5, 7, 11, 16)
-"""Lookaheads chosen from: few, since each is a compiled shape of its own."""
+"""Lookaheads to choose from. There are few because each is another compiled shape."""
 START = 3
 """Lookahead before anything is known."""
 MEMORY = 256
 """Rounds after which an observation has lost 1 - 1/e of its weight."""
 PRIOR_ACCEPTANCE, PRIOR_ROUNDS = 0.6, 4.0
-"""What a position is believed to accept before it was seen, and how many observations that is worth."""
+"""Assumed acceptance of a position, and how many observations the assumption is worth."""
 MARGIN = 0.03
-"""Hysteresis: another lookahead must promise so much more."""
+"""Hysteresis: another lookahead must be faster by this share."""
 DWELL = 24
-"""Rounds between two changes."""
+"""Least number of rounds between two changes."""
 
 
 def lookahead_tiers(deepest: int) -> tuple[int, ...]:
@@ -36,12 +36,12 @@ def lookahead_tiers(deepest: int) -> tuple[int, ...]:
 
 
 def first_lookahead(tiers: Sequence[int]) -> int:
-    """Before anything is known."""
+    """The tier to start with."""
     return max((tier for tier in tiers if tier <= START), default=tiers[0])
 
 
 class LookaheadChooser:
-    """Chooses among tiers, for a whole batch, by what rounds bring and take.
+    """Chooses one tier for a whole batch.
 
     Args:
         tiers: ascending, as from :func:`lookahead_tiers`.
@@ -59,13 +59,19 @@ class LookaheadChooser:
         self._since = 0
 
     def learn(self, depth: int, drafted: int) -> None:
-        """A row whose drafted candidates reached ``drafted`` deep accepted ``depth`` of them."""
+        """Take in a row that accepted ``depth`` of its ``drafted`` candidates."""
         for position in range(min(depth + 1, drafted, len(self._accepts))):
             self._accepts[position].add(float(position < depth))
 
     def observe(self, *, seconds: float, forward_s: float, draft_s: float, wait_s: float) -> None:
-        """A round at ``current`` took so long: its forward, the draft's half beside that, the wait for
-        rows that missed, and whatever else. The next lookahead may differ from then on."""
+        """Take in the times of a round at ``current``. ``current`` may change.
+
+        Args:
+            seconds: of the whole round.
+            forward_s: of its forward.
+            draft_s: of the draft's work beside the forward.
+            wait_s: of the wait for rows that missed.
+        """
         self._forward.add(forward_s / self.forward_ratio[self.current])
         self._draft[self.current].add(draft_s)
         self._wait[self.current].add(wait_s)
@@ -90,7 +96,7 @@ class LookaheadChooser:
                 reached *= acceptance
                 tokens += reached
                 depth += 1
-            # A glue forward and K steps; after a miss K steps.
+            # Drafting is a glue forward and K steps; after a miss it is K steps.
             draft = self._draft[tier].towards(draft_s * (tier + 1) / (self.current + 1), PRIOR_ROUNDS)
             wait = self._wait[tier].towards(wait_s * tier / self.current, PRIOR_ROUNDS)
             forward = (self._forward.value or 0.0) * self.forward_ratio[tier]

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...config.load import ModelConfig, resolve_model_path
+from ...config.load import resolve_model_path
+from ...config.sections import ModelConfig
 from ...errors import ConfigError, first_line
 from ...models.attention import tree_attention
 from ...models.cpu import operators, rows_linear

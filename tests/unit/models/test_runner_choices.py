@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ssd.config.load import ModelConfig
+from ssd.config.sections import ModelConfig
 from ssd.models.attention import tree_attention
 from ssd.pipeline.runtime import runners
 from ssd.testing.models.tiny import ARCHITECTURES, tiny_model

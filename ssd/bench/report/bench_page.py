@@ -1,4 +1,4 @@
-"""What ``ssd bench`` found, as pictures and as one self-contained HTML page."""
+"""The figures of ``ssd bench`` as pictures and as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ TIMELINE_ROUNDS = 16
 
 
 def rounds_of(data: dict[str, Any]) -> dict[str, list[RoundReport]]:
-    """The rounds watched, by method."""
+    """Returns the recorded rounds, by method."""
     return {method: [RoundReport(**one) for one in rounds] for method, rounds in data["settings"][0]["rounds"].items()}
 
 
 def bench_pictures(data: dict[str, Any]) -> dict[str, bytes]:
-    """PNG by title. Pictures of what was not swept are left out."""
+    """Returns PNG images by title; there is one for each key that was swept."""
     own = data["settings"][0]
     found = {
         "Tokens per second": bars(
@@ -35,7 +35,7 @@ def bench_pictures(data: dict[str, Any]) -> dict[str, bytes]:
     survivals = {method: curve for method, row in own["methods"].items() if (curve := _survival(row))}
     if survivals:
         found["Acceptance by position"] = lines(
-            survivals, "position in the draft", "share of rounds that accept so many tokens or more"
+            survivals, "position in the draft", "share of rounds that accept at least that many tokens"
         )
     for key, title, up, figure in (
         (LOOKAHEAD, "Speed against lookahead", "tokens per second", "tokens_per_second"),
@@ -52,7 +52,7 @@ def bench_pictures(data: dict[str, Any]) -> dict[str, bytes]:
 
 
 def bench_page(data: dict[str, Any]) -> str:
-    """The page: tables of every setting, and the pictures inside it."""
+    """Returns the page: a table for every setting, and the pictures, embedded."""
     images = {title: b64encode(png).decode() for title, png in bench_pictures(data).items()}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(data=data, images=images)

@@ -1,12 +1,14 @@
-"""What is compared: an arm runs prompts and says how long decoding took. Arms take turns."""
+"""Measuring contenders in turns: every arm runs a group of prompts before any arm runs the next group."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+from ...config.sections import Config
+from ...errors import RequestError
 from ...request.methods import Method
 from ...request.output import RequestOutput, SpeculationRecord
 from ...request.sampling_params import SamplingParams
@@ -17,30 +19,62 @@ if TYPE_CHECKING:
 
 NGRAM = 8
 
+Launch: TypeAlias = "Callable[[Config], LLM]"
+"""Starts a pipeline; a context manager that ends it."""
 Progress = Callable[[int, int, str], None]
-"""Called with the runs done, the runs in all, and what runs next."""
+"""Called with the runs done, the runs in total, and the name of the next run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Runs:
+    """How prompts are run: what is generated, and how often it is measured.
+
+    Raises:
+        RequestError: a value out of range.
+    """
+
+    temperature: float = 0.0
+    seed: int = 0
+    max_tokens: int = 128
+    """Tokens generated for each prompt."""
+    repeat: int = 1
+    """How often everything is measured."""
+    warmup_tokens: int = 16
+    """Tokens each arm generates before measuring starts; 0: no warm-up."""
+    batch: int = 1
+    """Prompts run together."""
+
+    def __post_init__(self) -> None:
+        if self.repeat < 1:
+            raise RequestError("repeat must be an integer >= 1")
+        _ = self.params
+
+    @property
+    def params(self) -> SamplingParams:
+        """Sampling parameters of a request; end-of-text does not end it, so that all generate as much."""
+        return SamplingParams(temperature=self.temperature, seed=self.seed, max_tokens=self.max_tokens, ignore_eos=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """What one run of an arm gave."""
+    """Result of one run of an arm."""
 
     outputs: list[RequestOutput]
-    """One for every prompt."""
+    """One for each prompt."""
     decode_s: float
-    """Seconds of decoding: loading, compiling and prefill are no part of it."""
+    """Seconds of decoding, without loading, compiling and prefill."""
     timings: dict[str, float | None] = field(default_factory=dict)
-    """Medians over its rounds, ms."""
+    """Medians over the run's rounds, in ms."""
 
 
 class Arm(Protocol):
-    """One contender."""
+    """One contender of a measurement."""
 
     @property
     def name(self) -> str: ...
 
     def run(self, prompts: Sequence[Prompt], params: SamplingParams) -> Sample:
-        """Complete the prompts together."""
+        """Completes the prompts as one batch."""
         ...
 
 
@@ -62,7 +96,7 @@ class MethodArm:
             outputs = self.llm.generate(texts, params)
             decode_s = outputs[0].decode_s
         else:
-            # Each request's own time includes the prefill of those admitted after it; rounds do not.
+            # A request's own time includes the prefill of those admitted after it; the rounds' times do not.
             with self.llm.watch() as rounds:
                 outputs = self.llm.generate(texts, params)
             decode_s = sum(one.round_s for one in rounds)
@@ -71,7 +105,7 @@ class MethodArm:
 
 @dataclass(kw_only=True, slots=True)
 class Tally:
-    """What one arm did in one repeat, over some prompts."""
+    """Sums over some runs of one arm in one repeat."""
 
     tokens: int = 0
     decode_s: float = 0.0
@@ -95,40 +129,40 @@ class Tally:
 
 @dataclass(kw_only=True, slots=True)
 class Measured:
-    """What :func:`interleave` found."""
+    """What :func:`interleave` returns."""
 
     tallies: dict[tuple[str, str], list[Tally]]
-    """By arm and category, one per repeat."""
+    """By arm and category: one for each repeat."""
     samples: dict[tuple[str, str], list[float | None]]
-    """By arm and name of a timing."""
+    """By arm and name of a timing: one for each run, in ms."""
     outputs: dict[tuple[str, int, str], RequestOutput]
     """By arm, repeat and prompt."""
 
+    def total(self, arm: str) -> Tally:
+        """Returns the sum over all categories and repeats of an arm."""
+        return merge(tally for (name, _), tallies in self.tallies.items() if name == arm for tally in tallies)
+
 
 def interleave(
-    arms: Sequence[Arm],
-    prompts: Sequence[Prompt],
-    params: SamplingParams,
-    *,
-    repeat: int,
-    warmup_tokens: int,
-    batch: int = 1,
-    progress: Progress | None = None,
+    arms: Sequence[Arm], prompts: Sequence[Prompt], runs: Runs, *, progress: Progress | None = None
 ) -> Measured:
-    """Every group of ``batch`` prompts (of one category) is run by every arm before the next one, so
-    that a machine that slows down slows all alike. The order of the arms rotates from repeat to
-    repeat. Before measuring, each arm generates ``warmup_tokens`` that do not count."""
-    groups = list(_groups(prompts, batch))
-    total, done = len(groups) * len(arms) * repeat, 0
+    """Runs all prompts with all arms, in turns.
+
+    Every arm runs a group of ``runs.batch`` prompts of one category before any arm runs the next group, so that
+    a machine that slows down slows all arms alike. The order of the arms rotates from repeat to repeat.
+    """
+    groups = list(_groups(prompts, runs.batch))
+    total, done = len(groups) * len(arms) * runs.repeat, 0
     report = progress or (lambda done, total, label: None)
-    if warmup_tokens:
+    params = runs.params
+    if runs.warmup_tokens:
         for arm in arms:
             report(0, total, f"warming up {arm.name}")
-            arm.run(groups[0], replace(params, max_tokens=min(warmup_tokens, params.max_tokens)))
+            arm.run(groups[0], replace(params, max_tokens=min(runs.warmup_tokens, params.max_tokens)))
     found = Measured(
-        tallies=defaultdict(lambda: [Tally() for _ in range(repeat)]), samples=defaultdict(list), outputs={}
+        tallies=defaultdict(lambda: [Tally() for _ in range(runs.repeat)]), samples=defaultdict(list), outputs={}
     )
-    for turn in range(repeat):
+    for turn in range(runs.repeat):
         shift = turn % len(arms)
         for group in groups:
             for arm in [*arms[shift:], *arms[:shift]]:
@@ -145,7 +179,7 @@ def interleave(
 
 
 def merge(parts: Iterable[Tally]) -> Tally:
-    """All of them as one."""
+    """Returns the sum of the tallies."""
     whole = Tally()
     for part in parts:
         whole.tokens += part.tokens
@@ -157,8 +191,10 @@ def merge(parts: Iterable[Tally]) -> Tally:
 
 
 def count_ngrams(tokens: Sequence[int], size: int = NGRAM) -> tuple[int, int]:
-    """How many n-grams the tokens have, and how many of them occurred before in the same
-    tokens: where text loops, acceptance says little."""
+    """Returns the number of n-grams, and how many of them occurred before in the same tokens.
+
+    Where a text repeats itself, its acceptance rate says little.
+    """
     seen: set[tuple[int, ...]] = set()
     total = max(len(tokens) - size + 1, 0)
     for start in range(total):
