@@ -15,9 +15,8 @@ from ..draft.worker import DraftWorker
 from ..transport.lanes import ControlLane
 from ..transport.messages import Failed, Hello, Ready, Shutdown, Welcome
 from ..transport.rendezvous import Rendezvous, VerifierSide, draft_side, link_kind, published, rank_side
-from ..verifier.draft_side import DraftSide
+from ..verifier.draft_side import DraftSide, Rejoin
 from ..verifier.ranks import follow, naming_the_lost
-from ..verifier.rejoin import Rejoin
 from ..verifier.worker import VerifierWorker
 from .build_draft import build_draft
 from .build_verifier import build_rank, build_verifier
