@@ -1,5 +1,8 @@
-"""Tree attention against float64: cases, a reference, and errors. ``python -m ssd.testing.attention DEVICE``
-checks the kernels; with ``TRITON_INTERPRET=1`` in the environment, on a CPU."""
+"""Compares tree attention with a float64 reference.
+
+``python -m ssd.testing.attention DEVICE`` checks the kernels. With ``TRITON_INTERPRET=1`` in the environment they run
+on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,12 @@ from ..models.attention import tree_attention
 
 Attention = Callable[[dict[str, Any]], Tensor]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-"""Relative error (norms) against float64 of the same inputs: a few units of the type's last place."""
+"""Largest relative error (of norms) against float64 with the same inputs: a few units in the last place."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One attention problem; the field names are those of DESIGN's shapes."""
+    """Sizes of an attention problem: B ``batch``, H ``heads``, R ``rows``, D ``dim``, S ``slots``."""
 
     batch: int = 2
     heads: int = 6
@@ -39,14 +42,14 @@ class Case:
         return getattr(torch, self.dtype)
 
     def inputs(self, device: str = "cpu") -> dict[str, Any]:
-        """Arguments of ``ssd::tree_attention``; what no row attends is not zero but large."""
+        """Returns random arguments of ``ssd::tree_attention``. Slots that no row attends hold large values."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(device, self.torch_dtype)
 
         limits = torch.randint(0, self.slots + 1, (self.batch, self.rows), generator=generator)
-        limits[0, 0], limits[-1, -1] = 0, self.slots  # nothing but itself; everything
+        limits[0, 0], limits[-1, -1] = 0, self.slots  # one row attends only itself, another everything
         main = [random(self.batch, self.kv_heads, self.slots + 9, self.dim) for _ in range(2)]
         for states in main:
             states[:, :, self.slots :] = 100.0
@@ -55,7 +58,7 @@ class Case:
             scratch = [random(self.batch, self.kv_heads, self.scratch, self.dim) for _ in range(2)]
             mask = (torch.rand(self.batch, self.rows, self.scratch, generator=generator) < 0.4).to(device)
             mask[0, 0] = False
-        # As a model gives them: [B, R, H, D] in memory.
+        # A model stores them as [B, R, H, D].
         query, *own = (
             random(self.batch, self.rows, n, self.dim).transpose(1, 2)
             for n in (self.heads, self.kv_heads, self.kv_heads)
@@ -73,7 +76,7 @@ CASES = (
     Case(batch=1, heads=2, kv_heads=2, rows=3, dim=16, slots=40, scratch=7, softcap=5.0, dtype="float32"),
     Case(batch=1, heads=4, kv_heads=1, rows=5, dim=80, slots=70, scratch=135, dtype="float16", seed=2),
 )
-"""Small enough for Triton's interpreter, which multiplies the raw bits of bfloat16: none of that here."""
+"""Small cases for Triton's interpreter; without bfloat16, which it cannot multiply."""
 LARGE_CASES = (
     *CASES,
     Case(),
@@ -88,7 +91,7 @@ LARGE_CASES = (
 
 
 def reference(inputs: dict[str, Any], dtype: torch.dtype = torch.float64) -> Tensor:
-    """``[B, R, H, D]`` by one softmax over everything a row attends, keys repeated, in ``dtype``."""
+    """Computes ``[B, R, H, D]`` in ``dtype`` with one softmax over all slots a row attends, keys repeated."""
     query = inputs["query"].to(dtype)
     batch, heads, rows, _ = query.shape
 
@@ -113,24 +116,24 @@ def reference(inputs: dict[str, Any], dtype: torch.dtype = torch.float64) -> Ten
 
 
 def error(got: Tensor, inputs: dict[str, Any]) -> float:
-    """‖got - reference‖ / ‖reference‖; infinite where something is not finite."""
+    """Returns ‖got - reference‖ / ‖reference‖; infinite if a value is not finite."""
     truth = reference({k: v.cpu() if isinstance(v, Tensor) else v for k, v in inputs.items()})
     difference = (got.cpu().double() - truth).norm() / truth.norm()
     return difference.item() if torch.isfinite(difference) else float("inf")
 
 
 def kernel(inputs: dict[str, Any]) -> Tensor:
-    """The Triton kernels, whatever the inputs' device."""
+    """Runs the Triton kernels on any device."""
     return tree_attention.in_triton(**inputs)
 
 
 def operator(inputs: dict[str, Any]) -> Tensor:
-    """What a model calls: the kernels on CUDA, elsewhere the same algorithm in torch."""
+    """Runs the operator that models call: the kernels on CUDA, elsewhere the same algorithm in torch."""
     return torch.ops.ssd.tree_attention(**inputs)
 
 
 def independent(case: Case, device: str, run: Attention = operator) -> bool:
-    """Whether a row's bits stay when all other rows' queries, limits and own keys change."""
+    """Returns whether a row is bit-equal after the queries, limits and own keys of all other rows changed."""
     inputs, others = case.inputs(device), Case(**{**asdict(case), "seed": case.seed + 100}).inputs(device)
     fixed = case.rows // 2
     for name in ("query", "own_keys", "own_values"):
@@ -144,8 +147,8 @@ def independent(case: Case, device: str, run: Attention = operator) -> bool:
 
 
 def check(device: str, cases: Sequence[Case] = CASES, run: Attention = operator) -> list[dict[str, Any]]:
-    """One record per case: its sizes, the error, whether it is within tolerance, and whether
-    rows are independent."""
+    """Returns a record for each case: its sizes, the error, whether it is within tolerance, and whether rows are
+    independent of each other."""
     records = []
     for case in cases:
         inputs = case.inputs(device)
