@@ -27,9 +27,7 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
     seed: Annotated[int, typer.Option(help="Same seed, same tokens.")] = 0,
-    method: Annotated[
-        str | None, typer.Option(help="none, sd, self or ssd; by default as the server is configured.")
-    ] = None,
+    method: Annotated[str | None, typer.Option(help="none, sd, self or ssd; by default the server's.")] = None,
 ) -> None:
     """Chat with a running server. Colours show where each token came from.
 

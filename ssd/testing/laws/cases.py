@@ -1,6 +1,7 @@
 """Cases of the exact laws: toy worlds, and every rule and case with its error.
 
-``benchmarks/laws.py`` prints the largest error for each rule and case; ``tests/unit/decoding/test_laws.py`` checks them.
+``benchmarks/laws.py`` prints the largest error for each rule and case; ``tests/unit/decoding/test_laws.py`` checks
+them all.
 """
 
 from __future__ import annotations
