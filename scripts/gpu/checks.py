@@ -15,7 +15,7 @@ from ssd.models.attention import tree_attention
 from ssd.models.cuda.graphs import Graphs
 from ssd.models.loading import load_model
 from ssd.models.rows import RowPlan
-from ssd.models.runner import Attention, ForwardRunner
+from ssd.models.runner import Attention, ForwardRunner, RunnerOptions
 from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.testing.attention import CASES, LARGE_CASES, check
 
@@ -56,16 +56,15 @@ def noise_bits(device: torch.device) -> bool:
 def runner(bench: Bench, dtype: str, *, kind: Attention, graphs: bool = False, batch: int = 3) -> ForwardRunner:
     """Returns a runner of the pair's target with a different prompt in each slot."""
     model = load_model(bench.pair[0], dtype=dtype, device=str(bench.device), max_positions=256)
-    made = ForwardRunner(
-        model,
+    options = RunnerOptions(
         batch=batch,
         capacity=256,
         scratch_slots=2 * LOOKAHEAD,
         prefill_chunk=32,
         vocabulary=model.config.vocab_size,
-        graphs=Graphs(model.device) if graphs else None,
         attention=kind,
     )
+    made = ForwardRunner(model, options, graphs=Graphs(model.device) if graphs else None)
     for slot in range(batch):
         made.prefill(slot, PROMPT[slot:])
     return made

@@ -14,7 +14,7 @@ from ssd.decoding.trees.shape import TreeShape
 from ssd.models.attention import tree_attention
 from ssd.models.cuda.graphs import Graphs
 from ssd.models.rows import RowPlan
-from ssd.models.runner import Attention, ForwardRunner
+from ssd.models.runner import Attention, ForwardRunner, RunnerOptions
 from ssd.pipeline.draft.branches import scratch_slots
 from ssd.pipeline.draft.worker import DraftWorker
 from ssd.testing.attention import Case
@@ -108,17 +108,16 @@ def _grid(bench: Bench, size: Size) -> Iterator[tuple[int, int, str]]:
 
 def _made(bench: Bench, model: PreTrainedModel, way: str, *, batch: int, capacity: int, scratch: int) -> ForwardRunner:
     kind: Attention = "tree" if way.startswith("tree") else "rows"
-    runner = ForwardRunner(
-        model,
+    options = RunnerOptions(
         batch=batch,
         capacity=capacity,
         scratch_slots=scratch,
         prefill_chunk=64,
         vocabulary=model.config.vocab_size,
         compile="compiled" in way,
-        graphs=Graphs(bench.device) if "graphs" in way else None,
         attention=kind,
     )
+    runner = ForwardRunner(model, options, graphs=Graphs(bench.device) if "graphs" in way else None)
     for part in (*runner.cache.main, *runner.cache.scratch):
         for states in part:
             states.normal_()

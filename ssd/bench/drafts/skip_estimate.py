@@ -17,7 +17,7 @@ from statistics import median
 import torch
 
 from ...models.rows import RowPlan
-from ...models.runner import ForwardRunner
+from ...models.runner import ForwardRunner, RunnerOptions
 from ...models.skipping import SkipSet, skipping
 from ...pipeline.runtime.cores import set_threads, usable_cores
 from ...pipeline.runtime.plan import Plan
@@ -106,8 +106,7 @@ class Estimator:
         self.model, self.layers = single.model, single.cache.layers
         self.costs = measured_costs(single)
         self._tokens = tokens
-        self._runner = ForwardRunner(
-            single.model,
+        options = RunnerOptions(
             batch=len(prompts),
             capacity=max(map(len, prompts)) + tokens + 1,
             scratch_slots=tokens,
@@ -115,6 +114,7 @@ class Estimator:
             vocabulary=plan.vocabulary,
             attention=single.attention,
         )
+        self._runner = ForwardRunner(single.model, options)
         # Every row attends the verified keys before it; its own key is written where no row attends.
         steps = tuple(range(tokens))
         self._rows = RowPlan(name="agreement", offsets=steps, limits=steps, in_place=0)
