@@ -1,4 +1,4 @@
-"""p-values of sampled sequences against the target's law, per rule and fallback, as a table."""
+"""p-values of sampled sequences against the target's law, for each rule and fallback. Prints a table."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def main() -> None:
         pair = save_pair(Path(folder))
         for fallback, case in product(FALLBACKS, CASES):
             results.append(measure(pair, case, fallback, wanted.samples, wanted.seed))
-            if wanted.json is not None:  # after each: a long run that is cut short leaves what it has
+            if wanted.json is not None:  # after each case, so that a run that is stopped keeps its results
                 wanted.json.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
 

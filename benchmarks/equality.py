@@ -1,13 +1,12 @@
-"""Equality at scale: plain decoding = ``sd`` = ``ssd``, over many configurations and prompts.
+"""Equality at scale: plain decoding, ``sd`` and ``ssd`` give the same tokens in many configurations.
 
     python benchmarks/equality.py tiny --jobs 2 --out FILE.jsonl  1,000 prompts, tiny models of 9 architectures
     python benchmarks/equality.py embedded --out FILE.jsonl       208 prompts in fp32, the same number in bf16
 
-256 tokens each. Every case is one engine: an architecture and dtype, a lookahead, siblings, a forecast, a fallback, a
-batch size; its requests go through temperatures 0, 0.7, 1 and 1.5, filters and penalties, and come
-in while others run. A finished case is one line of FILE; a run that was stopped goes on after the
-last one. FILE with the suffix .json holds all of it and what it was run on; the end prints a table.
-Exit code 1 if anything differs.
+Outputs have 256 tokens. Every case is an engine with its own architecture, dtype, lookahead, siblings, forecast,
+fallback and batch size. Its requests use temperatures 0, 0.7, 1 and 1.5, filters and penalties, and start while others
+run. A finished case is a line of FILE; a run that was stopped continues after the last line. FILE with the suffix .json
+holds the results of all cases and the versions. A table is printed at the end. The exit code is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ EXTRAS: tuple[dict[str, Any], ...] = (
     {"repetition_penalty": 1.3},
     {"presence_penalty": 0.7, "frequency_penalty": 0.4},
 )
-"""Filters do nothing at temperature 0; five temperatures' step keeps them from always meeting the same."""
+"""Filters and penalties of the requests. Their number has no common divisor with that of the temperatures."""
 LOOKAHEADS, SIBLINGS, BUDGETS = (3, 1, 5, 2, 8, 4, 6), (0, 1, 2), (8, 3, 12, 24)
 SHAPES, DTYPES = ("confidence", "uniform", "geometric"), ("float32", "bfloat16")
 FALLBACKS = ("jit", "none", "ngram", "auto")
@@ -61,16 +60,16 @@ class Case:
     config: dict[str, Any]
     prompts: int
     compiled: bool = False
-    """Runs as local processes, compiled; otherwise as threads, eagerly."""
+    """Whether workers are processes with compiled models; otherwise they are threads with eager models."""
 
 
 def tiny_cases(folder: Path, total: int, cases: int) -> Iterator[Case]:
-    """Cases over all architectures, the prompts shared out by batch size."""
+    """Yields cases over all architectures; prompts are divided among them by batch size."""
     batches = [TINY_BATCHES[(index + index // 9) % len(TINY_BATCHES)] for index in range(cases)]
     squares = list(itertools.accumulate(batch * batch for batch in batches))
     shares, given = [square / squares[-1] for square in squares], 0
     for index, batch in enumerate(batches):
-        # By its square: what a wave of 256 rounds costs hardly depends on how many share it.
+        # By its square: the time of 256 rounds hardly depends on the size of the batch.
         count = round(total * shares[index]) - given
         given += count
         architecture, dtype = ARCHITECTURES[index % len(ARCHITECTURES)], DTYPES[index % 2]
@@ -94,7 +93,7 @@ def tiny_cases(folder: Path, total: int, cases: int) -> Iterator[Case]:
 
 
 def save_tiny_pair(folder: Path, architecture: str) -> None:
-    """A target, and a draft that is right now and then: the target with disturbed weights."""
+    """Saves a target, and a draft that is sometimes right: the target with noise on its weights."""
     logging.disable_progress_bar()
     model = tiny_model(architecture, vocab_size=VOCABULARY)
     for role in ("target", "draft"):
@@ -109,8 +108,10 @@ def save_tiny_pair(folder: Path, architecture: str) -> None:
 
 
 def embedded_cases(total: int) -> Iterator[Case]:
-    """The shipped pair: one sequence at a time, and in batches with a comb, a short and a long chain; in
-    float32 the draft alone, in bfloat16 with the shipped copy bias."""
+    """Yields cases of the shipped pair: single sequences, and batches with a comb, a short and a long chain.
+
+    Float32 cases have no copy bias, bfloat16 cases the shipped one.
+    """
     settings = (
         (1, 3, 0, 8, "auto"),
         (4, 4, 1, 12, "jit"),
@@ -144,7 +145,7 @@ def random_prompts(count: int, seed: int) -> list[tuple[int, ...]]:
 
 
 def source_prompts(count: int, seed: int) -> list[str]:
-    """Beginnings of the standard library's functions: what the pair continues, never twice the same."""
+    """Returns beginnings of different functions of the standard library, for the pair to continue."""
     texts: list[str] = []
     for path in sorted(Path(json.__file__).parents[1].glob("*.py")):
         lines = path.read_text(encoding="utf-8", errors="ignore").splitlines(keepends=True)
@@ -154,10 +155,10 @@ def source_prompts(count: int, seed: int) -> list[str]:
 
 
 def asked(prompts: list[Any], max_tokens: int, seed: int) -> list[Trial]:
-    """The prompts as requests, through temperatures and extras."""
+    """Returns the prompts as requests that cycle through temperatures and extras."""
     trials = []
     for index, prompt in enumerate(prompts):
-        # 4 temperatures and 7 extras have no common divisor: every pair comes up.
+        # 4 temperatures and 7 extras have no common divisor, so every combination occurs.
         params = SamplingParams(
             temperature=TEMPERATURES[index % len(TEMPERATURES)],
             seed=seed + index,
@@ -180,7 +181,7 @@ def run_case(case: Case, trials: list[Trial]) -> dict[str, Any]:
 
 
 def weights_hash(model: str) -> str:
-    """SHA-256 of a model's weights: which of the pair's states was run."""
+    """Returns the SHA-256 of a model's weights."""
     return hashlib.sha256((resolve_model_path(model) / "model.safetensors").read_bytes()).hexdigest()
 
 
@@ -225,7 +226,7 @@ def merged(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """By method and temperature."""
+    """Returns sums by method and temperature."""
     found: dict[tuple[str, float], dict[str, Any]] = {}
     for group in merged(rows)["groups"]:
         key = group["method"], group["temperature"]
@@ -240,9 +241,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", choices=("tiny", "embedded"))
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
-    parser.add_argument("--prompts", type=int, help="1000 for tiny; 208 for embedded, in each dtype")
-    parser.add_argument("--cases", type=int, default=27, help="tiny only: how many configurations")
-    parser.add_argument("--jobs", type=int, default=1, help="tiny only: cases at a time, each takes a core")
+    parser.add_argument("--prompts", type=int, help="by default 1000 for tiny; 208 for embedded, in each dtype")
+    parser.add_argument("--cases", type=int, default=27, help="tiny only: number of configurations")
+    parser.add_argument("--jobs", type=int, default=1, help="tiny only: cases at a time, one core each")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--seed", type=int, default=20261122)
     given = parser.parse_args(arguments)
@@ -275,13 +276,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write_report(out: Path, done: list[dict[str, Any]], cases: int) -> None:
-    """FILE with the suffix .json: all there is so far, of so many cases."""
+    """Writes FILE with the suffix .json: all results so far, and the number of cases."""
     report = {"command": " ".join(sys.argv), **totals(done), "of": cases, "versions": versions(), "cases": done}
     out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def rows_of(work: list[tuple[Case, list[Trial]]], jobs: int) -> Iterator[dict[str, Any]]:
-    """As cases finish."""
+    """Yields the results as cases finish."""
     if jobs == 1:
         yield from map(_run, work)
         return

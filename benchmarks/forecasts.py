@@ -1,11 +1,13 @@
-"""Hit rates of the forecasts by replay on the embedded pair, as a Markdown table.
+"""Hit rates of the forecasts, from replays on the embedded pair. Prints a Markdown table.
 
-python benchmarks/forecasts.py --prompts benchmarks/prompts/heldout-code.jsonl
+python benchmarks/forecasts.py --json benchmarks/results/forecasts.json
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -27,15 +29,16 @@ def main(
     lookahead: int = 3,
     max_tokens: int = 128,
     temperatures: str = "0,1",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
-    """Let the target answer, lead the draft along the answers, and count."""
+    """Decode with the target, replay the draft along the answers, and count hits."""
     settings = load_config(
         config, [f"speculation.lookahead={lookahead}", "target.compile=false", "draft.compile=false"]
     )
     asked, plan = load_prompts(prompts), make_plan(settings)[1]
     heats = [float(heat) for heat in temperatures.split(",")]
     with Console(stderr=True).status("the target answers") as status, LLM(settings, launch=InprocPipeline) as llm:
-        rows = []
+        rows, figures = [], []
         for heat in heats:
             params = SamplingParams(temperature=heat, max_tokens=max_tokens + lookahead + 1, ignore_eos=True)
             plain = SamplingParams(temperature=heat, max_tokens=params.max_tokens, ignore_eos=True, method="none_fast")
@@ -49,12 +52,19 @@ def main(
                 budgets=BUDGETS,
                 progress=lambda done, total: status.update(f"the draft along text {done}/{total}"),
             )
+            figures += [
+                {"temperature": heat, "budget": n, "hit_rate": {shape: round(found[shape][n], 3) for shape in SHAPES}}
+                for n in BUDGETS
+            ]
             rows += [
                 f"| {heat:g} | {n} | " + " | ".join(f"{found[shape][n]:.3f}" for shape in SHAPES) + " |"
                 for n in BUDGETS
             ]
     typer.echo(f"| temperature | budget | {' | '.join(SHAPES)} |\n|{'---|' * (2 + len(SHAPES))}")
     typer.echo("\n".join(rows))
+    if json_file is not None:
+        asked_for = {"prompts": str(prompts), "lookahead": lookahead, "max_tokens": max_tokens}
+        json_file.write_text(json.dumps({**asked_for, "rows": figures}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Exact laws of every verification rule: the largest error per rule and case, as a table."""
+"""Largest error of the exact laws, for each verification rule and case. Prints a table."""
 
 from __future__ import annotations
 

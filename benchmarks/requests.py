@@ -1,9 +1,9 @@
-"""Speed of the methods by what requests ask for: filters, penalties, biases, grammars. A Markdown table.
+"""Speed of the methods by kind of request: filters, penalties, biases, grammars. Prints a Markdown table.
 
-python benchmarks/requests.py --prompts benchmarks/prompts/heldout-code.jsonl --json requests.json
+python benchmarks/requests.py --json benchmarks/results/requests.json
 
-Every prompt is run for every kind of request by every method before the next prompt, and the order of the methods
-rotates; without the governor, as in `ssd bench`.
+Methods take turns for every prompt and kind of request, and their order rotates.
+The governor is off, as in `ssd bench`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main(
     limit: int = 10,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
-    """Measure, and say whether all methods gave the same tokens."""
+    """Measure all kinds of requests, and check that all methods give the same tokens."""
     asked = load_prompts(prompts)[:limit]
     tokens, seconds = defaultdict[tuple[int, str, str], int](int), defaultdict[tuple[int, str, str], float](float)
     different: list[str] = []
@@ -87,7 +87,7 @@ def main(
         return median(tokens[again, kind, method] / seconds[again, kind, method] for again in range(repeat))
 
     def speedup(kind: str, method: str) -> float:
-        """Over plain decoding of the same repeat."""
+        """Returns the speed relative to plain decoding in the same repeat."""
         return median(
             tokens[again, kind, method]
             / seconds[again, kind, method]

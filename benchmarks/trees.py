@@ -1,9 +1,9 @@
-"""Tokens of a round by candidate tree and rows verified, by replay on the embedded pair: a Markdown table, and JSON.
+"""Tokens per round by candidate tree and verified rows, from replays on the embedded pair. Prints a Markdown table.
 
-python benchmarks/trees.py --prompts benchmarks/prompts/heldout-code.jsonl --json trees.json
+python benchmarks/trees.py --json benchmarks/results/trees.json
 
-Counts, not timings: the same on any machine. Static trees are chosen on every second text and judged on the others,
-both ways round.
+The figures are counts, so they are the same on any machine. Static trees are chosen on one half of the texts and
+evaluated on the other, both ways.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def main(
     prompts: Path = Path("benchmarks/prompts/heldout-code.jsonl"),
     config: str = "embedded",
     rows: str = "4,6,8,10,12,16",
-    deepest: Annotated[int, typer.Option(help="No tree is deeper: each depth is a step of the draft.")] = 5,
+    deepest: Annotated[int, typer.Option(help="Largest depth of a tree; each depth is a step of the draft.")] = 5,
     max_tokens: int = 160,
     temperatures: str = "0,1",
     sharpness: Annotated[float, typer.Option(help="β of the dynamic tree's confidence.")] = 1.0,
-    out: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
 ) -> None:
-    """Let the target answer, rank its tokens by the draft, and count."""
+    """Decode with the target, rank its tokens by the draft, and count accepted tokens."""
     asked, sizes = load_prompts(prompts), [int(size) for size in rows.split(",")]
     settings = load_config(config, [f"engine.max_batch={len(asked)}", "target.compile=false"])
     model, plan = settings.draft, make_plan(settings)[1]
@@ -89,7 +89,7 @@ def main(
 
 
 def choosers(rows: int, deepest: int) -> dict[str, Callable[[Texts], RankTree]]:
-    """By kind, from known texts to the best static tree."""
+    """Returns, by kind of tree, a function from texts to the best tree of that kind."""
 
     def best(trees: Sequence[RankTree], texts: Texts) -> RankTree:
         return max(trees, key=lambda tree: tokens_per_round(static_accepted(tree, texts, deepest)))
@@ -103,7 +103,7 @@ def choosers(rows: int, deepest: int) -> dict[str, Callable[[Texts], RankTree]]:
 
 
 def crosswise(texts: Texts, choose: Callable[[Texts], RankTree], horizon: int) -> tuple[float, list[tuple[int, ...]]]:
-    """Tokens per round of trees chosen on the other half of the texts, and their nodes at each depth."""
+    """Returns tokens per round of trees chosen on the other half of the texts, and the trees' nodes at each depth."""
     halves = texts[0::2], texts[1::2]
     trees = [choose(halves[1]), choose(halves[0])]
     accepted = [static_accepted(tree, half, horizon) for tree, half in zip(trees, halves, strict=True)]

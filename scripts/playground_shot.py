@@ -1,4 +1,4 @@
-"""A picture of the playground of a running server, after a comparison with plain decoding.
+"""Takes a picture of the playground of a running server, after a comparison with plain decoding.
 
 python scripts/playground_shot.py http://127.0.0.1:8000 docs/playground.png
 """
@@ -15,7 +15,7 @@ LONG_S = 150.0
 
 
 def until(page: Page, expression: str) -> None:
-    """Playwright's own waiting evaluates text in the page, which the page's policy forbids."""
+    """Waits for an expression. Playwright's own waiting evaluates text, which the page's policy forbids."""
     deadline = time.monotonic() + LONG_S
     while not page.evaluate(expression):
         if time.monotonic() > deadline:

@@ -1,9 +1,9 @@
-"""Train the embedded pair from the text on this machine. Resumable; see ``scripts/pair/``.
+"""Trains the embedded pair on text from this machine; a run that was stopped continues. See ``scripts/pair/``.
 
 python scripts/train_pair.py --root build/pair [--device cuda] [--threads 2]
 
-With ``--from-shipped`` the shipped pair stands for all generations, and only the draft's last
-stage is trained, on what the shipped target writes.
+With ``--from-shipped`` the shipped pair replaces all generations, and only the draft's last stage is trained, on text
+that the shipped target writes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHIPPED = Path(__file__).resolve().parents[1] / "ssd/data/embedded"
 
 
 def start_from(shipped: Path, recipe: Recipe) -> None:
-    """Lay the shipped pair where the last generation would be; nothing that is there is replaced."""
+    """Copies the shipped pair to the place of the last generation; existing files are kept."""
     for role in ("target", "draft"):
         folder = recipe.path(role)
         if not (folder / "done").exists():
@@ -53,7 +53,7 @@ def main() -> None:
         nargs="?",
         const=SHIPPED,
         metavar="FOLDER",
-        help="polish the draft of this pair (default: the shipped one) instead of training from nothing",
+        help="polish the draft of this pair (default: the shipped one) instead of training from random weights",
     )
     args = parser.parse_args()
     if args.threads:

@@ -1,4 +1,4 @@
-"""Widen a Llama-architecture model function-preservingly: same tokens, larger cost.
+"""Widens a Llama-architecture model: the same tokens at the cost of a larger model.
 
 python scripts/widen.py ssd/data/embedded/target build/wide/target --parameters 1e9
 python scripts/widen.py ssd/data/embedded/draft build/wide/draft --parameters 1e8 --layers 2 --hidden-size 2048
@@ -31,7 +31,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def copy_tokenizer(source: Path, destination: Path) -> list[str]:
-    """Copy what belongs to a tokenizer; returns the file names."""
+    """Copies the files of a tokenizer; returns their names."""
     files = sorted({path for pattern in TOKENIZER_FILES for path in source.glob(pattern)})
     for path in files:
         shutil.copyfile(path, destination / path.name)
@@ -42,11 +42,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SRC", type=Path, help="model folder")
     parser.add_argument("destination", metavar="DST", type=Path, help="folder to write")
-    parser.add_argument("--parameters", type=float, required=True, help="about how many, for example 1e9")
+    parser.add_argument("--parameters", type=float, required=True, help="approximate number, for example 1e9")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--hidden-size", type=int, help="instead of the one chosen")
-    parser.add_argument("--layers", type=int, help="instead of the number chosen")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer to copy; SRC unless told")
+    parser.add_argument("--hidden-size", type=int, help="by default chosen from --parameters")
+    parser.add_argument("--layers", type=int, help="by default chosen from --parameters")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer to copy; by default SRC")
     args = parser.parse_args()
     if not (args.source / "config.json").exists():
         raise ModelError(f"{args.source} holds no model (no config.json)")

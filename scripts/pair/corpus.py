@@ -1,4 +1,4 @@
-"""Text for the embedded pair: what any machine with Python already has.
+"""Text for training the embedded pair, from files that every machine with Python has.
 
 Two kinds of document:
 
@@ -8,8 +8,8 @@ prose
     Docstrings of the standard library and of this project's own dependencies,
     ``pydoc`` topics, and package descriptions.
 
-The split is by *file*: a file (with all its docstrings) is held out iff the SHA-256 of
-its relative path says so, so nothing of a held-out file is ever trained on.
+The split is by *file*: the SHA-256 of its relative path decides whether a file, with all its docstrings, is held out.
+So training never uses any part of a held-out file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Document:
 
 
 def is_held_out(name: str) -> bool:
-    """Stable across machines and runs: depends on the name alone."""
+    """Returns the split; it depends on the name alone, so it is the same on every machine."""
     digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:4], "big") / 2**32 < HELD_OUT_SHARE
 
@@ -78,7 +78,7 @@ def _python_files(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def collect() -> list[Document]:
-    """Every document, in a stable order, duplicates removed."""
+    """Yields all documents in a fixed order, without duplicates."""
     documents: list[Document] = []
     seen: set[bytes] = set()
     prose_chars = 0

@@ -1,10 +1,9 @@
-"""How often the draft says what the target says, measured with plain ``transformers``.
+"""Acceptance rate of the draft, measured with plain ``transformers``.
 
-The target continues held-out text by itself; the draft is then asked, at each of those
-positions, for its own token. That is the acceptance rate α of coupled verification per
-drafted token: at temperature 0 both take their argmax, at temperature 1 both take
-``argmax(log probs + gumbel)`` with the same noise. Noise is drawn here by torch, not by the
-pipeline's counter-based generator: the distribution is the same.
+The target continues held-out text; at each position the draft's own token is compared with the target's. The share of
+equal tokens is the acceptance rate α of coupled verification: at temperature 0 both take their argmax, at temperature 1
+``argmax(log probs + gumbel)`` with the same noise. The noise comes from torch instead of the pipeline's counter-based
+generator; the distribution is the same.
 """
 
 from __future__ import annotations
@@ -53,13 +52,13 @@ class Agreement:
 
 
 def gumbel(step: int, batch: int, rows: int, vocabulary: int) -> torch.Tensor:
-    """Noise ``[rows, V]`` of the ``step``-th new token of a batch; every call gives the same."""
+    """Returns the noise ``[rows, V]`` of the ``step``-th new token of a batch; the same in every call."""
     generator = torch.Generator().manual_seed(SEED + step + 100_000 * batch)
     return -torch.empty(rows, vocabulary).exponential_(generator=generator).log()
 
 
 def choose(logits: torch.Tensor, temperature: float, step: int, batch: int = 0) -> torch.Tensor:
-    """Tokens ``[rows]`` from logits ``[rows, V]``."""
+    """Chooses tokens ``[rows]`` from logits ``[rows, V]``."""
     scores = logits.float()
     if temperature > 0:
         scores = (scores / temperature).log_softmax(-1) + gumbel(step, batch, *scores.shape)
@@ -76,7 +75,7 @@ def continue_text(
     batch: int = 0,
     tick: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """What the target writes after ``prompts [rows, length]``: ids ``[rows, tokens]``."""
+    """Returns the continuation of ``prompts [rows, length]``: ids ``[rows, tokens]``."""
     out: list[torch.Tensor] = []
     step_input, cache = prompts, None
     for step in range(tokens):
@@ -98,8 +97,11 @@ def draft_tokens(
     batch: int = 0,
     gains: Sequence[float] = (),
 ) -> torch.Tensor:
-    """The draft's choice at every position of ``written [rows, tokens]``, given all before it, with these gains
-    of a copy bias."""
+    """Returns the draft's choice at every position of ``written [rows, tokens]``, given all tokens before it.
+
+    Args:
+        gains: of the copy bias, in nats.
+    """
     ids = torch.cat([prompts, written], dim=1)[:, :-1]
     tokens = written.shape[1]
     logits = with_gains(draft(ids, use_cache=False, logits_to_keep=tokens).logits, ids, gains)
@@ -107,7 +109,7 @@ def draft_tokens(
 
 
 def with_gains(logits: torch.Tensor, ids: torch.Tensor, gains: Sequence[float]) -> torch.Tensor:
-    """Logits ``[rows, tokens, V]`` of the last positions of ``ids [rows, length]``, as the pipeline has them."""
+    """Returns logits ``[rows, tokens, V]`` of the last positions of ``ids [rows, length]``, as in the pipeline."""
     (rows, length), tokens = ids.shape, logits.shape[1]
     bias = CopyBias(gains, TreeShape.comb(1), batch=rows, capacity=length)
     for slot, row in enumerate(ids.tolist()):
@@ -121,14 +123,14 @@ def with_gains(logits: torch.Tensor, ids: torch.Tensor, gains: Sequence[float]) 
 
 
 def live_positions(written: torch.Tensor, end: int) -> torch.Tensor:
-    """True up to the first ``end`` token, that token included: ``[rows, tokens]``."""
+    """Returns ``[rows, tokens]``: True up to and including the first ``end`` token."""
     ends = (written == end).long()
     return ends.cumsum(-1) - ends == 0
 
 
 def repeated_grams(row: list[int]) -> tuple[int, int, list[bool]]:
-    """8-grams of ``row`` that occurred before in it, all its 8-grams, and which positions lie in
-    a repeated one."""
+    """Returns the number of 8-grams that occurred before in ``row``, the number of all, and which positions are in a
+    repeated one."""
     seen: set[tuple[int, ...]] = set()
     repeated, inside = 0, [False] * len(row)
     total = max(0, len(row) - GRAM + 1)
@@ -142,7 +144,7 @@ def repeated_grams(row: list[int]) -> tuple[int, int, list[bool]]:
 
 
 def rate(hits: torch.Tensor, counted: torch.Tensor) -> tuple[float | None, float | None]:
-    """Σhits / Σcounted over ``[rows, tokens]`` and its standard error, windows being independent."""
+    """Returns Σhits / Σcounted over ``[rows, tokens]``, and its standard error with independent windows."""
     count = counted.sum(-1).double()
     hit = (hits & counted).sum(-1).double()
     if count.sum() == 0:
@@ -158,7 +160,7 @@ def agreement(
     temperature: float,
     gains: Sequence[float] = (),
 ) -> Agreement:
-    """Measure what the target wrote, ``ids [rows, tokens]``, after ``prompts [rows, length]``."""
+    """Measures the target's continuations ``ids [rows, tokens]`` of ``prompts [rows, length]``."""
     drafted = [
         draft_tokens(draft, part, written, temperature, batch=batch, gains=gains)
         for batch, (part, written) in enumerate(zip(prompts.split(BATCH), ids.split(BATCH), strict=True))
@@ -190,10 +192,10 @@ def agreement(
 def heldout_text(
     root: Path, target: LlamaForCausalLM, *, windows: int, tick: Callable[[], None] = lambda: None
 ) -> dict[str, torch.Tensor]:
-    """What the target writes after the held-out windows: ids ``[windows, NEW]`` by kind and temperature.
+    """Returns the target's continuations of the held-out windows: ids ``[windows, NEW]`` by kind and temperature.
 
-    Kept in ``root``, each as soon as it is written, for it belongs to the target alone. ``tick`` is
-    called after every decoding step.
+    They depend on the target alone, so they are kept in ``root``, each as soon as it is complete. ``tick`` is called
+    after every decoding step.
     """
     path = root / f"heldout-{windows}.safetensors"
     out = load_file(path) if path.exists() else {}
@@ -217,7 +219,7 @@ def text_name(kind: str, temperature: float) -> str:
 def evaluate(
     root: Path, draft: LlamaForCausalLM, text: dict[str, torch.Tensor], gains: Sequence[float] = ()
 ) -> dict[str, list[dict]]:
-    """``{"code": [...], "prose": [...]}``, one :class:`Agreement` as a dict per temperature."""
+    """Returns ``{"code": [...], "prose": [...]}`` with an :class:`Agreement`, as a dict, for each temperature."""
     out: dict[str, list[dict]] = {}
     for kind in KINDS:
         out[kind] = []
@@ -229,5 +231,5 @@ def evaluate(
 
 
 def ticks(windows: int) -> int:
-    """How often :func:`heldout_text` calls ``tick`` when nothing is kept."""
+    """Returns how often :func:`heldout_text` calls ``tick`` if no continuations are kept."""
     return len(KINDS) * len(TEMPERATURES) * math.ceil(windows / BATCH) * NEW

@@ -1,7 +1,7 @@
 """Muon (Jordan et al., https://kellerjordan.github.io/posts/muon/) in the gradients' own precision.
 
 ``torch.optim.Muon`` orthogonalises in bfloat16, which takes 15 times as long as float32 on a CPU
-without bfloat16 instructions. Same coefficients, momentum and learning-rate adjustment.
+without bfloat16 instructions. Coefficients, momentum and learning-rate adjustment are the same.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """About the nearest matrix with orthonormal rows or columns, by Newton-Schulz iterations."""
+    """Returns approximately the nearest matrix with orthonormal rows or columns, by Newton-Schulz iterations."""
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
@@ -24,7 +24,7 @@ def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices alone."""
+    """The optimizer; parameters must be matrices."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})

@@ -1,14 +1,14 @@
-"""The draft's last stage: learn what acceptance is, from the target's own continuations.
+"""The draft's last stage: training for acceptance, on the target's own continuations.
 
-The teacher's shards (:mod:`.teacher`) hold its distribution ``p`` on a support of its likeliest
-tokens; the rest is one bucket. With the draft's ``q`` on the same support and bucket, every
-position adds the forward KL and what makes drafts accepted there:
+The teacher's shards (:mod:`.teacher`) hold its distribution ``p`` on a support of its most probable
+tokens; the rest is one bucket. With the draft's ``q`` on the same support and bucket, the loss of a
+position is the forward KL and a term for acceptance:
 
 - in greedy text the cross-entropy to the target's argmax;
 - in sampled text the total variation, one minus the acceptance rate of an ideal coupling.
 
-What comes out is a mean of the weights before and after (Wortsman et al. 2022, "Robust fine-tuning of
-zero-shot models"): the shards are few, and the end alone knows them better than it knows other text.
+The result is a mean of the weights before and after (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models"),
+because training on the few shards alone overfits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SMALLEST = 1e-6  # of the bucket outside the support
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Continuations laid end to end in rows of SEQUENCE, each seeing itself alone."""
+    """Continuations packed into rows of SEQUENCE tokens; each attends only itself."""
 
     ids: torch.Tensor  # [rows, SEQUENCE]
     places: torch.Tensor  # [rows, SEQUENCE], position in its own continuation
@@ -66,7 +66,7 @@ class Lessons:
         self.steps_per_epoch = len(self._pack(0)) // stage.rows
 
     def _pack(self, epoch: int) -> list[list[int]]:
-        """Samples of every row of an epoch: the first of a few open rows that has room takes the next."""
+        """Packs an epoch: each sample goes to the first of a few open rows that has room."""
         order = np.random.default_rng((SEED, epoch)).permutation(len(self.samples))
         done: list[list[int]] = []
         opened: list[tuple[int, list[int]]] = []
@@ -104,7 +104,7 @@ class Lessons:
                 ids[row, begin:end] = content["ids"][line, :length]
                 places[row, begin:end] = torch.arange(length)
                 owner[row, begin:end] = name
-                own = begin + int(content["prompt"]) - 1  # whence the next token is the target's own
+                own = begin + int(content["prompt"]) - 1  # from here on the next token is the target's own
                 greedy[row, own:end] = bool(content["temperature"] == 0)
                 counted[row, begin + self.stage.context : end] = True
                 top[row, begin:end] = content["top"][line, :length].long()
@@ -114,14 +114,14 @@ class Lessons:
 
 
 def own_text(owner: torch.Tensor) -> torch.Tensor:
-    """Attention mask ``[rows, 1, length, length]``: what lies before a position in its own continuation."""
+    """Returns the mask ``[rows, 1, length, length]``: a position attends those before it in its own continuation."""
     length = owner.shape[1]
     before = torch.ones(length, length, dtype=torch.bool).tril()
     return ((owner[:, :, None] == owner[:, None, :]) & before)[:, None]
 
 
 def loss_of(draft: LlamaForCausalLM, batch: Batch, share: float) -> torch.Tensor:
-    """Mean over counted positions; ``share`` of it is the acceptance term."""
+    """Returns the mean loss over counted positions, of which ``share`` is the acceptance term."""
     hidden = draft.model(
         input_ids=batch.ids, position_ids=batch.places, attention_mask=own_text(batch.owner), use_cache=False
     ).last_hidden_state
@@ -136,7 +136,7 @@ def loss_of(draft: LlamaForCausalLM, batch: Batch, share: float) -> torch.Tensor
 
 
 def polish_draft(recipe: Recipe, device: str, micro_rows: int) -> None:
-    """Go on with the draft of the last generation; see the module."""
+    """Trains the draft of the last generation further; see the module."""
     stage, target_path = POLISHING, recipe.path("target")
     lessons = Lessons(recipe.polished("shards"), stage)
     target = LlamaForCausalLM.from_pretrained(target_path, dtype=torch.float32).eval()
@@ -165,7 +165,7 @@ def polish_draft(recipe: Recipe, device: str, micro_rows: int) -> None:
 
 
 def mean_of_weights(start: Path, end: Path, kept: float) -> LlamaForCausalLM:
-    """``kept · start + (1 - kept) · end``, two models of one shape, in float32."""
+    """Returns ``kept · start + (1 - kept) · end`` of two models of the same shape, in float32."""
     model, other = (LlamaForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (end, start))
     with torch.no_grad():
         for mine, first in zip(model.parameters(), other.parameters(), strict=True):

@@ -61,7 +61,7 @@ GENERATIONS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Teaching:
-    """What the finished target writes for the last stage of the draft, its distribution kept."""
+    """Continuations by the finished target, with its distributions, for the last stage of the draft."""
 
     shards: int = 40
     rows: int = 96  # continuations of a shard
@@ -108,11 +108,11 @@ class Recipe:
         return self.root / self.generation.name / name
 
     def polished(self, name: str) -> Path:
-        """Of the draft's last stage."""
+        """Returns a path of the draft's last stage."""
         return self.root / "polished" / name
 
     def grown_from(self) -> Recipe | None:
-        """The same recipe one generation earlier."""
+        """Returns the recipe of the generation before, if there is one."""
         place = GENERATIONS.index(self.generation)
         return Recipe(root=self.root, generation=GENERATIONS[place - 1]) if place else None
 

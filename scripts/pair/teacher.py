@@ -1,4 +1,4 @@
-"""What the target writes after training text, with its distribution at every position.
+"""Continuations of training text by the target, with its distribution at every position.
 
 The polishing stage (:mod:`.polish`) learns from these shards alone, so the teacher runs once. A
 shard is a safetensors file: ``ids [rows, length]``, ``lengths [rows]`` (positions of a row that
@@ -23,7 +23,7 @@ from .recipe import SEED, Teaching
 
 
 class _Reserved(DynamicLayer):
-    """A cache layer with room for ``length`` positions: nothing is copied when it grows."""
+    """A cache layer with room for ``length`` positions, so that growing copies nothing."""
 
     def __init__(self, length: int):
         super().__init__()
@@ -50,7 +50,7 @@ class _Reserved(DynamicLayer):
 
 
 def _prompts(root: Path, teaching: Teaching, index: int) -> torch.Tensor:
-    """Windows of training text ``[rows, length]``, one kind and one length a shard."""
+    """Returns windows of training text ``[rows, length]``; a shard has one kind and one length."""
     draw = np.random.default_rng((SEED, index))
     length = int(draw.integers(teaching.shortest_prompt, teaching.longest_prompt + 1))
     kind = teaching.kinds[index % len(teaching.kinds)]
@@ -60,8 +60,8 @@ def _prompts(root: Path, teaching: Teaching, index: int) -> torch.Tensor:
 
 
 class _Ends:
-    """Which rows have ended: at the end of text, or where an 8-gram of the continuation returns,
-    for a loop teaches nothing."""
+    """Tracks which rows have ended: at the end of text, or where an 8-gram of the continuation repeats, because
+    nothing is learnt from loops."""
 
     def __init__(self, rows: int, end: int):
         self.end = end
@@ -69,7 +69,7 @@ class _Ends:
         self.grams: list[set[tuple[int, ...]]] = [set() for _ in range(rows)]
 
     def add(self, row: int, token: int) -> int | None:
-        """How many tokens of the continuation count if the row ends with ``token``."""
+        """Returns the number of tokens of the continuation that count if the row ends with ``token``."""
         written = self.written[row]
         written.append(token)
         if token == self.end:
@@ -85,7 +85,7 @@ class _Ends:
 def write_shard(
     target: LlamaForCausalLM, prompts: torch.Tensor, temperature: float, teaching: Teaching, index: int
 ) -> dict[str, torch.Tensor]:
-    """One shard from prompts ``[rows, length]``; ``index`` seeds its noise."""
+    """Writes one shard from prompts ``[rows, length]``; ``index`` seeds its noise."""
     rows, prompt = prompts.shape
     length = prompt + teaching.new_tokens
     ids = torch.zeros(rows, length, dtype=torch.int64)
@@ -132,7 +132,7 @@ def write_shard(
 
 
 def teach(root: Path, out: Path, target: LlamaForCausalLM, teaching: Teaching) -> None:
-    """Write the shards that are not there yet, ``out/00000.safetensors`` and on."""
+    """Writes the missing shards: ``out/00000.safetensors``, ``out/00001.safetensors``, …"""
     out.mkdir(parents=True, exist_ok=True)
     positions = 0
     with Progress() as progress:

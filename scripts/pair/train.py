@@ -22,7 +22,7 @@ LOGIT_CHUNK = 2048  # rows whose logits are held at once
 
 
 def _optimizers(model: torch.nn.Module, stage: Stage | Polishing) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for embeddings and norms."""
+    """Returns the optimizers: Muon for the matrices of the layers, AdamW for embeddings and norms."""
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     ids = {id(p) for p in hidden}
     others = [p for p in model.parameters() if id(p) not in ids]
@@ -60,7 +60,7 @@ def run(
     device: str,
     micro_rows: int,
 ) -> None:
-    """Train what ``start_model`` makes, or resume; done when ``path/done`` exists."""
+    """Trains the model of ``start_model``, or resumes; training has ended if ``path/done`` exists."""
     if (path / "done").exists():
         return
     torch.manual_seed(SEED)
@@ -117,7 +117,7 @@ def run(
 
 
 def _grown(recipe: Recipe, role: str) -> LlamaForCausalLM | None:
-    """The generation before's model with this one's MLP width; None where there is none before."""
+    """Returns the model of the generation before with this one's MLP width; None for the first generation."""
     before = recipe.grown_from()
     if before is None:
         return None
@@ -135,7 +135,7 @@ def _grown(recipe: Recipe, role: str) -> LlamaForCausalLM | None:
 
 
 def _fresh(recipe: Recipe, role: str, embedding: torch.Tensor | None = None) -> LlamaForCausalLM:
-    """A random model; ``embedding`` ``[V, hidden]`` to start from."""
+    """Returns a random model, with ``embedding [V, hidden]`` if one is given."""
     model = LlamaForCausalLM(model_config(role, recipe.generation.units[role]))
     if embedding is None:
         # Small models start calmer with a smaller embedding (it is also the output head).
@@ -155,7 +155,7 @@ def _heldout_loss(model: LlamaForCausalLM, windows: dict[str, torch.Tensor]) -> 
 
 
 def _hidden(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
-    """Final hidden states ``[rows · length, hidden]``."""
+    """Returns the final hidden states ``[rows · length, hidden]``."""
     return model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
@@ -183,9 +183,9 @@ def train_target(recipe: Recipe, device: str, micro_rows: int) -> None:
 
 @torch.no_grad()
 def write_samples(recipe: Recipe, device: str) -> None:
-    """The target continues windows of training text: greedily and at temperature 0.7 and 1.
+    """Writes the target's continuations of training text: greedy and at temperatures 0.7 and 1.
 
-    The draft then learns on the contexts it will really meet (on-policy distillation)."""
+    The draft then learns from contexts as they occur in use (on-policy distillation)."""
     out = recipe.path("samples.pt")
     if out.exists():
         return
@@ -223,7 +223,7 @@ def _cycle(values: tuple[float, ...]) -> Iterator[float]:
 
 
 def distill_draft(recipe: Recipe, device: str, micro_rows: int) -> None:
-    """Forward KL(target ‖ draft) over every position, on text and on the target's samples."""
+    """Distills the draft: forward KL(target ‖ draft) at every position, on text and on the target's samples."""
     root, stage = recipe.root, recipe.generation.draft
     target = AutoModelForCausalLM.from_pretrained(recipe.path("target"), dtype=torch.float32).to(device).eval()
     batches = Batches(root, rows=stage.rows // 2, code_share=stage.code_share, seed=SEED + 2)

@@ -1,4 +1,4 @@
-"""Commands that talk to a running server: ``ssd chat`` and ``ssd top``."""
+"""``ssd chat`` and ``ssd top``: clients of a running server."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ if TYPE_CHECKING:
     from ..serving.remote import Rates, Remote
 
 COLOURS = {"hit": "green", "miss": "yellow", "bonus": "blue", "plain": "default"}
-UrlOption = Annotated[str, typer.Option(help="Of the server.")]
-KeyOption = Annotated[Path | None, typer.Option(help="File with the API key, if the server asks for one.")]
+UrlOption = Annotated[str, typer.Option(help="Address of the server.")]
+KeyOption = Annotated[Path | None, typer.Option(help="A file with the API key, if the server requires one.")]
 
 
 def chat(
     url: UrlOption = "http://127.0.0.1:8000",
     api_key_file: KeyOption = None,
-    system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message at the beginning.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    max_tokens: Annotated[int, typer.Option(help="Of each answer.")] = 128,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
     seed: Annotated[int, typer.Option(help="Same seed, same tokens.")] = 0,
-    method: Annotated[str | None, typer.Option(help="none, sd or ssd; by default as the server is configured.")] = None,
+    method: Annotated[str | None, typer.Option(help="none, sd, self or ssd; by default the server's.")] = None,
 ) -> None:
-    """Chat with a running server; tokens are coloured by how they came. /stats says what speculation did so
-    far, /clear begins anew, an empty line ends it."""
+    """Chat with a running server. Colours show where each token came from.
+
+    /stats shows what speculation did so far, /clear starts a new conversation, an empty line ends the chat.
+    """
     from rich.console import Console
 
     remote, console = _remote(url, api_key_file), Console()
@@ -60,7 +62,7 @@ def chat(
 
 @dataclass(slots=True)
 class Talk:
-    """What speculation did for some answers. Counts."""
+    """Counts of tokens, rounds and hits, over one or several answers."""
 
     answers: int = 0
     tokens: int = 0
@@ -75,7 +77,7 @@ class Talk:
 
     @classmethod
     def of(cls, usage: dict[str, Any], metrics: dict[str, Any]) -> Talk:
-        """Of the last chunk of an answer."""
+        """Reads the counts in the last chunk of an answer."""
         spec, own = metrics["speculative_decoding"], metrics["ssd"]
         return cls(
             answers=1,
@@ -108,10 +110,10 @@ class Talk:
 def top(
     url: UrlOption = "http://127.0.0.1:8000",
     api_key_file: KeyOption = None,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
-    count: Annotated[int, typer.Option(min=0, help="Stop after so many looks; 0 goes on until Ctrl-C.")] = 0,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two updates.")] = 1.0,
+    count: Annotated[int, typer.Option(min=0, help="Number of updates; 0 continues until Ctrl-C.")] = 0,
 ) -> None:
-    """Watch a running server: load, acceptance, forecast hits, and where the time of rounds goes."""
+    """Watch a running server: load, acceptance, forecast hits, and the time of rounds."""
     from rich.live import Live
 
     from ..serving.remote import Sample, rates, read_metrics
@@ -135,7 +137,7 @@ def _remote(url: str, api_key_file: Path | None) -> Remote:
         try:
             key = api_key_file.read_text(encoding="utf-8").split()[0]
         except (OSError, IndexError, UnicodeDecodeError) as error:
-            raise UsageError(f"--api-key-file {api_key_file}: no key to be read ({error})") from None
+            raise UsageError(f"--api-key-file {api_key_file}: no key can be read ({error})") from None
     return Remote(url, key)
 
 
@@ -146,7 +148,7 @@ def _input() -> str:
 
 
 def _answer(remote: Remote, console: Any, body: dict[str, Any]) -> tuple[str, Talk]:
-    """Stream one answer to the terminal; Ctrl-C cuts it short, and nothing is known of it then."""
+    """Streams an answer to the terminal and returns its text and counts; Ctrl-C ends it, without counts."""
     text, talk = "", Talk()
     events = remote.events("/v1/chat/completions", body)
     with contextlib.closing(events), contextlib.suppress(KeyboardInterrupt):

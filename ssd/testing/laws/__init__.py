@@ -1,1 +1,1 @@
-"""Exact and sampled laws of verification rules."""
+"""Distributions of the tokens under each verification rule: enumerated, counted and sampled."""

@@ -1,7 +1,7 @@
-"""What the laws are checked on: toy worlds, and every rule × case with its error.
+"""Cases of the exact laws: toy worlds, and every rule and case with its error.
 
-``benchmarks/laws.py`` prints the largest error per rule and case as a table;
-``tests/unit/test_laws.py`` checks each.
+``benchmarks/laws.py`` prints the largest error for each rule and case; ``tests/unit/decoding/test_laws.py`` checks
+them all.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EXACT = 1e-12
 
 
 class World:
-    """A target and a draft over V tokens, related but not close; ``holes`` of probability 0."""
+    """A target and a draft over V tokens that are related but differ; ``holes``: tokens of probability 0."""
 
     def __init__(self, vocabulary: int, seed: int = 0, *, holes: bool = False, temperature: float = 1.0):
         self.vocabulary, self.seed, self.holes, self.temperature = vocabulary, seed, holes, temperature
@@ -48,12 +48,12 @@ class World:
         return logits
 
     def ranked(self, prefix: Prefix) -> list[int]:
-        """Tokens, the draft's most probable first."""
+        """Returns all tokens, the draft's most probable first."""
         return self.draft_logits(prefix).argsort(descending=True).tolist()
 
 
 def _counts(law: list[float]) -> tuple[int, ...]:
-    """Weights of sum ``GRID`` close to a law (by largest remainder)."""
+    """Rounds a law to integer weights of sum ``GRID``, by largest remainder."""
     exact = [p * coupled_laws.GRID for p in law]
     counts = [int(value) for value in exact]
     rest = sorted(range(len(law)), key=lambda t: counts[t] - exact[t])
@@ -63,7 +63,7 @@ def _counts(law: list[float]) -> tuple[int, ...]:
 
 
 def law_error(rule: Rule, world: World, count: int, **proposers: Any) -> float:
-    """Largest error of a probability of ``count`` tokens; arguments of ``laws.sequence_law``."""
+    """Returns the largest error of a probability of ``count`` tokens; takes the arguments of ``sequence_law``."""
     law = laws.sequence_law(rule, world.target, START, count, **proposers)
     missing = abs(sum(law.values()) - 1)
     return max(missing, laws.error(law, laws.target_law(world.target, START, count)))
@@ -75,12 +75,12 @@ def weights(logits: Tensor, support: int = 99) -> Weights:
 
 
 def distribution(world: World, *, support: int = 99, scale: float = 1.0, count: int = 0) -> Callable[[Prefix], Weights]:
-    """What the draft draws from: scaled below its forecast, then its most probable tokens."""
+    """Returns the draft's distribution: the forecast's tokens scaled down, then cut to its most probable tokens."""
     return cache(lambda prefix: weights(downscale(world.draft_logits(prefix), count, scale), support))
 
 
 def ngram(prefix: Prefix) -> list[int]:
-    """What followed the last token when it stood in the prefix before."""
+    """Returns the token that followed the previous occurrence of the last token, as n-grams do."""
     found = [prefix[i + 1] for i in range(len(prefix) - 1) if prefix[i] == prefix[-1]]
     return found[-1:]
 
@@ -106,17 +106,17 @@ class Case:
     rule: str
     shape: str
     name: str
-    """What it is a case of: a column of the table."""
+    """The kind of case, a column of the table."""
     detail: str
     run: Callable[[], tuple[float, set[str]]]
-    """Largest error of a probability, and which of hit and miss came after the first round."""
+    """Returns the largest error of a probability, and which of hit and miss occurred after the first round."""
 
     def __str__(self) -> str:
         return "-".join(filter(None, (self.rule, self.shape, self.name, self.detail))).replace(" ", "_")
 
 
 def cases() -> Iterator[Case]:
-    """All of them: coupled, rejection and block over chains, the first two over trees."""
+    """Yields all cases: coupled and rejection over chains and trees, block over chains."""
     for rule, shape in [("coupled", s) for s in SHAPES] + [("rejection", s) for s in SHAPES]:
         yield from (_coupled if rule == "coupled" else _compared)(rule, shape)
     for shape in CHAINS:
@@ -132,7 +132,7 @@ def forecasts(shape: TreeShape) -> dict[str, Forecast]:
 
 
 def _compared(rule: str, name: str) -> Iterator[Case]:
-    """Rules that compare probabilities, by enumeration in float64."""
+    """Yields the cases of rules that compare probabilities, enumerated in float64."""
     shape, kind = SHAPES[name], KINDS[rule]
 
     def case(of: str, detail: str, world: str, count: int, first: laws.Proposer, **more: Any) -> Case:
@@ -180,7 +180,7 @@ def _compared(rule: str, name: str) -> Iterator[Case]:
 
 
 def _coupled(rule: str, name: str) -> Iterator[Case]:
-    """Coupled verification, counted in fractions."""
+    """Yields the cases of coupled verification, counted in fractions."""
     shape = SHAPES[name]
 
     def case(of: str, detail: str, key: str, first: coupled_laws.CoupledProposer, **more: Any) -> Case:
@@ -219,7 +219,7 @@ def _coupled(rule: str, name: str) -> Iterator[Case]:
 
 
 def table(errors: dict[tuple[str, str], dict[str, list[float]]]) -> str:
-    """A line per rule and shape, a column per case: how many, and the largest error of them."""
+    """Returns a Markdown table: a row for each rule and shape, a column for each case with count and largest error."""
     columns = list(dict.fromkeys(name for row in errors.values() for name in row))
     lines = ["| rule | tree | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 2)]
     for (rule, shape), row in errors.items():

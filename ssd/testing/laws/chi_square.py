@@ -1,10 +1,9 @@
 """Chi-square tests of sampled sequences: real workers on tiny models against the target's own law.
 
-Short requests from one prompt, batched. The law of every sequence is computed from the target
-alone; the tokens after a round are compared with it given the tokens before, split by where the
-round's tree came from (hit, drafted after a miss, none) and by how much of it was accepted. The
-emitted tokens of a round include its bonus token, so its position is in every test. Not for ``coupled``: there
-the forecast knows the noise of later tokens, so given a hit those need not have the target's law.
+Short requests from one prompt run in batches. The law of every sequence is computed from the target alone. The tokens
+after a round are compared with it, given the tokens before, split by where the round's tree came from (hit, drafted
+after a miss, none) and by how many tokens were accepted. The bonus token belongs to the tokens of a round. The tests do
+not apply to ``coupled``: its forecast uses the noise of later tokens, so given a hit they need not follow the law.
 
 ``benchmarks/chi_square.py`` prints the p-values as a table.
 """
@@ -55,7 +54,7 @@ PENALIZED = replace(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """A rule with what it is asked for; ``speculation``: the section's settings."""
+    """A verification rule, as settings of the speculation section, with sampling parameters."""
 
     speculation: dict[str, Any]
     params: SamplingParams = PARAMS
@@ -73,7 +72,7 @@ FALLBACKS = ("jit", "none", "ngram")
 
 
 def save_pair(folder: Path) -> Pair:
-    """Folders of a target and of a draft that is right now and then."""
+    """Saves a target and a draft that is sometimes right; returns their folders."""
     target = save_tiny(folder / "target", "llama", **SHAPE)
     model = tiny_model("llama", **SHAPE)
     generator = torch.Generator().manual_seed(7)
@@ -85,7 +84,7 @@ def save_pair(folder: Path) -> Pair:
 
 
 def sampled(pair: Pair, count: int, case: str, fallback: str = "jit", seed: int = 0) -> list[History]:
-    """``count`` requests that differ in their seed only, from ``seed`` on."""
+    """Runs ``count`` requests that differ only in their seed, from ``seed`` upwards."""
     asked = CASES[case]
     target, draft = ({"model": str(folder), "compile": False} for folder in pair)
     config = load_config(
@@ -104,17 +103,17 @@ def sampled(pair: Pair, count: int, case: str, fallback: str = "jit", seed: int 
 
 
 def prompt_for(fallback: str) -> Prefix:
-    """One in which n-grams are found, where they are the fallback."""
+    """Returns the prompt; for the fallback ``ngram`` one that contains repeated n-grams."""
     return REPEATING if fallback == "ngram" else PROMPT
 
 
 def law_of(case: str, fallback: str = "jit") -> dict[Prefix, float]:
-    """``target_law`` of the case's requests."""
+    """Returns the ``target_law`` of the case's requests."""
     return target_law(CASES[case].params, prompt_for(fallback))
 
 
 def target_law(params: SamplingParams = PARAMS, prompt: Prefix = PROMPT) -> dict[Prefix, float]:
-    """Of every sequence of up to ``COUNT`` tokens: its probability, from the target's own forward."""
+    """Returns the probability of every sequence of up to ``COUNT`` tokens, from forwards of the target."""
     model = tiny_model("llama", **SHAPE)
     law: dict[Prefix, float] = {(): 1.0}
     frontier: list[Prefix] = [()]
@@ -130,8 +129,13 @@ def target_law(params: SamplingParams = PARAMS, prompt: Prefix = PROMPT) -> dict
 
 
 def _as_transformers(ids: Tensor, start: int, logits: Tensor, params: SamplingParams) -> Tensor:
-    """``[R, V]`` after bias, penalties and filters: transformers' own, and vLLM's formulas for the two it lacks.
-    ``ids`` ``[R, L]``, the output from ``start`` on."""
+    """Returns logits ``[R, V]`` after bias, penalties and filters.
+
+    They are transformers' own, and vLLM's formulas for the two that transformers lacks.
+
+    Args:
+        ids: ``[R, L]``; the output begins at ``start``.
+    """
     if params.logit_bias:
         biases = [[[token], value] for token, value in dict(params.logit_bias).items()]
         logits = SequenceBiasLogitsProcessor(biases)(ids, logits)  # type: ignore[arg-type]
@@ -146,9 +150,9 @@ def _as_transformers(ids: Tensor, start: int, logits: Tensor, params: SamplingPa
 
 
 def p_value(samples: Iterable[tuple[Prefix, Prefix]], law: dict[Prefix, float]) -> tuple[float, int]:
-    """Pearson's test of continuations given prefixes: p-value and degrees of freedom.
+    """Returns p-value and degrees of freedom of Pearson's test of continuations, given prefixes.
 
-    A prefix's continuations are one multinomial; cells expected fewer than five times are pooled.
+    The continuations of a prefix are one multinomial; cells expected less than five times are merged.
     A continuation of probability 0 gives p = 0.
     """
     seen: dict[tuple[Prefix, int], Counter[Prefix]] = defaultdict(Counter)
@@ -180,7 +184,7 @@ def p_value(samples: Iterable[tuple[Prefix, Prefix]], law: dict[Prefix, float]) 
 
 
 def splits(histories: list[History]) -> dict[str, list[tuple[Prefix, Prefix]]]:
-    """Pairs (tokens before, tokens after) by what happened in between."""
+    """Returns pairs (tokens before, tokens after), by what happened in between."""
     found: dict[str, list[tuple[Prefix, Prefix]]] = defaultdict(list)
     for history in histories:
         tokens = history.tokens
@@ -198,12 +202,12 @@ def splits(histories: list[History]) -> dict[str, list[tuple[Prefix, Prefix]]]:
 
 
 def check(histories: list[History], law: dict[Prefix, float], smallest: int) -> dict[str, float]:
-    """p-values by split, of those with at least ``smallest`` samples."""
+    """Returns the p-values of splits with at least ``smallest`` samples."""
     return {name: p_value(pairs, law)[0] for name, pairs in splits(histories).items() if len(pairs) >= smallest}
 
 
 def measure(pair: Pair, case: str, fallback: str, samples: int, seed: int) -> dict[str, Any]:
-    """One case: every split's samples, degrees of freedom and p-value."""
+    """Runs one case; returns samples, degrees of freedom and p-value of every split."""
     began = time.perf_counter()
     histories, law = sampled(pair, samples, case, fallback, seed), law_of(case, fallback)
     tests = []
@@ -216,7 +220,7 @@ def measure(pair: Pair, case: str, fallback: str, samples: int, seed: int) -> di
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A line per case: the p-values asked for most, and the smallest of all times their number."""
+    """Returns a Markdown table: the main p-values of each case, then the smallest of all times their number."""
     names = ["all", "from round 1 on, tree hit", "", "from round 2 on, tree hit"]
     heads = "rule, fallback, joint, after hit, after miss, round 2 after hit, after 0 accepted, 1, 2, tests, smallest p"
     lines = [f"| {heads.replace(', ', ' | ')} |", "|---|---|---|---|---|---|---|---|---|---|---|"]

@@ -1,9 +1,8 @@
 """Tiny randomly initialised causal LMs of many architectures, and a toy tokenizer.
 
-They answer in milliseconds on one core and need no download. Weights are drawn wide
-enough that greedy text wanders (no single constant token) and that the gap between the
-best and the second logit is far above rounding, so that a wrong mask, position or cache
-slot shows up as a wrong token.
+They run in milliseconds on one core and need no download. The spread of the weights is large enough that greedy text
+varies and that the gap between the two largest logits is far above rounding errors, so a wrong mask, position or cache
+slot changes tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _MODEL_TYPES = {"gemma3": "gemma3_text"}
 
 
 def _config_values(architecture: str, overrides: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """transformers' ``model_type`` and the configuration of one architecture."""
+    """Returns transformers' ``model_type`` and the configuration of an architecture."""
     known = ARCHITECTURES + SLIDING_ARCHITECTURES + RECURRENT_ARCHITECTURES
     if architecture not in known:
         raise ValueError(f"unknown tiny architecture {architecture!r}; one of {', '.join(known)}")
@@ -81,7 +80,7 @@ def _config_values(architecture: str, overrides: dict[str, Any]) -> tuple[str, d
 
 @torch.no_grad()
 def _initialise(model: PreTrainedModel, seed: int) -> None:
-    """Drawn in fp32 in a fixed order, so a bf16 model is its fp32 twin, rounded."""
+    """Draws the weights in fp32 in a fixed order, so that a bf16 model is the rounded fp32 model."""
     generator = torch.Generator().manual_seed(seed)
     gemma = model.config.model_type.startswith("gemma")  # whose norms multiply by 1 + weight
     tied = bool(model.config.tie_word_embeddings)
@@ -116,12 +115,12 @@ def tiny_model(
     dtype: torch.dtype = torch.float32,
     **overrides: Any,
 ) -> PreTrainedModel:
-    """A random causal LM in evaluation mode on the CPU.
+    """Returns a random causal LM in evaluation mode on the CPU.
 
     ``architecture`` is one of :data:`ARCHITECTURES`, :data:`SLIDING_ARCHITECTURES` or
     :data:`RECURRENT_ARCHITECTURES`; ``overrides`` are fields of its transformers
-    configuration. The same arguments give the same weights, and the caller's random state
-    is left alone. Logits are ``[B, M, V]`` with V = ``vocab_size``.
+    configuration. The same arguments give the same weights; the caller's random state is not
+    changed. Logits are ``[B, M, V]`` with V = ``vocab_size``.
     """
     model_type, values = _config_values(architecture, overrides)
     config = AutoConfig.for_model(model_type, vocab_size=vocab_size, **values)
@@ -136,7 +135,7 @@ def tiny_model(
 
 
 def _symbols(count: int) -> tuple[list[str], list[tuple[str, str]]]:
-    """``count`` byte-level symbols, commonest first, and the merges that make the longer ones."""
+    """Returns ``count`` byte-level symbols, most frequent first, and the merges that form the longer ones."""
     to_symbol = _byte_symbols()
     order = [ord(c) for c in " \netaoinsrhldcumfpgwybvkxjqz"]
     order += [b for b in [*range(32, 127), 9] if b not in order]
@@ -158,7 +157,7 @@ def _symbols(count: int) -> tuple[list[str], list[tuple[str, str]]]:
 
 
 def _byte_symbols() -> dict[int, str]:
-    """The byte → printable character table of GPT-2's byte-level encoding."""
+    """Returns the table from bytes to printable characters of GPT-2's byte-level encoding."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {b: chr(b) for b in printable}
     for b in range(256):
@@ -168,11 +167,11 @@ def _byte_symbols() -> dict[int, str]:
 
 
 def tiny_tokenizer(vocab_size: int = 128) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer over a fixed vocabulary of exactly ``vocab_size`` ids.
+    """Returns a byte-level BPE tokenizer with a fixed vocabulary of exactly ``vocab_size`` ids.
 
-    Ids 0..3 are ``<eos> <bos> <pad> <unk>``; nothing is added around a text. From 101 ids
-    on, ASCII survives encode → decode; from 324 on, every text does (several tokens to a
-    character); below, what is missing becomes ``<unk>``.
+    Ids 0 to 3 are ``<eos> <bos> <pad> <unk>``; no tokens are added around a text. With at least 101 ids, ASCII text
+    decodes to itself after encoding; with at least 324, every text does (a character may take several tokens). With
+    fewer, missing characters become ``<unk>``.
     """
     if vocab_size < 16:
         raise ValueError(f"a tiny tokenizer needs a vocabulary of at least 16, not {vocab_size}")
@@ -204,10 +203,10 @@ def save_tiny(
     tokenizer_vocab_size: int | None = None,
     **overrides: Any,
 ) -> Path:
-    """Write :func:`tiny_model` (safetensors) and :func:`tiny_tokenizer`; returns ``folder``.
+    """Writes :func:`tiny_model` (safetensors) and :func:`tiny_tokenizer`; returns ``folder``.
 
-    ``tokenizer_vocab_size`` below ``vocab_size`` makes a padded vocabulary, such as Qwen's,
-    whose last logits belong to no token.
+    A ``tokenizer_vocab_size`` below ``vocab_size`` gives a padded vocabulary, like Qwen's: the last logits belong to
+    no token.
     """
     folder = Path(folder)
     model = tiny_model(architecture, seed=seed, vocab_size=vocab_size, dtype=dtype, **overrides)

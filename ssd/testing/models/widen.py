@@ -1,8 +1,7 @@
 """Widen a Llama-architecture model without changing the function it computes.
 
-The widened model says the same tokens as the original at the compute and memory traffic
-of a larger one, so speed can be measured at real cost with real acceptance. How
-(Net2Net's idea, with zeros):
+The widened model gives the same tokens as the original, with the computation and memory traffic of a larger model. So
+speed can be measured at realistic cost with realistic acceptance. The method is Net2Net's, with zeros:
 
 residual stream
     Grows from H to H' channels. Embeddings, ``o_proj`` and ``down_proj`` write zero to the
@@ -12,14 +11,13 @@ RMSNorm
     ``eps`` scaled likewise the normalised vector is exactly sqrt(H'/H) times the original,
     which the weight takes back (a power of two, hence exact in bf16, when H'/H is 4 or 16).
 heads and MLP
-    New heads and units compute random values that nobody reads: their columns of ``o_proj``
+    New heads and units compute random values that are not used: their columns of ``o_proj``
     and ``down_proj`` are zero.
 layers
-    New ones, at the end, add zero to the residual stream.
+    New layers, at the end, add zero to the residual stream.
 
-Everything not forced to zero is random, so no kernel or power management sees a
-conveniently empty matrix. Sums run over more terms, so logits agree to rounding, not bit
-by bit.
+All other weights are random, because kernels and power management may be faster on zeros. Sums have more terms, so
+logits are equal up to rounding, not bit by bit.
 """
 
 from __future__ import annotations
@@ -39,11 +37,11 @@ MLP_MULTIPLE = 64
 
 
 def head_places(heads: int, kv_heads: int, new_heads: int, new_kv_heads: int) -> tuple[list[int], list[list[int]]]:
-    """Where the original heads stand among the new ones.
+    """Places the original heads among the new ones.
 
     Query head i reads kv head ``i // (heads // kv_heads)``, before and after. Returns the new
-    place of every query head, and the new places of every kv head: more than one where the
-    new groups are smaller than the old, so that each part of a group reads its own copy.
+    place of every query head, and the new places of every kv head. If the new groups are smaller than the old ones, a
+    kv head has several places, one for each part of its group.
     """
     for what, count, kv_count in (("", heads, kv_heads), ("new ", new_heads, new_kv_heads)):
         if kv_count < 1 or count % kv_count:
@@ -78,13 +76,13 @@ def _new_config(config: Any, **sizes: int) -> LlamaConfig:
 
 
 def _channels(heads: list[int], head_dim: int) -> torch.Tensor:
-    """Rows of a projection that belong to ``heads``, in their order: ``[len(heads) · D]``."""
+    """Returns the rows of a projection that belong to ``heads``, in their order: ``[len(heads) · D]``."""
     starts = torch.tensor(heads).unsqueeze(1) * head_dim
     return (starts + torch.arange(head_dim)).flatten()
 
 
 def _place(new: nn.Linear, old: nn.Linear, rows: torch.Tensor, columns: torch.Tensor | slice) -> None:
-    """Write ``old`` into the given rows (outputs) and columns (inputs) of ``new``."""
+    """Writes ``old`` into the given rows (outputs) and columns (inputs) of ``new``."""
     wide = new.weight[rows]
     wide[:, columns] = old.weight.to(new.weight.dtype)
     new.weight[rows] = wide
@@ -110,13 +108,15 @@ def widen(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> LlamaForCausalLM:
-    """A larger model with the same logits ``[B, M, V]`` up to rounding; head size is kept.
+    """Returns a larger model with the same logits ``[B, M, V]`` up to rounding; the head size stays.
 
-    The new model is built in ``dtype`` on the original's device and filled in place, so the peak is
-    one copy of it beside the original, which is left as it was. Sizes that would shrink the
-    model or break its head groups raise :class:`~ssd.errors.ModelError`.
+    The new model is built in ``dtype`` on the original's device and filled in place, so the peak of memory is both
+    models. The original is not changed.
+
+    Raises:
+        ModelError: the sizes would shrink the model, or do not fit its groups of heads.
     """
-    original: Any = model  # transformers' types do not say what a layer consists of
+    original: Any = model  # transformers' types do not describe the parts of a layer
     old_config: Any = model.config
     if old_config.model_type != "llama":
         raise ModelError(f"only Llama-architecture models can be widened, not {old_config.model_type!r}")
@@ -169,7 +169,7 @@ def widen(
 
 
 def parameter_count(config: LlamaConfig, **sizes: int) -> int:
-    """Weights of a bias-free Llama of ``config`` with ``sizes`` replaced, a tied matrix once."""
+    """Returns the number of weights of a bias-free Llama with ``sizes`` replaced; a tied matrix counts once."""
     size = {**config.to_dict(), **sizes}
     hidden, dim = size["hidden_size"], config.head_dim
     attention = 2 * hidden * dim * (size["num_attention_heads"] + size["num_key_value_heads"])
@@ -179,7 +179,7 @@ def parameter_count(config: LlamaConfig, **sizes: int) -> int:
 
 
 def _heads_for(config: Any, hidden_size: int) -> tuple[int, int]:
-    """Query heads that fill the hidden size, and kv heads in about the original ratio."""
+    """Returns query heads that fill the hidden size, and kv heads in about the original ratio."""
     group = config.num_attention_heads // config.num_key_value_heads
     most = max(config.num_attention_heads, hidden_size // config.head_dim)
     for heads in range(most, config.num_attention_heads - 1, -1):
@@ -192,11 +192,11 @@ def _heads_for(config: Any, hidden_size: int) -> tuple[int, int]:
 def sizes_for(
     config: LlamaConfig, parameters: float, *, hidden_size: int | None = None, num_hidden_layers: int | None = None
 ) -> dict[str, Any]:
-    """Sizes for :func:`widen` that make about ``parameters`` weights (within a few percent).
+    """Returns sizes for :func:`widen` that give about ``parameters`` weights (within a few percent).
 
-    Hidden size grows by a power of four, which keeps norms exact in bf16 (see above), depth in
-    proportion to it, the MLP to about :data:`MLP_RATIO`; ``hidden_size`` and
-    ``num_hidden_layers`` fix either instead (a draft's latency is its depth).
+    The hidden size grows by a power of four, which keeps norms exact in bf16, the depth in proportion to it, and the
+    MLP to about :data:`MLP_RATIO`. ``hidden_size`` and ``num_hidden_layers`` fix these sizes (a draft's latency
+    depends on its depth).
     """
     hiddens = [hidden_size] if hidden_size else [config.hidden_size * 4**k for k in range(5)]
     depths = [num_hidden_layers] if num_hidden_layers else range(config.num_hidden_layers, 129)

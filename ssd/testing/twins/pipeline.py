@@ -1,4 +1,4 @@
-"""A pipeline without models: its verifier plays a script. For tests of fronts and servers."""
+"""A pipeline without models whose verifier follows a script, for tests of fronts and servers."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ IDLE_S = 0.02
 
 
 def scripted_token(prompt: list[int] | tuple[int, ...], seed: int, position: int, vocabulary: int) -> int:
-    """The token after ``position`` generated ones; never 0, which ends the text of the embedded pair."""
+    """Returns the token after ``position`` generated ones; never 0, the embedded pair's end of text."""
     return 1 + (7 * sum(prompt) + 13 * seed + 31 * position) % (vocabulary - 1)
 
 
 def scripted_logprobs(tokens: list[int], count: int) -> list[list]:
-    """Columns of ``Committed.logprobs``: each token is the second likeliest, after its successor."""
+    """Returns columns of ``Committed.logprobs``; each token is the second most probable, after its successor."""
     top = [[token + 1, token, 0][:count] for token in tokens]
     return [[-1.5] * len(tokens), [2] * len(tokens), top, [[-0.5, -1.5, float("-inf")][:count] for _ in tokens]]
 
@@ -45,10 +45,10 @@ class _Slot:
 
 
 class ScriptedPipeline:
-    """Looks like a pipeline: slots, rounds, cancelling, a verifier that can die.
+    """A pipeline with slots, rounds, cancelling, and a verifier that can die.
 
     Args:
-        round_s: how long a round takes.
+        round_s: duration of a round.
     """
 
     def __init__(self, plan: Plan, *, round_s: float = 0.002):
@@ -59,7 +59,7 @@ class ScriptedPipeline:
         self._watched = False
         self.killed = threading.Event()
         self.most_waiting = 0
-        """Most requests that ever waited for a slot."""
+        """Largest number of requests that waited for a slot at the same time."""
         self.lanes: dict[str, ControlLane] = {}
         for role in plan.roles:
             self.lanes[role], theirs = InprocLane.pair()
@@ -71,7 +71,7 @@ class ScriptedPipeline:
 
     @property
     def busy(self) -> int:
-        """Slots taken."""
+        """Number of slots in use."""
         return sum(slot is not None for slot in self._slots)
 
     def check(self) -> list[str]:

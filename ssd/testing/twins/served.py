@@ -1,4 +1,4 @@
-"""A server over a scripted pipeline, in a thread: for tests of clients and pages."""
+"""A server over a scripted pipeline, in a thread, for tests of clients and pages."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ class Served:
     """Listens on a free port of loopback until closed.
 
     Args:
-        overrides: of the embedded configuration. round_s: how long a scripted round takes. launch: another
-            pipeline than a scripted one. config: another configuration.
+        overrides: of the embedded configuration.
+        round_s: duration of a scripted round.
+        launch: starts another pipeline than a scripted one.
+        config: another configuration than the embedded one.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class Served:
         return self.pipelines[0]
 
     def client(self, key: str = "none") -> Any:
-        """OpenAI's own client, talking to us."""
+        """Returns OpenAI's own client, connected to this server."""
         import openai
 
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0, timeout=SOON_S)
@@ -91,7 +93,7 @@ class Served:
     def ask(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
     ) -> tuple[int, dict[str, str], str]:
-        """Status, headers and body of a request made by hand."""
+        """Sends a request and returns status, headers and body."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SOON_S)
         sent = body if isinstance(body, bytes | None) else json.dumps(body)
         kind = {"content-type": "application/json"} if body is not None else {}
@@ -102,13 +104,13 @@ class Served:
         return answer.status, {k.lower(): v for k, v in answer.getheaders()}, text
 
     def text(self, prompt: str, seed: int, count: int) -> str:
-        """What a completion of so many tokens must be."""
+        """Returns the expected completion of ``count`` tokens."""
         ids = self.engine.tokenize(prompt)
         vocabulary = self.engine._front.plan.vocabulary
         return self.engine.tokenizer.decode([scripted_token(ids, seed, i, vocabulary) for i in range(count)])
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for it."""
+        """Waits until the condition holds."""
         deadline = time.monotonic() + SOON_S
         while not condition():
             assert time.monotonic() < deadline
