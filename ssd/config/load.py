@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from ..errors import ConfigError, ModelError
 from .speculation import Number, Section, SpeculationConfig, check_rule
@@ -43,6 +43,13 @@ class ModelConfig(Section):
     """``rows``: masked, on any device; ``tree``: Triton kernels; ``auto``: those, on a GPU."""
     priority: Literal["normal", "high"] = "normal"
     """Of the worker's CUDA stream, where draft and target share a GPU."""
+
+    @field_validator("device")
+    @classmethod
+    def _numbered(cls, device: str) -> str:
+        """One name for each GPU: ``cuda`` is ``cuda:0``."""
+        kind, _, index = device.partition(":")
+        return f"cuda:{int(index or 0)}" if kind == "cuda" and (index.isdecimal() or not index) else device
 
 
 class TargetConfig(ModelConfig):
@@ -73,8 +80,8 @@ class EngineConfig(Section):
     workers: Literal["auto", "processes", "threads"] = "auto"
     """``threads``: draft and target in one process, on two streams; ``auto``: where they share a GPU."""
     link: Literal["auto", "shared", "gloo", "nccl", "host"] = "auto"
-    """Between draft and verifier. ``auto``: NCCL between distinct GPUs, otherwise shared memory
-    on one machine; between machines gloo, or ``host`` (ZMQ) where a GPU cannot use NCCL."""
+    """Between draft and verifier. ``auto``: shared memory on one machine; between machines gloo for
+    CPUs, ``host`` (ZMQ) for GPUs."""
     link_timeout_s: Number = Field(default=60.0, gt=0)
     start_timeout_s: Number = Field(default=600.0, gt=0)
     draft_restarts: int = Field(default=3, ge=0, le=100)  # tries in a row to bring a lost draft back

@@ -69,9 +69,20 @@ class ZmqLane:
 
     @classmethod
     def bind(cls, endpoint: str) -> tuple[ZmqLane, str]:
-        """A lane and the endpoint the other end connects to (``tcp://host:*`` gets a port)."""
+        """Opens a lane for the other end to connect to.
+
+        Returns:
+            The lane, and the endpoint to connect to: ``tcp://host:*`` gets a port.
+
+        Raises:
+            PipelineError: the endpoint cannot be opened.
+        """
         socket = _socket()
-        socket.bind(endpoint)
+        try:
+            socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            socket.close(linger=0)
+            raise PipelineError(f"no lane can be opened at {endpoint}: {error}") from error
         return cls(socket), socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     @classmethod

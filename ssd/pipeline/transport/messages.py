@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from ...errors import PipelineError, RequestError
 from ...request.output import FinishReason, Origin, SpeculationRecord
 from ...request.sampling_params import SamplingParams
+from ..round.frames import OutcomeFrame
 from .codec import Codec
 
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -202,12 +203,9 @@ class Prepare:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decided:
-    """First rank → other ranks of the draft: the outcomes of these trees, as in an ``OutcomeFrame``, ``[B]`` each."""
+    """First rank → other ranks of the draft: the outcomes of the trees they prepared for."""
 
-    states: list[int]
-    nodes: list[int]
-    bonus: list[int]
-    lookahead: int
+    outcome: OutcomeFrame
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

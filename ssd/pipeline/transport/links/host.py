@@ -28,6 +28,7 @@ class HostLink(Link):
     def __init__(self, socket: zmq.Socket, timeout_s: float):
         super().__init__()
         self._incoming: np.ndarray | None = None
+        self._deadline = 0.0
         self._socket: zmq.Socket | None = socket
         self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED)
         self._poller = zmq.Poller()
@@ -60,7 +61,7 @@ class HostLink(Link):
         try:
             if first:
                 self._post(_HELLO)
-            if bytes(self._next()) != _HELLO:
+            if bytes(self._next(time.monotonic() + self._timeout_s)) != _HELLO:
                 raise LinkError("what came to the link was not its other end")
             if not first:
                 self._post(_HELLO)
@@ -75,13 +76,13 @@ class HostLink(Link):
             raise LinkError("the link is closed")
         if outgoing is not None:
             self._post(outgoing.data)
-        self._incoming = incoming
+        self._incoming, self._deadline = incoming, time.monotonic() + self._timeout_s
 
     def _end(self) -> None:
         incoming, self._incoming = self._incoming, None
         if incoming is None:
             return
-        frame = np.frombuffer(self._next(), np.uint8)
+        frame = np.frombuffer(self._next(self._deadline), np.uint8)
         if frame.size != incoming.nbytes:
             self.close()
             raise LinkError(f"received a frame of {frame.size} bytes where {incoming.nbytes} were due")
@@ -100,10 +101,9 @@ class HostLink(Link):
             self.close()
             raise LinkError("the other end closed the link") from None
 
-    def _next(self) -> memoryview:
+    def _next(self, deadline: float) -> memoryview:
         if self._socket is None:
             raise LinkError("the link is closed")
-        deadline = time.monotonic() + self._timeout_s
         try:
             while True:
                 left_ms = max(0, int((deadline - time.monotonic()) * 1e3))

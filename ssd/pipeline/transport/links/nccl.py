@@ -53,6 +53,7 @@ class NcclLink(Link):
         self._staged: torch.Tensor | None = None
         self._landing: torch.Tensor | None = None
         self._incoming: np.ndarray | None = None
+        self._deadline = 0.0
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = NEVER
         torch.cuda.set_device(device)
@@ -90,6 +91,7 @@ class NcclLink(Link):
                 if self._landing is not None:
                     group.recv([self._landing], self._peer, 0)
                 self._work = group._end_coalescing()
+                self._deadline = time.monotonic() + self._timeout_s
         except RuntimeError as error:
             self.close()
             raise LinkError(f"the transfer could not start: {first_line(error)}") from error
@@ -111,9 +113,8 @@ class NcclLink(Link):
             raise LinkError(f"the transfer failed: {first_line(error)}") from error
 
     def _until_completed(self, work: Any) -> None:
-        deadline = time.monotonic() + self._timeout_s
         while not work.is_completed():
-            if time.monotonic() > deadline:
+            if time.monotonic() > self._deadline:
                 self.close()
                 raise LinkError(f"the other end sent nothing for {self._timeout_s:g} s")
             time.sleep(0)

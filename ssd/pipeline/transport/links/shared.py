@@ -48,6 +48,7 @@ class SharedLink(Link):
         super().__init__()
         self._unsent: np.ndarray | None = None
         self._landing: np.ndarray | None = None
+        self._deadline = 0.0
         self._peer: socket.socket | None = peer
         self._gone = select.poll()
         self._gone.register(peer, select.POLLIN | select.POLLHUP)
@@ -110,6 +111,7 @@ class SharedLink(Link):
             if not self._out.put(frame):
                 self._unsent = frame
         self._landing = None if incoming is None else incoming.view(np.uint8)
+        self._deadline = time.monotonic() + self._timeout_s
 
     def _end(self) -> None:
         unsent, landing = self._unsent, self._landing
@@ -148,7 +150,7 @@ class SharedLink(Link):
                     return
                 self.close()
                 raise LinkError("the other end closed the link")
-            if waited_s > self._timeout_s:
+            if began + waited_s > self._deadline:
                 self.close()
                 raise LinkError(f"the other end sent and took nothing for {self._timeout_s:g} s")
             time.sleep(min(waited_s / 20, LONGEST_NAP_S))
