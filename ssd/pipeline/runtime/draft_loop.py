@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ...errors import PipelineError
 from ..draft.worker import DraftWorker
 from ..round.frames import Frames, Next
-from ..transport.lane_ends import Inbox
+from ..transport.inbox import Inbox
 from ..transport.lanes import ControlLane
 from ..transport.links.base import Link
 from ..transport.messages import (
