@@ -1,7 +1,7 @@
-"""Hit rates of forecasts by replay: rounds led along known texts, every forecast asked what it would prepare.
+"""Hit rates of forecasts, from rounds replayed along known texts.
 
-As in ``replay``, under coupled verification trees and outcomes depend on the text alone. But forecasts that learn
-are told what became of theirs, so rounds come in order, and texts one after another.
+As in ``replay``, under coupled verification trees and outcomes depend on the text alone. Forecasts that learn need
+the outcomes of earlier rounds, so rounds are replayed in order, one text after another.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ def hit_rates(
     budgets: Sequence[int],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, dict[int, float]]:
-    """Share of rounds whose outcome was prepared, by the forecast's shape and its budget.
+    """Returns the share of rounds whose outcome was prepared, by shape and budget of the forecast.
 
     Args:
-        plan: of the pairing; its tree is used. texts: prompt and the target's answer to it under
-            ``params``, as token ids. The answers' last K + 1 tokens only judge what comes before.
-        progress: texts done and in all.
+        plan: of the pair; its tree is used.
+        texts: token ids of each prompt and of the target's answer to it under ``params``. The last K + 1 tokens of an
+            answer serve only as outcomes of the rounds before.
+        progress: called with the number of texts done and the total.
     """
     tree = plan.shape
     siblings = list(tree.siblings)
@@ -54,7 +55,7 @@ def hit_rates(
         while root < last:
             tokens, scores = walk.at(root)
             tokens = tokens[None].clone()
-            if first:  # nothing was prepared for a sequence's first round
+            if first:  # the first round of a sequence has no candidates
                 tokens[:, 1:], first = ABSENT, False
             ahead = torch.tensor([walk.ids[root + 1 : root + tree.depth + 2]])
             node, depth = deepest_node(tree, tokens, ahead)
@@ -68,7 +69,7 @@ def hit_rates(
 
 
 def _hit(forecast: Forecast, scores: Tensor, tokens: Tensor, node: Tensor, bonus: Tensor) -> bool:
-    """One round of one text."""
+    """Plays one round of one text; returns whether the forecast holds its outcome."""
     forecast.prepare(tokens.tolist())
     nodes, guesses = forecast.outcomes(scores, tokens)
     outcome, outcomes = (int(node), int(bonus)), zip(nodes[0].tolist(), guesses[0].tolist(), strict=True)

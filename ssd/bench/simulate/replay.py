@@ -1,8 +1,8 @@
-"""What rounds at every position of known texts accept and hit: the draft, run over them.
+"""Replays the draft over known texts: what a round at every position accepts, and which forecasts it hits.
 
-Under coupled verification the tree below a root depends on the tokens before it alone, whether it
-was prepared as a branch or drafted after a miss. So the draft is led along the target's own tokens,
-drafts the deepest and widest tree at every position, and all smaller trees are parts of it.
+Under coupled verification the tree below a root depends on the tokens before it alone, whether it was prepared as a
+branch or drafted after a miss. So the draft runs along the target's own tokens and drafts the deepest and widest tree
+at every position; all smaller trees are parts of it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .profile import NEVER, ROOT, Replay
 BUDGETS = (4, 8, 12, 16, 24, 32, 48)
 CHUNK_BYTES = 64 << 20
 WIDEST = 3
-"""Combs with more rows than so many for each depth are not replayed."""
+"""Combs with more rows than this for each depth are not replayed."""
 
 
 def replay(
@@ -40,18 +40,22 @@ def replay(
     budgets: Sequence[int] = BUDGETS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Replay:
-    """Tables of every tree and budget: chains, and combs of so many ``rows``.
+    """Returns the tables of accepted tokens and needed budgets, for chains and for combs.
 
     Args:
-        plan: of the pairing; its forecast's shape and sharpness are used. budgets: tried, where a
-            forecast must be tried to know (of the confidence forecast only the largest is).
-        texts: prompt and the target's answer to it under ``params``, as token ids. The last
-            ``max(lookaheads) + 1`` tokens of an answer only serve to judge what comes before.
-        progress: texts done and in all.
+        plan: of the pair; shape and sharpness of its forecast are used.
+        texts: token ids of each prompt and of the target's answer to it under ``params``. The last
+            ``max(lookaheads) + 1`` tokens of an answer serve only as outcomes of the rounds before.
+        rows: rows W of the combs.
+        budgets: budgets of the forecasts. Smaller confidence forecasts are prefixes of the largest.
+        progress: called with the number of texts done and the total.
+
+    Raises:
+        ConfigError: the forecast learns, so its outcomes depend on the order of rounds.
     """
     if plan.config.speculation.forecast.shape == "measured":
         raise ConfigError(
-            "a forecast that learns is another one in every round; measure profiles with speculation.forecast.shape"
+            "a forecast that learns changes in every round; measure profiles with speculation.forecast.shape"
             "=confidence (benchmarks/forecasts.py compares hit rates)"
         )
     combs = {
@@ -66,7 +70,7 @@ def replay(
     trees = {ROOT: (TreeShape.comb(1), [0, 0])}
     for (depth, count), beside in combs.items():
         trees[f"{depth}:{count}"] = TreeShape.comb(depth, beside), _nodes(deepest, widest, beside)
-    # The confidence forecast lists outcomes by likelihood: a smaller budget is the beginning of a larger one.
+    # The confidence forecast lists outcomes by probability, so a smaller one is a prefix of a larger one.
     nested = plan.config.speculation.forecast.shape == "confidence"
     sizes = [max(budgets)] if nested else sorted(budgets, reverse=True)
     forecasts = {
@@ -100,7 +104,7 @@ def replay(
 
 
 class Walk:
-    """The draft on one text: at any root, in order, the whole tree and its scores."""
+    """The draft on one text. Roots are visited in order; each yields the whole tree and its scores."""
 
     def __init__(self, worker, shape: TreeShape, ids: list[int], params: SamplingParams):
         self.worker, self.shape, self.ids = worker, shape, ids
@@ -111,10 +115,10 @@ class Walk:
 
     @torch.no_grad()
     def at(self, root: int) -> tuple[Tensor, Tensor]:
-        """Tokens ``[W]`` and draft scores ``[W, V]`` (float32, on the CPU) of the tree below position ``root``."""
+        """Returns tokens ``[W]`` and draft scores ``[W, V]`` (float32, on the CPU) of the tree below ``root``."""
         runner, chooser = self.worker.runner, self.worker.chooser
         if not self._ready and root:
-            runner.prefill(0, self.ids[:root])  # later positions are written as the walk goes on
+            runner.prefill(0, self.ids[:root])  # later positions are written by the walk
         self._ready = True
         length = torch.tensor([root], device=runner.device)
         noise, copying = chooser.noise(length), self.worker.drafting.copying
@@ -135,8 +139,12 @@ class Walk:
 
 
 def deepest_node(shape: TreeShape, tokens: Tensor, ahead: Tensor) -> tuple[Tensor, Tensor]:
-    """Deepest node ``[P]`` of each tree ``[P, W]`` on the path of the tokens that follow its root
-    ``[P, K + 1]``, and its depth ``[P]``."""
+    """Returns the deepest accepted node of each tree and its depth, both ``[P]``.
+
+    Args:
+        tokens: of the trees ``[P, W]``.
+        ahead: tokens of the text after each root ``[P, K + 1]``.
+    """
     node = torch.zeros(len(tokens), dtype=torch.int64)
     depth = node.clone()
     for child, parent in enumerate(shape.parents, start=1):
@@ -148,7 +156,7 @@ def deepest_node(shape: TreeShape, tokens: Tensor, ahead: Tensor) -> tuple[Tenso
 
 
 def _nodes(deepest: int, widest: int, beside: Sequence[int]) -> list[int]:
-    """Which nodes of ``comb(deepest, widest)`` are ``comb(len(beside), beside)``, in its order."""
+    """Returns the nodes of ``comb(deepest, widest)`` that form ``comb(len(beside), beside)``, in its order."""
     leaves = [deepest + 1 + level * widest + rank for level, count in enumerate(beside) for rank in range(count)]
     return [*range(len(beside) + 1), *leaves]
 
@@ -158,7 +166,7 @@ def _sized(plan: Plan, shape: TreeShape, size: int) -> Plan:
 
 
 def draft_plan(plan: Plan, depth: int, siblings: int | list[int], budget: int) -> Plan:
-    """For a draft that is led over texts: one slot, nothing compiled."""
+    """Returns the plan of a draft for replays: one slot, nothing compiled."""
     config = plan.config
     assert config.draft is not None
     draft = config.draft.model_copy(update={"compile": False, "data_parallel": 1})
@@ -175,7 +183,7 @@ def with_speculation(
     shape: str | None = None,
     max_batch: int | None = None,
 ) -> Plan:
-    """The plan with another tree and forecast."""
+    """Returns the plan with another tree and forecast."""
     config = plan.config
     found = config.speculation.forecast
     forecast = found.model_copy(update={"budget": budget, "shape": shape or found.shape})

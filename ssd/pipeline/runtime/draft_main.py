@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ...config.load import rank_of
+from ...config.sections import rank_of
 from ...errors import LinkError
 from ..draft.ranks import DraftRank, LeadingDraft, share_loop
 from ..draft.worker import DraftWorker

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from ...config.load import rank_of, section_of
+from ...config.sections import rank_of, section_of
 from ...errors import PipelineError, WorkerError
 from ..transport.lanes import ControlLane, InprocLane, ZmqLane
 from ..transport.messages import Shutdown

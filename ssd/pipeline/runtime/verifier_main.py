@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from ...config.load import rank_of
+from ...config.sections import rank_of
 from ..transport.lanes import ControlLane
 from ..transport.links.kinds import link_kind
 from ..transport.messages import Hello, Ready

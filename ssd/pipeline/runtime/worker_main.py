@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from types import TracebackType
 
-from ...config.load import ModelConfig, section_of
+from ...config.sections import ModelConfig, section_of
 from ...errors import PipelineError, UsageError, WorkerError
 from ...models.device import own_stream
 from ..transport.lanes import ControlLane
