@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from ...errors import PipelineError
+from ..draft.ranks import LeadingDraft
 from ..draft.worker import DraftWorker
 from ..round.frames import Frames, Next
 from ..transport.inbox import Inbox
@@ -21,7 +22,7 @@ TIMED_ROUNDS = 4096
 
 
 def draft_loop(
-    worker: DraftWorker,
+    worker: DraftWorker | LeadingDraft,
     link: Link,
     lane: ControlLane,
     frames: Frames,
