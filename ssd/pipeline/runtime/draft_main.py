@@ -9,6 +9,7 @@ from typing import Any
 
 from ...config.sections import rank_of
 from ...errors import LinkError
+from ...models.device import own_stream
 from ..draft.ranks import DraftRank, LeadingDraft, share_loop
 from ..draft.worker import DraftWorker
 from ..transport.lanes import ControlLane
@@ -44,7 +45,11 @@ def run_draft(
     config, rank = plan.config, rank_of(role)
     assert config.draft is not None
     build = build or partial(build_draft, rank=rank)
-    with LastWords(role, front, config.draft), contextlib.ExitStack() as opened:
+    with (
+        LastWords(role, front),
+        own_stream(config.draft.device, config.draft.priority),
+        contextlib.ExitStack() as opened,
+    ):
         cores = usable_cores(config.draft.cores)
         set_threads(cores, len(plan.roles))
         rendezvous = introduce(role, front, alive)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...config.sections import rank_of
+from ...models.device import own_stream
 from ..transport.lanes import ControlLane
 from ..transport.links.kinds import link_kind
 from ..transport.messages import Hello, Ready
@@ -46,8 +47,12 @@ def run_verifier(
         alive: whether there is still a front to serve.
         build: makes the warm verifier and its description.
     """
-    config = plan.config
-    with LastWords("verifier", front, config.target), contextlib.ExitStack() as opened:
+    config, target = plan.config, plan.config.target
+    with (
+        LastWords("verifier", front),
+        own_stream(target.device, target.priority),
+        contextlib.ExitStack() as opened,
+    ):
         cores = usable_cores(config.target.cores)
         set_threads(cores, len(plan.roles))
         if len(plan.roles) == 1:
@@ -99,7 +104,7 @@ def run_rank(role: str, plan: Plan, front: ControlLane, *, alive: Callable[[], b
         alive: whether there is still a front to serve.
     """
     config, target = plan.config, plan.config.target
-    with LastWords(role, front, target):
+    with LastWords(role, front), own_stream(target.device, target.priority):
         set_threads(usable_cores(target.cores), len(plan.roles))
         rendezvous = introduce(role, front, alive)
         if rendezvous is None:

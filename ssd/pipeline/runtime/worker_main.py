@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import traceback
 from collections.abc import Callable
 from types import TracebackType
 
-from ...config.sections import ModelConfig, section_of
+from ...config.sections import section_of
 from ...errors import PipelineError, UsageError, WorkerError
-from ...models.device import own_stream
 from ..transport.lanes import ControlLane
 from ..transport.messages import Failed, Hello, Shutdown, Welcome
 from ..transport.rendezvous import Rendezvous
@@ -49,26 +47,17 @@ def run_worker(
 
 
 class LastWords:
-    """Tells the front what ended a worker's life, and ends the exception there.
+    """Tells the front what ended a worker's life, and ends the exception there."""
 
-    Inside, the worker has its own CUDA stream if its device is a GPU.
-
-    Args:
-        wanted: the worker's model section.
-    """
-
-    def __init__(self, role: str, front: ControlLane, wanted: ModelConfig):
+    def __init__(self, role: str, front: ControlLane):
         self._role, self._front = role, front
-        self._stream = own_stream(wanted.device, wanted.priority)
-        self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> None:
-        self._opened.enter_context(self._stream)
+        return
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        self._opened.close()
         if isinstance(error, UsageError):
             self._front.send(Failed(role=self._role, message=str(error), usage=True))
         elif isinstance(error, WorkerError):  # another worker's failure: this one's traceback explains nothing

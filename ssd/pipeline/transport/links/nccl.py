@@ -71,7 +71,7 @@ class NcclLink(Link):
         def meet() -> None:
             try:
                 met.set_result(self._meet(store, rank))
-            except RuntimeError as error:
+            except (RuntimeError, TypeError, ValueError, AttributeError, OSError) as error:
                 met.set_exception(error)
 
         # NCCL connects without a deadline, so the caller keeps it.
@@ -79,6 +79,7 @@ class NcclLink(Link):
         try:
             met.result(self._timeout_s)
         except TimeoutError:
+            met.add_done_callback(lambda _met: self.close())  # the other end may still come
             self.close()
             raise LinkError(f"the other end did not come to the link in {self._timeout_s:g} s") from None
         except LinkError:
