@@ -73,6 +73,7 @@ def run_verifier(
             if config.draft is not None:
                 bell = config.speculation.anytime
                 draft = DraftSide(side.link(), side.lane, plan.frames(), bell=bell)
+                opened.callback(draft.link.close)
                 rejoin = Rejoin(side, plan.frames, bell=bell)
                 opened.callback(rejoin.close)
             if ranks is not None:
