@@ -39,8 +39,7 @@ class Group:
 
     def __init__(self, store: Any, rank: int, size: int, options: Any):
         assert size == 2 and options._timeout.days == 365  # NCCL's own deadline would end the process
-        # As would torch's watchdog and its monitor, when the other end fails.
-        assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == os.environ["TORCH_NCCL_ENABLE_MONITORING"] == "0"
+        self.environment = dict(os.environ)
         if self.BLOCKS_S:
             time.sleep(self.BLOCKS_S)
         self.rank, self.aborted = rank, False
@@ -166,11 +165,15 @@ def test_between_post_and_wait_the_workers_stream_is_current() -> None:
     assert landed.tolist() == [5, 6] and CURRENT.get() == "the worker's stream"
 
 
-def test_the_environment_is_as_before() -> None:
+def test_torch_does_not_end_the_process_when_the_other_end_fails() -> None:
+    """Its watchdog and its monitor are off for the link's group, and for nothing that is made later."""
     before = dict(os.environ)
     with ThreadPoolExecutor(2) as pool:
         for future in [pool.submit(link, rank) for rank in (0, 1)]:
             future.result(10)
+    for group in Group.ends.values():
+        assert group.environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+        assert group.environment["TORCH_NCCL_ENABLE_MONITORING"] == "0"
     assert dict(os.environ) == before
 
 
