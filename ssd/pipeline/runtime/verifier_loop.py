@@ -32,8 +32,7 @@ from ..transport.messages import (
     Timings,
     Watch,
 )
-from ..verifier.draft_side import DraftSide
-from ..verifier.rejoin import Rejoin
+from ..verifier.draft_side import DraftSide, Rejoin
 from ..verifier.sequence import TargetSequence
 from ..verifier.worker import VerifierWorker
 

@@ -13,9 +13,8 @@ from ..transport.links.kinds import link_kind
 from ..transport.messages import Hello, Ready
 from ..transport.rank_lanes import Ranks
 from ..transport.rendezvous import VerifierSide, rank_side
-from ..verifier.draft_side import DraftSide
+from ..verifier.draft_side import DraftSide, Rejoin
 from ..verifier.ranks import follow, naming_the_lost
-from ..verifier.rejoin import Rejoin
 from ..verifier.worker import VerifierWorker
 from .build_verifier import build_rank, build_verifier
 from .cores import set_threads, settle, usable_cores

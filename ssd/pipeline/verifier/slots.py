@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ...models.runner import ForwardRunner
-from .prefix import PrefixCache
-from .prompts import Prompts
+from .prompts import PrefixCache, Prompts
 from .sequence import TargetSequence
 
 

@@ -70,7 +70,7 @@ def test_only_a_root() -> None:
 
 @pytest.mark.parametrize("parents", [(1,), (0, 2), (-1,)])
 def test_parents_must_precede_children(parents: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="parents stand before"):
+    with pytest.raises(ValueError, match="parents must precede"):
         TreeShape(parents)
 
 

@@ -22,7 +22,7 @@ from ssd.pipeline.round.verdict import Verdict
 from ssd.pipeline.runtime import build_draft as draft_building
 from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.pipeline.transport.rendezvous import VerifierSide, draft_side
-from ssd.pipeline.verifier.rejoin import Rejoin
+from ssd.pipeline.verifier.draft_side import Rejoin
 from ssd.pipeline.verifier.worker import VerifierWorker
 
 Configure = Callable[..., dict[str, Any]]

@@ -26,7 +26,7 @@ from ssd.pipeline.runtime.plan import Plan
 from ssd.pipeline.runtime.verifier_loop import verifier_loop
 from ssd.pipeline.transport import front_lane
 from ssd.pipeline.transport.messages import Admit, Cancel, Committed, Finished, Message, Shutdown, Submit
-from ssd.pipeline.verifier.prefix import PrefixCache
+from ssd.pipeline.verifier.prompts import PrefixCache
 from ssd.pipeline.verifier.worker import VerifierWorker
 from ssd.testing.twins.rounds import play
 
