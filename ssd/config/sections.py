@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from .speculation import Number, Section, SpeculationConfig
 
@@ -26,6 +26,13 @@ class ModelConfig(Section):
     """``rows``: masked attention, any device. ``tree``: Triton kernels. ``auto``: ``tree`` on a GPU, else ``rows``."""
     priority: Literal["normal", "high"] = "normal"
     """Priority of the worker's CUDA stream where draft and target share a GPU."""
+
+    @field_validator("device")
+    @classmethod
+    def _numbered(cls, device: str) -> str:
+        """Gives each GPU one name: ``cuda`` is ``cuda:0``."""
+        kind, _, index = device.partition(":")
+        return f"cuda:{int(index or 0)}" if kind == "cuda" and (index.isdecimal() or not index) else device
 
 
 class TargetConfig(ModelConfig):
@@ -60,8 +67,8 @@ class EngineConfig(Section):
     workers: Literal["auto", "processes", "threads"] = "auto"
     """``threads``: draft and target in one process, on two streams. ``auto``: threads where they share a GPU."""
     link: Literal["auto", "shared", "gloo", "nccl", "host"] = "auto"
-    """Transport between draft and verifier. ``auto``: NCCL between two GPUs, otherwise shared memory
-    on one machine; between machines gloo, or ``host`` (ZMQ) where a GPU cannot use NCCL."""
+    """Transport between draft and verifier. ``auto``: shared memory on one machine; between machines
+    gloo for CPUs, ``host`` (ZMQ) if a GPU takes part."""
     link_timeout_s: Number = Field(default=60.0, gt=0)
     start_timeout_s: Number = Field(default=600.0, gt=0)
     draft_restarts: int = Field(default=3, ge=0, le=100)

@@ -16,20 +16,21 @@ from ..errors import PipelineError, first_line
 
 
 class TensorGroup:
-    """A process group of its own, beside any WORLD: NCCL between GPUs, gloo between CPUs.
+    """A process group beside any WORLD: NCCL between GPUs, gloo between CPUs.
 
-    Its operations may be compiled. A rank that dies or misses the deadline makes them raise
-    ``RuntimeError`` in the others (``lost``).
+    Its operations may be compiled. If a rank dies or misses the deadline, they raise ``RuntimeError`` in the other
+    ranks (``lost``). All operations take and return tensors on ``device`` and keep the dtype.
 
     Args:
-        ordered: sums add the ranks' parts in rank order, in float32. An all-reduce sums in an order
-            that depends on where in the buffer a number stands (rings work in chunks), so the same
-            row could differ in its last bit with its place in the batch. Costs ``size`` times the
-            bytes, which are few in a decode forward.
-        host: address to listen on; by default whatever this machine's name means.
+        ordered: sums add the ranks' parts in rank order and in float32. An all-reduce adds in an order that depends
+            on the place of a number in the buffer (rings work in chunks), so the last bit of a row could differ
+            with its place in the batch. Ordered sums move ``size`` times the bytes, which are few in a decode
+            forward.
+        timeout_s: longest wait for the other ranks, here and in every operation until ``limit``.
+        host: address to listen on; None for the address of this machine's name.
 
     Raises:
-        PipelineError: the other ranks did not come in time.
+        PipelineError: the other ranks did not come within ``timeout_s``.
     """
 
     def __init__(
@@ -60,17 +61,17 @@ class TensorGroup:
         self._group: Any = dist.ProcessGroup(store, rank, size)
         self._group._register_backend(device, kind, backend)
         self._group._set_group_name(self.name)
-        # The functional collectives, which alone can be compiled, find groups by name.
+        # Functional collectives, the only ones that can be compiled, find groups by name.
         _distributed_c10d._register_process_group(self.name, self._group)
 
     def parts(self, own: Tensor) -> Tensor:
-        """Everybody's ``own [*S]``: ``[size, *S]``."""
+        """Returns every rank's ``own [*S]`` in rank order: ``[size, *S]``."""
         ops = torch.ops._c10d_functional
         flat = ops.wait_tensor(ops.all_gather_into_tensor(own.reshape(1, -1), self.size, self.name))
         return flat.view(self.size, *own.shape)
 
     def sum(self, own: Tensor) -> Tensor:
-        """The sum of everybody's ``own``, the same in every rank."""
+        """Returns the sum of every rank's ``own [*S]``: ``[*S]``, the same bits in every rank."""
         if not self._ordered:
             ops = torch.ops._c10d_functional
             return ops.wait_tensor(ops.all_reduce(own, "sum", self.name))
@@ -81,21 +82,22 @@ class TensorGroup:
         return total.to(own.dtype)
 
     def join(self, own: Tensor) -> Tensor:
-        """Everybody's ``own [*S, n]`` side by side: ``[*S, size * n]``."""
+        """Returns every rank's ``own [*S, n]`` side by side: ``[*S, size * n]``."""
         return self.parts(own).movedim(0, -2).flatten(-2)
 
     def limit(self, timeout_s: float) -> None:
-        """How long an operation may wait for the others from now on."""
+        """Sets how long an operation may wait for the other ranks from now on."""
         self._backend._set_default_timeout(datetime.timedelta(seconds=timeout_s))
 
     def close(self) -> None:
+        """Leaves the group. May be called twice."""
         if self._group is not None:
             _distributed_c10d._unregister_process_group(self.name)
             self._group = self._backend = None
 
 
 def lost(error: RuntimeError) -> bool:
-    """Whether an operation failed because another rank is gone or late."""
+    """Returns whether an operation failed because another rank is gone or late."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 

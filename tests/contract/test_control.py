@@ -13,6 +13,7 @@ import pytest
 import zmq
 
 from ssd.errors import PipelineError
+from ssd.pipeline.round.frames import Next, OutcomeFrame
 from ssd.pipeline.transport import codec, messages
 from ssd.pipeline.transport import lanes as control
 from ssd.pipeline.transport.lanes import ControlLane, InprocLane, ZmqLane
@@ -80,7 +81,11 @@ EVERY: list[Message] = [
     Keep(slots=[0], scratch=[2], positions=[9]),
     Bell(round=3),
     Prepare(round=3, trees=[[1, -1], [2, 3]]),
-    Decided(states=[1, 0], nodes=[2, 0], bonus=[7, 0], lookahead=3),
+    Decided(
+        outcome=OutcomeFrame(
+            round=3, control_count=1, next=Next.IDLE, ngram=True, lookahead=3, states=[1, 0], nodes=[2, 0], bonus=[7, 0]
+        )
+    ),
     Admit(slot=1, tokens=list(range(5000)), params=PARAMS, forecasts=True),
     Admit(slot=0, tokens=[1, 2, 3], params=PARAMS, forecasts=False, prompt_length=2, ends=[0, 7]),
     Shutdown(),

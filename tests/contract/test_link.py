@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 
 from ssd.errors import LinkError
+from ssd.pipeline.transport.links import shared
 from ssd.pipeline.transport.links.base import Link
 from ssd.pipeline.transport.links.inproc import InprocLink
+from ssd.pipeline.transport.links.shared import SharedLink
 from ssd.pipeline.transport.rendezvous import VerifierSide, draft_side
 
 PATIENCE_S = 20.0
@@ -115,6 +117,106 @@ def test_post_returns_while_the_other_end_is_late(open_pair: Callable[..., Pair]
     got, before = pair.both(early, late)
     assert before
     assert np.array_equal(got, frame(3, 2))
+
+
+def test_a_frame_that_is_here_is_received_after_the_deadline(open_pair: Callable[..., Pair]) -> None:
+    """The deadline counts from the post; the caller may work longer than that before it waits."""
+    pair, incoming = open_pair(timeout_s=1.0), np.zeros(3, dtype=np.int32)
+
+    def receiver(link: Link) -> None:
+        pending = link.post(None, incoming)
+        time.sleep(1.5)
+        pending.wait()
+
+    pair.both(receiver, lambda link: link.send(frame(3, 1)))
+    assert np.array_equal(incoming, frame(3, 1))
+
+
+def test_several_silent_peers_cost_one_deadline(open_pair: Callable[..., Pair]) -> None:
+    pairs = [open_pair(timeout_s=1.5) for _ in range(3)]
+
+    def wait() -> int:
+        pending = [pair.verifier.post(None, np.zeros(3, dtype=np.int32)) for pair in pairs]
+        failures = 0
+        for transfer in pending:
+            try:
+                transfer.wait()
+            except LinkError:
+                failures += 1
+        return failures
+
+    began = time.monotonic()
+    assert pairs[0].start(wait).result(PATIENCE_S) == 3
+    assert 1.3 < time.monotonic() - began < 3.5
+
+
+@pytest.mark.parametrize("sent", [1, 2, 4])
+def test_frames_of_an_end_that_left_are_delivered_once_each(sent: int) -> None:
+    """A shared link looks for the next frame more than once while it waits; it must not take one more than it returns.
+
+    The frames come, and the end leaves, while the receiver has stopped to look without pause and naps."""
+    pair = Pair("shared", 10.0)
+    try:
+        for _ in range(10):
+            seen: list[int] = []
+
+            def receiver(link: Link, seen: list[int] = seen) -> None:
+                incoming = np.zeros(1, dtype=np.int32)
+                try:
+                    while True:
+                        link.receive(incoming)
+                        seen.append(int(incoming[0]))
+                except LinkError:
+                    return
+
+            def sender(link: Link) -> None:
+                time.sleep(0.05)
+                for number in range(sent):
+                    link.send(np.full(1, number, dtype=np.int32))
+                link.close()
+
+            pair.both(receiver, sender)
+            assert seen == list(range(sent))
+            pair.close()
+            pair = Pair("shared", 10.0)
+    finally:
+        pair.close()
+
+
+@pytest.mark.parametrize("side", ["take", "put"])
+def test_a_shared_link_moves_a_frame_once_when_the_other_end_has_left(
+    side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The frame moves at the very look that follows the sign of the other end's leaving."""
+    pair = Pair("shared", 10.0)
+    try:
+        link = pair.verifier
+        assert isinstance(link, SharedLink)
+        way = link._in if side == "take" else link._out
+        monkeypatch.setattr(shared, "SPIN_S", 0.0)
+        move, leaving = getattr(way, side), False
+
+        def late(array: np.ndarray) -> bool:
+            return leaving and move(array)
+
+        class Gone:
+            def poll(self, _timeout: int) -> list:
+                nonlocal leaving
+                leaving = True
+                return [1]
+
+        monkeypatch.setattr(way, side, late)
+        monkeypatch.setattr(link, "_gone", Gone())
+        before = way._count
+        if side == "take":
+            pair.draft.send(np.full(1, 7, dtype=np.int32))
+            link.receive(incoming := np.zeros(1, dtype=np.int32))
+            assert incoming.tolist() == [7]
+        else:
+            link.send(np.full(1, 7, dtype=np.int32))
+        assert way._count == before + 1
+    finally:
+        pair.close()
 
 
 def test_one_way_between_exchanges(open_pair: Callable[..., Pair]) -> None:

@@ -1,20 +1,19 @@
 """The draft over several devices: the first rank leads, all prepare for their share of the outcomes.
 
-To the verifier the first rank is the draft; it knows of no other. Every rank holds the whole draft and the keys of
-every sequence. The first tells the others all that it is told itself, and the trees under verification; each computes
-the same glue forward and the same forecast from them, and makes the branches of its share (``ForecastShare``). The
-first joins the shares to one speculation set. So on a hit the branch is known where the next trees are decided,
-whichever rank it came from, and no keys ever move: those of an accepted path are computed by every rank's glue.
+To the verifier the first rank is the draft. Every rank holds the whole draft and the keys of every sequence. The
+first rank passes on the messages it receives and the trees under verification. Each rank computes the same glue
+forward and the same forecast from them, and makes the branches of its share (``ForecastShare``). The first rank joins
+the shares to one speculation set. On a hit the branch is therefore known where the next trees are decided, whichever
+rank it came from, and no keys move: every rank's glue computes those of an accepted path.
 
-A rank that is gone or silent is left behind: its share of the set stays empty, and the others go on.
+A rank that is gone or silent is left behind: its share of the set stays empty, and the others continue.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,130 +22,127 @@ from torch import Tensor
 from ...decoding.trees.shape import ABSENT
 from ...decoding.verify.draft_probs import DraftProbs
 from ...errors import PipelineError
-from ..round.frames import Frames, Next, OutcomeFrame, SpeculationSet
+from ..round.frames import Frames, OutcomeFrame, SpeculationSet
 from ..transport.lanes import ControlLane, ZmqLane
-from ..transport.links.base import Link
+from ..transport.links.base import Link, Pending
 from ..transport.messages import Admit, Decided, Message, Prepare, Shutdown
-from ..transport.rendezvous import Rendezvous, VerifierSide, link_kind, own_address, publish
+from .drafting import Drafting
 from .worker import DraftWorker
-
-if TYPE_CHECKING:
-    from ..runtime.plan import Plan
 
 IDLE_POLL_S = 0.5
 
 
 class DraftRank:
-    """The first rank's half of what lies between it and another one."""
+    """Another rank, as the first one sees it.
+
+    Args:
+        frames: of a share of the speculation set.
+    """
 
     def __init__(self, role: str, link: Link, lane: ZmqLane, frames: Frames):
         self.role, self._link, self._lane, self._frames = role, link, lane, frames
         self._share = frames.new(frames.speculation_size)
 
     def tell(self, message: Message) -> None:
-        """Raises: PipelineError: it is gone."""
+        """Sends a message without waiting. Raises: PipelineError: the rank is gone."""
         self._lane.send(message, wait=False)
 
-    def take(self, round: int) -> SpeculationSet:
-        """Its share of this round's set. Raises: LinkError: it is gone, or too late."""
-        self._link.receive(self._share)
+    def post(self) -> Pending:
+        """Starts to receive the rank's share of a round's set. Raises: LinkError: the rank is gone."""
+        return self._link.post(None, self._share)
+
+    def take(self, pending: Pending, round: int) -> SpeculationSet:
+        """Returns the share once it is there.
+
+        Raises:
+            LinkError: the rank is gone, out of step, or missed the link's deadline, counted from ``post``.
+        """
+        pending.wait()
         return self._frames.unpack_speculation(self._share, round)[0]
 
     def close(self) -> None:
-        with contextlib.suppress(PipelineError):  # it may be gone already
+        """Tells the rank to leave, if it is there, and closes the link."""
+        with contextlib.suppress(PipelineError):
             self.tell(Shutdown())
         self._link.close()
 
 
-class RankMeeting:
-    """Where the first rank meets the others: a store, a lane and a link for each. The verifier's store tells them.
+class LeadingDraft:
+    """The draft as the verifier sees it: the first rank's worker, whose sets include the shares of the others.
 
-    Frames between ranks lie in host memory and are small, so no link between them is NCCL's. Its deadline is half
-    of the verifier's for the first rank: who waits for a silent rank must still answer in time.
-
-    Args: rendezvous: the verifier's. folder: as for ``VerifierSide``.
+    Args:
+        worker: the first rank's own.
+        ranks: the others, in order.
+        on_lost: called with the role of a rank that is lost and the reason.
     """
 
-    def __init__(self, plan: Plan, rendezvous: Rendezvous, *, folder: str | None):
-        self._plan, engine, host = plan, plan.config.engine, own_address(rendezvous)
-        self._sides: dict[str, VerifierSide] = {}
-        for role in plan.config.draft_roles[1:]:
-            self._sides[role] = VerifierSide(
-                host=host,
-                kind=link_kind("cpu", "cpu", "auto" if engine.link == "nccl" else engine.link, host=host),
-                timeout_s=engine.start_timeout_s,
-                link_timeout_s=engine.link_timeout_s / 2,
-                folder=folder,
-            )
-            publish(rendezvous, role, self._sides[role].rendezvous, timeout_s=engine.start_timeout_s)
+    def __init__(self, worker: DraftWorker, ranks: Sequence[DraftRank], on_lost: Callable[[str, str], None]):
+        self._worker, self._on_lost, self._round = worker, on_lost, 0
+        self._roles = [rank.role for rank in ranks]
+        self._present = list(ranks)
 
-    def link(self) -> list[DraftRank | None]:
-        """Waits for all of them. Raises: LinkError: one does not come in time."""
-        frames = self._plan.frames(share=True)
-        return [DraftRank(role, side.link(), side.lane, frames) for role, side in self._sides.items()]
-
-    def close(self) -> None:
-        for side in self._sides.values():
-            side.close()
-
-
-class LeadingDraft(DraftWorker):
-    """The first rank's worker: the others are told of everything, their shares are joined."""
-
-    def __init__(self, *arguments: Any, **options: Any):
-        super().__init__(*arguments, **options)
-        self.ranks: list[DraftRank | None] = []
-        """The others, in order; None in the place of one that is lost."""
-        self.on_lost: Callable[[str, str], None] = lambda _role, _why: None
-        """Is told which rank is lost, and why."""
-        self._round = 0
+    @property
+    def drafting(self) -> Drafting:
+        return self._worker.drafting
 
     def admit(self, message: Admit) -> None:
+        """Starts a sequence in every rank."""
         self._tell(message)
-        super().admit(message)
+        self._worker.admit(message)
 
     def speculate(self) -> SpeculationSet:
+        """Returns the union of all ranks' shares. Shares of lost ranks are empty."""
         self._round += 1
-        self._tell(Prepare(round=self._round, trees=self.trees))
-        own = super().speculate()
-        return joined([own, *(self._take(rank) or _nothing_like(own) for rank in self.ranks)])
+        self._tell(Prepare(round=self._round, trees=self._worker.trees))
+        own = self._worker.speculate()
+        # All shares are posted at once, so that several silent ranks cost no more than one deadline.
+        pending: dict[DraftRank, Pending] = {}
+        for rank in [*self._present]:
+            with self._losing(rank):
+                pending[rank] = rank.post()
+        shares: dict[str, SpeculationSet] = {}
+        for rank, transfer in pending.items():
+            with self._losing(rank):
+                shares[rank.role] = rank.take(transfer, self._round)
+        return joined([own, *(shares.get(role) or _nothing_like(own) for role in self._roles)])
 
     def commit(self, frame: OutcomeFrame, speculation: SpeculationSet) -> list[bool]:
-        self._tell(Decided(states=frame.states, nodes=frame.nodes, bonus=frame.bonus, lookahead=frame.lookahead))
-        return super().commit(frame, speculation)
+        """Takes in an outcome in every rank; as ``DraftWorker.commit``."""
+        self._tell(Decided(outcome=frame))
+        return self._worker.commit(frame, speculation)
+
+    def waiting(self, states: Sequence[int], served: Sequence[bool], *, jit: bool) -> list[bool]:
+        """As ``DraftWorker.waiting``."""
+        return self._worker.waiting(states, served, jit=jit)
+
+    def draft_now(self, missed: Sequence[bool]) -> list[list[int]]:
+        """Drafts in the first rank alone; as ``DraftWorker.draft_now``."""
+        return self._worker.draft_now(missed)
 
     def close(self) -> None:
-        """Send the others home."""
-        for rank in filter(None, self.ranks):
+        """Tells the other ranks to leave."""
+        for rank in self._present:
             rank.close()
-        self.ranks = []
+        self._present = []
 
     def _tell(self, message: Message) -> None:
-        for rank in filter(None, self.ranks):
-            try:
+        for rank in [*self._present]:
+            with self._losing(rank):
                 rank.tell(message)
-            except PipelineError as error:
-                self._lose(rank, error)
 
-    def _take(self, rank: DraftRank | None) -> SpeculationSet | None:
-        """The share of a rank that is there, and sends it."""
-        if rank is None:
-            return None
+    @contextlib.contextmanager
+    def _losing(self, rank: DraftRank) -> Iterator[None]:
+        """Leaves the rank behind if it fails inside."""
         try:
-            return rank.take(self._round)
+            yield
         except PipelineError as error:
-            self._lose(rank, error)
-            return None
-
-    def _lose(self, rank: DraftRank, error: PipelineError) -> None:
-        """Go on without it."""
-        self.ranks[self.ranks.index(rank)] = None
-        rank.close()
-        self.on_lost(rank.role, str(error))
+            self._present.remove(rank)
+            rank.close()
+            self._on_lost(rank.role, str(error))
 
 
 def joined(shares: Sequence[SpeculationSet]) -> SpeculationSet:
-    """The shares of all ranks, in order, as the one set that a draft of the whole budget would make."""
+    """Returns the shares of all ranks, in order, as the one set that a single draft of the whole budget would make."""
 
     def join(parts: Sequence[np.ndarray]) -> np.ndarray:
         found = np.stack(parts, axis=2)
@@ -178,12 +174,15 @@ def _nothing_like(share: SpeculationSet) -> SpeculationSet:
 def share_loop(
     worker: DraftWorker, link: Link, lane: ControlLane, frames: Frames, *, alive: Callable[[], bool] = lambda: True
 ) -> None:
-    """Be another rank: do what the first one says until it says stop, or nobody is alive to serve.
+    """Follows the first rank until it says stop, or nobody is alive to serve.
 
-    Args: lane: from the first rank. frames: of a share.
+    Args:
+        link, lane: to the first rank.
+        frames: of a share.
 
     Raises:
-        LinkError: the first rank is gone. PipelineError: a message no rank is sent.
+        LinkError: the first rank is gone.
+        PipelineError: a message came that no rank is sent.
     """
     share: SpeculationSet | None = None
     while True:
@@ -194,16 +193,7 @@ def share_loop(
             spent_us = int((time.perf_counter() - began) * 1e6)
             link.send(frames.pack_speculation(share, message.round, spent_us))
         elif isinstance(message, Decided) and share is not None:
-            outcome = OutcomeFrame(
-                round=0,
-                control_count=0,
-                next=Next.ROUND,
-                lookahead=message.lookahead,
-                states=message.states,
-                nodes=message.nodes,
-                bonus=message.bonus,
-            )
-            worker.commit(outcome, share)  # what comes next is the first rank's to say
+            worker.commit(message.outcome, share)  # the first rank says what comes next
         elif isinstance(message, Admit):
             worker.admit(message)
         elif isinstance(message, Shutdown):

@@ -9,7 +9,6 @@ from ...config.sections import ModelConfig
 from ...decoding.forecast.share import ForecastShare
 from ...decoding.text.copying import CopyBias
 from ..draft.branches import scratch_slots
-from ..draft.ranks import LeadingDraft
 from ..draft.sampler import CandidateSampler
 from ..draft.worker import DraftWorker
 from .plan import Plan
@@ -28,8 +27,7 @@ def build_draft(plan: Plan, model: PreTrainedModel | None = None, rank: int = 0)
         plan, config.draft, model, scratch=scratch_slots(plan.shape, config.speculation.forecast.budget)
     )
     forecast = plan.forecast(config.draft.device)
-    make = DraftWorker if ranks == 1 or rank else LeadingDraft
-    worker = make(
+    worker = DraftWorker(
         runner,
         shape=plan.shape,
         forecast=forecast if ranks == 1 else ForecastShare(forecast, rank, ranks),

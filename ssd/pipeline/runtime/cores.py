@@ -1,24 +1,22 @@
-"""CPU cores and threads of a worker."""
+"""CPU cores and compute threads of a worker."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
-from typing import TYPE_CHECKING
 
 import torch
 
 from ...errors import ConfigError
 
-if TYPE_CHECKING:
-    pass
-
 
 def usable_cores(cores: list[int] | None) -> list[int] | None:
-    """Those of the wanted cores this process may use.
+    """Returns those of the wanted cores that this process may use; None if none are wanted.
 
-    Raises: ConfigError if there is none of them.
+    Raises:
+        ConfigError: this process may use none of them.
     """
     if cores is None or not hasattr(os, "sched_setaffinity"):
         return None
@@ -31,17 +29,21 @@ def usable_cores(cores: list[int] | None) -> list[int] | None:
 
 
 def set_threads(cores: list[int] | None, workers: int) -> None:
-    """One compute thread per core. Without cores given, a worker's share of the machine's: they
-    run at the same time, and threads that outnumber cores spin against each other."""
+    """Sets one compute thread per core.
+
+    Without cores, a worker takes its share of the machine's: all workers compute at the same time, and threads that
+    outnumber the cores spin against each other.
+    """
     torch.set_num_threads(len(cores) if cores else max(1, (os.cpu_count() or 2) // max(2, workers)))
 
 
 def settle(cores: list[int] | None) -> None:
-    """Keep this process on its cores. Once it is warm: compilers may use the whole machine."""
-    if threading.current_thread() is threading.main_thread():  # a process of the worker's own
-        # The libraries' and the compiler's million objects stay: no collection in mid-round looks through them.
+    """Pins this process to its cores. Called once it is warm: compilers may use the whole machine."""
+    if threading.current_thread() is threading.main_thread():  # the process belongs to one worker
+        # The million objects of libraries and compiler stay, so that no collection looks through them in mid-round.
         gc.collect()
         gc.freeze()
     if cores:
         for thread in os.listdir("/proc/self/task"):
-            os.sched_setaffinity(int(thread), cores)
+            with contextlib.suppress(ProcessLookupError):  # a compiler's thread that has just ended
+                os.sched_setaffinity(int(thread), cores)

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 
 from ...errors import PipelineError
+from ..draft.ranks import LeadingDraft
 from ..draft.worker import DraftWorker
 from ..round.frames import Frames, Next
-from ..transport.lane_ends import Inbox
+from ..transport.inbox import Inbox
 from ..transport.lanes import ControlLane
 from ..transport.links.base import Link
 from ..transport.messages import (
@@ -21,7 +22,7 @@ TIMED_ROUNDS = 4096
 
 
 def draft_loop(
-    worker: DraftWorker,
+    worker: DraftWorker | LeadingDraft,
     link: Link,
     lane: ControlLane,
     frames: Frames,

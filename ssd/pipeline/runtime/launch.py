@@ -1,4 +1,4 @@
-"""Launching a pipeline: in this process (threads) or as local processes."""
+"""Launching a pipeline on this machine: as threads of this process, or as processes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from ...config.sections import rank_of, section_of
 from ...errors import PipelineError, WorkerError
 from ..transport.lanes import ControlLane, InprocLane, ZmqLane
 from ..transport.messages import Shutdown
@@ -21,85 +22,93 @@ from .plan import Plan
 
 if TYPE_CHECKING:
     from ...models.loading import PreTrainedModel
+    from ..draft.worker import DraftWorker
+    from ..transport.rank_lanes import Ranks
+    from ..verifier.worker import VerifierWorker
 
 LEAVE_S = 10.0
+"""Longest wait for a worker to leave, before it is made to."""
 
 
 class Pipeline(Protocol):
-    """A launched pipeline, seen from the front."""
+    """A launched pipeline, as the front sees it."""
 
     lanes: dict[str, ControlLane]
-    """By role (``Plan.roles``)."""
+    """To each worker, by role (``Plan.roles``)."""
 
     def check(self) -> list[str]:
-        """Roles whose worker is gone."""
+        """Returns the roles whose worker is gone."""
         ...
 
     def close(self) -> None:
-        """Ask the workers to leave, and see that they do."""
+        """Asks the workers to leave, and makes sure that they do."""
 
 
 @runtime_checkable
 class Restartable(Pipeline, Protocol):
-    """A pipeline whose launcher can start a worker once more."""
+    """A pipeline whose launcher can start a worker again."""
 
     def restart(self, role: str) -> None:
-        """End what is left of this worker and start another, with another lane.
+        """Ends what is left of this worker and starts another, with another lane.
 
-        Raises: WorkerError: it could not be started.
+        Raises:
+            WorkerError: it could not be started.
         """
         ...
 
 
 class InprocPipeline:
-    """Workers as threads: for tests and debugging, and for two models on one GPU, where kernels of two
-    processes would take turns and those of two streams overlap. Pinning is ignored.
+    """Workers as threads of this process; cores are not pinned.
 
-    Args: models: by role, already loaded ones (on their devices); the others are loaded.
+    For tests and debugging, and for two models on one GPU: kernels of two processes take turns, those of two streams
+    overlap.
+
+    Args:
+        plan: of the pairing.
+        models: models loaded already, on their devices, by role. The others are loaded.
     """
 
     def __init__(self, plan: Plan, models: Mapping[str, PreTrainedModel] | None = None):
-        from .build_draft import build_draft
-        from .build_verifier import build_verifier
-        from .worker_main import run_draft, run_verifier, run_worker
-
-        # One after the other: compilers and captures of CUDA graphs do not bear company.
-        building, self._models = threading.Lock(), dict(models or {})
-
-        def alone(build: Callable[..., Any], role: str, plan: Plan, *more: Any) -> Any:
-            with building:
-                return build(plan, self._models.get(role), *more)
-
-        lives: dict[str, Callable[..., None]] = {role: partial(run_worker, role) for role in plan.roles}
-        lives["verifier"] = partial(run_verifier, build=partial(alone, build_verifier, "verifier"))
-        for rank, role in enumerate(plan.config.draft_roles):
-
-            def draft(plan: Plan, role: str = role, rank: int = rank) -> Any:
-                return alone(build_draft, role, plan, rank)
-
-            lives[role] = partial(run_draft, role=role, build=draft)
-        self._lives = lives
-        config = plan.config
-        loose: dict[str, Any] = {"target": config.target.model_copy(update={"cores": None})}
-        if config.engine.link == "auto":  # threads share one interpreter: who waits must sleep
-            loose["engine"] = config.engine.model_copy(update={"link": "host"})
-        if config.draft is not None:
-            loose["draft"] = config.draft.model_copy(update={"cores": None})
-        self._plan = Plan(config=config.model_copy(update=loose), vocabulary=plan.vocabulary, ends=plan.ends)
+        self._models, self._building = dict(models or {}), threading.Lock()
+        self._plan = _unpinned(plan)
         self.lanes: dict[str, ControlLane] = {}
         self._threads: dict[str, threading.Thread] = {}
-        self._left: list[threading.Thread] = []
-        """Of workers that others have taken the place of: they end when they see that their link is dead."""
+        self._replaced: list[threading.Thread] = []
+        """Threads of workers that were restarted. They end when they find their link dead."""
         for role in plan.roles:
             self._start(role)
 
     def _start(self, role: str) -> None:
         self.lanes[role], theirs = InprocLane.pair()
         thread = threading.Thread(
-            target=self._lives[role], args=(self._plan.for_role(role), theirs), name=f"ssd-{role}", daemon=True
+            target=self._life(role), args=(self._plan.for_role(role), theirs), name=f"ssd-{role}", daemon=True
         )
         self._threads[role] = thread
         thread.start()
+
+    def _life(self, role: str) -> Callable[[Plan, ControlLane], None]:
+        from .draft_main import run_draft  # models' code, which a front of processes goes without
+        from .verifier_main import run_rank, run_verifier
+
+        if role == "verifier":
+            return partial(run_verifier, build=self._build_verifier)
+        if section_of(role) == "draft":
+            return partial(run_draft, role=role, build=partial(self._build_draft, role))
+        return partial(run_rank, role)
+
+    # One worker is built at a time: compilation and graph capture must not run concurrently.
+
+    def _build_verifier(self, plan: Plan, ranks: Ranks | None) -> tuple[VerifierWorker, dict[str, Any]]:
+        from .build_verifier import build_verifier
+
+        with self._building:
+            return build_verifier(plan, self._models.get("verifier"), ranks)
+
+    def _build_draft(self, role: str, plan: Plan) -> tuple[DraftWorker, dict[str, Any]]:
+        from .build_draft import build_draft
+
+        with self._building:
+            return build_draft(plan, self._models.get(role), rank_of(role))
 
     def check(self) -> list[str]:
         return [role for role, thread in self._threads.items() if not thread.is_alive()]
@@ -108,31 +117,48 @@ class InprocPipeline:
         if role in self._models:
             raise WorkerError(f"the {role} was given an already loaded model, which cannot be loaded again")
         self.lanes[role].send(Shutdown())
-        self._left.append(self._threads[role])
+        self._replaced.append(self._threads[role])
         self._start(role)
 
     def close(self) -> None:
         for lane in self.lanes.values():
             lane.send(Shutdown())
-        for thread in (*self._threads.values(), *self._left):
+        for thread in (*self._threads.values(), *self._replaced):
             thread.join(LEAVE_S)
 
 
+def _unpinned(plan: Plan) -> Plan:
+    """The plan for threads of one process: no cores, and a link whose waiting end sleeps."""
+    config = plan.config
+    changed: dict[str, Any] = {"target": config.target.model_copy(update={"cores": None})}
+    if config.engine.link == "auto":
+        changed["engine"] = config.engine.model_copy(update={"link": "host"})
+    if config.draft is not None:
+        changed["draft"] = config.draft.model_copy(update={"cores": None})
+    return Plan(config=config.model_copy(update=changed), vocabulary=plan.vocabulary, ends=plan.ends)
+
+
 class LocalPipeline:
-    """Workers as processes of this machine. They leave when this process does, however it ends."""
+    """Workers as processes of this machine. They leave when this process ends, however it ends.
+
+    Raises:
+        WorkerError: a worker could not be started. None stays then.
+    """
 
     def __init__(self, plan: Plan):
-        # A folder only we can enter holds the sockets.
+        # Only this user may enter the folder, which holds the sockets.
         self._folder = tempfile.TemporaryDirectory(prefix="ssd-front-")
         self._plan, self._starts = plan, itertools.count()
         self.lanes: dict[str, ControlLane] = {}
         self._processes: dict[str, subprocess.Popen] = {}
-        try:
-            for role in plan.roles:
-                self._start(role)
-        except OSError as error:
-            self.close()
-            raise WorkerError(f"could not start the workers: {error}") from error
+        with contextlib.ExitStack() as failed:
+            failed.callback(self.close)
+            try:
+                for role in plan.roles:
+                    self._start(role)
+            except (OSError, PipelineError) as error:
+                raise WorkerError(f"could not start the workers: {error}") from error
+            failed.pop_all()
 
     def _start(self, role: str) -> None:
         lane, endpoint = ZmqLane.bind(f"ipc://{Path(self._folder.name) / role}-{next(self._starts)}")
@@ -148,6 +174,7 @@ class LocalPipeline:
 
     @property
     def pids(self) -> dict[str, int]:
+        """Process ids, by role."""
         return {role: process.pid for role, process in self._processes.items()}
 
     def check(self) -> list[str]:
@@ -163,17 +190,18 @@ class LocalPipeline:
             if (lane := self.lanes.pop(role, None)) is not None:
                 lane.close()
             self._start(role)
-        except (OSError, subprocess.TimeoutExpired) as error:
+        except (OSError, PipelineError, subprocess.TimeoutExpired) as error:
             raise WorkerError(f"could not start the {role} again: {error}") from error
 
     def close(self) -> None:
         for role, lane in self.lanes.items():
             if role in self._processes and self._processes[role].poll() is None:
-                with contextlib.suppress(PipelineError):  # the closing pipe below says the same
-                    lane.send(Shutdown())
+                with contextlib.suppress(PipelineError):  # closing the pipe below says the same
+                    lane.send(Shutdown(), wait=False)
         for process in self._processes.values():
             if process.stdin is not None:
-                process.stdin.close()
+                with contextlib.suppress(OSError):  # the worker is gone, and orders were still to be written
+                    process.stdin.close()
         for process in self._processes.values():
             for end in (lambda: None, process.terminate, process.kill):
                 end()
@@ -188,10 +216,9 @@ class LocalPipeline:
 
 
 def launch_here(plan: Plan) -> Pipeline:
-    """Workers on this machine: processes, but for two models on one GPU."""
+    """Launches the workers on this machine: as processes, or as threads where two models share one GPU."""
     target, draft = plan.config.target, plan.config.draft
     wanted = plan.config.engine.workers
-    shared = draft is not None and "cuda" in target.device and draft.device == target.device
-    shared = shared and len(plan.roles) == 2
-    threads = shared if wanted == "auto" else wanted == "threads"
+    shared = draft is not None and target.device.startswith("cuda") and draft.device == target.device
+    threads = shared and len(plan.roles) == 2 if wanted == "auto" else wanted == "threads"
     return InprocPipeline(plan) if threads else LocalPipeline(plan)

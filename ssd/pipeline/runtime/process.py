@@ -1,7 +1,7 @@
 """Entry of a local worker process: ``python -m ssd.pipeline.runtime.process``.
 
-Its orders come as one JSON line on standard input. The pipe then stays open as a lifeline: when
-it closes, whoever launched the worker is gone, and the worker leaves too.
+The orders arrive as one JSON line on standard input. The pipe then stays open: when it closes,
+whoever launched the worker is gone, and the worker leaves too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ GRACE_S = 4.0
 
 
 def main() -> None:
-    # Ctrl-C reaches the whole foreground group; only the front acts on it.
+    """Lives the life of the worker that the orders name."""
+    # Ctrl-C reaches the whole foreground process group; only the front acts on it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     orders = json.loads(sys.stdin.buffer.readline())
     plan = Plan.from_dict(orders["plan"])
@@ -33,10 +34,10 @@ def main() -> None:
 
     def alive() -> bool:
         readable, _, _ = select.select([descriptor], [], [], 0)
-        return not readable  # nothing is ever written: readable means closed
+        return not readable  # nothing is written any more, so readable means closed
 
     def leave() -> None:
-        """Whatever the worker is blocked in, it does not outlive its launcher."""
+        """Ends the process some time after its launcher, whatever it is blocked in."""
         select.select([descriptor], [], [])
         time.sleep(GRACE_S)
         shutil.rmtree(orders["folder"], ignore_errors=True)

@@ -14,7 +14,7 @@ from ..round.lookup import Found, lookup
 from ..round.round import Round
 from ..round.times import RoundTimes, StopWatch, TimeHistory
 from ..round.verdict import Commit, Verdict
-from ..transport.lane_ends import Teller
+from ..transport.front_lane import FrontLane
 from ..transport.lanes import ControlLane
 from ..transport.messages import (
     Cancel,
@@ -66,7 +66,7 @@ class VerifierLoop:
         *,
         alive: Callable[[], bool] = lambda: True,
     ):
-        self._worker, self._front = worker, Teller(front, worker.clock)
+        self._worker, self._front = worker, FrontLane(front, worker.clock)
         self._draft, self._rejoin, self._alive = draft, rejoin, alive
         self._round = Round.empty(worker.runner.batch)
         self._history, self._watched = TimeHistory(), False

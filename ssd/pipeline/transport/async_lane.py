@@ -14,12 +14,13 @@ POLL_S = 0.1
 
 
 class AsyncLane:
-    """Gives each message of a lane to ``take``, on the loop it was made in.
+    """Calls ``take`` with each message of a lane, on the event loop it was constructed in.
 
-    A ZMQ lane is read as soon as its descriptor says so; any other by a thread.
+    A ZMQ lane is read when its descriptor becomes readable, any other lane by a thread.
 
     Args:
-        take: for each message. fail: once, if the lane breaks; it is not read any more then.
+        take: called with each message.
+        fail: called once if the lane breaks. It is not read after that.
     """
 
     def __init__(self, lane: ControlLane, take: Callable[[Message], None], fail: Callable[[PipelineError], None]):
@@ -29,26 +30,29 @@ class AsyncLane:
         self._thread: threading.Thread | None = None
         if isinstance(lane, ZmqLane):
             self._loop.add_reader(lane.fileno(), self._drain)
-            self._loop.call_soon(self._drain)  # the descriptor tells of changes, not of what lies there
+            self._loop.call_soon(self._drain)  # the descriptor shows changes, not messages that are already there
         else:
             self._thread = threading.Thread(target=self._read, name="ssd-lane", daemon=True)
             self._thread.start()
 
     def send(self, message: Message) -> None:
-        """Raises: PipelineError if nobody is at the other end any more."""
+        """Sends a message without waiting.
+
+        Raises:
+            PipelineError: nobody is at the other end.
+            RequestError: a value of the message is out of the wire's range.
+        """
+        self._lane.send(message, wait=False)
         if isinstance(self._lane, ZmqLane):
-            self._lane.send(message, wait=False)
-            self._loop.call_soon(self._drain)  # sending may have consumed the sign that something came
-        else:
-            self._lane.send(message)
+            self._loop.call_soon(self._drain)  # sending may have cleared the descriptor's signal
 
     def look(self) -> None:
-        """Take in what may lie there unannounced."""
+        """Takes messages that the descriptor may not have announced."""
         if isinstance(self._lane, ZmqLane):
             self._drain()
 
     async def close(self) -> None:
-        """Stop reading; the lane itself stays open."""
+        """Stops reading. The lane itself stays open."""
         if self._open and isinstance(self._lane, ZmqLane):
             self._loop.remove_reader(self._lane.fileno())
         self._open = False

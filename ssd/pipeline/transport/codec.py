@@ -8,6 +8,7 @@ nothing is pickled, and msgpack's extension and binary types are refused.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import threading
 import types
@@ -128,6 +129,8 @@ def _table(hint: Any) -> Table:
         return {hint: None}
     if hint is float:
         return {float: None, int: None}
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return dict.fromkeys({type(member.value) for member in hint}, hint)
     if dataclasses.is_dataclass(hint):
         return {dict: functools.partial(_read, hint)}
     if (origin or hint) is list:

@@ -1,4 +1,4 @@
-"""The control lane: messages in order, both ways, beside the rounds."""
+"""The control lane: messages in order, both ways, outside the rounds."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ...errors import PipelineError
 from .messages import MAX_MESSAGE_BYTES, Message, decode, encode
 
 SEND_S = 5.0
-"""How long a message waits for somebody to be at the other end."""
-_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)  # numbers, not members of enums: looking is part of every round
+"""How long ``send`` waits for the other end to appear."""
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)  # plain numbers: every round looks, and enums are slow
 
 
 class ControlLane(Protocol):
@@ -22,27 +22,34 @@ class ControlLane(Protocol):
         """Sends a message.
 
         Args:
-            more: others follow at once, and need not arrive before these.
-            wait: give the other end ``SEND_S`` to appear, if it is not there; False fails at once.
+            more: other messages follow at once, so the reader need not wake for this one.
+            wait: give the other end up to ``SEND_S`` to appear. False fails at once if it is not there.
 
         Raises:
             PipelineError: nobody is at the other end.
+            RequestError: a value of the message is out of the wire's range.
         """
 
     def receive(self, timeout_s: float) -> Message | None:
-        """The next message, or None if none comes in time (0: only look)."""
+        """Returns the next message, or None if none comes in time. A timeout of 0 only looks.
 
-    def close(self) -> None: ...
+        Raises:
+            PipelineError: something else than a message arrived.
+        """
+
+    def close(self) -> None:
+        """Closes this end. Messages sent before are still delivered for half a second."""
 
 
 class InprocLane:
-    """Both ends in one process."""
+    """Both ends in one process: the twin of ``ZmqLane``. Its other end is always there."""
 
     def __init__(self, outbox: queue.Queue, inbox: queue.Queue):
         self._outbox, self._inbox = outbox, inbox
 
     @classmethod
     def pair(cls) -> tuple[InprocLane, InprocLane]:
+        """Returns the two ends of a new lane."""
         one: queue.Queue = queue.Queue()
         other: queue.Queue = queue.Queue()
         return cls(one, other), cls(other, one)
@@ -61,38 +68,56 @@ class InprocLane:
 
 
 class ZmqLane:
-    """A PAIR socket; msgpack inside. The two ends know each other: ipc in a private folder, or
-    loopback or cluster-internal tcp."""
+    """A ZMQ PAIR socket that carries msgpack.
+
+    Both ends know each other. The socket is in a private folder, or on a loopback or cluster-internal tcp port.
+    """
 
     def __init__(self, socket: zmq.Socket):
         self._socket = socket
 
     @classmethod
     def bind(cls, endpoint: str) -> tuple[ZmqLane, str]:
-        """A lane and the endpoint the other end connects to (``tcp://host:*`` gets a port)."""
+        """Opens a lane for the other end to connect to.
+
+        Returns:
+            The lane, and the endpoint to connect to: ``tcp://host:*`` gets a port.
+
+        Raises:
+            PipelineError: the endpoint cannot be opened.
+        """
         socket = _socket()
-        socket.bind(endpoint)
+        try:
+            socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            socket.close(linger=0)
+            raise PipelineError(f"no lane can be opened at {endpoint}: {error}") from error
         return cls(socket), socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     @classmethod
     def connect(cls, endpoint: str) -> ZmqLane:
+        """Returns the other end of a lane. Messages may be sent before the first end is there."""
         socket = _socket()
         socket.connect(endpoint)
         return cls(socket)
 
     def fileno(self) -> int:
-        """Becomes readable when something may have changed (edge-triggered): ``receive`` until None then."""
+        """Returns a descriptor that becomes readable when something may have changed.
+
+        It is edge-triggered: call ``receive`` until it returns None.
+        """
         return int(self._socket.getsockopt(zmq.FD))
 
     def send(self, message: Message, *, more: bool = False, wait: bool = True) -> None:
         try:
-            # Parts of one ZMQ message wake the reader once, and are read one by one like others.
+            # Parts of one ZMQ message wake the reader once. It reads them one by one.
             self._socket.send(encode(message), (0 if wait else zmq.NOBLOCK) | (zmq.SNDMORE if more else 0))
         except zmq.Again:
-            raise PipelineError("nobody is at the other end of the control lane") from None
+            waited = f" after {SEND_S:g} s" if wait else ""
+            raise PipelineError(f"nobody is at the other end of the control lane{waited}") from None
 
     def receive(self, timeout_s: float) -> Message | None:
-        # A poll would make a poller, to look once.
+        # ``poll`` makes a poller, too slow for a single look.
         here = self._socket.poll(int(timeout_s * 1000)) if timeout_s else int(self._socket.get(_EVENTS)) & _POLLIN
         if not here:
             return None
@@ -106,7 +131,7 @@ def _socket() -> zmq.Socket:
     socket = zmq.Context.instance().socket(zmq.PAIR)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     socket.setsockopt(zmq.LINGER, 500)
-    # A slow reader never holds up the sender; without any reader a send must not wait for ever.
+    # A slow reader never blocks the sender. Without a reader, sending has a deadline.
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.SNDTIMEO, int(SEND_S * 1000))

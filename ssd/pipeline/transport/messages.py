@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from ...errors import PipelineError, RequestError
 from ...request.output import FinishReason, Origin, SpeculationRecord
 from ...request.sampling_params import SamplingParams
+from ..round.frames import OutcomeFrame
 from .codec import Codec
 
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -34,10 +35,10 @@ class Admit:
 
     slot: int
     tokens: list[int]
-    """All that is known of the sequence; the last one is the first root."""
+    """The sequence so far. Its last token is the first root."""
     params: SamplingParams
     forecasts: bool
-    """Prepare for its outcomes (``ssd``), or only draft when it waits (``sd``)."""
+    """Whether to prepare for its outcomes (``ssd``), or only to draft when it waits (``sd``)."""
     prompt_length: int | None = None
     """How many of the tokens are the prompt; None: all."""
     ends: list[int] = field(default_factory=list)
@@ -46,7 +47,7 @@ class Admit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bell:
-    """Verifier → draft: the forward of this round is done, end the tree. Only where the link itself cannot tell."""
+    """Verifier → draft: the forward of this round is done, end the tree. Sent only where the link cannot tell."""
 
     round: int
 
@@ -75,58 +76,58 @@ class Timings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Committed:
-    """Verifier → front: tokens that became certain in one round, and what the round was: where the
-    front finds a stop string, it alone knows with which round the request ended."""
+    """Verifier → front: the tokens that became certain in one round, and the facts of the round. The front needs
+    them: only it finds stop strings, and so knows with which round a request ended."""
 
     request: int
     tokens: list[int]
     accepted: int
-    """How many of the tokens were drafted."""
+    """Number of the tokens that were drafted."""
     depth: int = 0
-    """How many drafted ones the round accepted, before any cut."""
+    """Number of drafted tokens that the round accepted, before any cut."""
     drafted: int = 0
-    """Draft tokens the round verified for it."""
+    """Draft tokens that the round verified for the request."""
     hit: bool | None = None
-    """Whether the round's tree was found prepared; None if none was looked up."""
+    """Whether the round's tree was found in a speculation set; None if it was not looked up."""
     origin: Origin = "plain"
     committed_s: float = 0.0
-    """On the verifier's monotonic clock."""
+    """Time of the commit, on the verifier's monotonic clock."""
     decode_s: float = 0.0
     """Seconds since the end of prefill."""
     cached: int = 0
-    """Prompt tokens whose keys and values were found, not computed."""
+    """Prompt tokens whose keys and values were found instead of computed."""
     logprobs: list[list] | None = None
     """The four fields of ``decoding.logprobs.Logprobs`` for these tokens, if asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Watch:
-    """Front → verifier: report rounds from now on, or no longer."""
+    """Front → verifier: start or stop to report rounds."""
 
     on: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundReport:
-    """Verifier → front, while it watches: where the time of one round went. Seconds."""
+    """Verifier → front, while it watches: where the seconds of one round went."""
 
     began_s: float
-    """Of the verification, on the verifier's monotonic clock."""
+    """Start of the verification, on the verifier's monotonic clock."""
     forward_s: float
     wait_s: float | None
-    """In the exchange; None if no draft took part."""
+    """Time in the exchange; None if no draft took part."""
     draft_s: float | None
-    """The draft's own time for this round's speculation set: it ends within the exchange."""
+    """Time that the draft took for this round's speculation set, which ends within the exchange."""
     jit_s: float | None
     """Waiting for trees drafted after a miss."""
     round_s: float
-    """From the beginning of this verification to where the next one may begin."""
+    """From the start of this verification to the moment the next one may start."""
     rows: int
     """Sequences in the round."""
     lookups: int
     hits: int
     tokens: int = 0
-    """That the round made certain, of all rows."""
+    """Tokens that the round made certain, in all rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +139,7 @@ class Finished:
     record: SpeculationRecord
     decode_s: float
     error: str | None = None
-    """Why, where the reason is ``error``."""
+    """Message of the error, if the reason is ``error``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,23 +152,25 @@ class Ready:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failed:
-    """Worker → front: it cannot go on. ``usage``: the user's to mend. ``degraded``: the
-    verifier goes on without its draft, that of ``epoch``."""
+    """Worker → front: the worker cannot continue, or the verifier continues without its draft."""
 
     role: str
     message: str
     usage: bool = False
+    """The cause is the user's input; the message says what to change."""
     degraded: bool = False
+    """The pipeline continues without this worker."""
     epoch: int | None = None
+    """Of the draft that was lost."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hello:
-    """Worker → front: it is up, and where its side of the link is (verifier only). Draft → verifier:
-    its model is warm, it comes to the link now."""
+    """Worker → front: it is up. Draft → verifier: its model is warm, it comes to the link now."""
 
     role: str
     rendezvous: dict | None = None
+    """Where to meet the verifier (``Rendezvous``); sent by the verifier only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,15 +182,14 @@ class Welcome:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reopen:
-    """Front → verifier: the draft is gone, or to go; another will come under this epoch. Answered by
-    ``Hello``."""
+    """Front → verifier: the draft is gone or will be; wait for another under this epoch. Answered by ``Hello``."""
 
     epoch: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rejoined:
-    """Verifier → front: the draft of this epoch is there, speculation goes on."""
+    """Verifier → front: the draft of this epoch is linked, speculation continues."""
 
     epoch: int
 
@@ -202,12 +204,9 @@ class Prepare:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decided:
-    """First rank → other ranks of the draft: the outcomes of these trees, as in an ``OutcomeFrame``, ``[B]`` each."""
+    """First rank → other ranks of the draft: the outcomes of the trees they prepared for."""
 
-    states: list[int]
-    nodes: list[int]
-    bonus: list[int]
-    lookahead: int
+    outcome: OutcomeFrame
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,17 +13,17 @@ from .messages import Shutdown
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
-    """One rank's place among those that share a model."""
+    """One rank, among those that share a model."""
 
     group: TensorGroup
     lanes: list[ZmqLane]
-    """Of the first rank: to each of the others. Of another: from the first."""
+    """In the first rank: to each of the others. In another rank: one, from the first."""
 
     def close(self) -> None:
-        """The first rank sends the others home."""
+        """Leaves the group. The first rank tells the others to leave, too."""
         for lane in self.lanes:
             if self.group.rank == 0:
-                with contextlib.suppress(PipelineError):  # it may be gone already
+                with contextlib.suppress(PipelineError):  # the rank may be gone already
                     lane.send(Shutdown(), wait=False)
             lane.close()
         self.group.close()

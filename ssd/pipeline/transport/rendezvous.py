@@ -1,76 +1,83 @@
-"""Where draft and verifier meet: a store of their own on a free port, and the lane between them.
+"""Where draft and verifier meet: a store on a free port, and the control lane between them.
 
-No fixed ports: the verifier opens both and its ``Rendezvous`` is handed to the draft by
-whoever launched them.
+The verifier opens both. Whoever launched the workers hands its ``Rendezvous`` to the draft and to
+the verifier's other ranks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
-import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import zmq
 
-from ...errors import ConfigError, LinkError
+from ...errors import LinkError, PipelineError
 from ...models.tensor_group import TensorGroup
 from .lanes import ZmqLane
 from .links.base import Link
-from .links.gloo import GlooLink
-from .links.host import HostLink
-from .links.nccl import NcclLink
-from .links.shared import SharedLink
+from .links.kinds import LOOPBACK, LinkPlan, is_loopback
 from .messages import Hello
 from .rank_lanes import Ranks
 
 MEET_S = 60.0
-"""For both ends to link, once the draft has said that it comes."""
+"""Longest time for both ends to make the link once the draft has said that it comes."""
 PUBLISHED_POLL_S = 0.05
-_OVER_MEMORY = {"host": HostLink, "shared": SharedLink}
-"""Links that torch.distributed has no part in."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rendezvous:
-    """Plain data: safe to send."""
+    """Where to meet the verifier. Plain data, safe to send."""
 
     host: str
     port: int
+    """Of the store."""
     lane: str
+    """Endpoint of the lane to the draft."""
     kind: str
     """Of the link: ``shared``, ``gloo``, ``nccl`` or ``host``."""
     epoch: int = 0
     """How many drafts there were before."""
     rank_lanes: list[str] = field(default_factory=list)
-    """Of the verifier's ranks 1, 2, ..: where the first one tells them what to run."""
+    """Endpoints of the lanes from the verifier's first rank to its ranks 1, 2, ..."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def listening_host(self) -> str | None:
+        """Address that gloo listens on; None for the address of this machine's name."""
+        return self.host if is_loopback(self.host) else None
+
 
 class VerifierSide:
-    """Opens the store and the lane; ``link`` then waits for the draft.
+    """The verifier's end of the meeting: opens the store and the lanes, then waits for the others.
 
     Args:
-        host: address the draft can reach; loopback keeps everything on this machine.
-        timeout_s: for the draft to come. link_timeout_s: of each exchange then; ``timeout_s`` by
-            default. folder: where the lane's socket goes; somebody else removes it, too.
-        ranks: among how many the verifier's model is divided.
+        host: address at which the draft reaches this process. Loopback keeps everything on this machine.
+        kind: of the link (``link_kind``).
+        device: of the target.
+        timeout_s: longest wait for the draft and for the other ranks to come.
+        link_timeout_s: longest wait in the link once it is made; ``timeout_s`` by default.
+        folder: where the sockets go, in a folder that ``close`` removes.
+        ranks: number of ranks the target is divided among.
+
+    Raises:
+        OSError, RuntimeError: a lane, a socket or the store cannot be opened. Nothing stays open then.
     """
 
     def __init__(
         self,
         *,
-        host: str = "127.0.0.1",
+        host: str = LOOPBACK,
         kind: str = "gloo",
         device: str = "cpu",
         timeout_s: float,
@@ -79,95 +86,211 @@ class VerifierSide:
         ranks: int = 1,
     ):
         self._timeout_s, self._link_timeout_s, self._device = timeout_s, link_timeout_s or timeout_s, device
-        self._host = host
-        self._folder = tempfile.TemporaryDirectory(prefix="ssd-lane-", dir=folder) if _is_loopback(host) else None
-        self.lane, endpoint = ZmqLane.bind(self._endpoint("lane-0"))
-        lanes = [ZmqLane.bind(self._endpoint(f"rank-{rank}")) for rank in range(1, ranks)]
-        self._rank_lanes = [lane for lane, _ in lanes]
-        # TCPStore("127.0.0.1") listens on every interface; a socket bound by ourselves does not.
-        listener = socket.create_server((host, 0))
-        port = listener.getsockname()[1]
-        self._store: dist.TCPStore | None = dist.TCPStore(
-            host,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-            timeout=datetime.timedelta(seconds=timeout_s),
-        )
-        self.rendezvous = Rendezvous(
-            host=host, port=port, lane=endpoint, kind=kind, rank_lanes=[address for _, address in lanes]
-        )
+        self._host, self._folder = host, None
+        with contextlib.ExitStack() as opened:
+            if is_loopback(host):
+                folder = opened.enter_context(tempfile.TemporaryDirectory(prefix="ssd-lane-", dir=folder))
+                self._folder = Path(folder)
+            self.lane, endpoint = ZmqLane.bind(self._endpoint("lane-0"))
+            opened.callback(lambda: self.lane.close())  # whichever it is then
+            self._rank_lanes: list[ZmqLane] = []
+            endpoints: list[str] = []
+            for rank in range(1, ranks):
+                lane, address = ZmqLane.bind(self._endpoint(f"rank-{rank}"))
+                opened.callback(lane.close)
+                self._rank_lanes.append(lane)
+                endpoints.append(address)
+            store, port = _open_store(host, timeout_s)
+            self._store: dist.Store | None = store
+            self.rendezvous = Rendezvous(host=host, port=port, lane=endpoint, kind=kind, rank_lanes=endpoints)
+            self._opened = opened.pop_all()
 
     def _endpoint(self, name: str) -> str:
-        return f"ipc://{Path(self._folder.name) / name}" if self._folder else f"tcp://{self._host}:*"
+        return f"ipc://{self._folder / name}" if self._folder else f"tcp://{self._host}:*"
 
     def ranks(self, *, ordered: bool) -> Ranks:
-        """Waits for the other ranks. Raises: PipelineError if they do not come in time."""
-        assert self._store is not None
-        return _ranks(self._store, self.rendezvous, 0, self._rank_lanes, self._device, self._timeout_s, ordered)
+        """Waits for the other ranks of the verifier.
+
+        Args:
+            ordered: as for ``TensorGroup``.
+
+        Raises:
+            PipelineError: they did not come within ``timeout_s``.
+        """
+        return Ranks(
+            group=_tensor_group(self._open(), self.rendezvous, 0, self._device, self._timeout_s, ordered),
+            lanes=self._rank_lanes,
+        )
 
     def link(self) -> Link:
-        """Waits for the draft. Raises: LinkError if it does not come in time."""
+        """Waits for the draft. Raises: LinkError: it did not come within ``timeout_s``."""
         if not self.came(self._timeout_s):
             raise LinkError(f"the draft did not come in {self._timeout_s:g} s")
         return self.connect()
 
     def came(self, timeout_s: float) -> bool:
-        """Whether the draft says within that time that it comes to the link."""
+        """Returns whether the draft says within that time that it comes to the link."""
         return isinstance(self.lane.receive(timeout_s), Hello)
 
     def connect(self) -> Link:
-        """Link with the draft that came. Raises: LinkError if it does not meet us there."""
-        assert self._store is not None
-        meet_s = min(self._timeout_s, MEET_S)
-        if self.rendezvous.kind in _OVER_MEMORY:
-            endpoint = self._endpoint(f"link-{self.rendezvous.epoch}")
-            opened = _OVER_MEMORY[self.rendezvous.kind].listen
-            return opened(_prefixed(self._store, self.rendezvous), endpoint, self._link_timeout_s, meet_s)
-        return _link(
-            self._store, self.rendezvous, 0, device=self._device, meet_s=meet_s, timeout_s=self._link_timeout_s
+        """Makes the link with the draft that has said it comes.
+
+        May run in another thread while ``reopen`` is called: the link is then the former draft's.
+
+        Raises:
+            LinkError: the draft did not come to the link within ``MEET_S``, or this side is closed.
+        """
+        rendezvous = self.rendezvous
+        plan = LinkPlan(
+            kind=rendezvous.kind,
+            store=_link_store(self._open(), rendezvous),
+            device=self._device,
+            host=own_address(rendezvous),
+            timeout_s=self._link_timeout_s,
+            meet_s=min(self._timeout_s, MEET_S),
         )
+        return plan.listen(self._endpoint(f"link-{rendezvous.epoch}"))
 
     def reopen(self, epoch: int) -> None:
-        """Another lane, another name for the link: a draft that knows the former ones finds nobody.
+        """Opens another lane and names another link. A draft of an earlier epoch finds nobody.
 
-        Raises: LinkError if the lane cannot be opened.
+        Raises:
+            LinkError: the lane cannot be opened.
         """
-        self.lane.close()
         try:
-            self.lane, endpoint = ZmqLane.bind(self._endpoint(f"lane-{epoch}"))
-        except zmq.ZMQError as error:
-            raise LinkError(f"no lane for another draft: {error}") from error
+            lane, endpoint = ZmqLane.bind(self._endpoint(f"lane-{epoch}"))
+        except PipelineError as error:
+            raise LinkError(str(error)) from error
+        former, self.lane = self.lane, lane
+        former.close()
         self.rendezvous = replace(self.rendezvous, epoch=epoch, lane=endpoint)
 
     def close(self) -> None:
-        for lane in (self.lane, *self._rank_lanes):
-            lane.close()
-        self._store = None
-        if self._folder is not None:
-            self._folder.cleanup()
+        """Closes lanes and store and removes the folder. Links and ranks are closed by their holders."""
+        self._store = None  # dropping the store closes its sockets
+        self._opened.close()
+
+    def _open(self) -> dist.Store:
+        if (store := self._store) is None:
+            raise LinkError("the verifier's side is closed")
+        return store
 
 
 def draft_side(rendezvous: Rendezvous, *, timeout_s: float, device: str = "cpu") -> tuple[Link, ZmqLane]:
-    """For a draft that is ready. Raises: LinkError if the verifier cannot be reached in time."""
-    store = _store(rendezvous, timeout_s)
-    lane = ZmqLane.connect(rendezvous.lane)
-    lane.send(Hello(role="draft"))
-    # Patient: the verifier may be at long prompts. Should it leave, the link breaks at once.
-    if rendezvous.kind in _OVER_MEMORY:
-        return _OVER_MEMORY[rendezvous.kind].connect(_prefixed(store, rendezvous), timeout_s, timeout_s), lane
-    return _link(store, rendezvous, 1, device=device, meet_s=timeout_s, timeout_s=timeout_s), lane
+    """Meets the verifier, for a draft that is ready.
+
+    Args:
+        timeout_s: longest wait for the verifier, and in the link afterwards. The verifier may be busy
+            with long prompts; if it leaves, the link breaks at once.
+        device: of the draft.
+
+    Raises:
+        LinkError: the verifier cannot be reached in time. Nothing stays open then.
+    """
+    store = _reach(rendezvous, timeout_s)
+    with contextlib.ExitStack() as opened:
+        lane = ZmqLane.connect(rendezvous.lane)
+        opened.callback(lane.close)
+        lane.send(Hello(role="draft"))
+        link = LinkPlan(
+            kind=rendezvous.kind,
+            store=_link_store(store, rendezvous),
+            device=device,
+            host=own_address(rendezvous),
+            timeout_s=timeout_s,
+            meet_s=timeout_s,
+        ).connect()
+        opened.pop_all()
+    return link, lane
 
 
 def rank_side(rendezvous: Rendezvous, rank: int, *, timeout_s: float, device: str, ordered: bool) -> Ranks:
-    """For rank 1, 2, .. of the verifier. Raises: PipelineError if not all ranks come in time."""
-    store = _store(rendezvous, timeout_s)
-    lane = ZmqLane.connect(rendezvous.rank_lanes[rank - 1])
-    return _ranks(store, rendezvous, rank, [lane], device, timeout_s, ordered)
+    """Meets the other ranks, for rank 1, 2, ... of the verifier.
+
+    Raises:
+        PipelineError: not all ranks came within ``timeout_s``. Nothing stays open then.
+    """
+    store = _reach(rendezvous, timeout_s)
+    with contextlib.ExitStack() as opened:
+        lane = ZmqLane.connect(rendezvous.rank_lanes[rank - 1])
+        opened.callback(lane.close)
+        group = _tensor_group(store, rendezvous, rank, device, timeout_s, ordered)
+        opened.pop_all()
+    return Ranks(group=group, lanes=[lane])
 
 
-def _store(rendezvous: Rendezvous, timeout_s: float) -> dist.TCPStore:
+def publish(rendezvous: Rendezvous, role: str, other: Rendezvous, *, timeout_s: float) -> None:
+    """Tells a role, through the verifier's store, where it is awaited.
+
+    Raises:
+        LinkError: the store cannot be reached within ``timeout_s``.
+    """
+    _link_store(_reach(rendezvous, timeout_s), rendezvous).set(role, json.dumps(other.to_dict()))
+
+
+def published(rendezvous: Rendezvous, role: str, *, timeout_s: float, wanted: Callable[[], bool]) -> Rendezvous | None:
+    """Waits until it is published where a role is awaited.
+
+    Args:
+        wanted: asked while waiting; False ends the wait.
+
+    Returns:
+        Where the role is awaited, or None if it is no longer wanted.
+
+    Raises:
+        LinkError: nobody published it within ``timeout_s``, or the verifier left.
+    """
+    deadline = time.monotonic() + timeout_s
+    try:
+        store = _link_store(_reach(rendezvous, timeout_s), rendezvous)
+        while not store.check([role]):
+            if not wanted():
+                return None
+            if time.monotonic() > deadline:
+                raise LinkError(f"nobody awaits the {role}")
+            time.sleep(PUBLISHED_POLL_S)
+        return Rendezvous(**json.loads(store.get(role)))
+    except LinkError:
+        raise
+    except RuntimeError as error:
+        raise LinkError(f"the verifier left before the {role} came: {error}") from error
+
+
+def own_address(rendezvous: Rendezvous) -> str:
+    """Returns this machine's address on the network by which it reaches the verifier.
+
+    The address of the machine's own name may be loopback (Debian's ``127.0.1.1``) or on another network.
+    """
+    if is_loopback(rendezvous.host):
+        return rendezvous.host
+    family, *_, address = socket.getaddrinfo(rendezvous.host, rendezvous.port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # chooses a route; sends nothing
+        return probe.getsockname()[0]
+
+
+def _open_store(host: str, timeout_s: float) -> tuple[dist.Store, int]:
+    """Returns a store and its port."""
+    # TCPStore("127.0.0.1") listens on every interface; a socket bound here does not.
+    listener = socket.create_server((host, 0))
+    try:
+        port = listener.getsockname()[1]
+        store = dist.TCPStore(
+            host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.fileno(),
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
+        listener.detach()  # the store closes it
+    finally:
+        with contextlib.suppress(OSError):  # a store that failed late has closed it already
+            listener.close()
+    return store, port
+
+
+def _reach(rendezvous: Rendezvous, timeout_s: float) -> dist.Store:
     try:
         return dist.TCPStore(
             rendezvous.host, rendezvous.port, is_master=False, timeout=datetime.timedelta(seconds=timeout_s)
@@ -176,98 +299,20 @@ def _store(rendezvous: Rendezvous, timeout_s: float) -> dist.TCPStore:
         raise LinkError(f"the verifier's store at {rendezvous.host}:{rendezvous.port} does not answer") from error
 
 
-def publish(rendezvous: Rendezvous, role: str, other: Rendezvous, *, timeout_s: float) -> None:
-    """Say in the verifier's store where this role is awaited. Raises: LinkError if the store cannot be reached."""
-    _prefixed(_store(rendezvous, timeout_s), rendezvous).set(role, json.dumps(other.to_dict()))
+def _link_store(store: dist.Store, rendezvous: Rendezvous) -> dist.Store:
+    """The part of the store that belongs to one epoch."""
+    return dist.PrefixStore(f"link/{rendezvous.epoch}", store)
 
 
-def published(rendezvous: Rendezvous, role: str, *, timeout_s: float, wanted: Callable[[], bool]) -> Rendezvous | None:
-    """What was said there, once it is; None if it is ``wanted`` no more. Raises: LinkError if that takes too long."""
-    deadline = time.monotonic() + timeout_s
-    try:
-        store = _prefixed(_store(rendezvous, timeout_s), rendezvous)
-        while not store.check([role]):
-            if not wanted():
-                return None
-            if time.monotonic() > deadline:
-                raise LinkError(f"nobody awaits the {role}")
-            time.sleep(PUBLISHED_POLL_S)
-        return Rendezvous(**json.loads(store.get(role)))
-    except RuntimeError as error:
-        raise LinkError(f"the verifier left before the {role} came: {error}") from error
-
-
-def _ranks(
-    store: dist.Store,
-    rendezvous: Rendezvous,
-    rank: int,
-    lanes: Sequence[ZmqLane],
-    device: str,
-    timeout_s: float,
-    ordered: bool,
-) -> Ranks:
-    group = TensorGroup(
+def _tensor_group(
+    store: dist.Store, rendezvous: Rendezvous, rank: int, device: str, timeout_s: float, ordered: bool
+) -> TensorGroup:
+    return TensorGroup(
         store,
         rank,
         1 + len(rendezvous.rank_lanes),
         device=torch.device(device),
         timeout_s=timeout_s,
         ordered=ordered,
-        host=rendezvous.host if _is_loopback(rendezvous.host) else None,
+        host=rendezvous.listening_host,
     )
-    return Ranks(group=group, lanes=list(lanes))
-
-
-def link_kind(target_device: str, draft_device: str, wanted: str = "auto", *, host: str = "127.0.0.1") -> str:
-    """``nccl`` between two distinct GPUs that have it; ``shared`` where draft and verifier otherwise share a
-    machine; ``gloo`` between CPUs of two, ``host`` where a GPU of one cannot use NCCL; or what is wanted.
-
-    Args: host: where the verifier can be reached; loopback: from its own machine only.
-
-    Raises:
-        ConfigError: ``nccl`` or ``shared`` is wanted where it cannot be.
-    """
-    one, other = torch.device(target_device), torch.device(draft_device)
-    gpus = one.type == other.type == "cuda"
-    sharing = _is_loopback(host) and hasattr(os, "memfd_create")
-    if wanted == "nccl" and not (gpus and dist.is_nccl_available()):
-        raise ConfigError(
-            "engine.link=nccl needs target and draft on GPUs and a torch built with NCCL; use engine.link=auto"
-        )
-    if wanted == "shared" and not sharing:
-        raise ConfigError("engine.link=shared needs draft and verifier on one Linux machine; use engine.link=auto")
-    if wanted != "auto":
-        return wanted
-    if gpus and one != other and dist.is_nccl_available():
-        return "nccl"
-    if sharing:
-        return "shared"
-    return "gloo" if one.type == other.type == "cpu" else "host"
-
-
-def _link(
-    store: dist.Store, rendezvous: Rendezvous, rank: int, *, device: str, meet_s: float, timeout_s: float
-) -> Link:
-    prefixed = _prefixed(store, rendezvous)
-    if rendezvous.kind == "nccl":
-        return NcclLink(prefixed, rank, timeout_s, torch.device(device), meet_s)
-    return GlooLink(prefixed, rank, timeout_s, meet_s, own_address(rendezvous))
-
-
-def own_address(rendezvous: Rendezvous) -> str:
-    """This machine's address on the network by which it reaches the verifier: what its own name
-    means may be loopback (Debian's ``127.0.1.1``) or another network."""
-    if _is_loopback(rendezvous.host):
-        return rendezvous.host
-    family, *_, address = socket.getaddrinfo(rendezvous.host, rendezvous.port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(address)  # chooses a route; nothing is sent
-        return probe.getsockname()[0]
-
-
-def _prefixed(store: dist.Store, rendezvous: Rendezvous) -> dist.Store:
-    return dist.PrefixStore(f"link/{rendezvous.epoch}", store)
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("127.0.0.1", "localhost")

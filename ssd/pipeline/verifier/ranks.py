@@ -1,8 +1,8 @@
 """The verifier over several ranks: the first one leads, the others run every forward with it.
 
-Only the first rank decides, and only it talks to the front and the draft. Before a forward it tells
-the others in one small message what it will run; idle ranks wait for messages, never in a
-collective. The exchange with the draft lies outside of forwards.
+Only the first rank decides and talks to the front and the draft. Before a forward it sends the others
+one small message that says what to run. Idle ranks wait for messages, never in a collective. The
+exchange with the draft lies outside of forwards.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ IDLE_POLL_S = 0.5
 
 
 class LeadingRunner(ForwardRunner):
-    """The first rank's: the others are told of every forward."""
+    """The first rank's runner. It announces every forward and every change of the cache to the other ranks.
+
+    Args:
+        lanes: to the other ranks. All further arguments as for ``ForwardRunner``.
+
+    Raises (all methods):
+        PipelineError: another rank is gone.
+    """
 
     def __init__(self, *arguments: Any, lanes: Sequence[ControlLane], **options: Any):
         super().__init__(*arguments, **options)
@@ -54,10 +61,15 @@ class LeadingRunner(ForwardRunner):
 def follow(
     runner: ForwardRunner, lane: ControlLane, plans: Sequence[RowPlan], *, alive: Callable[[], bool] = lambda: True
 ) -> None:
-    """Run what the first rank says until it says stop, or nobody is alive to serve.
+    """Runs what the first rank announces until it says stop, or nobody is alive to serve.
+
+    Args:
+        lane: from the first rank.
+        plans: the row plans that it may name.
 
     Raises:
-        PipelineError: a message no rank is sent. WorkerError: another rank is gone or late.
+        PipelineError: a message came that no rank is sent.
+        WorkerError: another rank is gone or late.
     """
     named = {plan.name: plan for plan in plans}
     with naming_the_lost():
@@ -65,7 +77,7 @@ def follow(
             message = lane.receive(IDLE_POLL_S)
             if isinstance(message, Decode):
                 plan = named[message.plan]
-                # What is no token is fed as some token; the first rank never accepts it.
+                # ABSENT is fed as some token; the first rank never accepts it.
                 tokens = torch.tensor(message.tokens, device=runner.device).clamp(0, runner.vocabulary - 1)
                 lengths = torch.tensor(message.lengths, device=runner.device)
                 runner.forward(plan, tokens, lengths, longest=message.context - max(plan.limits) - 1)
@@ -85,7 +97,7 @@ def follow(
 
 @contextlib.contextmanager
 def naming_the_lost() -> Iterator[None]:
-    """Raises: WorkerError in place of a collective's error when another rank is gone or late."""
+    """Raises ``WorkerError`` in place of a collective's error when another rank is gone or late."""
     try:
         yield
     except RuntimeError as error:

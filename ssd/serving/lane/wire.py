@@ -15,9 +15,9 @@
       Ping, every HEARTBEAT_S ─────────────────►
             ◄─────────────────────────────────── Pong: session
 
-A session is one life of the server: when it changes, requests in flight are asked again, and the
-tokens known already are skipped (the answer is a function of prompt and parameters; where it is not,
-see ``Hi.repeats``, a request that has tokens fails instead).
+A session is one life of the server. When it changes, the client asks its requests in flight again and skips the
+tokens it has: the answer is a function of prompt and parameters. Where it is not (``Hi.repeats``), a request that has
+tokens fails instead.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ VERSION = 2
 MAX_MESSAGE_BYTES = 8 * 2**20
 HEARTBEAT_S = 2.0
 SILENT_S = 12.0
-"""Whoever says nothing for so long is gone."""
+"""An end that has been silent for this long is considered gone."""
 CREDIT = 64
-"""Events of a request under way to a client that has not read them yet."""
+"""Events of one request that the server sends ahead of a client that has not read them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,8 +50,8 @@ class Hi:
     model: str
     max_model_len: int
     repeats: bool = True
-    """Whether a sampled answer is a function of prompt and parameters, so that it can go on after a
-    restart; under the rules ``rejection`` and ``block`` only greedy ones are."""
+    """Whether a sampled answer is a function of prompt and parameters and can therefore continue after a
+    restart. Under the rules ``rejection`` and ``block`` only greedy answers are."""
     version: int = VERSION
 
 
@@ -102,7 +102,7 @@ class Tokens:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Done:
-    """A last event, with its output; one for every completion."""
+    """The last event of a completion, with its output."""
 
     number: int
     event: StreamEvent
@@ -112,7 +112,7 @@ class Done:
 class Stats:
     number: int
     values: dict[str, float]
-    """What ``/metrics`` has, by sample."""
+    """The samples of ``/metrics``, by name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,12 +131,13 @@ _ERRORS: dict[str, type[SSDError]] = {
 
 
 def refusal(number: int, error: SSDError) -> Refused:
+    """Returns the message that refuses a request because of an error."""
     kind = next(name for name, cls in (*_ERRORS.items(), ("PipelineError", SSDError)) if isinstance(error, cls))
     return Refused(number=number, kind=kind, message=str(error))
 
 
 def raised(message: Refused) -> SSDError:
-    """The error a refusal stands for."""
+    """Returns the error that a refusal stands for."""
     return _ERRORS.get(message.kind, PipelineError)(message.message)
 
 

@@ -19,8 +19,9 @@ from ...models.cache import CacheView, SlotCache
 from ...pipeline.draft import drafting
 from ...pipeline.draft import worker as draft
 from ...pipeline.round import lookup
+from ...pipeline.runtime import draft_main as _draft_main  # noqa: F401
 from ...pipeline.runtime import launch as _launch  # noqa: F401  so that nothing is imported, and bound, while seeded
-from ...pipeline.runtime import worker_main as _serve  # noqa: F401
+from ...pipeline.runtime import verifier_main as _verifier_main  # noqa: F401
 from ...pipeline.verifier import worker as verifier
 from ...pipeline.verifier.sequence import TargetSequence
 from ...request.sampling_params import SamplingParams

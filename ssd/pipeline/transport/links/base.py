@@ -79,7 +79,7 @@ class Pending:
         """Returns when the frame was sent and the incoming array is filled.
 
         Raises:
-            LinkError: the other end closed the link, or did nothing for the link's ``timeout_s``
-                counted from this call.
+            LinkError: the other end closed the link, or the link's ``timeout_s`` have passed since
+                the transfer was posted. A frame that is already here is received even then.
         """
         self._link._end()

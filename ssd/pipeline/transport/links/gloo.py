@@ -34,6 +34,7 @@ class GlooLink(Link):
         super().__init__()
         self._peer, self._timeout_s = 1 - rank, timeout_s
         self._works: list[Any] = []
+        self._deadline = 0.0
         try:
             options = dist.ProcessGroupGloo._Options()
             options._timeout = datetime.timedelta(seconds=meet_s or timeout_s)
@@ -48,7 +49,7 @@ class GlooLink(Link):
         if group is None:
             raise LinkError("the link is closed")
         # Receive first: gloo's send is not buffered, so two ends that both send first would block each other.
-        self._works = []
+        self._works, self._deadline = [], time.monotonic() + self._timeout_s
         try:
             if incoming is not None:
                 self._works.append(group.recv([torch.from_numpy(incoming)], self._peer, 0))
@@ -59,11 +60,10 @@ class GlooLink(Link):
 
     def _end(self) -> None:
         works, self._works = self._works, []
-        deadline = time.monotonic() + self._timeout_s
         try:
             for work in works:
-                # A timeout of zero would mean "no timeout" to torch.
-                left_s = max(1e-3, deadline - time.monotonic())
+                # To torch, a timeout of zero means none.
+                left_s = max(1e-3, self._deadline - time.monotonic())
                 work.wait(datetime.timedelta(seconds=left_s))
         except RuntimeError as error:
             raise LinkError(f"the transfer failed: {first_line(error)}") from error

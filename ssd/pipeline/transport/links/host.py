@@ -1,8 +1,10 @@
-"""The link over host memory: ZMQ, whose own thread sends while ours goes on."""
+"""The link over ZMQ, whose own thread sends while the worker continues."""
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch.distributed as dist
@@ -13,21 +15,23 @@ from ....errors import LinkError
 from .base import Link
 
 _HELLO = b"ssd link"
-_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)  # numbers, not members of enums: see control.py
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)  # plain numbers: see ``lanes``
 _ENDPOINT = "endpoint"
 
 
 class HostLink(Link):
-    """Two ends that cannot or need not use NCCL or gloo: draft and verifier on one GPU, or GPUs
-    without NCCL. Frames are host memory as they are made and read, so nothing is copied for the link.
+    """Frames over a ZMQ PAIR socket, for ends that have neither shared memory nor two CPUs for gloo.
 
-    A peer that dies closes its connection, which is seen at once; one that falls silent is seen at the
-    deadline. Args: of ``listen`` and ``connect`` as for ``GlooLink``.
+    When the other end dies its connection closes, which this end notices at once. A silent end is noticed at the
+    deadline.
+
+    ``listen`` and ``connect`` take the same arguments as those of ``SharedLink``.
     """
 
     def __init__(self, socket: zmq.Socket, timeout_s: float):
         super().__init__()
         self._incoming: np.ndarray | None = None
+        self._deadline = 0.0
         self._socket: zmq.Socket | None = socket
         self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED)
         self._poller = zmq.Poller()
@@ -37,51 +41,55 @@ class HostLink(Link):
 
     @classmethod
     def listen(cls, store: dist.Store, endpoint: str, timeout_s: float, meet_s: float) -> HostLink:
-        """The end that opens ``endpoint`` (``ipc://..``, ``tcp://host:*``) and says so in the store."""
-        socket = _socket()
-        socket.bind(endpoint)
-        store.set(_ENDPOINT, socket.getsockopt_string(zmq.LAST_ENDPOINT))
-        return cls(socket, meet_s)._greet(timeout_s, first=False)
+        """Makes the end that opens ``endpoint`` (``ipc://path``, ``tcp://host:*``) and puts it in the store."""
+        link = cls(_socket(), meet_s)
+        with link._closing_on_failure() as socket:
+            socket.bind(endpoint)
+            store.set(_ENDPOINT, socket.getsockopt_string(zmq.LAST_ENDPOINT))
+            link._check_greeting()
+            link._post(_HELLO)
+        link._timeout_s = timeout_s
+        return link
 
     @classmethod
     def connect(cls, store: dist.Store, timeout_s: float, meet_s: float) -> HostLink:
-        """The end that finds the endpoint in the store."""
-        try:
-            endpoint = store.get(_ENDPOINT).decode()
-        except RuntimeError as error:
-            raise LinkError("the verifier did not open its end of the link") from error
-        socket = _socket()
-        link = cls(socket, meet_s)
-        socket.connect(endpoint)
-        return link._greet(timeout_s, first=True)
+        """Makes the end that finds the endpoint in the store."""
+        link = cls(_socket(), meet_s)
+        with link._closing_on_failure() as socket:
+            try:
+                endpoint = store.get(_ENDPOINT).decode()
+            except RuntimeError as error:
+                raise LinkError("the verifier did not open its end of the link") from error
+            socket.connect(endpoint)
+            link._post(_HELLO)
+            link._check_greeting()
+        link._timeout_s = timeout_s
+        return link
 
-    def _greet(self, timeout_s: float, *, first: bool) -> HostLink:
-        """Wait for the other end, as long as it may take to come; from then on as long as it may be silent."""
-        try:
-            if first:
-                self._post(_HELLO)
-            if bytes(self._next()) != _HELLO:
-                raise LinkError("what came to the link was not its other end")
-            if not first:
-                self._post(_HELLO)
-        except LinkError:
-            self.close()
-            raise
-        self._timeout_s = timeout_s
-        return self
+    @contextlib.contextmanager
+    def _closing_on_failure(self) -> Iterator[zmq.Socket]:
+        with contextlib.ExitStack() as failed:
+            failed.callback(self.close)
+            assert self._socket is not None
+            yield self._socket
+            failed.pop_all()
+
+    def _check_greeting(self) -> None:
+        if bytes(self._next(time.monotonic() + self._timeout_s)) != _HELLO:
+            raise LinkError("received a greeting that is not the other end's")
 
     def _begin(self, outgoing: np.ndarray | None, incoming: np.ndarray | None) -> None:
         if self._socket is None:
             raise LinkError("the link is closed")
         if outgoing is not None:
             self._post(outgoing.data)
-        self._incoming = incoming
+        self._incoming, self._deadline = incoming, time.monotonic() + self._timeout_s
 
     def _end(self) -> None:
         incoming, self._incoming = self._incoming, None
         if incoming is None:
             return
-        frame = np.frombuffer(self._next(), np.uint8)
+        frame = np.frombuffer(self._next(self._deadline), np.uint8)
         if frame.size != incoming.nbytes:
             self.close()
             raise LinkError(f"received a frame of {frame.size} bytes where {incoming.nbytes} were due")
@@ -92,6 +100,7 @@ class HostLink(Link):
         return self._socket is not None and bool(int(self._socket.get(_EVENTS)) & _POLLIN)
 
     def _post(self, frame: memoryview | bytes) -> None:
+        """Hands a copy of the frame to ZMQ. Raises: LinkError: the other end is gone."""
         if self._socket is None:
             raise LinkError("the link is closed")
         try:
@@ -100,10 +109,10 @@ class HostLink(Link):
             self.close()
             raise LinkError("the other end closed the link") from None
 
-    def _next(self) -> memoryview:
+    def _next(self, deadline: float) -> memoryview:
+        """Returns the next frame. Raises: LinkError: the other end is gone, or the deadline has passed."""
         if self._socket is None:
             raise LinkError("the link is closed")
-        deadline = time.monotonic() + self._timeout_s
         try:
             while True:
                 left_ms = max(0, int((deadline - time.monotonic()) * 1e3))
@@ -114,11 +123,11 @@ class HostLink(Link):
                     self.close()
                     raise LinkError(f"the other end sent nothing for {self._timeout_s:g} s")
                 recv_monitor_message(self._monitor)
-                # What it sent before it left still counts.
+                # Frames sent before the other end left are still delivered.
                 if not self._socket.poll(0):
                     self.close()
                     raise LinkError("the other end closed the link")
-        except (zmq.ZMQError, AttributeError):  # closed by another thread of ours
+        except (zmq.ZMQError, AttributeError):  # closed by another thread
             raise LinkError("the link is closed") from None
 
     def close(self) -> None:
@@ -133,6 +142,6 @@ def _socket() -> zmq.Socket:
     socket = zmq.Context.instance().socket(zmq.PAIR)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
-    # An end that leaves may be followed by another, which must find a new link, not this one.
+    # A draft that replaces one that left must find a new link, not this one.
     socket.setsockopt(zmq.RECONNECT_IVL, -1)
     return socket

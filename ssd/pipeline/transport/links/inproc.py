@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import time
 
 import numpy as np
 
@@ -17,6 +18,7 @@ class InprocLink(Link):
         super().__init__()
         self._outbox, self._inbox, self._timeout_s = outbox, inbox, timeout_s
         self._incoming: np.ndarray | None = None
+        self._deadline = 0.0
         self._dead = False
 
     @classmethod
@@ -31,7 +33,7 @@ class InprocLink(Link):
             raise LinkError("the link is closed")
         if outgoing is not None:
             self._outbox.put(outgoing.copy())
-        self._incoming = incoming
+        self._incoming, self._deadline = incoming, time.monotonic() + self._timeout_s
 
     def _end(self) -> None:
         incoming, self._incoming = self._incoming, None
@@ -40,7 +42,7 @@ class InprocLink(Link):
         if self._dead:
             raise LinkError("the link is closed")
         try:
-            frame = self._inbox.get(timeout=self._timeout_s)
+            frame = self._inbox.get(timeout=max(0.0, self._deadline - time.monotonic()))
         except queue.Empty:
             self.close()
             raise LinkError(f"the other end sent nothing for {self._timeout_s:g} s") from None

@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 import threading
 import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,12 @@ ABORT_S = 5.0
 NEVER = datetime.timedelta(days=365)
 _HELLO = (0x55D11, 0x11D55)
 """The greeting of each rank. They differ so that no end mistakes its own greeting for the other's."""
+
+_NO_WATCHDOG = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+"""How a process group is made whose own threads never end the process when the other end fails. Read from the
+environment by its constructor; there is no other way to say it."""
+_making = threading.Lock()
+"""The environment is the whole process's."""
 
 
 class NcclLink(Link):
@@ -52,23 +61,45 @@ class NcclLink(Link):
         self._staged: torch.Tensor | None = None
         self._landing: torch.Tensor | None = None
         self._incoming: np.ndarray | None = None
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = NEVER
-        torch.cuda.set_device(device)
+        self._deadline = 0.0
         # Transfers have a stream of their own, so that forwards never wait for the other end.
         self._stream = torch.cuda.Stream(device)
+        self._group: Any = None
+        store.set_timeout(datetime.timedelta(seconds=self._timeout_s))
+        met: Future[None] = Future()
+
+        def meet() -> None:
+            try:
+                met.set_result(self._meet(store, rank))
+            except (RuntimeError, TypeError, ValueError, AttributeError, OSError) as error:
+                met.set_exception(error)
+
+        # NCCL connects without a deadline, so the caller keeps it.
+        threading.Thread(target=meet, name="ssd-nccl-meet", daemon=True).start()
         try:
-            self._group: Any = dist.ProcessGroupNCCL(store, rank, 2, options)
+            met.result(self._timeout_s)
+        except TimeoutError:
+            met.add_done_callback(lambda _met: self.close())  # the other end may still come
+            self.close()
+            raise LinkError(f"the other end did not come to the link in {self._timeout_s:g} s") from None
+        except LinkError:
+            self.close()
+            raise
         except RuntimeError as error:
+            self.close()
             raise LinkError(f"could not link draft and verifier: {first_line(error)}") from error
-        self._greet(rank)
         self._timeout_s = timeout_s
 
-    def _greet(self, rank: int) -> None:
+    def _meet(self, store: dist.Store, rank: int) -> None:
+        """Makes the group and exchanges greetings. May block for ever."""
+        torch.cuda.set_device(self._device)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = NEVER
+        with _making, _environment(_NO_WATCHDOG):
+            self._group = dist.ProcessGroupNCCL(store, rank, 2, options)
         landed = np.zeros(1, dtype=np.int32)
         self.exchange(np.array([_HELLO[rank]], dtype=np.int32), landed)
         if landed.item() != _HELLO[1 - rank]:
-            self.close()
             raise LinkError("received a greeting that is not the other end's")
 
     def _begin(self, outgoing: np.ndarray | None, incoming: np.ndarray | None) -> None:
@@ -89,6 +120,7 @@ class NcclLink(Link):
                 if self._landing is not None:
                     group.recv([self._landing], self._peer, 0)
                 self._work = group._end_coalescing()
+                self._deadline = time.monotonic() + self._timeout_s
         except RuntimeError as error:
             self.close()
             raise LinkError(f"the transfer could not start: {first_line(error)}") from error
@@ -110,9 +142,8 @@ class NcclLink(Link):
             raise LinkError(f"the transfer failed: {first_line(error)}") from error
 
     def _until_completed(self, work: Any) -> None:
-        deadline = time.monotonic() + self._timeout_s
         while not work.is_completed():
-            if time.monotonic() > deadline:
+            if time.monotonic() > self._deadline:
                 self.close()
                 raise LinkError(f"the other end sent nothing for {self._timeout_s:g} s")
             time.sleep(0)
@@ -133,3 +164,18 @@ class NcclLink(Link):
         watchdog = threading.Thread(target=abort, name="ssd-nccl-abort", daemon=True)
         watchdog.start()
         watchdog.join(ABORT_S)
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Sets environment variables for the time inside."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

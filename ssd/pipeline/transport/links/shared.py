@@ -1,4 +1,4 @@
-"""The link between two processes of one machine: memory both can see, and no system call while a frame is due."""
+"""The link between two processes of one machine, over shared memory."""
 
 from __future__ import annotations
 
@@ -19,35 +19,39 @@ from ....errors import LinkError
 from .base import Link
 
 MAX_FRAME_BYTES = 64 * 2**20
-"""Room for one frame. Memory is taken only for what is used of it."""
+"""Room for one frame. The system provides memory only for the part that is written."""
 SLOTS = 4
-"""Frames of one direction that may be under way. A round has at most two."""
+"""Frames that may be unread in one direction. A round has at most two."""
 _HEAD, _HEADER = struct.Struct("<3q"), 64
-"""A frame's number, size and checksum; the room kept for them."""
+"""Number, size and checksum of a frame, and the bytes reserved for them."""
 _ROOM = _HEADER + MAX_FRAME_BYTES
 _ENDPOINT = "endpoint"
 SPIN_S = 2e-3
-"""How long to look without sleeping. The other half of a round that goes well ends within this."""
+"""How long a waiting end looks without sleeping. In a round that hits, the other end posts within this time."""
 LONGEST_NAP_S = 1e-3
 
 
 class SharedLink(Link):
-    """Frames through a shared anonymous file; a connected Unix socket beside it, on which nothing is said,
-    closes when the other end dies. Nothing can be left behind: the memory has no name.
+    """Frames through a shared anonymous file.
 
-    A frame's header is its number, its size and a checksum over it and its bytes. The reader takes it once all
-    three are right, so that nothing depends on the order in which another core sees the writes.
+    A connected Unix socket, on which nothing is sent, closes when the other end dies. The memory has no name, so
+    nothing can be left behind.
 
-    Whoever waits looks for ``SPIN_S`` without pause (an exchange costs 50 µs where gloo's costs 330 after a
-    forward has swept the caches, see benchmarks/results), then naps for a twentieth of the time it has waited.
+    A frame's header holds its number, its size and a checksum over both and the bytes. The reader takes the frame
+    once all three are right, so the order in which another core sees the writes does not matter.
 
-    Args: of ``listen`` and ``connect`` as for ``GlooLink``.
+    A waiting end looks without pause for ``SPIN_S``, then sleeps between two looks for a twentieth of the time it has
+    waited. An exchange after a forward costs about 50 µs, where gloo's costs 330.
+
+    ``listen`` and ``connect`` take a store that both ends share, ``timeout_s`` as the longest wait for a transfer and
+    ``meet_s`` as the longest wait for the other end. They raise ``LinkError`` if it does not come.
     """
 
     def __init__(self, peer: socket.socket, memory: mmap.mmap, end: int, timeout_s: float):
         super().__init__()
         self._unsent: np.ndarray | None = None
         self._landing: np.ndarray | None = None
+        self._deadline = 0.0
         self._peer: socket.socket | None = peer
         self._gone = select.poll()
         self._gone.register(peer, select.POLLIN | select.POLLHUP)
@@ -57,7 +61,7 @@ class SharedLink(Link):
 
     @classmethod
     def listen(cls, store: dist.Store, endpoint: str, timeout_s: float, meet_s: float) -> SharedLink:
-        """The end that opens ``ipc://path``, in a folder nobody else may enter, and says so in the store."""
+        """Makes the end that listens at ``ipc://path``, in a private folder, and puts the path in the store."""
         path = endpoint.removeprefix("ipc://")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
             server.bind(path)
@@ -81,7 +85,7 @@ class SharedLink(Link):
 
     @classmethod
     def connect(cls, store: dist.Store, timeout_s: float, meet_s: float) -> SharedLink:
-        """The end that finds the path in the store."""
+        """Makes the end that finds the path in the store."""
         peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             path = store.get(_ENDPOINT).decode()
@@ -110,6 +114,7 @@ class SharedLink(Link):
             if not self._out.put(frame):
                 self._unsent = frame
         self._landing = None if incoming is None else incoming.view(np.uint8)
+        self._deadline = time.monotonic() + self._timeout_s
 
     def _end(self) -> None:
         unsent, landing = self._unsent, self._landing
@@ -148,7 +153,7 @@ class SharedLink(Link):
                     return
                 self.close()
                 raise LinkError("the other end closed the link")
-            if waited_s > self._timeout_s:
+            if began + waited_s > self._deadline:
                 self.close()
                 raise LinkError(f"the other end sent and took nothing for {self._timeout_s:g} s")
             time.sleep(min(waited_s / 20, LONGEST_NAP_S))
@@ -162,7 +167,7 @@ class SharedLink(Link):
 
 
 class _Way:
-    """One direction: a ring of frames, and how many of them the reader has taken."""
+    """One direction: a ring of frames, and the number of frames that the reader has taken."""
 
     def __init__(self, memory: mmap.mmap, number: int):
         start = number * self.size()
@@ -171,14 +176,14 @@ class _Way:
         self._memory, self._places = memory, at
         self._frames = [np.frombuffer(memory, np.uint8, MAX_FRAME_BYTES, offset + _HEADER) for offset in at]
         self._count = 0
-        """Frames put, or taken, by this end."""
+        """Frames that this end has put or taken."""
 
     @staticmethod
     def size() -> int:
         return _HEADER + SLOTS * _ROOM
 
     def put(self, frame: np.ndarray) -> bool:
-        """False while there is no room: the reader is behind."""
+        """Writes a frame of bytes. Returns False, and writes nothing, while the ring is full. Does not wait."""
         if self._count - self._taken[0] >= SLOTS:
             return False
         slot = self._count % SLOTS
@@ -189,11 +194,15 @@ class _Way:
 
     @property
     def ready(self) -> bool:
-        """Whether the next frame is announced; taking it may still have to wait for the rest of it."""
+        """Whether the header of the next frame is here. Its bytes may still be on their way."""
         return _HEAD.unpack_from(self._memory, self._places[self._count % SLOTS])[0] == self._count + 1
 
     def take(self, into: np.ndarray) -> bool:
-        """False while the next frame is not whole. Raises: ValueError: it has another size."""
+        """Reads the next frame. Returns False, and reads nothing, while it is not whole. Does not wait.
+
+        Raises:
+            ValueError: the frame has another size.
+        """
         slot = self._count % SLOTS
         number, size, check = _HEAD.unpack_from(self._memory, self._places[slot])
         if number != self._count + 1:

@@ -14,7 +14,7 @@ from ssd.config.load import load_config
 from ssd.decoding.trees.shape import ABSENT
 from ssd.pipeline.runtime.build_draft import build_draft
 from ssd.pipeline.runtime.plan import Plan
-from ssd.pipeline.transport.lane_ends import Inbox
+from ssd.pipeline.transport.inbox import Inbox
 from ssd.pipeline.transport.lanes import InprocLane
 from ssd.pipeline.transport.links.inproc import InprocLink
 from ssd.pipeline.transport.messages import Admit, Bell, Cancel

@@ -115,14 +115,14 @@ class Rounds:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.at: dict[str, int] = {}
         self.how: Callable[[], object] = lambda: None
-        self.victim = ""
+        self.victims: set[str] = set()
         speculate = DraftWorker.speculate
 
         def counted(worker: DraftWorker) -> SpeculationSet:
             role = threading.current_thread().name.removeprefix("ssd-")
             self.at[role] = self.at.get(role, 0) + 1
-            if role == self.victim:
-                self.victim = ""
+            if role in self.victims:
+                self.victims.remove(role)
                 self.how()
             return speculate(worker)
 
@@ -149,7 +149,7 @@ def test_a_rank_is_lost_and_the_others_go_on(
     with LLM(losing(tiny_config, 3), launch=InprocPipeline) as llm:
         plain = run(llm, prompts(2), params, "none")
         before = run(llm, prompts(2), params, "ssd")
-        rounds.victim = "draft-1"
+        rounds.victims = {"draft-1"}
         during = run(llm, prompts(2), params, "ssd")
         lost_at = rounds.at["draft-1"]
         after = run(llm, prompts(2), params, "ssd")
@@ -164,12 +164,30 @@ def test_a_rank_is_lost_and_the_others_go_on(
     assert len(lines) == 1
 
 
+def test_several_silent_ranks_do_not_cost_the_draft(tiny_config: Configure, rounds: Rounds) -> None:
+    """They share one deadline, half of the verifier's: the first rank still answers in time."""
+    released = threading.Event()
+    rounds.how = lambda: released.wait(30)
+    params = [replace(GREEDY, max_tokens=60)]
+    with LLM(losing(tiny_config, 4), launch=InprocPipeline) as llm:
+        plain = run(llm, prompts(1), params, "none")
+        run(llm, prompts(1), params, "ssd")
+        rounds.victims = {"draft-1", "draft-2", "draft-3"}
+        during = run(llm, prompts(1), params, "ssd")
+        assert not rounds.victims
+        after = run(llm, prompts(1), params, "ssd")
+        released.set()
+        assert llm.degraded is None  # the first rank speculates alone
+    assert [o.token_ids for o in (*during, *after)] == [plain[0].token_ids] * 2
+    assert total(after, "hits") > 0
+
+
 def test_the_first_rank_is_lost_and_all_come_back(tiny_config: Configure, rounds: Rounds) -> None:
     rounds.how = lambda: 1 / 0
     params = [replace(GREEDY, max_tokens=60)]
     with LLM(losing(tiny_config, 2), launch=InprocPipeline) as llm:
         plain = run(llm, prompts(1), params, "none")
-        rounds.victim = "draft"
+        rounds.victims = {"draft"}
         outputs = run(llm, prompts(1), params, "ssd")
         deadline = time.monotonic() + 60
         while llm.degraded:

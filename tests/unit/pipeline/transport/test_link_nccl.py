@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -28,6 +31,7 @@ class Group:
     """Transfers begin when both ends have launched theirs, as NCCL's do; the first is slow."""
 
     CONNECT_S = 0.3
+    BLOCKS_S = 0.0
     ends: dict[int, Group]
 
     class Options:
@@ -35,11 +39,16 @@ class Group:
 
     def __init__(self, store: Any, rank: int, size: int, options: Any):
         assert size == 2 and options._timeout.days == 365  # NCCL's own deadline would end the process
+        self.environment = dict(os.environ)
+        if self.BLOCKS_S:
+            time.sleep(self.BLOCKS_S)
         self.rank, self.aborted = rank, False
         self.sent: list[Tensor | None] = []
+        self.launched_on: list[object] = []
         self.ends[rank] = self
 
     def _start_coalescing(self) -> None:
+        self.launched_on.append(CURRENT.get())
         self._sending: Tensor | None = None
         self._landing: Tensor | None = None
 
@@ -78,13 +87,23 @@ class Group:
                 self.landing.copy_(frame)
 
 
+CURRENT: ContextVar[object] = ContextVar("stream", default="the worker's stream")  # of each thread
+
+
+@contextlib.contextmanager
+def on_stream(stream: object) -> Iterator[None]:
+    token = CURRENT.set(stream)
+    yield
+    CURRENT.reset(token)
+
+
 @pytest.fixture(autouse=True)
 def twin(monkeypatch: pytest.MonkeyPatch) -> None:
     Group.ends = {}
     monkeypatch.setattr(dist, "ProcessGroupNCCL", Group, raising=False)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "the link's stream")
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
 
 
 @pytest.mark.parametrize("name", ["_start_coalescing", "_end_coalescing", "send", "recv", "abort"])
@@ -117,10 +136,45 @@ def test_a_new_link_is_warm() -> None:
 
 def test_an_end_that_does_not_come_is_given_up_in_time() -> None:
     began = time.monotonic()
-    with pytest.raises(LinkError, match=r"the other end sent nothing for 0\.2 s"):
+    with pytest.raises(LinkError, match=r"0\.2 s"):
         link(0, meet_s=0.2)
     assert time.monotonic() - began < 5
     assert Group.ends[0].aborted
+
+
+def test_a_group_that_blocks_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL connects within its first transfer, without any deadline."""
+    monkeypatch.setattr(Group, "BLOCKS_S", 3.0)
+    began = time.monotonic()
+    with pytest.raises(LinkError, match=r"did not come to the link in 0\.2 s"):
+        link(0, meet_s=0.2)
+    assert time.monotonic() - began < 2
+    time.sleep(3.2 - (time.monotonic() - began))  # the twin's own thread ends
+
+
+def test_between_post_and_wait_the_workers_stream_is_current() -> None:
+    """Kernels that the caller launches meanwhile belong to its own stream, not to the link's."""
+    with ThreadPoolExecutor(2) as pool:
+        one, other = [future.result(10) for future in [pool.submit(link, rank) for rank in (0, 1)]]
+    landed = np.zeros(2, dtype=np.int32)
+    pending = one.post(np.arange(2, dtype=np.int32), landed)
+    assert CURRENT.get() == "the worker's stream"
+    assert Group.ends[0].launched_on[-1] == "the link's stream"
+    other.post(np.arange(2, dtype=np.int32) + 5, np.zeros(2, dtype=np.int32))
+    pending.wait()
+    assert landed.tolist() == [5, 6] and CURRENT.get() == "the worker's stream"
+
+
+def test_torch_does_not_end_the_process_when_the_other_end_fails() -> None:
+    """Its watchdog and its monitor are off for the link's group, and for nothing that is made later."""
+    before = dict(os.environ)
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(link, rank) for rank in (0, 1)]:
+            future.result(10)
+    for group in Group.ends.values():
+        assert group.environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+        assert group.environment["TORCH_NCCL_ENABLE_MONITORING"] == "0"
+    assert dict(os.environ) == before
 
 
 def test_two_ends_of_the_same_rank_do_not_link() -> None:

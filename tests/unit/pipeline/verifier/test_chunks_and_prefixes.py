@@ -24,7 +24,7 @@ from ssd.pipeline.runtime.build_verifier import build_verifier
 from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.pipeline.runtime.plan import Plan
 from ssd.pipeline.runtime.verifier_loop import verifier_loop
-from ssd.pipeline.transport import lane_ends
+from ssd.pipeline.transport import front_lane
 from ssd.pipeline.transport.messages import Admit, Cancel, Committed, Finished, Message, Shutdown, Submit
 from ssd.pipeline.verifier.prompts import PrefixCache
 from ssd.pipeline.verifier.worker import VerifierWorker
@@ -88,7 +88,7 @@ def finished(*requests: int) -> Callable[[list[Any]], bool]:
 
 
 def test_running_rows_get_a_round_between_two_chunks(tiny_config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lane_ends, "TELL_S", 0.0)  # every round is told of at once
+    monkeypatch.setattr(front_lane, "TELL_S", 0.0)  # every round is told of at once
     plan = plan_of(tiny_config(draft=None, speculation={"method": "none"}, engine={"max_batch": 3}))
     asked = {0: ids(5), 1: ids(LONG, seed=1), 2: ids(2 * CHUNK, seed=2)}
     alone = {}

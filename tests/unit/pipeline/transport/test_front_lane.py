@@ -1,4 +1,4 @@
-"""What became certain may wait a little for more of it, and nothing overtakes it."""
+"""Messages may wait a little for later ones, and nothing overtakes them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ssd.pipeline.transport.lane_ends import TELL_S, Teller
+from ssd.pipeline.transport.front_lane import TELL_S, FrontLane
 from ssd.pipeline.transport.lanes import ControlLane, InprocLane, ZmqLane
 from ssd.pipeline.transport.messages import Cancel, Committed, Message, Rejoined
 
@@ -40,10 +40,10 @@ def heard(lane: ControlLane, count: int) -> list[Message | None]:
     return [*(lane.receive(PATIENCE_S) for _ in range(count)), lane.receive(0.05)]
 
 
-def test_held_until_it_is_time(lanes: tuple[ControlLane, ControlLane]) -> None:
+def test_messages_wait_for_later_ones(lanes: tuple[ControlLane, ControlLane]) -> None:
     clock = Clock()
-    teller = Teller(lanes[0], clock)
-    teller.tell(certain(1, 2), at_once=False)  # nothing was told for a while
+    teller = FrontLane(lanes[0], clock)
+    teller.tell(certain(1, 2), at_once=False)  # the last was sent long ago
     assert heard(lanes[1], 2) == [*certain(1, 2), None]
     for number in (3, 4):
         clock.now += TELL_S / 3
@@ -54,26 +54,26 @@ def test_held_until_it_is_time(lanes: tuple[ControlLane, ControlLane]) -> None:
     assert heard(lanes[1], 3) == [*certain(3, 4, 5), None]
 
 
-def test_not_held_where_somebody_waits(lanes: tuple[ControlLane, ControlLane]) -> None:
-    teller = Teller(lanes[0], Clock())
+def test_awaited_messages_are_sent_at_once(lanes: tuple[ControlLane, ControlLane]) -> None:
+    teller = FrontLane(lanes[0], Clock())
     teller.tell(certain(1), at_once=False)
     teller.tell(certain(2), at_once=False)
     teller.tell(certain(3), at_once=True)
     assert heard(lanes[1], 3) == [*certain(1, 2, 3), None]
-    teller.tell(certain(4), at_once=False)  # it was told just now
+    teller.tell(certain(4), at_once=False)  # the last was sent just now
     assert lanes[1].receive(0.05) is None
 
 
 def test_nothing_overtakes_it(lanes: tuple[ControlLane, ControlLane]) -> None:
-    teller = Teller(lanes[0], Clock())
+    teller = FrontLane(lanes[0], Clock())
     for number in (1, 2, 3):
         teller.tell(certain(number), at_once=False)
     teller.send(Rejoined(epoch=1))
     assert heard(lanes[1], 4) == [*certain(1, 2, 3), Rejoined(epoch=1), None]
 
 
-def test_it_hears_as_the_lane_does(lanes: tuple[ControlLane, ControlLane]) -> None:
-    teller = Teller(lanes[0], Clock())
+def test_it_receives_as_the_lane_does(lanes: tuple[ControlLane, ControlLane]) -> None:
+    teller = FrontLane(lanes[0], Clock())
     assert teller.receive(0) is None
     lanes[1].send(Cancel(request=1))
     assert teller.receive(PATIENCE_S) == Cancel(request=1)
