@@ -1,7 +1,7 @@
-"""Hit rates of forecasts by replay: rounds led along known texts, every forecast asked what it would prepare.
+"""Hit rates of forecasts by replay: rounds along known texts, with every forecast run on each.
 
-As in ``replay``, under coupled verification trees and outcomes depend on the text alone. But forecasts that learn
-are told what became of theirs, so rounds come in order, and texts one after another.
+As in ``replay``, trees and outcomes depend on the text alone under coupled verification. But some forecasts learn from
+the outcomes, so rounds run in order, and texts one after another.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...decoding.trees.shape import ABSENT
 from ...pipeline.runtime.build_draft import build_draft
 from ...pipeline.runtime.plan import Plan
 from ...request.params import SamplingParams
-from ..simulate.replay import Walk, deepest_node, draft_plan, with_speculation
+from ..simulate.replay import DraftAlongText, deepest_node, draft_plan, with_speculation
 
 
 def hit_rates(
@@ -28,12 +28,16 @@ def hit_rates(
     budgets: Sequence[int],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, dict[int, float]]:
-    """Share of rounds whose outcome was prepared, by the forecast's shape and its budget.
+    """Returns the share of rounds whose outcome was prepared, by the forecast's shape and its budget.
 
     Args:
-        plan: of the pairing; its tree is used. texts: prompt and the target's answer to it under
-            ``params``, as token ids. The answers' last K + 1 tokens only judge what comes before.
-        progress: texts done and in all.
+        plan: of the pairing; its tree is used.
+        texts: prompt and the target's answer to it under ``params``, as token ids. The last K + 1 tokens of an answer
+            only serve to judge those before them.
+        params: the answers were written under.
+        shapes: of the forecasts.
+        budgets: of the forecasts.
+        progress: called with the texts done and their number.
     """
     tree = plan.shape
     siblings = list(tree.siblings)
@@ -47,16 +51,16 @@ def hit_rates(
     }
     hits, rounds = dict.fromkeys(forecasts, 0), 0
     for number, (prompt, answer) in enumerate(texts):
-        walk = Walk(worker, tree, [*prompt, *answer], params)
+        text = DraftAlongText(worker, [*prompt, *answer], params)
         for forecast in forecasts.values():
             forecast.admit(0, params.temperature)
         root, last, first = len(prompt) - 1, len(prompt) + len(answer) - tree.depth - 2, True
         while root < last:
-            tokens, scores = walk.at(root)
+            tokens, scores = text.at(root)
             tokens = tokens[None].clone()
             if first:  # nothing was prepared for a sequence's first round
                 tokens[:, 1:], first = ABSENT, False
-            ahead = torch.tensor([walk.ids[root + 1 : root + tree.depth + 2]])
+            ahead = torch.tensor([text.ids[root + 1 : root + tree.depth + 2]])
             node, depth = deepest_node(tree, tokens, ahead)
             bonus = ahead.gather(1, depth[:, None])[:, 0]
             for key, forecast in forecasts.items():
@@ -68,7 +72,7 @@ def hit_rates(
 
 
 def _hit(forecast: Forecast, scores: Tensor, tokens: Tensor, node: Tensor, bonus: Tensor) -> bool:
-    """One round of one text."""
+    """Returns whether the forecast prepared the outcome of one round, and shows it the outcome."""
     forecast.prepare(tokens.tolist())
     nodes, guesses = forecast.outcomes(scores, tokens)
     outcome, outcomes = (int(node), int(bonus)), zip(nodes[0].tolist(), guesses[0].tolist(), strict=True)

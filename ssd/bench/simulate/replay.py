@@ -1,8 +1,8 @@
-"""What rounds at every position of known texts accept and hit: the draft, run over them.
+"""Replays known texts: how much a round at every position would accept, and whether its outcome was prepared.
 
-Under coupled verification the tree below a root depends on the tokens before it alone, whether it
-was prepared as a branch or drafted after a miss. So the draft is led along the target's own tokens,
-drafts the deepest and widest tree at every position, and all smaller trees are parts of it.
+Under coupled verification the tree below a root depends on the tokens before it alone, whether it was prepared as a
+branch or drafted after a miss. So the draft runs along the target's own tokens and drafts the deepest and widest tree
+at every position; all smaller trees are parts of it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...decoding.sampling import scores
+from ...decoding.processors import TreePaths
+from ...decoding.trees.combs import comb_tokens
 from ...decoding.trees.shape import ABSENT, TreeShape
 from ...decoding.trees.widths import siblings_within
 from ...errors import ConfigError
 from ...models.rows import RowPlan
+from ...pipeline.draft.worker import DraftWorker
 from ...pipeline.runtime.build_draft import build_draft
 from ...pipeline.runtime.plan import Plan
+from ...pipeline.sampling.scorers import ExactScorer
+from ...pipeline.sampling.walk import ChainSteps, Rows, Walk, single_forward, walked
 from ...pipeline.transport.messages import Admit
 from ...request.params import SamplingParams
 from .profile import NEVER, ROOT, Replay
@@ -27,7 +31,7 @@ from .profile import NEVER, ROOT, Replay
 BUDGETS = (4, 8, 12, 16, 24, 32, 48)
 CHUNK_BYTES = 64 << 20
 WIDEST = 3
-"""Combs with more rows than so many for each depth are not replayed."""
+"""Combs with more nodes per depth than this are not replayed."""
 
 
 def replay(
@@ -40,18 +44,21 @@ def replay(
     budgets: Sequence[int] = BUDGETS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Replay:
-    """Tables of every tree and budget: chains, and combs of so many ``rows``.
+    """Returns the tables of every tree and budget.
 
     Args:
-        plan: of the pairing; its forecast's shape and sharpness are used. budgets: tried, where a
-            forecast must be tried to know (of the confidence forecast only the largest is).
-        texts: prompt and the target's answer to it under ``params``, as token ids. The last
-            ``max(lookaheads) + 1`` tokens of an answer only serve to judge what comes before.
-        progress: texts done and in all.
+        plan: of the pairing; its forecast's shape and sharpness are used.
+        texts: prompt and the target's answer to it under ``params``, as token ids. The last ``max(lookaheads) + 1``
+            tokens of an answer only serve to judge those before them.
+        params: the answers were written under.
+        lookaheads: depths of the trees.
+        rows: of the combs, beside the chains.
+        budgets: of the forecasts. Of the confidence forecast only the largest is run: it contains the others.
+        progress: called with the texts done and their number.
     """
     if plan.config.speculation.forecast.shape == "measured":
         raise ConfigError(
-            "a forecast that learns is another one in every round; measure profiles with speculation.forecast.shape"
+            "a forecast that learns changes in every round; measure profiles with speculation.forecast.shape"
             "=confidence (benchmarks/forecasts.py compares hit rates)"
         )
     combs = {
@@ -76,12 +83,12 @@ def replay(
     needed: dict[str, list[list[int]]] = {name: [[] for _ in texts] for name in trees}
     chunk = max(1, CHUNK_BYTES // (4 * whole.nodes * plan.vocabulary))
     for number, (prompt, answer) in enumerate(texts):
-        walk = Walk(worker, whole, [*prompt, *answer], params)
+        text = DraftAlongText(worker, [*prompt, *answer], params)
         roots = range(len(prompt) - 1, len(prompt) + len(answer) - deepest - 2)
         for start in range(0, len(roots), chunk):
-            seen = [walk.at(root) for root in roots[start : start + chunk]]
+            seen = [text.at(root) for root in roots[start : start + chunk]]
             tokens, marks = torch.stack([t for t, _ in seen]), torch.stack([s for _, s in seen])
-            ahead = torch.tensor([walk.ids[root + 1 : root + deepest + 2] for root in roots[start : start + chunk]])
+            ahead = torch.tensor([text.ids[root + 1 : root + deepest + 2] for root in roots[start : start + chunk]])
             for name, (shape, nodes) in trees.items():
                 part, scored = tokens[:, nodes].clone(), marks[:, nodes]
                 if name == ROOT:
@@ -99,44 +106,46 @@ def replay(
     return Replay(accepted=accepted, needed=needed)
 
 
-class Walk:
-    """The draft on one text: at any root, in order, the whole tree and its scores."""
+class DraftAlongText:
+    """The draft on one text: at any root, in ascending order, the whole tree and its scores.
 
-    def __init__(self, worker, shape: TreeShape, ids: list[int], params: SamplingParams):
-        self.worker, self.shape, self.ids = worker, shape, ids
+    Args:
+        worker: of one slot; its tree is drafted.
+        ids: the text.
+        params: the text was written under.
+    """
+
+    def __init__(self, worker: DraftWorker, ids: list[int], params: SamplingParams):
+        self.ids, self._worker, shape = ids, worker, worker.shape
         worker.admit(Admit(slot=0, tokens=ids, params=params, forecasts=True))
-        self._glue, self._step = RowPlan.tree("replay", shape), RowPlan.sequential("step", 1)
-        self._depths = shape.depth_index()
+        worker.sampling.processors.clear(0)  # they would count the whole text, not the part before a root
+        self._chain, self._paths = ChainSteps("step"), TreePaths(shape, worker.runner.device)
+        depths = shape.depth_index(worker.runner.device)[None]
+        self._tree = Rows(RowPlan.tree("replay", shape), 0, depths)
         self._ready = False
 
     @torch.no_grad()
     def at(self, root: int) -> tuple[Tensor, Tensor]:
-        """Tokens ``[W]`` and draft scores ``[W, V]`` (float32, on the CPU) of the tree below position ``root``."""
-        runner, chooser = self.worker.runner, self.worker.chooser
+        """Returns tokens ``[W]`` and draft scores ``[W, V]`` (float32, on the CPU) of the tree below position
+        ``root``."""
+        runner, sampling, shape = self._worker.runner, self._worker.sampling, self._worker.shape
         if not self._ready and root:
-            runner.prefill(0, self.ids[:root])  # later positions are written as the walk goes on
+            runner.prefill(0, self.ids[:root])  # later positions are written on the way
         self._ready = True
-        length = torch.tensor([root], device=runner.device)
-        noise, copying = chooser.noise(length), self.worker.drafting.copying
-        fed, ranked = torch.tensor([[self.ids[root]]], device=runner.device), []
-        trail = copying.trail(fed, length)
-        for step in range(self.shape.depth):
-            logits = trail.add(runner.forward(self._step, fed, length + step, longest=root + step))
-            ahead = None if noise is None else noise[:, step : step + 1]
-            ranked.append(scores(logits, chooser.params, ahead)[0, 0].topk(1 + self.shape.siblings[step]).indices)
-            fed = ranked[-1][None, :1]
-            trail.feed(fed)
-        chain, beside = [best[:1] for best in ranked], [best[1:] for best in ranked]
-        tokens = torch.cat([torch.tensor([self.ids[root]], device=runner.device), *chain, *beside])
-        trail = copying.trail(tokens[None], length)
-        logits = trail.add(runner.forward(self._glue, tokens[None], length, longest=root))
-        ahead = None if noise is None else noise[:, self._depths.to(noise.device)]
-        return tokens.cpu(), scores(logits, chooser.params, ahead)[0].cpu()
+        length, roots = (torch.tensor(value, device=runner.device) for value in ([root], [[self.ids[root]]]))
+        scorer = ExactScorer(sampling, 1 + max(shape.siblings), sampling.noise(length), self._paths)
+        forward, source = single_forward(runner, length, root, None), self._worker.copying.source(length)
+        walk = Walk(self._chain.rows, forward, scorer, source)
+        ranked = walked(walk.step, walk.below(roots), shape.depth)
+        tokens = torch.cat([roots, comb_tokens(ranked, shape.siblings)[:, 0]], dim=1)
+        logits = walk.logits(self._tree, tokens, walk.endings(tokens))
+        scores, _ = scorer.outcomes(logits, self._tree, scorer.paths(tokens))
+        return tokens[0].cpu(), scores[0].cpu()
 
 
 def deepest_node(shape: TreeShape, tokens: Tensor, ahead: Tensor) -> tuple[Tensor, Tensor]:
-    """Deepest node ``[P]`` of each tree ``[P, W]`` on the path of the tokens that follow its root
-    ``[P, K + 1]``, and its depth ``[P]``."""
+    """Returns the deepest node ``[P]`` of each tree ``tokens [P, W]`` on the path of the tokens ``ahead [P, K + 1]``
+    that follow its root, and its depth ``[P]``."""
     node = torch.zeros(len(tokens), dtype=torch.int64)
     depth = node.clone()
     for child, parent in enumerate(shape.parents, start=1):
@@ -148,7 +157,7 @@ def deepest_node(shape: TreeShape, tokens: Tensor, ahead: Tensor) -> tuple[Tenso
 
 
 def _nodes(deepest: int, widest: int, beside: Sequence[int]) -> list[int]:
-    """Which nodes of ``comb(deepest, widest)`` are ``comb(len(beside), beside)``, in its order."""
+    """Returns the nodes of ``comb(deepest, widest)`` that make up ``comb(len(beside), beside)``, in its order."""
     leaves = [deepest + 1 + level * widest + rank for level, count in enumerate(beside) for rank in range(count)]
     return [*range(len(beside) + 1), *leaves]
 
@@ -158,7 +167,7 @@ def _sized(plan: Plan, shape: TreeShape, size: int) -> Plan:
 
 
 def draft_plan(plan: Plan, depth: int, siblings: int | list[int], budget: int) -> Plan:
-    """For a draft that is led over texts: one slot, nothing compiled."""
+    """Returns the plan of a draft that runs along texts: one slot, nothing compiled."""
     config = plan.config
     assert config.draft is not None
     draft = config.draft.model_copy(update={"compile": False, "data_parallel": 1})
@@ -175,7 +184,7 @@ def with_speculation(
     shape: str | None = None,
     max_batch: int | None = None,
 ) -> Plan:
-    """The plan with another tree and forecast."""
+    """Returns the plan with another tree and forecast."""
     config = plan.config
     found = config.speculation.forecast
     forecast = found.model_copy(update={"budget": budget, "shape": shape or found.shape})

@@ -24,6 +24,7 @@ from ...decoding.trees.shape import ABSENT
 from ...decoding.verify.draft_probs import DraftProbs
 from ...errors import PipelineError
 from ..round.frames import Frames, Next, OutcomeFrame, SpeculationSet
+from ..sampling.walk import never
 from ..transport.lanes import ControlLane, ZmqLane
 from ..transport.links.base import Link
 from ..transport.messages import Admit, Decided, Message, Prepare, Shutdown
@@ -105,10 +106,10 @@ class LeadingDraft(DraftWorker):
         self._tell(message)
         super().admit(message)
 
-    def speculate(self) -> SpeculationSet:
+    def speculate(self, bell: Callable[[], bool] = never) -> SpeculationSet:
         self._round += 1
         self._tell(Prepare(round=self._round, trees=self.trees))
-        own = super().speculate()
+        own = super().speculate(bell)
         return joined([own, *(self._take(rank) or _nothing_like(own) for rank in self.ranks)])
 
     def commit(self, frame: OutcomeFrame, speculation: SpeculationSet) -> list[bool]:

@@ -16,7 +16,7 @@ from ...decoding.verify.coupled import Outcome, verify_coupled
 from ...models.cuda.device import Courier, Written
 from ...models.rows import RowPlan
 from ...models.runner import ForwardRunner
-from ..sampling.slots import Chooser
+from ..sampling.slots import SlotSampling
 from .judge import Judge
 
 
@@ -50,7 +50,7 @@ class Decider:
         self,
         runner: ForwardRunner,
         shape: TreeShape,
-        chooser: Chooser,
+        chooser: SlotSampling,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._runner, self.chooser, self._clock = runner, chooser, clock

@@ -22,7 +22,7 @@ from ..round.frames import RowState, SpeculationSet
 from ..round.lookup import lookup
 from ..round.verdict import Commit, Verdict
 from ..sampling.selection import Selection, Selector
-from ..sampling.slots import Chooser
+from ..sampling.slots import SlotSampling
 from ..transport.messages import Admit, Submit
 from .decider import Decider
 from .invariance import interchangeable
@@ -86,7 +86,7 @@ class VerifierWorker:
         self.lookups = self.hits = 0  # of the round before
         self._missed_s = self._trees_s = 0.0
         horizon, batch = shape.depth + 1, runner.batch
-        self.chooser = Chooser(batch, runner.vocabulary, runner.device, horizon=horizon, compiled=runner.compiled)
+        self.chooser = SlotSampling(batch, runner.vocabulary, runner.device, horizon=horizon, compiled=runner.compiled)
         self.decider = Decider(runner, shape, self.chooser, clock)
         self._trees = verify_plans(shape, lookaheads)
         self._tree, self._one = self._trees[shape.depth], RowPlan.sequential("one", 1)

@@ -83,7 +83,7 @@ def play(
             raise RuntimeError("draft and verifier disagree about who missed")
         if any(waits):
             drafted = draft.draft_now(waits)
-            raw = frames.pack_trees(drafted, number, 0, draft.drafting.drafted_from)
+            raw = frames.pack_trees(drafted.trees, number, 0, drafted.draft)
             verifier.fill(missed, frames.unpack_trees(raw, number)[0], frames.unpack_tree_probs(raw))
         # What was served without waiting was prepared, or was an n-gram.
         sources = ["hit" if h else "jit" if w else "none" for h, w in zip(hit, waits, strict=True)]

@@ -133,7 +133,7 @@ def test_drafts_are_captured_with_what_requests_ask_for(
     made = load_config(tiny_config(draft="target", speculation={"lookahead": 3, "forecast": {"budget": 12}}))
     plan = Plan(config=made, vocabulary=128, ends=(0,))
     verifier, draft = build_verifier(plan)[0], build_draft(plan)[0]
-    assert not draft.chooser.filters
+    assert not draft.sampling.filters
     plain = SamplingParams(max_tokens=20, ignore_eos=True, seed=3, temperature=0.9, method="ssd")
     params = [plain, replace(plain, **asked), replace(plain, temperature=0.0)]
     histories = play(verifier, draft, plan, [[9, 8, 7]] * len(params), params)

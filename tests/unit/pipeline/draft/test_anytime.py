@@ -12,6 +12,7 @@ import torch
 from ssd import ConfigError
 from ssd.config.load import load_config
 from ssd.decoding.trees.shape import ABSENT
+from ssd.pipeline.draft.executors import InParts, Whole
 from ssd.pipeline.runtime.build_draft import build_draft
 from ssd.pipeline.runtime.plan import Plan
 from ssd.pipeline.transport.lane_ends import Inbox
@@ -68,9 +69,10 @@ def test_a_tree_cut_short_is_the_head_of_the_whole(tiny_config: Configure, param
         worker._prefilled = False
         worker._catch_up()
     worker.trees = [[6, 7, 5, 6, 7, *[ABSENT] * 4]]
-    _, lengths, longest = worker._select([0])
-    tokens, drafting = torch.tensor(worker.trees), worker.drafting
-    nodes, guesses, whole = drafting.grow_at_once(tokens, lengths)
+    _, batch = worker._batch([0], worker.shape.nodes)
+    parts, stepwise = worker.drafting.fused, worker.drafting.stepwise
+    assert isinstance(parts, InParts)
+    nodes, guesses, whole, _ = Whole.grow(parts, batch, 4)
     assert (whole != ABSENT).all()
     for steps in (1, 2, 3, 4):
         asked = 0
@@ -80,17 +82,13 @@ def test_a_tree_cut_short_is_the_head_of_the_whole(tiny_config: Configure, param
             asked += 1
             return asked == steps
 
-        drafting.bell = bell
-        absent = torch.tensor([depth > steps for depth in drafting.shape.depths[1:]])
+        absent = torch.tensor([depth > steps for depth in worker.shape.depths[1:]])
         wanted = whole.masked_fill(absent, ABSENT)
-        for grow in (
-            lambda: drafting._grow_in_parts(tokens, lengths),
-            lambda: drafting._grow_stepwise(tokens, lengths, longest, None)[:3],
-        ):
+        for executor in (parts, stepwise):
             asked = 0
-            found = grow()
+            found = executor.grow(batch, 4, bell)
             assert asked == min(steps, 3)
-            assert all(torch.equal(one, other) for one, other in zip(found, (nodes, guesses, wanted), strict=True))
+            assert all(torch.equal(one, other) for one, other in zip(found[:3], (nodes, guesses, wanted), strict=True))
 
 
 class Mute(InprocLink):

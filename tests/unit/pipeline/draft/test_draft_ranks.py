@@ -118,13 +118,13 @@ class Rounds:
         self.victim = ""
         speculate = DraftWorker.speculate
 
-        def counted(worker: DraftWorker) -> SpeculationSet:
+        def counted(worker: DraftWorker, *given: Any) -> SpeculationSet:
             role = threading.current_thread().name.removeprefix("ssd-")
             self.at[role] = self.at.get(role, 0) + 1
             if role == self.victim:
                 self.victim = ""
                 self.how()
-            return speculate(worker)
+            return speculate(worker, *given)
 
         monkeypatch.setattr(DraftWorker, "speculate", counted)
 

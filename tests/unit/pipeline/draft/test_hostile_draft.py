@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from ssd import LLM, SamplingParams
-from ssd.pipeline.draft import worker as draft_module
-from ssd.pipeline.draft.worker import DraftWorker
+from ssd.pipeline.draft.worker import DraftedTrees, DraftWorker
 from ssd.pipeline.round.frames import Frames, SpeculationSet
+from ssd.pipeline.runtime import build_draft
 from ssd.pipeline.runtime.launch import InprocPipeline
+from ssd.pipeline.sampling.slots import SlotSampling
 
 Configure = Callable[..., dict[str, Any]]
 
@@ -54,18 +55,18 @@ def test_tokens_out_of_the_air(
     def random(low: int, high: int, *shape: int) -> np.ndarray:
         return torch.randint(low, high, shape, generator=generator).numpy()
 
-    def speculate(self: DraftWorker) -> SpeculationSet:
+    def speculate(self: DraftWorker, bell: Any) -> SpeculationSet:
         batch, branches, below = len(self.rows), self.forecast.budget, self.shape.nodes - 1
         # Guesses over the whole vocabulary, so that some hit and the trees are verified.
         guesses = random(0, 128, batch, branches)
         nodes = random(-1, self.shape.nodes + 1, batch, branches)
         return SpeculationSet(nodes=nodes, guesses=guesses, trees=random(*low_high, batch, branches, below))
 
-    def draft_now(self: DraftWorker, missed: list[bool]) -> list[list[int]]:
+    def draft_now(self: DraftWorker, missed: list[bool]) -> DraftedTrees:
         trees = random(*low_high, len(self.rows), self.shape.nodes - 1).tolist()
         for slot in (slot for slot, waits in enumerate(missed) if waits):
             self.trees[slot][1:] = trees[slot]
-        return trees
+        return DraftedTrees(trees=trees, draft=None)
 
     monkeypatch.setattr(DraftWorker, "speculate", speculate)
     monkeypatch.setattr(DraftWorker, "draft_now", draft_now)
@@ -77,8 +78,8 @@ def test_trees_of_another_outcome(config: dict[str, Any], monkeypatch: pytest.Mo
     """Good speculations, each handed out for its neighbour's outcome."""
     speculate = DraftWorker.speculate
 
-    def shifted(self: DraftWorker) -> SpeculationSet:
-        honest = speculate(self)
+    def shifted(self: DraftWorker, bell: Any) -> SpeculationSet:
+        honest = speculate(self, bell)
         return replace(honest, trees=np.roll(honest.trees, 1, axis=1))
 
     monkeypatch.setattr(DraftWorker, "speculate", shifted)
@@ -89,8 +90,8 @@ def test_short_branches(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
     """Trees with nodes missing, at any depth."""
     speculate, generator = DraftWorker.speculate, np.random.default_rng(2)
 
-    def holey(self: DraftWorker) -> SpeculationSet:
-        honest = speculate(self)
+    def holey(self: DraftWorker, bell: Any) -> SpeculationSet:
+        honest = speculate(self, bell)
         holes = generator.random(honest.trees.shape) < 0.3
         return replace(honest, trees=np.where(holes, -1, honest.trees))
 
@@ -102,13 +103,12 @@ def test_short_branches(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
 
 def test_other_noise(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A draft of another seed guesses badly, that is all."""
-    chooser = draft_module.Chooser
 
-    class Other(chooser):  # type: ignore[valid-type,misc]
+    class Other(SlotSampling):
         def set(self, slot: int, params: SamplingParams) -> None:
             super().set(slot, replace(params, seed=params.seed + 1))
 
-    monkeypatch.setattr(draft_module, "Chooser", Other)
+    monkeypatch.setattr(build_draft, "SlotSampling", Other)
     assert check(config)[0] is None
 
 
@@ -116,10 +116,10 @@ def test_other_noise(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) ->
 def test_breaks_down(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     speculate, calls = DraftWorker.speculate, iter(range(1000))
 
-    def breaking(self: DraftWorker) -> SpeculationSet:
+    def breaking(self: DraftWorker, bell: Any) -> SpeculationSet:
         if next(calls) >= after:
             raise ZeroDivisionError("out of ideas")
-        return speculate(self)
+        return speculate(self, bell)
 
     monkeypatch.setattr(DraftWorker, "speculate", breaking)
     assert check(config)[0]

@@ -312,8 +312,8 @@ def test_a_lying_draft_cannot_break_it(tiny_config: Configure, monkeypatch: pyte
     """Any bits for tokens and probabilities: greedy rows stay right, sampled ones run to their end."""
     speculate, generator = DraftWorker.speculate, torch.Generator().manual_seed(1)
 
-    def lying(self: DraftWorker) -> SpeculationSet:
-        honest = speculate(self)
+    def lying(self: DraftWorker, bell: Any) -> SpeculationSet:
+        honest = speculate(self, bell)
         assert honest.draft is not None
         shape = honest.draft.probs.shape
         bits = torch.randint(-(2**31), 2**31 - 1, shape, generator=generator, dtype=torch.int32).view(torch.float32)
