@@ -164,9 +164,9 @@ def _draft(bench: Bench, size: Size, way: str) -> dict[str, Any]:
     tree = torch.randint(4, runner.vocabulary, (1, shape.nodes), device=bench.device)
     nodes = torch.zeros(1, BUDGET, dtype=torch.int64, device=bench.device)
     guesses = torch.randint(4, runner.vocabulary, (1, BUDGET), device=bench.device)
-    rows, batch = drafting.branches.rows(0, nodes), DraftBatch(tree, lengths, slots)
+    rows, batch = drafting.branches.rows(0, nodes), DraftBatch(tree, lengths)
     step = bench.seconds(lambda: runner.forward(rows.plan, guesses, lengths, longest=slots, layout=rows.layout))
-    whole = bench.seconds(lambda: drafting.fused.grow(batch, shape.depth))
+    whole = bench.seconds(lambda: drafting.fused.grow(batch, slots, shape.depth))
     floor = sum(w.nbytes for w in model.parameters()) / bench.results["bandwidth"]["bytes_per_s"]
     return {
         "parameters": runner.parameters,

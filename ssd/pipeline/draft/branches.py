@@ -19,11 +19,6 @@ class BranchSteps:
     chain, and the branch's own earlier steps. Scratch slots are the leaves of the tree first (as ``RowPlan.tree``
     places them), then N for each step. The nodes that branches continue are data, so that shapes and compiled code are
     the same in every round.
-
-    Args:
-        shape: the candidate tree.
-        budget: N.
-        device: of the draft.
     """
 
     def __init__(self, shape: TreeShape, budget: int, device: torch.device):
@@ -69,17 +64,8 @@ class BranchSteps:
 
 
 def branched(walk: Walk, steps: BranchSteps, forecast: Forecast, tokens: Tensor) -> Frontier:
-    """Runs the draft over the trees under verification and branches off for the outcomes of the forecast.
-
-    Args:
-        walk: in branch steps.
-        steps: of the branches.
-        forecast: chooses the outcomes.
-        tokens: ``[B, W]``, the trees; ``ABSENT`` where a node is missing.
-
-    Returns:
-        the frontier ``[B, N]``: every branch continues a node and feeds its guess of the bonus token.
-    """
+    """Runs the draft over the trees under verification ``tokens [B, W]``. Returns the frontier of branches for the
+    outcomes of the forecast: each continues a node and feeds its guess of the bonus token."""
     rows, source = steps.tree(len(tokens)), walk.source
     endings, paths = walk.endings(tokens), walk.scorer.paths(tokens)
     scores, noiseless = walk.scorer.outcomes(walk.logits(rows, tokens, endings), rows, paths)

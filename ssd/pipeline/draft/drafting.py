@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import product
 
 import torch
+from torch import Tensor
 
 from ...decoding.trees.shape import ABSENT
 from ...decoding.verify.draft_probs import DraftProbs
@@ -20,7 +21,7 @@ class Drafting:
 
     Args:
         model: the draft.
-        lookaheads: depths that may be drafted, the shape's depth last.
+        lookaheads: depths that may be drafted.
         anytime: whether a tree ends when the verifier waits for it.
     """
 
@@ -37,8 +38,8 @@ class Drafting:
         return self._model.sampler is not None and self._model.sampling.params.random
 
     def fuses(self, longest: int) -> bool:
-        """Whether walks above this length run as compiled functions. Those exist for the shortest context tier only,
-        because each takes half a minute to compile, and not for what needs exact scores."""
+        """Whether walks above this length run as compiled functions. These take half a minute to compile, so they exist
+        for the shortest context tier only; and they cannot draw candidates."""
         short = longest + self._model.shape.depth < self._model.runner.contexts[0]
         return self._model.runner.fuses and short and not self.samples
 
@@ -53,45 +54,30 @@ class Drafting:
             model.sampling.select(selected := selector.first(count))
             lengths = torch.zeros(count, dtype=torch.int64, device=runner.device)
             trees = torch.full((count, model.shape.nodes), ABSENT, device=runner.device)
-            batch = DraftBatch(trees, lengths, 0, selected.index)
             for params, depth in product(self.fused.kinds, self._lookaheads):
                 model.sampling.set(0, params)
-                self.fused.grow(batch, depth)
-                self.fused.chains(batch._replace(tokens=trees[:, :1].clamp(min=0)), depth)
+                self.fused.grow(DraftBatch(trees, lengths, selected.index), 0, depth)
+                self.fused.chains(DraftBatch(trees[:, :1].clamp(min=0), lengths, selected.index), 0, depth)
         model.sampling.clear(0)
 
-    def glue(self, batch: DraftBatch) -> None:
-        """Computes only the keys and values of the trees ``[B, W]``."""
-        tokens, lengths, longest, slots = batch
+    def glue(self, batch: DraftBatch, longest: int) -> None:
+        """Computes only the keys and values of the trees."""
+        tokens, lengths, slots = batch
         self._model.runner.forward(self.branches.glue, tokens.clamp(min=0), lengths, longest=longest, slots=slots)
 
-    def grow(self, batch: DraftBatch, depth: int, bell: Callable[[], bool] = never) -> Grown:
-        """Drafts branches for the likeliest outcomes of the trees ``[B, W]``.
+    def grow(self, batch: DraftBatch, longest: int, depth: int, bell: Callable[[], bool] = never) -> Grown:
+        """As ``Executor.grow``. ``bell``: whether the verifier waits, which ends the trees of an anytime draft."""
+        return self._executor(longest).grow(batch, longest, depth, self._ended(bell) if self._anytime else never)
 
-        Args:
-            batch: the slots that the sampling state has selected.
-            depth: of the branches.
-            bell: whether the verifier waits; ends the branches if this draft is an anytime one.
-        """
-        return self._executor(batch.longest).grow(batch, depth, self._ended(bell) if self._anytime else never)
-
-    def chains(self, batch: DraftBatch, depth: int) -> tuple[torch.Tensor, DraftProbs | None]:
-        """Drafts below the roots ``[B, 1]``. Returns candidates ``[B, W - 1]`` and, under rules that need it, the
-        distributions ``[B, I, m]`` they were drawn from."""
-        trees, drawn = self._executor(batch.longest).chains(batch, depth)
-        return trees, self.undrawn() if drawn is None else drawn
-
-    def undrawn(self, *branches: int) -> DraftProbs | None:
-        """Returns the distributions ``[B, *branches, I, m]`` of candidates that were not drawn, under rules that need
-        them."""
-        sampler = self._model.sampler
-        return None if sampler is None else sampler.undrawn(self._model.runner.batch, *branches)
+    def chains(self, batch: DraftBatch, longest: int, depth: int) -> tuple[Tensor, DraftProbs | None]:
+        """As ``Executor.chains``."""
+        return self._executor(longest).chains(batch, longest, depth)
 
     def _executor(self, longest: int) -> Executor:
         return self.fused if self.fuses(longest) else self.stepwise
 
     def _ended(self, bell: Callable[[], bool]) -> Callable[[], bool]:
-        """The bell, asked when the step under way is done: steps launched ahead on a GPU could not be taken back."""
+        """The bell, asked when the step under way is done: a GPU's steps could not be taken back once launched."""
         if self._model.runner.device.type != "cuda":
             return bell
 

@@ -43,9 +43,7 @@ class CandidateSampler:
 
         Args:
             logits: ``[B, R, V]`` of the draft after the nodes.
-            params: of the B sequences.
             roots: ``[B, R]`` int64, the position of each tree's root.
-            depth: of the nodes.
 
         Returns:
             tokens ``[B, R, n]``, the chain's first, the widest depth's number of them, and the distributions

@@ -81,8 +81,7 @@ class DraftWorker:
         self._lengths_written = {count: Written(count, device=device) for count in counts}
         self._courier = Courier(device)
         self.drafting = Drafting(model, lookaheads=options.lookaheads, anytime=options.anytime)
-        self._alone = model.sampler is None
-        """Whether the candidates of a slot may be drafted without those of the others."""
+        self._sampler = model.sampler
         self._in_glue: set[int] = set()
         """Slots whose trees were in this round's glue forward."""
 
@@ -134,15 +133,15 @@ class DraftWorker:
         batch, branches = len(self.rows), self.forecast.budget
         self._in_glue = {slot for slot, row in enumerate(self.rows) if row is not None and row.whole}
         forecasting = [row is not None and row.forecasts and row.whole for row in self.rows]
-        selected, given = self._batch(self._in_glue if any(forecasting) else (), self.shape.nodes)
+        selected, given, longest = self._batch(self._in_glue if any(forecasting) else (), self.shape.nodes)
         if not any(forecasting):
             if self._in_glue:  # the keys of the accepted path are needed all the same
-                self.drafting.glue(given)
+                self.drafting.glue(given, longest)
             outcomes = np.full((batch, branches), ABSENT)
             trees = np.full((batch, branches, self.shape.nodes - 1), ABSENT)
-            return SpeculationSet(nodes=outcomes, guesses=outcomes, trees=trees, draft=self.drafting.undrawn(branches))
+            return SpeculationSet(nodes=outcomes, guesses=outcomes, trees=trees, draft=self._undrawn(branches))
         self.forecast.prepare(self.trees)
-        grown = self.drafting.grow(given, self._lookahead, bell)
+        grown = self.drafting.grow(given, longest, self._lookahead, bell)
         parts = (part.numpy() for part in self._courier.fetch(grown.nodes, grown.guesses, grown.trees))
         nodes, guesses, trees = (
             part if selected.index is None else _scattered(part, selected.slots, batch) for part in parts
@@ -151,7 +150,7 @@ class DraftWorker:
             others = [slot for slot, forecasts in enumerate(forecasting) if not forecasts]
             guesses[others], trees[others] = ABSENT, ABSENT
         self._mend(nodes, guesses, trees)
-        draft = self.drafting.undrawn(branches) if grown.drawn is None else grown.drawn
+        draft = self._undrawn(branches) if grown.drawn is None else grown.drawn
         return SpeculationSet(nodes=nodes, guesses=guesses, trees=trees, draft=draft)
 
     def commit(self, frame: OutcomeFrame, speculation: SpeculationSet) -> list[bool]:
@@ -219,13 +218,18 @@ class DraftWorker:
         waits = [slot for slot, row in enumerate(self.rows) if missed[slot] and row is not None and row.whole]
         trees = [self._absent] * len(self.rows)
         if not waits:
-            return DraftedTrees(trees=trees, draft=self.drafting.undrawn())
-        selected, given = self._batch(waits, 1)
-        chains, drawn = self.drafting.chains(given, self._lookahead)
+            return DraftedTrees(trees=trees, draft=self._undrawn())
+        selected, given, longest = self._batch(waits, 1)
+        chains, drawn = self.drafting.chains(given, longest, self._lookahead)
         for slot, chain in zip(selected.slots, chains.tolist(), strict=True):
             if slot in waits:
                 trees[slot] = self.trees[slot][1:] = self._mended(slot, [], chain)
-        return DraftedTrees(trees=trees, draft=drawn)
+        return DraftedTrees(trees=trees, draft=self._undrawn() if drawn is None else drawn)
+
+    def _undrawn(self, *branches: int) -> DraftProbs | None:
+        """Returns the distributions ``[B, *branches, I, m]`` of trees that were not drawn, under rules that need
+        them."""
+        return None if self._sampler is None else self._sampler.undrawn(len(self.rows), *branches)
 
     def _mend(self, nodes: np.ndarray, guesses: np.ndarray, trees: np.ndarray) -> None:
         """Mends in place the branches ``[B, N]`` of rows with a grammar: compiled functions do not apply it below the
@@ -246,24 +250,25 @@ class DraftWorker:
         chain = list(takewhile(lambda token: token >= 0, tree[:depth]))
         return [*row.constraint.mended(path, chain), *tree[len(chain) :]]
 
-    def _batch(self, used: Collection[int], width: int) -> tuple[Selection, DraftBatch]:
-        """Selects the slots of a forward, ``used`` among them, with the first ``width`` nodes of their trees.
+    def _batch(self, used: Collection[int], width: int) -> tuple[Selection, DraftBatch, int]:
+        """Selects the slots of a forward, ``used`` among them, with their whole trees or (``width`` 1) roots. Returns
+        the greatest L in use, too.
 
-        Rows of slots that are empty or not whole are computed too. Their output is ignored, and their keys are written
-        past the slot's valid prefix.
+        Slots that are empty or not whole are computed too. Their output is ignored, and their keys are written past the
+        slot's valid prefix.
         """
         lengths = [len(left) if row is None else row.cached for row, left in zip(self.rows, self._left, strict=True)]
         longest = max((len(row.tokens) for row in self.rows if row is not None and row.whole), default=0)
-        # Step by step, compiled forwards exist for all slots only.
-        shapes = not self.runner.compile or self.drafting.fuses(longest)
-        some = self._alone and not self.sampling.processors.active and shapes and used
-        selected = self._selector.of(used) if some else self._selector.all
+        alike = self._sampler is None and not self.sampling.processors.active
+        # Forwards that are compiled by themselves exist for all slots only.
+        free = not self.runner.compile or self.drafting.fuses(longest)
+        selected = self._selector.of(used) if alike and free and used else self._selector.all
         self.sampling.select(selected)
         self.copying.flush()
         rows = [[max(self.trees[slot][0], 0)] if width == 1 else self.trees[slot] for slot in selected.slots]
         tokens = self._written[selected.count, width].write(rows)
         above = self._lengths_written[selected.count].write([lengths[slot] for slot in selected.slots])
-        return selected, DraftBatch(tokens, above, longest, selected.index)
+        return selected, DraftBatch(tokens, above, selected.index), longest
 
     def _catch_up(self) -> None:
         """Prefills committed tokens that have no keys here: one chunk per round, of the sequence that came first, so

@@ -27,14 +27,10 @@ class SlotSampling:
     coupled verification rests on.
 
     Args:
-        batch: B.
-        vocabulary: V.
-        device: of the logits.
         horizon: H, how many positions ahead noise is computed for. One fixed shape, so that the noise of a position
             always comes from the same code.
-        compiled: turns the noise into one function, like ``ForwardRunner.compiled``; unused where the noise is one
-            operator already.
-        grammars: compiles the grammars of structured outputs. Without it such requests are refused.
+        compiled: ``ForwardRunner.compiled``, for the noise where it is not one operator already.
+        grammars: compiles the grammars of structured outputs; without it such requests are refused.
     """
 
     def __init__(
@@ -67,8 +63,6 @@ class SlotSampling:
             return draw(seeds[:, None], lengths[:, None] + ahead, vocabulary)
 
         self._noise = noise
-
-    # Slots and their parameters.
 
     def select(self, selection: Selection | None) -> None:
         """Makes ``params``, ``packed`` and ``noise`` those of the selected slots; None selects all slots."""
@@ -108,17 +102,9 @@ class SlotSampling:
     def process(
         self, slot: int, params: SamplingParams, *, prompt: Sequence[int], output: Sequence[int], ends: Iterable[int]
     ) -> Constraint | None:
-        """Sets the slot's logits processors, if its request asks for any.
-
-        Args:
-            slot: of the request.
-            params: of the request.
-            prompt: its certain tokens up to the first generated one.
-            output: its certain tokens from there on.
-            ends: end-of-text ids that ``min_tokens`` excludes.
-
-        Returns:
-            the grammar of the output, to be advanced by every token that becomes certain from now on.
+        """Sets the slot's logits processors, if its request asks for any. ``prompt`` and ``output`` are all its certain
+        tokens, ``ends`` the end-of-text ids that ``min_tokens`` excludes. Returns the grammar of the output, to be
+        advanced by every token that becomes certain from now on.
 
         Raises:
             RequestError: the grammar cannot be compiled; nothing is set.
@@ -162,8 +148,6 @@ class SlotSampling:
             raise RequestError("structured_outputs: the output so far does not match")
         return matcher
 
-    # Noise.
-
     def warm_up(self, counts: Sequence[int] | None = None) -> None:
         """Compiles the noise for these numbers of slots, or for all slots."""
         for count in counts or (len(self._all.seed),):
@@ -195,8 +179,6 @@ class SlotSampling:
             return found[2]
         return self.noise(lengths)
 
-    # Scores, in two precisions.
-
     def score(
         self,
         logits: Tensor,
@@ -208,17 +190,15 @@ class SlotSampling:
     ) -> Tensor:
         """Scores ``[B, R, V]`` whose argmax is the token, for compiled functions: everything is an argument.
 
-        Exact if ``plain`` and nothing is adjusted. Otherwise likely: processors are those after the certain tokens,
-        and filters that would need a sort look at the most probable tokens only (``sampling.likely``). That is good
-        enough for a draft, whose guesses need not be right.
+        Exact without ``adjustments`` if ``plain``. With them likely, which is enough for a draft's guesses: processors
+        are those after the certain tokens, and filters that need a sort consider the most probable tokens only.
 
         Args:
             logits: float32 ``[B, R, V]``.
-            noise: ``[B, H, V]``, of which a row takes position ``ahead``; any at temperature 0.
-            ahead: as for ``noise_at``.
+            noise: ``[B, H, V]``, anything at temperature 0. ``ahead`` is each row's place in it, as for ``noise_at``.
             packed: ``[B, 4]``, ``self.packed`` when the function runs.
-            adjustments: ``[B, 3, V]``, from ``Processors.fixed``; filters are left out without it where they sort.
-            allowed: bool ``[B, R, V]``, from ``Processors.allowed``.
+            adjustments: ``[B, 3, V]``, ``Processors.fixed``. Without it, filters that need a sort are left out.
+            allowed: bool ``[B, R, V]``, ``Processors.allowed``.
         """
         if self.filters:
             if isinstance(ahead, int):

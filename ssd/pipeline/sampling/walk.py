@@ -45,9 +45,9 @@ class Frontier(NamedTuple):
     """int64 ``[B, N]``, the tokens fed next."""
     nodes: Tensor
     """int64 ``[B, N]``, the tree nodes that the branches continue; 0 for a chain."""
-    endings: Tensor | None
+    endings: Tensor | None = None
     """int32 ``[B, N, n]``, the last tokens for the copy bias, ``fed`` included; None without a bias."""
-    paths: Tensor | None
+    paths: Tensor | None = None
     """int64 ``[B, N, D]``, all candidates, ``fed`` included; None if the scores do not depend on them."""
 
 

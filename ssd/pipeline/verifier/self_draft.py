@@ -141,7 +141,7 @@ class SelfDraft:
             return shown, after(frontier, children[..., 0])
 
         paths = roots.new_empty(len(roots), 1, 0) if exact else None
-        frontier = Frontier(roots, torch.zeros_like(roots), None, paths)
+        frontier = Frontier(roots, torch.zeros_like(roots), paths=paths)
         ranked = walked(step, frontier, self.shape.depth, lambda: not going.any())
         return comb_tokens(ranked, self.shape.siblings)[:, 0].cpu()
 

@@ -17,7 +17,7 @@ from ssd.config.load import load_config
 from ssd.errors import ConfigError
 from ssd.models.cpu import native
 from ssd.models.cuda.graphs import LARGE_BYTES, PLACES, Graphs
-from ssd.pipeline.draft.drafting import Drafting
+from ssd.pipeline.draft.executors import StepByStep
 from ssd.pipeline.runtime import launch, runners
 from ssd.pipeline.runtime.build_draft import build_draft
 from ssd.pipeline.runtime.build_verifier import build_verifier
@@ -49,7 +49,7 @@ def as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bodies are captured, and none of our operators there."""
     monkeypatch.setattr(native, "available", lambda: False)
     monkeypatch.setattr(runners, "_graphs", lambda *_: Graphs(CPU, twin))
-    monkeypatch.setattr(Drafting, "_grow_stepwise", lambda *_: pytest.fail("not captured"))
+    monkeypatch.setattr(StepByStep, "grow", lambda *_: pytest.fail("not captured"))
 
 
 def refusing(_work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:

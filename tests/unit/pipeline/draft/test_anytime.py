@@ -69,10 +69,10 @@ def test_a_tree_cut_short_is_the_head_of_the_whole(tiny_config: Configure, param
         worker._prefilled = False
         worker._catch_up()
     worker.trees = [[6, 7, 5, 6, 7, *[ABSENT] * 4]]
-    _, batch = worker._batch([0], worker.shape.nodes)
+    _, batch, longest = worker._batch([0], worker.shape.nodes)
     parts, stepwise = worker.drafting.fused, worker.drafting.stepwise
     assert isinstance(parts, InParts)
-    nodes, guesses, whole, _ = Whole.grow(parts, batch, 4)
+    nodes, guesses, whole, _ = Whole.grow(parts, batch, longest, 4)
     assert (whole != ABSENT).all()
     for steps in (1, 2, 3, 4):
         asked = 0
@@ -86,7 +86,7 @@ def test_a_tree_cut_short_is_the_head_of_the_whole(tiny_config: Configure, param
         wanted = whole.masked_fill(absent, ABSENT)
         for executor in (parts, stepwise):
             asked = 0
-            found = executor.grow(batch, 4, bell)
+            found = executor.grow(batch, longest, 4, bell)
             assert asked == min(steps, 3)
             assert all(torch.equal(one, other) for one, other in zip(found[:3], (nodes, guesses, wanted), strict=True))
 
