@@ -31,7 +31,8 @@ if TYPE_CHECKING:
         UsageError,
         WorkerError,
     )
-    from .request.params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent, TokenLogprob
+    from .request.output import RequestOutput, SpeculationRecord, StreamEvent, TokenLogprob
+    from .request.sampling_params import SamplingParams
     from .request.structured import StructuredOutputsParams
     from .serving.lane.client import AsyncClient, Client
 
@@ -44,12 +45,12 @@ _HOMES = {
     "AsyncEngine": "engine.async_engine",
     "Client": "serving.lane.client",
     "LLM": "engine.llm",
-    "RequestOutput": "request.params",
-    "SamplingParams": "request.params",
-    "SpeculationRecord": "request.params",
-    "StreamEvent": "request.params",
+    "RequestOutput": "request.output",
+    "SamplingParams": "request.sampling_params",
+    "SpeculationRecord": "request.output",
+    "StreamEvent": "request.output",
     "StructuredOutputsParams": "request.structured",
-    "TokenLogprob": "request.params",
+    "TokenLogprob": "request.output",
     "ConfigError": "errors",
     "LinkError": "errors",
     "ModelError": "errors",

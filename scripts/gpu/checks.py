@@ -11,7 +11,7 @@ from torch import Tensor
 from ssd import LLM, SamplingParams, StructuredOutputsParams
 from ssd.decoding.noise import uniform_bits
 from ssd.decoding.trees.shape import TreeShape
-from ssd.models.attention import split as tree_attention
+from ssd.models.attention import tree_attention
 from ssd.models.cuda.graphs import Graphs
 from ssd.models.loading import load_model
 from ssd.models.rows import RowPlan

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ssd.decoding.forecast.base import ConfidenceForecast
 from ssd.decoding.text.copying import CopyBias
 from ssd.decoding.trees.shape import TreeShape
-from ssd.models.attention import split as tree_attention
+from ssd.models.attention import tree_attention
 from ssd.models.cuda.graphs import Graphs
 from ssd.models.rows import RowPlan
 from ssd.models.runner import Attention, ForwardRunner

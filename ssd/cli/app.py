@@ -19,7 +19,8 @@ import typer
 
 from .. import __version__
 from ..errors import PipelineError, RequestError, UsageError
-from ..request.params import RequestOutput, SamplingParams, StreamEvent
+from ..request.output import RequestOutput, StreamEvent
+from ..request.sampling_params import SamplingParams
 from . import bench as cli_bench
 from . import certify as cli_certify
 from . import plan as cli_plan

@@ -54,7 +54,7 @@ def bench(
     from ..bench.report.bench_report import print_bench
     from ..bench.report.page import bench_page, bench_pictures, rounds_of
     from ..errors import UsageError
-    from ..request.params import SamplingParams
+    from ..request.sampling_params import SamplingParams
 
     SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens)
     chosen, others, sweeps = parse_methods(methods), parse_peers(peers), [parse_sweep(text) for text in sweep or ()]

@@ -21,7 +21,7 @@ from ..pipeline.runtime.launch import LEAVE_S
 from ..pipeline.runtime.plan import Plan
 from ..pipeline.transport.lanes import ControlLane, ZmqLane
 from ..pipeline.transport.messages import Shutdown
-from ..request.params import SamplingParams
+from ..request.sampling_params import SamplingParams
 from .cores import CoreLease
 from .placement import (
     LOOPBACK,

@@ -15,7 +15,8 @@ import ray
 from ..config.load import Config, load_config
 from ..errors import PipelineError, UsageError, WorkerError
 from ..pipeline.runtime.launch import LEAVE_S
-from ..request.params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent, TokenLogprob
+from ..request.output import RequestOutput, SpeculationRecord, StreamEvent, TokenLogprob
+from ..request.sampling_params import SamplingParams
 from .actors import PipelineActor
 from .placement import reason, release_abandoned
 

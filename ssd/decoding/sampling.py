@@ -177,8 +177,9 @@ def filter_logits(logits: Tensor, params: SamplingTensors) -> Tensor:
 
 
 def has_operators(device: torch.device) -> bool:
-    """Whether filters and penalties are operators there (``models/native.py`` loads them). They choose what torch
-    does here, but for a token within rounding of the edge of top-p."""
+    """Returns whether the device's filters and penalties are C++ operators (loaded by ``models/cpu/operators.py``).
+
+    They choose the same tokens as the torch code here, except within rounding of the edge of top-p."""
     return device.type == "cpu" and hasattr(torch.ops.ssd, "scores")
 
 

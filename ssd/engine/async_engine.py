@@ -15,7 +15,8 @@ from ..pipeline.runtime.launch import Pipeline, Restartable, launch_here
 from ..pipeline.runtime.plan import Plan
 from ..pipeline.transport.async_lane import AsyncLane
 from ..pipeline.transport.messages import Message, RoundReport, Watch
-from ..request.params import RequestOutput, SamplingParams, StreamEvent
+from ..request.output import RequestOutput, StreamEvent
+from ..request.sampling_params import SamplingParams
 from .book import Limits, Request
 from .front import Front, Taken, taken
 from .restarts import News

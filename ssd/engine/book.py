@@ -23,15 +23,8 @@ from typing import Any
 
 from ..errors import OverloadedError, PipelineError
 from ..pipeline.transport.messages import Cancel, Committed, Finished, Submit
-from ..request.params import (
-    FinishReason,
-    Provenance,
-    RequestOutput,
-    SamplingParams,
-    SpeculationRecord,
-    StreamEvent,
-    TokenLogprob,
-)
+from ..request.output import FinishReason, Provenance, RequestOutput, SpeculationRecord, StreamEvent, TokenLogprob
+from ..request.sampling_params import SamplingParams
 from .detokenize import Detokenizer
 from .fair_queue import FairQueue
 

@@ -30,7 +30,8 @@ from ..pipeline.transport.messages import (
     Timings,
     Welcome,
 )
-from ..request.params import SamplingParams, StreamEvent, completion_seed
+from ..request.output import StreamEvent
+from ..request.sampling_params import SamplingParams, completion_seed
 from .book import Limits, Request, RequestBook, Step
 from .detokenize import Detokenizer
 from .resolve import resolve

@@ -15,7 +15,8 @@ from ..errors import PipelineError, RequestError, WorkerError
 from ..pipeline.runtime.launch import Pipeline, Restartable, launch_here
 from ..pipeline.runtime.plan import Plan
 from ..pipeline.transport.messages import GetTimings, RoundReport, Watch
-from ..request.params import RequestOutput, SamplingParams, StreamEvent
+from ..request.output import RequestOutput, StreamEvent
+from ..request.sampling_params import SamplingParams
 from .book import Request
 from .front import Front, Taken, taken
 

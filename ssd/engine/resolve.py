@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import RequestError
-from ..request.params import SamplingParams
+from ..request.sampling_params import SamplingParams
 
 
 def resolve(params: SamplingParams, tokenizer: Any, *, vocabulary: int, ends: Iterable[int]) -> SamplingParams:

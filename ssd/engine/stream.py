@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import SSDError
-from ..request.params import RequestOutput, StreamEvent
+from ..request.output import RequestOutput, StreamEvent
 from .book import Request
 
 if TYPE_CHECKING:

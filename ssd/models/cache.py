@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from .cuda.device import check_cache_fits
+from .device import check_cache_fits
 from .rows import BLOCK
 
 

@@ -13,17 +13,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import RequestError
-from .attention import reference as rows_attention
-from .attention import split as tree_attention
+from .attention import row_attention, tree_attention
 from .cache import CacheView, SlotCache
-from .cpu import native
-from .cpu.linear import RowsLinear
+from .cpu import operators
+from .cpu.rows_linear import RowsLinear
 from .cuda.graphs import Graphs
 from .rows import RowPlan
 from .sharding import Sharding
 
 Attention = Literal["rows", "tree"]
-_NAMES: dict[Attention, str] = {"rows": rows_attention.NAME, "tree": tree_attention.NAME}
+_NAMES: dict[Attention, str] = {"rows": row_attention.NAME, "tree": tree_attention.NAME}
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -125,12 +124,12 @@ class ForwardRunner:
         if self._sharded:
             return False
         linears = [type(module) for module in self.model.modules() if isinstance(module, nn.Linear | RowsLinear)]
-        return self.attention == "tree" and native.loaded() and set(linears) == {RowsLinear} and not experts
+        return self.attention == "tree" and operators.loaded() and set(linears) == {RowsLinear} and not experts
 
     @property
     def counts(self) -> tuple[int, ...]:
         """Of how many slots a decode forward may be, ascending: few, since each is a compiled shape of its own."""
-        if self._sharded or self.device.type != "cpu" or not (self.attention == "tree" and native.loaded()):
+        if self._sharded or self.device.type != "cpu" or not (self.attention == "tree" and operators.loaded()):
             return (self.batch,)  # other ranks are not told, and other operators would copy what is attended
         return (*(4**n for n in range(4) if 4**n < self.batch), self.batch)
 

@@ -27,7 +27,7 @@ from ..errors import OverloadedError, PipelineError
 from ..pipeline.runtime.launch import Pipeline, launch_here
 from ..pipeline.runtime.plan import Plan
 from ..pipeline.transport.messages import RoundReport
-from ..request.params import RequestOutput, StreamEvent
+from ..request.output import RequestOutput, StreamEvent
 from .metrics import Metrics
 
 CLIENT = "ssd.shadow"

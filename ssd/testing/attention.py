@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.attention import split as tree_attention
+from ..models.attention import tree_attention
 
 Attention = Callable[[dict[str, Any]], Tensor]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}

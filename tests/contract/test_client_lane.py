@@ -21,7 +21,8 @@ from ssd.config.load import ServerConfig
 from ssd.engine.async_engine import AsyncEngine
 from ssd.errors import ConfigError, OverloadedError, PipelineError, RequestError, UsageError
 from ssd.pipeline.runtime.plan import Plan
-from ssd.request.params import RequestOutput, SpeculationRecord, StreamEvent, completion_seed
+from ssd.request.output import RequestOutput, SpeculationRecord, StreamEvent
+from ssd.request.sampling_params import completion_seed
 from ssd.serving.lane import wire
 from ssd.serving.lane.client import AsyncClient, Client
 from ssd.serving.lane.in_flight import Asked

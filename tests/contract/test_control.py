@@ -44,7 +44,8 @@ from ssd.pipeline.transport.messages import (
     decode,
     encode,
 )
-from ssd.request.params import SamplingParams, SpeculationRecord
+from ssd.request.output import SpeculationRecord
+from ssd.request.sampling_params import SamplingParams
 
 PARAMS = SamplingParams(
     temperature=0.7,

@@ -97,12 +97,14 @@ def test_many_exchanges_of_different_sizes_each_way(open_pair: Callable[..., Pai
     assert results == ([True] * rounds, [True] * rounds)
 
 
-def test_meanwhile_runs_while_the_other_end_is_late(open_pair: Callable[..., Pair]) -> None:
+def test_post_returns_while_the_other_end_is_late(open_pair: Callable[..., Pair]) -> None:
     pair, ran = open_pair(), threading.Event()
 
     def early(link: Link) -> np.ndarray:
         incoming = np.zeros(3, dtype=np.int32)
-        link.exchange(frame(3, 1), incoming, ran.set)
+        pending = link.post(frame(3, 1), incoming)
+        ran.set()
+        pending.wait()
         return incoming
 
     def late(link: Link) -> bool:

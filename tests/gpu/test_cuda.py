@@ -14,8 +14,8 @@ import torch
 from scripts.gpu import checks
 from scripts.gpu.bench import Bench, embedded_pair
 from ssd.decoding.trees.shape import TreeShape
-from ssd.models.cuda.device import Courier, Written, free_bytes
 from ssd.models.cuda.graphs import Graphs
+from ssd.models.device import Courier, Written, free_bytes
 from ssd.models.rows import RowPlan
 from ssd.testing.attention import LARGE_CASES, Case, check
 

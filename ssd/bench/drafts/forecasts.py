@@ -15,7 +15,7 @@ from ...decoding.forecast.base import Forecast
 from ...decoding.trees.shape import ABSENT
 from ...pipeline.runtime.build_draft import build_draft
 from ...pipeline.runtime.plan import Plan
-from ...request.params import SamplingParams
+from ...request.sampling_params import SamplingParams
 from ..simulate.replay import DraftAlongText, deepest_node, draft_plan, with_speculation
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...decoding.noise import gumbel
 from ...decoding.trees.widths import siblings_within
-from ...request.params import SamplingParams
+from ...request.sampling_params import SamplingParams
 
 RankPath = tuple[int, ...]
 """A node by the ranks of the guesses on its path, from below the root; the root is ()."""

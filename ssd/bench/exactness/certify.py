@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ...config.load import Config
 from ...errors import RequestError
-from ...request.params import METHODS, Method, RequestOutput, SamplingParams, SpeculationRecord, completion_seed
+from ...request.methods import METHODS, Method
+from ...request.output import RequestOutput, SpeculationRecord
+from ...request.sampling_params import SamplingParams, completion_seed
 from ..measure.compare import BASELINE, REFERENCE, first_difference, versions
 from ..measure.prompts import Prompt
 

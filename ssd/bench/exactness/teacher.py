@@ -20,7 +20,8 @@ from ...engine.front import make_plan
 from ...engine.resolve import resolve
 from ...models.loading import load_model
 from ...pipeline.sampling.slots import SlotSampling
-from ...request.params import RequestOutput, SamplingParams
+from ...request.output import RequestOutput
+from ...request.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
-from ...request.params import Method, RequestOutput, SamplingParams, SpeculationRecord
+from ...request.methods import Method
+from ...request.output import RequestOutput, SpeculationRecord
+from ...request.sampling_params import SamplingParams
 from .prompts import Prompt
 
 if TYPE_CHECKING:

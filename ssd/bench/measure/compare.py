@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from ... import __version__
 from ...config.load import Config, load_config
 from ...errors import RequestError
-from ...request.params import METHODS, Method, RequestOutput, SamplingParams
+from ...request.methods import METHODS, Method
+from ...request.output import RequestOutput
+from ...request.sampling_params import SamplingParams
 from .arms import Arm, MethodArm, Progress, Tally, interleave, merge
 from .prompts import Prompt
 

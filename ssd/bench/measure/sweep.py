@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...config.load import Config, load_config
 from ...errors import RequestError
-from ...request.params import SamplingParams
+from ...request.sampling_params import SamplingParams
 from ..peers.adapters import Peer, PeerUnavailable
 from .arms import MethodArm, Progress
 from .compare import compare

@@ -16,7 +16,8 @@ from typing import Any
 
 from ...config.load import Config, resolve_model_path
 from ...errors import PipelineError, RequestError
-from ...request.params import RequestOutput, SamplingParams, SpeculationRecord
+from ...request.output import RequestOutput, SpeculationRecord
+from ...request.sampling_params import SamplingParams
 from ..measure.arms import Sample
 from ..measure.prompts import Prompt
 

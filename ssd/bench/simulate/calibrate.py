@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...config.load import Config, load_config
-from ...request.params import Method, SamplingParams
+from ...request.methods import Method
+from ...request.sampling_params import SamplingParams
 from ..measure.prompts import Prompt
 from .profile import Costs, Line, Point, Profile
 

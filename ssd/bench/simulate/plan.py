@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ...config.load import Config, load_config
-from ...request.params import SamplingParams
+from ...request.sampling_params import SamplingParams
 from ..measure.arms import MethodArm, interleave, merge
 from ..measure.prompts import Prompt
 from .calibrate import ROWS, Size

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...decoding.trees.widths import siblings_within
 from ...errors import RequestError
-from ...request.params import Method
+from ...request.methods import Method
 
 NEVER = 0
 """In a replay's ``needed``: no forecast that was tried holds the outcome."""

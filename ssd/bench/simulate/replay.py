@@ -25,7 +25,7 @@ from ...pipeline.runtime.plan import Plan
 from ...pipeline.sampling.scorers import ExactScorer
 from ...pipeline.sampling.walk import ChainSteps, Rows, Walk, single_forward, walked
 from ...pipeline.transport.messages import Admit
-from ...request.params import SamplingParams
+from ...request.sampling_params import SamplingParams
 from .profile import NEVER, ROOT, Replay
 
 BUDGETS = (4, 8, 12, 16, 24, 32, 48)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ...config.load import Config, load_config
-from ...request.params import SamplingParams
+from ...request.sampling_params import SamplingParams
 from ..measure.arms import MethodArm, Progress, interleave, merge
 from ..measure.prompts import Prompt
 from .calibrate import Size

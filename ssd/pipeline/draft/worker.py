@@ -14,7 +14,7 @@ from ...decoding.text.ngram import NgramIndex
 from ...decoding.text.prefix import common_prefix
 from ...decoding.trees.shape import ABSENT
 from ...decoding.verify.draft_probs import DraftProbs
-from ...models.cuda.device import Courier, Written
+from ...models.device import Courier, Written
 from ..round.frames import OutcomeFrame, RowState, SpeculationSet
 from ..round.lookup import lookup
 from ..sampling.selection import Selection, Selector

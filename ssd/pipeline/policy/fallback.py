@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Literal
 
-from ..round.verdict import Commit
 from .governor import Mean
 
 Source = Literal["jit", "ngram"]
@@ -21,15 +19,6 @@ class FallbackChoice:
         self._tokens: dict[Source, Mean] = {"jit": Mean(), "ngram": Mean()}
         self._forward_s, self._wait_s = Mean(), Mean()
         self._since = 0
-        self.sources: dict[int, Source] = {}
-        """Slots whose tree was made after a miss, and what made it."""
-
-    def learn(self, commits: Iterable[Commit], forward_s: float) -> None:
-        """What a round brought to the trees made after misses."""
-        for commit in commits:
-            if (source := self.sources.get(commit.slot)) is not None:
-                self.served(source, commit.depth + 1, forward_s)
-        self.sources.clear()
 
     def served(self, source: Source, tokens: int, forward_s: float) -> None:
         """A round over candidates of this source brought so many tokens."""

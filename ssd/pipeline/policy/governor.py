@@ -12,9 +12,9 @@ shorter its forward is depends on what else the machine does.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-Arm = Literal["ssd", "sd", "ngram", "none"]
+from ..round.roles import Arm
+
 ARMS: tuple[Arm, ...] = ("ssd", "sd", "ngram", "none")
 
 MARGIN = 0.02

@@ -1,36 +1,50 @@
-"""What the next rounds do, decided by what the last ones brought: how rows decode, what missed rows
-verify, how far the draft drafts."""
+"""What the next rounds do, decided by what recent rounds brought: how each sequence decodes, what it verifies after a
+miss, how far the draft drafts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ...decoding.text.ngram import NgramIndex, NgramRounds
-from ...request.params import Method
+from ...request.methods import Method
+from ..round.roles import Arm, Roles
+from ..round.round import Round
 from ..round.verdict import Commit, Verdict
-from ..verifier.sequence import Sequence
 from .fallback import FallbackChoice
-from .governor import NAMED_MEMORY, Arm, Governor, Mean, Round
+from .governor import NAMED_MEMORY, Governor, Mean
+from .governor import Round as GovernedRound
 from .lookahead import LookaheadChooser
 from .pace import Pace
 
 SPECULATIVE: tuple[Literal["sd", "ssd"], ...] = ("sd", "ssd")
 
 
+@dataclass(slots=True)
+class _Row:
+    """What is known about one request."""
+
+    method: Method
+    pace: Pace = field(default_factory=Pace)
+    ngrams: NgramRounds | None = None
+    """An index of its tokens, where candidates may come from them. None until it decodes."""
+
+
 class Steering:
-    """Of one verifier.
+    """The policy of one verifier.
 
     Args:
-        governed: decode by the fastest arm, plainly if speculation does not pay. ngram: whether missed
-            rows may take n-grams; jit: whether they may wait for the draft instead.
-        lookaheads: to choose from, ascending; a single one is no choice.
+        governed: decode by the fastest arm, plainly if speculation does not pay.
+        ngram: missed rows may take n-grams.
+        jit: missed rows may wait for the draft.
+        lookaheads: K to choose from, ascending. A single one leaves no choice.
     """
 
     def __init__(self, *, governed: bool, ngram: bool, jit: bool, lookaheads: tuple[int, ...]):
         self._governed, self._jit, self._lookaheads = governed, jit, lookaheads
-        self.fallback = FallbackChoice() if ngram else None
+        self._fallback = FallbackChoice() if ngram else None
         self._named_means = {method: Mean(NAMED_MEMORY) for method in SPECULATIVE}
         self._governors = self._new_governors()
         self._by_slots = {0: self._governors}
@@ -39,22 +53,26 @@ class Steering:
             {method: LookaheadChooser(lookaheads) for method in SPECULATIVE} if several else {}
         )
         self._forward_s: dict[int, Mapping[int, float]] = {}
-        self._named: set[int] = set()
+        self._rows: dict[int, _Row] = {}
 
     def _new_governors(self) -> dict[Method, Governor]:
         return {method: Governor(method, named=self._named_means[method]) for method in SPECULATIVE}
 
     def calibrate(self, slots: int, plain_s: float, forward_s: Mapping[int, float]) -> None:
-        """Where plain rounds are not padded: how long a plain forward of so many slots takes, and one of each
-        lookahead."""
-        self.ran(slots)
+        """Set what forwards cost where plain rounds are not padded.
+
+        Args:
+            slots: sequences in the forward.
+            plain_s: seconds of a plain forward.
+            forward_s: seconds of a verification, by lookahead.
+        """
+        self._switch(slots)
         for governor in self._governors.values():
             governor.share = min(1.0, plain_s / forward_s[self._lookaheads[-1]])
         self._forward_s[slots] = forward_s
 
-    def ran(self, slots: int) -> None:
-        """The last forward was of so many. What is fastest for one slot need not be for several: each number has
-        governors of its own."""
+    def _switch(self, slots: int) -> None:
+        """Use the governors of this number of slots: what is fastest for one need not be fastest for several."""
         if slots not in self._by_slots:
             self._by_slots[slots] = self._new_governors()
         self._governors = self._by_slots[slots]
@@ -62,13 +80,28 @@ class Steering:
             for chooser in self._depths.values():
                 chooser.forward_ratio = self._forward_s[slots]
 
-    def start(self, row: Sequence) -> None:
-        """The row decodes from now on."""
-        if row.method in self._governors and (self.fallback is not None or self._governed):
-            row.ngrams = NgramRounds(NgramIndex([*row.tokens, row.root]), self._lookaheads[-1])
+    def roles(self, requests: Sequence[tuple[int, Method] | None], *, drafting: bool) -> Roles:
+        """The roles of the next round. Requests that are not listed are forgotten.
 
-    def arm(self, row: Sequence, *, drafting: bool = True) -> Arm:
-        """How a row decodes now. ``drafting``: whether there is a draft."""
+        Args:
+            requests: ``[B]``, number and method of the request in each slot.
+            drafting: whether there is a draft.
+        """
+        known, self._rows = self._rows, {}
+        arms: list[Arm] = []
+        for entry in requests:
+            if entry is None:
+                arms.append("none")
+                continue
+            request, method = entry
+            row = known.get(request)
+            if row is None or row.method != method:
+                row = _Row(method)
+            self._rows[request] = row
+            arms.append(self._arm(row, drafting))
+        return Roles(tuple(arms))
+
+    def _arm(self, row: _Row, drafting: bool) -> Arm:
         governor = self._governors.get(row.method)
         if governor is None:
             return "none"
@@ -78,66 +111,89 @@ class Steering:
             return governor.undrafted
         return "ngram" if governor.speculating and not row.pace.drafted else governor.arm
 
-    def name(self, slot: int) -> None:
-        """The slot's next candidates are an n-gram."""
-        self._named.add(slot)
-        if self.fallback is not None:
-            self.fallback.sources[slot] = "ngram"
+    def start(self, request: int, tokens: Iterable[int]) -> None:
+        """The request decodes from now on. ``tokens``: all its certain ones."""
+        row = self._rows[request] = _Row(self._rows[request].method)
+        if row.method in self._governors and (self._fallback is not None or self._governed):
+            row.ngrams = NgramRounds(NgramIndex(tokens), self._lookaheads[-1])
+
+    def propose(self, request: int) -> list[int]:
+        """An n-gram that may come next in the request's text, as deep as the tree; empty if there is none."""
+        ngrams = self._rows[request].ngrams
+        return ngrams.index.propose(self._lookaheads[-1]) if ngrams is not None else []
 
     @property
     def ngram(self) -> bool:
         """Whether rows that miss now take an n-gram where there is one."""
-        return self.fallback is not None and (not self._jit or self.fallback.ngram)
+        return self._fallback is not None and (not self._jit or self._fallback.ngram)
 
-    def lookahead(self, rows: Iterable[Sequence | None]) -> int:
-        """K of what the draft drafts after this round. A batch of several methods: ``ssd``'s."""
+    def lookahead(self, methods: set[Method]) -> int:
+        """K of what the draft drafts next. ``methods``: of all sequences that decode. In a mixed batch, ``ssd``'s."""
         if not self._depths:
             return self._lookaheads[-1]
-        methods = {row.method for row in rows if row is not None}
         return self._depths["sd" if "sd" in methods and "ssd" not in methods else "ssd"].current
 
-    def learn(self, commits: Iterable[Commit], forward_s: float) -> None:
-        """What a verification decided, before anything follows from it."""
-        for commit in commits:
-            row, method = commit.sequence, commit.sequence.method
-            if commit.drafted and commit.slot not in self._named and (chooser := self._depths.get(method)) is not None:
-                chooser.learn(commit.depth, commit.drafted)
-            if row.ngrams is not None:
-                rounds = row.ngrams.extend(commit.tokens)
-                self._governors[method].named(len(commit.tokens), rounds)
-        self._named.clear()
-        if self.fallback is not None:
-            self.fallback.learn(commits, forward_s)
+    def learn(self, commits: Iterable[Commit], *, slots: int, forward_s: float) -> None:
+        """Take in the outcomes of a verification.
 
-    def observe(self, verdict: Verdict, *, seconds: float, waited_s: float, draft_s: float, missed_s: float) -> None:
-        """How long a round took; as for ``VerifierWorker.observe``. ``missed_s``: of it, for trees
-        drafted after misses."""
-        methods: set[Method] = {commit.sequence.method for commit in verdict.commits}
-        # A mixed batch says little about any one method, and one the draft is behind in about none.
-        if len(methods) != 1 or any(commit.sequence.draft_behind for commit in verdict.commits):
+        Args:
+            slots: sequences in its forward.
+            forward_s: seconds it took.
+        """
+        self._switch(slots)
+        for commit in commits:
+            if commit.drafted and commit.origin != "ngram" and (chooser := self._depths.get(commit.method)) is not None:
+                chooser.learn(commit.depth, commit.drafted)
+            if (ngrams := self._rows[commit.request].ngrams) is not None:
+                rounds = ngrams.extend(commit.tokens)
+                self._governors[commit.method].named(len(commit.tokens), rounds)
+            if self._fallback is not None and commit.origin in ("jit", "ngram"):
+                self._fallback.served(commit.origin, commit.depth + 1, forward_s)
+
+    def waited(self, seconds: float) -> None:
+        """Rows that missed waited this long for candidates drafted on demand."""
+        if self._fallback is not None:
+            self._fallback.waited(seconds)
+
+    def observe(
+        self, following: Round, verdict: Verdict, *, seconds: float, waited_s: float, draft_s: float, jit_s: float
+    ) -> None:
+        """Take in how long a round took.
+
+        Args:
+            following: the round after it.
+            seconds: of the whole round.
+            waited_s: of those, waiting for the draft.
+            draft_s: the draft's time for its speculation set, beside the forward.
+            jit_s: of ``waited_s``, for candidates drafted after misses.
+        """
+        commits = verdict.commits
+        methods: set[Method] = {commit.method for commit in commits}
+        # A mixed batch says little about any one method, and so does a row for which nothing could be prepared.
+        if len(methods) != 1 or any(commit.request in following.behind for commit in commits):
             return
-        method, rows = methods.pop(), len(verdict.commits)
+        method, rows = methods.pop(), len(commits)
         governor, chooser = self._governors.get(method), self._depths.get(method)
-        if chooser is not None and all(commit.drafted for commit in verdict.commits):
-            chooser.observe(seconds=seconds, forward_s=verdict.forward_s, draft_s=draft_s, wait_s=missed_s)
+        if chooser is not None and all(commit.drafted for commit in commits):
+            chooser.observe(seconds=seconds, forward_s=verdict.forward_s, draft_s=draft_s, wait_s=jit_s)
         if governor is None or not self._governed:
             return
-        tokens = sum(len(commit.tokens) for commit in verdict.commits)
+        tokens = sum(len(commit.tokens) for commit in commits)
         if governor.speculating and rows > 1:
-            self._set_paces(verdict.commits, tokens / seconds, governor.missed_s)
-        elif not (row := verdict.commits[0].sequence).pace.drafted:
+            self._set_paces(commits, following.waiting, tokens / seconds, governor.missed_s)
+        elif not (row := self._rows[commits[0].request]).pace.drafted:
             row.pace = Pace()  # alone, it costs nobody anything
-        wide = any(commit.drafted for commit in verdict.commits)
-        spent = {"seconds": seconds, "waited_s": waited_s, "missed_s": missed_s}
-        governor.observe(Round(tokens=tokens, rows=rows, wide=wide, forward_s=verdict.forward_s, **spent))
+        wide = any(commit.drafted for commit in commits)
+        spent = {"seconds": seconds, "waited_s": waited_s, "missed_s": jit_s}
+        governor.observe(GovernedRound(tokens=tokens, rows=rows, wide=wide, forward_s=verdict.forward_s, **spent))
 
-    def _set_paces(self, commits: list[Commit], batch_rate: float, wait_s: float) -> None:
-        paces = [commit.sequence.pace for commit in commits]
+    def _set_paces(self, commits: list[Commit], waiting: tuple[int, ...], batch_rate: float, wait_s: float) -> None:
+        paces = [self._rows[commit.request].pace for commit in commits]
         hits = [1.0 - pace.misses if pace.drafted else 1.0 for pace in paces]
         for number, (commit, pace) in enumerate(zip(commits, paces, strict=True)):
             pace.observe(
                 tokens=len(commit.tokens),
-                missed=commit.sequence.waited,
+                missed=commit.slot in waiting,
                 others_hit=math.prod(hits[:number] + hits[number + 1 :]),
                 wait_s=wait_s,
                 batch_rate=batch_rate,

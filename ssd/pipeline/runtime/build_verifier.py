@@ -9,8 +9,11 @@ from ...config.load import ModelConfig
 from ...models.rows import RowPlan
 from ...models.runner import ForwardRunner
 from ...models.skipping import SkipSet, skipping
+from ..sampling.slots import SlotSampling
 from ..transport.rank_lanes import Ranks
+from ..verifier.decider import Decider
 from ..verifier.judge import Judge
+from ..verifier.options import VerifierOptions
 from ..verifier.self_draft import SelfDraft
 from ..verifier.worker import VerifierWorker
 from .plan import Plan
@@ -23,38 +26,51 @@ if TYPE_CHECKING:
 def build_verifier(
     plan: Plan, model: PreTrainedModel | None = None, ranks: Ranks | None = None
 ) -> tuple[VerifierWorker, dict[str, Any]]:
-    """The verifier, warm, and what to tell about it. ``model``: already loaded. ``ranks``: those that
-    share the model, if several do; they must ``follow`` by now. Raises: UsageError."""
-    config = plan.config
-    runner = target_runner(plan, model, ranks)
-    worker = VerifierWorker(
-        runner,
-        shape=plan.shape,
-        method=config.speculation.method,
+    """The verifier, warm, and what to say about it.
+
+    Args:
+        model: already loaded; None loads it.
+        ranks: those that share the model, if several do. They must ``follow`` by now.
+
+    Raises:
+        UsageError: the model or the configuration cannot be used.
+    """
+    config, speculation = plan.config, plan.config.speculation
+    runner, shape = target_runner(plan, model, ranks), plan.shape
+    options = VerifierOptions(
+        shape=shape,
+        method=speculation.method,
         jit=plan.jit,
         ngram=plan.ngram,
         strict=config.numerics == "strict",
-        governed=config.speculation.governor,
+        governed=speculation.governor,
         lookaheads=plan.lookaheads,
         ends=frozenset(plan.ends),
         max_model_len=config.engine.max_model_len,
         prefix_caching=config.engine.prefix_caching,
     )
-    worker.chooser.grammars = plan.grammars(config.target)
-    if plan.probs is not None:
-        worker.decider.judge = Judge(
-            config.speculation.verify, plan.shape, plan.probs, batch=runner.batch, device=runner.device
-        )
-    if (wanted := config.speculation.self_draft) is not None:
+    chooser = SlotSampling(
+        runner.batch,
+        runner.vocabulary,
+        runner.device,
+        horizon=shape.depth + 1,
+        compiled=runner.compiled,
+        grammars=plan.grammars(config.target),
+    )
+    judge = None if plan.probs is None else Judge(speculation.verify, shape, plan.probs, runner.device)
+    decider = Decider(runner, shape, chooser, judge)
+    self_draft = None
+    if (wanted := speculation.self_draft) is not None:
         skips = SkipSet.of(wanted.skip_attention, wanted.skip_mlp, runner.cache.layers)
-        worker.self_draft = SelfDraft(
+        self_draft = SelfDraft(
             runner.over(skipping(runner.model, skips)),
-            shape=plan.shape,
-            chooser=worker.chooser,
-            judge=worker.decider.judge,
+            shape=shape,
+            chooser=chooser,
+            judge=judge,
             confidence=wanted.confidence,
-            governed=config.speculation.governor,
+            governed=speculation.governor,
         )
+    worker = VerifierWorker(runner, options, chooser=chooser, decider=decider, self_draft=self_draft)
     return worker, _warm(worker, config.target)
 
 

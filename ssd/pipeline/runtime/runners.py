@@ -9,9 +9,8 @@ import torch
 
 from ...config.load import ModelConfig, resolve_model_path
 from ...errors import ConfigError
-from ...models.attention import split as tree_attention
-from ...models.cpu import linear as rows_linear
-from ...models.cpu import native
+from ...models.attention import tree_attention
+from ...models.cpu import operators, rows_linear
 from ...models.cuda.graphs import Graphs
 from ...models.loading import lay_out_for_cpu, load_model
 from ...models.runner import ForwardRunner, can_compile
@@ -45,7 +44,7 @@ def make_runner(
             make = partial(LeadingRunner, lanes=ranks.lanes)
     on_gpu = model.device.type == "cuda"
     compile_ = can_compile() if wanted.compile == "auto" else wanted.compile
-    kernels = tree_attention.available() if on_gpu else native.available() and wanted.dtype != "float16"
+    kernels = tree_attention.available() if on_gpu else operators.available() and wanted.dtype != "float16"
     attention = ("tree" if kernels else "rows") if wanted.attention == "auto" else wanted.attention
     runner = make(
         model,
@@ -61,7 +60,7 @@ def make_runner(
         sharding=sharding,
     )
     if torch.device(wanted.device).type == "cpu" and wanted.dtype == "float32":
-        if native.available():
+        if operators.available():
             rows_linear.pack_linears(model)
         else:
             lay_out_for_cpu(model)

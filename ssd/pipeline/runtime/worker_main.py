@@ -9,14 +9,15 @@ from typing import Any
 
 from ...config.load import ModelConfig, rank_of, section_of
 from ...errors import LinkError, PipelineError, UsageError, WorkerError
-from ...models.cuda.device import own_stream
+from ...models.device import own_stream
 from ..draft.ranks import LeadingDraft, RankMeeting, share_loop
 from ..draft.worker import DraftWorker
 from ..transport.lanes import ControlLane
 from ..transport.messages import Failed, Hello, Ready, Shutdown, Welcome
 from ..transport.rendezvous import Rendezvous, VerifierSide, draft_side, link_kind, published, rank_side
-from ..verifier.draft_side import DraftSide, Rejoin
+from ..verifier.draft_side import DraftSide
 from ..verifier.ranks import follow, naming_the_lost
+from ..verifier.rejoin import Rejoin
 from ..verifier.worker import VerifierWorker
 from .build_draft import build_draft
 from .build_verifier import build_rank, build_verifier

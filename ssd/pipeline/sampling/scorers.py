@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...decoding.processors import TreePaths
 from ...decoding.trees.shape import TreeShape
-from ...request.params import SamplingParams
+from ...request.sampling_params import SamplingParams
 from .slots import SlotSampling
 from .walk import Rows, Scorer
 

@@ -14,8 +14,8 @@ from ...decoding.processors import Constraint, Processors, ProcessorSettings, pr
 from ...decoding.sampling import SamplingTensors, likely, perturbed, scores
 from ...decoding.trees.combs import noise_at
 from ...errors import RequestError
-from ...models.cpu import native
-from ...request.params import SamplingParams
+from ...models.cpu import operators
+from ...request.sampling_params import SamplingParams
 from .grammar import Grammars
 from .selection import Selection
 
@@ -52,7 +52,7 @@ class SlotSampling:
         self.processors = Processors(batch, vocabulary, device)
         self.grammars, self._vocabulary = grammars, vocabulary
         self._prepared: tuple[Selection | None, list[int], Tensor | None] | None = None
-        self.filters = torch.device(device).type == "cpu" and native.available()
+        self.filters = torch.device(device).type == "cpu" and operators.available()
         """Whether ``score`` applies top-k, top-p and min-p exactly: true where that needs no sort."""
         ahead, draw = torch.arange(1, horizon + 1, device=device), gumbel
         if self.filters:

@@ -18,9 +18,16 @@ _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)  # numbers, not members of e
 class ControlLane(Protocol):
     """One end of an ordered two-way lane."""
 
-    def send(self, message: Message, *, more: bool = False) -> None:
-        """``more``: others follow at once, and need not arrive before these. Raises: PipelineError if nobody is at
-        the other end any more."""
+    def send(self, message: Message, *, more: bool = False, wait: bool = True) -> None:
+        """Sends a message.
+
+        Args:
+            more: others follow at once, and need not arrive before these.
+            wait: give the other end ``SEND_S`` to appear, if it is not there; False fails at once.
+
+        Raises:
+            PipelineError: nobody is at the other end.
+        """
 
     def receive(self, timeout_s: float) -> Message | None:
         """The next message, or None if none comes in time (0: only look)."""
@@ -40,7 +47,7 @@ class InprocLane:
         other: queue.Queue = queue.Queue()
         return cls(one, other), cls(other, one)
 
-    def send(self, message: Message, *, more: bool = False) -> None:
+    def send(self, message: Message, *, more: bool = False, wait: bool = True) -> None:
         self._outbox.put(encode(message))
 
     def receive(self, timeout_s: float) -> Message | None:
@@ -78,7 +85,6 @@ class ZmqLane:
         return int(self._socket.getsockopt(zmq.FD))
 
     def send(self, message: Message, *, more: bool = False, wait: bool = True) -> None:
-        """``wait=False``: fail at once if nobody is there."""
         try:
             # Parts of one ZMQ message wake the reader once, and are read one by one like others.
             self._socket.send(encode(message), (0 if wait else zmq.NOBLOCK) | (zmq.SNDMORE if more else 0))

@@ -17,7 +17,8 @@ from typing import Any, cast
 import msgpack
 
 from ...errors import PipelineError
-from ...request.params import FinishReason, Origin, SamplingParams, SpeculationRecord
+from ...request.output import FinishReason, Origin, SpeculationRecord
+from ...request.sampling_params import SamplingParams
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 

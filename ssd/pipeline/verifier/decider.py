@@ -1,19 +1,21 @@
-"""What a verification decides: the target's forward over the trees, the tokens it chooses, how far they agree."""
+"""The decision of a verification: the target's forward over the trees, the tokens it chooses, how far the trees agree
+with them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...decoding.processors import TreePaths
-from ...decoding.sampling import scores
+from ...decoding.trees.combs import noise_at
 from ...decoding.trees.shape import TreeShape
 from ...decoding.verify.coupled import Outcome, verify_coupled
-from ...models.cuda.device import Courier, Written
+from ...decoding.verify.draft_probs import DraftProbs
+from ...models.device import Courier, Written
 from ...models.rows import RowPlan
 from ...models.runner import ForwardRunner
 from ..sampling.slots import SlotSampling
@@ -22,17 +24,17 @@ from .judge import Judge
 
 class Decision(NamedTuple):
     logits: Tensor
-    """``[B, R, V]``"""
+    """``[B, R, V]`` on the target's device."""
     nodes: list[int]
     """``[B]``, u."""
     bonus: list[int]
     """``[B]``, t."""
     forward_s: float
-    """Of the compiled function alone."""
+    """Seconds of the compiled function alone."""
 
 
 class _Form(NamedTuple):
-    """Of one shape."""
+    """The compiled function for one shape, and its buffers."""
 
     body: Callable[..., tuple[Tensor, Tensor]]
     tokens: Written
@@ -40,10 +42,15 @@ class _Form(NamedTuple):
 
 
 class Decider:
-    """Forward, choice and verification as one compiled function: a round's many small operations would cost as
-    much as a layer. Processors, and filters where they sort, choose anew from its logits.
+    """Forward, choice and matching as one compiled function: as single operations they would cost a round as much as
+    a layer. Processors, filters where they need a sort, and the rules that compare probabilities decide again from its
+    logits.
 
-    Args: runner: of the target. shape: the candidate tree. chooser: what the rows' requests ask for.
+    Args:
+        runner: of the target.
+        shape: the candidate tree.
+        chooser: the sampling parameters of the slots.
+        judge: verifies the rows that sample, under ``rejection`` and ``block``; None under ``coupled``.
     """
 
     def __init__(
@@ -51,11 +58,10 @@ class Decider:
         runner: ForwardRunner,
         shape: TreeShape,
         chooser: SlotSampling,
+        judge: Judge | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        self._runner, self.chooser, self._clock = runner, chooser, clock
-        self.judge: Judge | None = None
-        """Under ``rejection`` and ``block``: verifies the rows that sample."""
+        self._runner, self.chooser, self.judge, self._clock = runner, chooser, judge, clock
         device, self._courier = runner.device, Courier(runner.device)
         self._parents, self._depths = shape.parent_index(device), shape.depth_index(device)
         self._ancestors, self._paths = shape.ancestors(device), TreePaths(shape, device)
@@ -63,17 +69,17 @@ class Decider:
         self._forms: dict[tuple[RowPlan, int, int], _Form] = {}
 
     def warm_up(self, plans: Iterable[RowPlan], trees: list[list[int]], slots: Tensor | None = None) -> None:
-        """Compile every form a round needs: of all slots, or of some."""
+        """Compile every form that these trees need. Arguments as for ``decide``."""
         for plan in plans:
             for context in self._runner.contexts:
-                self.decide(plan, context, self._nothing(trees), trees, slots=slots)
+                self.decide(plan, context, self._no_lengths(trees), trees, slots=slots)
 
     def forward_s(self, plan: RowPlan, trees: list[list[int]], slots: Tensor | None = None) -> float:
-        """Seconds of a verification, at its shortest."""
-        lengths, context = self._nothing(trees), self._runner.contexts[0]
+        """Seconds of a verification: the shortest of several."""
+        lengths, context = self._no_lengths(trees), self._runner.contexts[0]
         return min(self.decide(plan, context, lengths, trees, slots=slots).forward_s for _ in range(5))
 
-    def _nothing(self, trees: list[list[int]]) -> Tensor:
+    def _no_lengths(self, trees: list[list[int]]) -> Tensor:
         return torch.zeros(len(trees), dtype=torch.int64, device=self._runner.device)
 
     @torch.no_grad()
@@ -85,26 +91,36 @@ class Decider:
         trees: list[list[int]],
         noise: Tensor | None = None,
         slots: Tensor | None = None,
+        drawn_from: Sequence[DraftProbs | None] = (),
     ) -> Decision:
-        """The outcomes of the trees ``[B][W]``, of which ``plan`` verifies the first rows, above L ``[B]``.
-        ``noise``: of these lengths; None while nothing samples. ``slots`` ``[B]``: which the chooser has selected, if
-        not all."""
+        """Verify trees.
+
+        Args:
+            plan: which of the trees' rows are verified: the first ``plan.rows``.
+            context: main slots that the forward attends.
+            lengths: ``[B]``, L.
+            trees: ``[B][W]``.
+            noise: ``[B, horizon, V]`` for these lengths; None while nothing samples.
+            slots: ``[B]``, the slots that the chooser has selected; None if all.
+            drawn_from: ``[B]``, what each tree was drawn from; needed by rules that compare probabilities.
+        """
         if (form := self._forms.get((plan, context, len(trees)))) is None:
             form = self._forms[plan, context, len(trees)] = self._form(plan, context, len(trees))
         tokens = form.tokens.write([tree[: plan.rows] for tree in trees])
         began = self._clock()
-        quiet = form.silence if noise is None else noise
         self._runner.announce(plan, tokens, lengths, context)
-        logits, decided = form.body(tokens, lengths, self.chooser.packed, quiet, slots)
+        given = form.silence if noise is None else noise
+        logits, decided = form.body(tokens, lengths, self.chooser.packed, given, slots)
         (decided,) = self._courier.fetch(decided)
         forward_s = self._clock() - began
-        judge = self.judge if noise is not None and plan.rows > 1 else None
-        if judge is not None or not self.chooser.plain:
-            decided = torch.stack(self._anew(plan, tokens, lengths, trees, logits, noise, judge))
+        judged = self.judge is not None and noise is not None and plan.rows > 1
+        if judged or not self.chooser.plain:
+            outcome = self._decide_again(plan, tokens, lengths, trees, logits, noise, drawn_from if judged else None)
+            decided = torch.stack(outcome)
         nodes, bonus = decided.tolist()
         return Decision(logits, nodes, bonus, forward_s)
 
-    def _anew(
+    def _decide_again(
         self,
         plan: RowPlan,
         tokens: Tensor,
@@ -112,19 +128,20 @@ class Decider:
         trees: list[list[int]],
         logits: Tensor,
         noise: Tensor | None,
-        judge: Judge | None,
+        drawn_from: Sequence[DraftProbs | None] | None,
     ) -> Outcome:
-        """The outcome with processors, filters and the rule."""
+        """The outcomes ``[B]`` on the host with processors, filters and the rule. ``drawn_from``: None unless the rule
+        applies. Other arguments as for ``decide``; ``tokens`` are the plan's rows of ``trees``."""
+        paths, ahead = None, self._depths[: plan.rows].expand(len(tokens), -1)
         if self.chooser.processors.active:
-            paths = self._paths.of(torch.tensor(trees, device=tokens.device))
-            logits = self.chooser.processed(logits, paths[:, : plan.rows])
-        ahead = None if noise is None else noise[:, self._depths[: plan.rows]]
-        chosen = scores(logits, self.chooser.params, ahead).argmax(-1)
+            paths = self._paths.of(torch.tensor(trees, device=tokens.device))[:, : plan.rows]
+        logits, scores = self.chooser.exact(logits, noise, ahead, paths)
+        chosen = scores.argmax(-1)
         matched = Outcome(*self._courier.fetch(*self._verify(tokens, chosen)))
-        if judge is None:
+        if self.judge is None or drawn_from is None or noise is None:
             return matched
-        assert ahead is not None
-        return judge.decide(matched, chosen.cpu(), tokens.cpu(), logits, lengths, ahead, self.chooser.params)
+        draft, params, row_noise = self.judge.stacked(drawn_from), self.chooser.params, noise_at(noise, ahead)
+        return self.judge.decide(matched, chosen.cpu(), tokens.cpu(), logits, lengths, row_noise, params, draft)
 
     def _form(self, plan: RowPlan, context: int, count: int) -> _Form:
         runner, verify, chooser = self._runner, self._verify, self.chooser
@@ -133,7 +150,7 @@ class Decider:
         def decide(
             tokens: Tensor, lengths: Tensor, packed: Tensor, noise: Tensor, slots: Tensor | None
         ) -> tuple[Tensor, Tensor]:
-            # A draft may send anything: what is no token is fed as some token, and never accepted.
+            # A draft may send anything. Ids outside the vocabulary are clamped for the forward and never accepted.
             logits = runner.logits(plan, tokens.clamp(0, runner.vocabulary - 1), lengths, context, slots=slots)
             decided = verify(tokens, chooser.score(logits, noise, ahead, packed).argmax(-1))
             return logits, torch.stack([*decided])  # a named tuple in the graph would keep it out of torch's cache

@@ -34,33 +34,25 @@ from ..round.frames import ProbsLayout
 
 
 class Judge:
-    """The verifier's half: the draft's distributions of the trees under verification, and the rule.
+    """The rule, applied to the draft's distributions.
 
     Args:
         rule: ``rejection`` or ``block`` (chains only).
+        shape: the candidate tree.
+        probs: how the draft's distributions travel.
+        device: of the target.
     """
 
-    def __init__(self, rule: str, shape: TreeShape, probs: ProbsLayout, *, batch: int, device: torch.device | str):
-        self.rule, self._device = rule, device
+    def __init__(self, rule: str, shape: TreeShape, probs: ProbsLayout, device: torch.device | str):
+        self.rule, self._device, self._probs = rule, device, probs
         self._siblings = Siblings(shape, device)
-        self._draft = DraftProbs.nothing(batch, probs.inner, probs.size)  # on the host, where frames arrive
 
-    def take(self, branches: Sequence[int | None], draft: DraftProbs | None) -> None:
-        """The next trees are these branches' (None: a miss): keep their distributions, of all ``[B, N, I, m]``."""
-        assert draft is not None, "this rule's trees travel with what they were drawn from"
-        self._draft = draft[torch.arange(len(branches)), torch.tensor([branch or 0 for branch in branches])]
-
-    def fill(self, missed: Sequence[bool], draft: DraftProbs) -> None:
-        """``[B]``: in these rows the tree was drafted now, from ``draft`` ``[B, I, m]``."""
-        at = torch.tensor(missed)[:, None, None]
-        self._draft = DraftProbs(
-            torch.where(at, draft.tokens, self._draft.tokens), torch.where(at, draft.probs, self._draft.probs)
-        )
-
-    def name(self, slot: int) -> None:
-        """The slot's tree was named by a rule known to all (an n-gram), not drawn: point masses."""
-        nothing = DraftProbs.nothing(1, *self._draft.tokens.shape[1:])
-        self._draft.tokens[slot], self._draft.probs[slot] = nothing.tokens[0], nothing.probs[0]
+    def stacked(self, drawn_from: Sequence[DraftProbs | None]) -> DraftProbs:
+        """The distributions of several trees ``[I, m]`` as one batch ``[B, I, m]`` on the host. None: the tree's
+        candidates are point masses."""
+        nothing = DraftProbs.nothing(self._probs.inner, self._probs.size)
+        rows = [nothing if row is None else row for row in drawn_from]
+        return DraftProbs(torch.stack([row.tokens for row in rows]), torch.stack([row.probs for row in rows]))
 
     def decide(
         self,
@@ -71,17 +63,26 @@ class Judge:
         lengths: Tensor,
         noise: Tensor,
         params: SamplingTensors,
+        draft: DraftProbs,
     ) -> Outcome:
-        """The outcome: by the rule in rows that sample, ``matched`` in the others.
+        """The outcomes: by the rule in rows that sample, ``matched`` in the others.
 
         Args:
-            matched: by matching. chosen, tokens: ``[B, W]``, the target's token after every node and the
-                tree. logits: ``[B, W, V]`` of the target. lengths: ``[B]``, L. noise: ``[B, W, V]``, plain
-                decoding's.
+            matched: the outcomes by matching, on the host.
+            chosen: ``[B, W]`` on the host, the target's token after every node.
+            tokens: ``[B, W]`` on the host, the trees.
+            logits: ``[B, W, V]`` of the target.
+            lengths: ``[B]``, L.
+            noise: ``[B, W, V]``, plain decoding's.
+            params: of the rows.
+            draft: ``[B, I, m]`` on the host, what the candidates were drawn from.
+
+        Returns:
+            node u and bonus token t of each row, on the host.
         """
         target_probs = scaled_logits(logits, params).softmax(-1)
         uniforms = uniform(derive(params.seed, ACCEPT_STREAM), lengths, tokens.shape[1])
-        draft = DraftProbs(self._draft.tokens.to(self._device), self._draft.probs.to(self._device))
+        draft = DraftProbs(draft.tokens.to(self._device), draft.probs.to(self._device))
         tree = tokens.to(self._device)
         if self.rule == "block":
             law = verify_block(target_probs, tree[:, 1:], draft, uniforms[:, 1:])

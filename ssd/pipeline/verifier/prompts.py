@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence as Listed
+from collections.abc import Sequence
 
 from ...models.runner import ForwardRunner
 from .prefix import PrefixCache
-from .sequence import Sequence
+from .sequence import TargetSequence
 
 
 class Prompts:
@@ -15,11 +15,11 @@ class Prompts:
 
     def __init__(self, runner: ForwardRunner, prefixes: PrefixCache):
         self._runner, self.prefixes = runner, prefixes
-        self.waiting: deque[Sequence] = deque()
-        self.filling: dict[int, Sequence] = {}
+        self.waiting: deque[TargetSequence] = deque()
+        self.filling: dict[int, TargetSequence] = {}
         """By slot, in the order they came: those whose prompt is not whole yet."""
 
-    def admit(self, idle: Listed[int]) -> None:
+    def admit(self, idle: Sequence[int]) -> None:
         """Give slots to those that wait. ``idle``: slots in which nothing decodes."""
         free = [slot for slot in idle if slot not in self.filling]
         while self.waiting and free:
@@ -30,7 +30,7 @@ class Prompts:
             self._take_over(slot, row)  # before its source is given away
             free.remove(slot)
 
-    def compute(self) -> tuple[bool, list[tuple[int, Sequence]]]:
+    def compute(self) -> tuple[bool, list[tuple[int, TargetSequence]]]:
         """One chunk of the prompt that came first. Returns whether there was one to compute, and the
         sequences whose prompt is whole now: they are no longer here."""
         computed, whole = False, []
@@ -47,7 +47,7 @@ class Prompts:
                     self._take_over(other, waits)
         return computed, whole
 
-    def forget(self, request: int) -> Sequence | None:
+    def forget(self, request: int) -> TargetSequence | None:
         """Drop a request that waits for a slot."""
         for row in self.waiting:
             if row.request == request:
@@ -60,7 +60,7 @@ class Prompts:
         self.filling.pop(slot, None)
         self.prefixes.touch(slot)
 
-    def _take_over(self, slot: int, row: Sequence) -> None:
+    def _take_over(self, slot: int, row: TargetSequence) -> None:
         """What any slot holds of a prompt, if that is more than it has."""
         source, length = self.prefixes.find(row.tokens)
         if length > row.cached:

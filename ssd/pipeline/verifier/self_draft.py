@@ -13,7 +13,7 @@ nothing (docs/self_speculation.md has the sums).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,14 +21,14 @@ from torch import Tensor
 from ...decoding.trees.combs import best_tokens, comb_tokens
 from ...decoding.trees.shape import ABSENT, TreeShape
 from ...models.runner import ForwardRunner
-from ...request.params import Origin
 from ..policy.governor import Governor, Round
+from ..round.candidates import CandidateOrigin
 from ..round.verdict import Verdict
 from ..sampling.scorers import LikelyScorer, Requested
 from ..sampling.slots import SlotSampling
 from ..sampling.walk import ChainSteps, Frontier, Walk, after, fused_forward, walked
 from .judge import Judge
-from .sequence import Sequence
+from .sequence import TargetSequence
 
 Step = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
@@ -71,8 +71,17 @@ class SelfDraft:
         for context in self.runner.contexts:
             self._step(context)(lengths[:, None], lengths, requested)
 
+    def calibrate(self, plain_s: float, verify_s: float) -> None:
+        """Sets the seconds of a plain forward and of one that verifies."""
+        if self.governor is not None:
+            self.governor.share = min(1.0, plain_s / verify_s)
+
     def fill(
-        self, rows: list[Sequence | None], trees: list[list[int]], origins: list[Origin], lengths: Tensor
+        self,
+        rows: Sequence[TargetSequence | None],
+        trees: list[list[int]],
+        origins: list[CandidateOrigin],
+        lengths: Tensor,
     ) -> float:
         """Puts candidates below the roots of the rows of method ``self``.
 
@@ -93,21 +102,19 @@ class SelfDraft:
         roots = torch.tensor([[max(tree[0], 0)] for tree in trees]).to(lengths.device)
         proposed = self.propose(roots, lengths, wanted, longest).tolist()
         for slot in (slot for slot, drafts in enumerate(wanted) if drafts):
-            trees[slot][1:], origins[slot] = proposed[slot], "miss"
-            if self._judge is not None:
-                self._judge.name(slot)
+            trees[slot][1:], origins[slot] = proposed[slot], "self"
         return time.perf_counter() - began
 
     def observe(self, verdict: Verdict, seconds: float) -> None:
         """Shows the governor a round and the seconds it took."""
         commits = verdict.commits
-        if self.governor is not None and commits and all(commit.sequence.method == "self" for commit in commits):
+        if self.governor is not None and commits and all(commit.method == "self" for commit in commits):
             tokens, wide = sum(len(commit.tokens) for commit in commits), any(commit.drafted for commit in commits)
-            spent = {"seconds": seconds, "waited_s": verdict.drafted_s, "forward_s": verdict.forward_s}
+            spent = {"seconds": seconds, "waited_s": verdict.self_draft_s, "forward_s": verdict.forward_s}
             self.governor.observe(Round(tokens=tokens, rows=len(commits), wide=wide, **spent))
 
     @torch.no_grad()
-    def propose(self, roots: Tensor, lengths: Tensor, wanted: list[bool], longest: int) -> Tensor:
+    def propose(self, roots: Tensor, lengths: Tensor, wanted: Sequence[bool], longest: int) -> Tensor:
         """Drafts a chain per row, with siblings.
 
         Args:

@@ -1,14 +1,13 @@
-"""One request inside the verifier: its tokens, what a round adds to them, and when it ends; and what the
-draft knows of it."""
+"""One request inside the verifier: its tokens, what a round adds to them, and when it ends."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from ...decoding.processors import Constraint
-from ...decoding.text.ngram import NgramRounds
-from ...request.params import FinishReason, Method, SamplingParams, SpeculationRecord
-from ..policy.pace import Pace
+from ...request.methods import Method
+from ...request.output import FinishReason, SpeculationRecord
+from ...request.sampling_params import SamplingParams
 from ..transport.messages import Admit, Submit
 
 STUCK = (
@@ -18,37 +17,27 @@ STUCK = (
 
 
 @dataclass(kw_only=True, slots=True)
-class Sequence:
+class TargetSequence:
+    """A request from its arrival to its end."""
+
     request: int
     params: SamplingParams
     method: Method
     tokens: list[int]
-    """Prompt and generated, the root excluded."""
+    """Prompt and generated tokens, the root excluded. Its length is L."""
     root: int
-    """Last certain token; it has no keys and values yet."""
+    """The last certain token. It has no keys and values yet."""
     prompt_length: int
     context_limit: int
-    """Tokens, prompt included, at which it ends."""
+    """Number of tokens, prompt included, at which it ends."""
     ends: frozenset[int]
     """Token ids that end it."""
     cached: int = 0
-    """Of its prompt: tokens that have keys and values."""
+    """How many prompt tokens have keys and values."""
     reused: int = 0
-    """How many of them were found in a slot when it came."""
+    """How many of those were found in a slot instead of being computed."""
     started_s: float = 0.0
-    at_draft: bool = False
-    """Whether the draft has it."""
-    draft_behind: bool = False
-    """Whether the draft is still computing its keys, so that nothing is drafted for it."""
-    hit: bool | None = None
-    """Whether the tree now under verification was found prepared; None if none was looked up."""
-    forecasts: bool = False
-    """Whether the draft was told to prepare for its outcomes (``ssd``) or only to serve misses (``sd``)."""
-    waited: bool = False
-    """Whether the round before ended with a wait for its tree."""
-    pace: Pace = field(default_factory=Pace)
-    ngrams: NgramRounds | None = None
-    """Of its tokens, where it may take candidates from them."""
+    """When its prompt was complete, on the verifier's clock."""
     constraint: Constraint | None = None
     """The grammar of its output, after the certain tokens."""
     error: str | None = None
@@ -56,8 +45,8 @@ class Sequence:
     record: SpeculationRecord = field(default_factory=SpeculationRecord)
 
     @classmethod
-    def of(cls, message: Submit, method: Method, context_limit: int, ends: frozenset[int]) -> Sequence:
-        """Of a request. ``ends``: end-of-text ids."""
+    def of(cls, message: Submit, method: Method, context_limit: int, ends: frozenset[int]) -> TargetSequence:
+        """The sequence of a request. ``ends``: end-of-text ids of the model."""
         params = message.params
         return cls(
             request=message.request,
@@ -70,33 +59,39 @@ class Sequence:
             ends=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else ends),
         )
 
-    def introduction(self, slot: int, ends: frozenset[int]) -> Admit:
-        """What the draft is told of it. ``ends``: end-of-text ids."""
+    def introduction(self, slot: int, ends: frozenset[int], *, forecasts: bool) -> Admit:
+        """The message that makes the sequence known to the draft.
+
+        Args:
+            ends: end-of-text ids of the model.
+            forecasts: whether the draft prepares for its outcomes, or only drafts on demand.
+        """
         return Admit(
             slot=slot,
-            tokens=[*self.tokens, self.root],
+            tokens=self.certain,
             params=self.params,
-            forecasts=self.forecasts,
+            forecasts=forecasts,
             prompt_length=self.prompt_length,
             ends=self.held_off(ends),
         )
 
     def held_off(self, ends: frozenset[int]) -> list[int]:
-        """Ids that may not come before ``min_tokens``. ``ignore_eos`` lets the output go on after
-        an end-of-text id; ``min_tokens`` holds the id off all the same (as in vLLM)."""
+        """Ids that may not come before ``min_tokens``. ``ignore_eos`` lets the output continue after an end-of-text
+        id; ``min_tokens`` excludes the id all the same (as in vLLM)."""
         return sorted({*self.params.stop_token_ids, *ends}) if self.params.min_tokens else []
 
     @property
     def generated(self) -> int:
+        """Number of generated tokens."""
         return len(self.tokens) + 1 - self.prompt_length
 
-    def prompt_and_output(self) -> tuple[list[int], list[int]]:
-        """All certain tokens, the root among them."""
-        certain = [*self.tokens, self.root]
-        return certain[: self.prompt_length], certain[self.prompt_length :]
+    @property
+    def certain(self) -> list[int]:
+        """All certain tokens, the root included."""
+        return [*self.tokens, self.root]
 
     def commit(self, path: list[int], bonus: int) -> tuple[list[int], FinishReason | None]:
-        """Append a round's tokens: accepted ones and the bonus.
+        """Append a round's tokens: the accepted ones and the bonus.
 
         Returns:
             the tokens that count (cut after the one that ended the request) and why it ended.

@@ -1,360 +1,275 @@
 """The verifier worker: the target model, its sequences, and what each round decides.
-Decisions only; ``loops`` moves the frames and the messages."""
+
+A round goes through ``begin`` → ``verify`` → ``advance`` → ``fill``, each of which takes and returns values.
+``runtime.verifier_loop`` calls them and moves the frames and messages in between.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from ...decoding.logprobs import token_logprobs
-from ...decoding.trees.shape import ABSENT, TreeShape
+from ...decoding.trees.shape import ABSENT
 from ...decoding.verify.draft_probs import DraftProbs
 from ...errors import RequestError
-from ...models.cuda.device import Written
-from ...models.rows import RowPlan, verify_plans
 from ...models.runner import ForwardRunner
-from ...request.params import Method, Origin
+from ...request.methods import Method
 from ..policy.steering import Steering
-from ..round.frames import RowState, SpeculationSet
-from ..round.lookup import lookup
+from ..round.candidates import CandidateOrigin, Candidates
+from ..round.frames import RowState
+from ..round.lookup import Found
+from ..round.roles import Arm, Roles
+from ..round.round import Round
+from ..round.times import RoundTimes
 from ..round.verdict import Commit, Verdict
-from ..sampling.selection import Selection, Selector
+from ..sampling.selection import Selection
 from ..sampling.slots import SlotSampling
 from ..transport.messages import Admit, Submit
-from .decider import Decider
-from .invariance import interchangeable
-from .prefix import PrefixCache
-from .prompts import Prompts
+from .decider import Decider, Decision
+from .forward_rows import ForwardRows
+from .options import VerifierOptions
 from .self_draft import SelfDraft
-from .sequence import Sequence
+from .sequence import TargetSequence
+from .slots import Slots
 
-Committed = tuple[list[int], list[Commit]]
+
+class Prefilled(NamedTuple):
+    """The result of one step of prefill."""
+
+    computed: bool
+    """Whether a chunk was computed."""
+    refused: list[TargetSequence]
+    """Sequences that cannot be decoded; ``error`` says why. They have left their slots."""
 
 
 class VerifierWorker:
-    """Leads the round.
+    """Leads the rounds.
 
     Args:
         runner: of the target model.
-        method: of requests that do not choose one. jit: whether missed ``ssd`` rows wait for the
-            draft (fallback ``jit``) or go on plainly (``none``). ngram: whether they may take an n-gram.
-        strict: every decode forward has the same rows, plain decoding too, unless it is seen that fewer give the
-            same bits (``invariance``). Otherwise plain rounds run one row a sequence.
-        governed: decode plainly while speculation does not pay.
-        lookaheads: the draft may be told to draft less deep than ``shape`` is; the last is its depth.
-        ends: end-of-text ids. max_model_len: tokens of a sequence, prompt included.
-        prefix_caching: reuse what earlier prompts left.
+        options: how to decode.
+        chooser: the sampling parameters of the slots.
+        decider: verifies trees, with the same runner and chooser.
+        self_draft: drafts for sequences of method ``self``, if there are any.
+        clock: seconds, monotonic.
     """
 
     def __init__(
         self,
         runner: ForwardRunner,
+        options: VerifierOptions,
         *,
-        shape: TreeShape,
-        method: Method,
-        jit: bool,
-        strict: bool,
-        ngram: bool = False,
-        governed: bool,
-        lookaheads: tuple[int, ...] = (),
-        ends: frozenset[int],
-        max_model_len: int,
-        prefix_caching: bool = True,
+        chooser: SlotSampling,
+        decider: Decider,
+        self_draft: SelfDraft | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        self.runner, self.shape, self.jit = runner, shape, jit
-        self.method: Method = method
-        lookaheads = lookaheads or (shape.depth,)
-        self.steering = Steering(governed=governed, ngram=ngram, jit=jit, lookaheads=lookaheads)
-        self.ends, self.max_model_len, self.clock = ends, max_model_len, clock
-        self.padded = strict
-        """Whether all decode forwards have the same rows."""
-        self.refused: list[Sequence] = []
-        """Not to be decoded (``Sequence.error``); whoever reports them empties it."""
-        self.rows: list[Sequence | None] = [None] * runner.batch  # those that decode
-        self.prompts = Prompts(runner, PrefixCache(runner.batch, runner.chunk, enabled=prefix_caching))
-        self.drafting = True
-        """False while there is no draft: everything decodes plainly then."""
-        self.self_draft: SelfDraft | None = None  # drafts for rows of method ``self``
-        self._absent = [ABSENT] * (shape.nodes - 1)
-        self.trees = [[ABSENT, *self._absent] for _ in self.rows]
-        """Tokens ``[B][W]`` of the next round's trees."""
-        self.origins: list[Origin] = ["plain"] * runner.batch  # of the candidates in ``trees``
-        self.lookups = self.hits = 0  # of the round before
-        self._missed_s = self._trees_s = 0.0
-        horizon, batch = shape.depth + 1, runner.batch
-        self.chooser = SlotSampling(batch, runner.vocabulary, runner.device, horizon=horizon, compiled=runner.compiled)
-        self.decider = Decider(runner, shape, self.chooser, clock)
-        self._trees = verify_plans(shape, lookaheads)
-        self._tree, self._one = self._trees[shape.depth], RowPlan.sequential("one", 1)
-        self._selector = Selector(batch, (batch,) if strict else runner.counts, runner.device)
-        self._lengths = {count: Written(count, device=runner.device) for count in (*runner.counts, batch)}
+        self.runner, self.options, self.shape, self.clock = runner, options, options.shape, clock
+        self.slots = Slots(runner, prefix_caching=options.prefix_caching)
+        self.steering = Steering(
+            governed=options.governed, ngram=options.ngram, jit=options.jit, lookaheads=options.lookaheads
+        )
+        self._chooser, self._decider, self._self_draft = chooser, decider, self_draft
+        self._absent = [ABSENT] * (self.shape.nodes - 1)
+        self._nothing = Candidates(tokens=self._absent)
+        self._forward_rows = ForwardRows(runner, options, chooser, decider, self_draft=self_draft is not None)
+
+    @property
+    def padded(self) -> bool:
+        """Whether all decode forwards have the same number of rows."""
+        return self._forward_rows.padded
 
     def warm_up(self) -> None:
-        """Compile every form a round needs, and find out which may take turns."""
-        runner, decider, own, plans = self.runner, self.decider, self.self_draft, [self._one, *self._trees.values()]
-        if self.padded:
-            selector = Selector(runner.batch, runner.counts, runner.device)
-            self.padded = not interchangeable(runner, decider, plans, selector)
-            self._selector = self._selector if self.padded else selector
-        if not runner.fuses:
-            return
-        self.chooser.warm_up(self._selector.counts)
-        for count in self._selector.counts:
-            selected = self._selector.first(count)
-            self.chooser.select(selected)
-            trees = self.trees[:count]
-            decider.warm_up([self._tree] if self.padded else plans, trees, selected.index)
-            if not self.padded:
-                seconds = {depth: decider.forward_s(plan, trees, selected.index) for depth, plan in self._trees.items()}
-                plain_s = decider.forward_s(self._one, trees, selected.index)
-                self.steering.calibrate(count, plain_s, seconds)
-                if own is not None and own.governor is not None:
-                    own.governor.share = min(1.0, plain_s / seconds[self.shape.depth])
-        if own is not None:
+        """Compile every form that a round needs, and tell the policy what forwards cost."""
+        own = self._self_draft
+        for cost in self._forward_rows.warm_up():
+            self.steering.calibrate(*cost)
+            if own is not None:
+                own.calibrate(cost.plain_s, cost.verify_s[self.shape.depth])
+        if own is not None and self.runner.fuses:
             own.warm_up()
 
-    @property
-    def idle(self) -> bool:
-        return not (self.prompts.waiting or self.prompts.filling or self.decoding)
-
-    @property
-    def decoding(self) -> bool:
-        return any(row is not None for row in self.rows)
-
-    @property
-    def _admitted(self) -> list[tuple[int, Sequence]]:
-        return [*((slot, row) for slot, row in enumerate(self.rows) if row is not None), *self.prompts.filling.items()]
-
-    def speculates(self, row: Sequence | None) -> bool:
-        return row is not None and self.drafting and self.steering.arm(row) in ("ssd", "sd")
-
-    @property
-    def speculating(self) -> bool:
-        """Whether the draft takes part in the next round."""
-        return any(self.speculates(row) for _, row in self._admitted)
-
     def submit(self, message: Submit) -> None:
-        """Queue a request (checked by the front)."""
-        method: Method = message.params.method or self.method
-        self.prompts.waiting.append(Sequence.of(message, method, self.max_model_len, self.ends))
+        """Queue a request. The front has checked it."""
+        method: Method = message.params.method or self.options.method
+        sequence = TargetSequence.of(message, method, self.options.max_model_len, self.options.ends)
+        self.slots.prompts.waiting.append(sequence)
 
-    def cancel(self, request: int) -> Sequence | None:
-        """Forget a request; its slot is free at once."""
-        for slot, row in self._admitted:
-            if row.request == request:
-                self._free(slot)
-                return row
-        return self.prompts.forget(request)
+    def cancel(self, request: int) -> TargetSequence | None:
+        """Forget a request. Its slot is free at once. Returns its sequence, if there was one."""
+        if (slot := self.slots.find(request)) is None:
+            return self.slots.prompts.forget(request)
+        row = dict(self.slots.admitted)[slot]
+        self._free(slot)
+        return row
 
-    def admit(self) -> None:
-        """Give free slots to waiting requests, with what those or others hold of their prompts."""
-        self.prompts.admit([slot for slot, row in enumerate(self.rows) if row is None])
+    def begin(self, round: Round, known: Mapping[int, Arm] | None) -> Round:
+        """Start a round: give free slots to waiting requests and decide who speculates, and how.
 
-    def introduce(self) -> list[Admit]:
-        """What to tell the draft of sequences that speculate from now on, or in another way: new ones, and
-        those that decoded without it for a while."""
-        told = []
-        for slot, row in self._admitted:
-            forecasts = self.steering.arm(row) == "ssd"
-            if self.speculates(row) and (not row.at_draft or row.forecasts != forecasts):
-                row.at_draft, row.forecasts = True, forecasts
-                self.trees[slot][1:] = self._absent  # of what stands there the draft does not know
-                told.append(row.introduction(slot, self.ends))
-        return told
+        Args:
+            round: the result of the last ``advance`` or ``fill``.
+            known: requests that the draft knows, and their roles there; None while there is no draft.
+        """
+        self.slots.admit()
+        admitted = self.slots.admitted
+        requests: list[tuple[int, Method] | None] = [None] * self.runner.batch
+        for slot, row in admitted:
+            requests[slot] = row.request, row.method
+        roles = self.steering.roles(requests, drafting=known is not None)
+        told = known or {}
+        introduced = {
+            row.request: slot
+            for slot, row in admitted
+            if roles.speculates(slot) and told.get(row.request) != roles.arms[slot]
+        }
+        # The draft does not know the candidates of a sequence that it does not know.
+        kept = {request: one for request, one in round.candidates.items() if request not in introduced}
+        return Round(roles=roles, candidates=kept, introduced=tuple(introduced.values()))
 
-    def observe(self, verdict: Verdict, *, seconds: float, waited_s: float, draft_s: float) -> None:
-        """How a round went. ``waited_s``: of it, for the draft; ``draft_s``: the draft's half of it."""
-        spent = {"seconds": seconds, "waited_s": waited_s, "draft_s": draft_s, "missed_s": self._trees_s}
-        if self.drafting:  # without a draft it says nothing about speculation
-            self.steering.observe(verdict, **spent)
+    def introductions(self, round: Round) -> list[Admit]:
+        """Messages that make sequences known to the draft."""
+        return [
+            row.introduction(slot, self.options.ends, forecasts=round.roles.forecasts(slot))
+            for slot, row in self.slots.admitted
+            if slot in round.introduced
+        ]
 
-    def prefill(self) -> bool:
-        """One chunk of the prompt that came first: running rows wait no longer than that. Sequences whose
-        prompt is whole decode from now on. Returns whether a chunk was computed."""
-        computed, whole = self.prompts.compute()
-        for slot, row in whole:
-            self._start(slot, row)
-        return computed
+    def known(self, roles: Roles) -> dict[int, Arm]:
+        """Requests that the draft knows from now on, and their roles."""
+        return {row.request: roles.arms[slot] for slot, row in self.slots.admitted if roles.speculates(slot)}
 
-    def _start(self, slot: int, row: Sequence) -> None:
-        prompt, output = row.prompt_and_output()
+    def prefill(self) -> Prefilled:
+        """Compute one chunk of the prompt that came first, so that running sequences never wait longer than that.
+        Sequences whose prompt is complete decode from now on."""
+        computed, complete = self.slots.prompts.compute()
+        refused = [row for slot, row in complete if not self._start(slot, row)]
+        return Prefilled(computed, refused)
+
+    def _start(self, slot: int, row: TargetSequence) -> bool:
+        """Let a sequence decode. False: it cannot, and ``error`` says why."""
+        prompt, output = row.certain[: row.prompt_length], row.certain[row.prompt_length :]
+        self.slots.rows[slot] = row
         try:
-            ends = row.held_off(self.ends)
-            row.constraint = self.chooser.process(slot, row.params, prompt=prompt, output=output, ends=ends)
-        except RequestError as error:
+            ends = row.held_off(self.options.ends)
+            row.constraint = self._chooser.process(slot, row.params, prompt=prompt, output=output, ends=ends)
+            self._chooser.set(slot, row.params)
+        except (RequestError, ValueError, OverflowError, RuntimeError) as error:
+            # Whatever is wrong with one request's parameters ends that request and nothing else.
             row.error = str(error)
-            self.refused.append(row)
             self._free(slot)
-            return
-        self.rows[slot] = row
-        self.steering.start(row)
-        self.chooser.set(slot, row.params)
-        self.trees[slot] = [row.root, *self._absent]
+            return False
+        self.steering.start(row.request, row.certain)
         row.started_s = self.clock()
+        return True
 
-    def verify(self) -> Verdict:
-        """One target forward over the trees, and what it decides. Nothing, while no prompt is whole."""
-        if not self.decoding:
-            nothing = [0] * len(self.rows)
-            return Verdict(nothing, nothing, self._states(), commits=[], forward_s=0.0)
-        selected, known, lengths = self._select()
-        own = self.self_draft
-        drafted_s = own.fill(self.rows, self.trees, self.origins, lengths) if own is not None else 0.0
-        plan = self._plan()
-        context = self.runner.context_for(max(len(r.tokens) for r in self.rows if r is not None) + max(plan.limits) + 1)
-        noise = self.chooser.prepared(known, lengths)
-        trees = [self.trees[slot] for slot in selected.slots]
-        logits, nodes, bonus, forward_s = self.decider.decide(plan, context, lengths, trees, noise, selected.index)
-        if selected.index is not None:
-            nodes, bonus = self._of_all(selected, nodes), self._of_all(selected, bonus)
-        states, commits = self._commit(selected, nodes, bonus, logits)
-        self.steering.ran(selected.count)
+    def verify(self, round: Round) -> Verdict:
+        """Run one target forward over the candidates and decide the outcomes. While nothing decodes, the verdict only
+        says so."""
+        if not self.slots.decoding:
+            zeros = [0] * self.runner.batch
+            return Verdict(nodes=zeros, bonus=zeros, states=self._prefilling(round.roles), commits=[], forward_s=0.0)
+        selected, known, lengths = self._forward_rows.select(self.slots)
+        rows = self.slots.rows
+        candidates = [self._candidates(round, row) for row in rows]
+        trees = [[ABSENT if row is None else row.root, *one.tokens] for row, one in zip(rows, candidates, strict=True)]
+        origins: list[CandidateOrigin] = [one.origin for one in candidates]
+        own = self._self_draft
+        self_draft_s = own.fill(rows, trees, origins, lengths) if own is not None else 0.0
+        plan = self._forward_rows.plan(self.slots, trees)
+        longest = max(len(row.tokens) for row in rows if row is not None)
+        decision = self._decider.decide(
+            plan,
+            self.runner.context_for(longest + max(plan.limits) + 1),
+            lengths,
+            [trees[slot] for slot in selected.slots],
+            self._chooser.prepared(known, lengths),
+            selected.index,
+            [candidates[slot].drawn_from for slot in selected.slots],
+        )
+        states, commits = self._commit(round, trees, origins, selected, decision)
         ngram = self.steering.ngram
-        self.steering.learn(commits, forward_s)
-        return Verdict(nodes, bonus, states, commits, forward_s, ngram, self.steering.lookahead(self.rows), drafted_s)
+        self.steering.learn(commits, slots=selected.count, forward_s=decision.forward_s)
+        return Verdict(
+            nodes=self._by_slot(selected, decision.nodes),
+            bonus=self._by_slot(selected, decision.bonus),
+            states=states,
+            commits=commits,
+            forward_s=decision.forward_s,
+            self_draft_s=self_draft_s,
+            ngram=ngram,
+            lookahead=self.steering.lookahead({row.method for row in rows if row is not None}),
+        )
 
-    def _select(self) -> tuple[Selection, list[int], Tensor]:
-        """Slots of the coming forward, and L of each, twice. Rows of empty ones are computed and mean nothing: they
-        land behind what they hold."""
-        alike = self.decider.judge is None and self.self_draft is None and not self.chooser.processors.active
-        used = (slot for slot, row in enumerate(self.rows) if row is not None)
-        selected = self._selector.of(used) if alike else self._selector.all
-        self.chooser.select(selected)
-        held, rows = self.prompts.prefixes.held, self.rows
-        known = [len(held[slot] if (row := rows[slot]) is None else row.tokens) for slot in selected.slots]
-        return selected, known, self._lengths[selected.count].write(known)
+    def _candidates(self, round: Round, row: TargetSequence | None) -> Candidates:
+        return self._nothing if row is None else round.candidates.get(row.request, self._nothing)
 
-    def _of_all(self, selected: Selection, values: list[int]) -> list[int]:
-        whole = [0] * len(self.rows)
+    def _by_slot(self, selected: Selection, values: list[int]) -> list[int]:
+        """Values of the selected slots as values of all slots; 0 in the others."""
+        if selected.index is None:
+            return values
+        whole = [0] * self.runner.batch
         for slot, value in zip(selected.slots, values, strict=True):
             whole[slot] = value
         return whole
 
-    def prepare(self) -> None:
-        """Of the next verification what needs no tree: its noise. While the draft may have to be waited for."""
-        if self.chooser.params.random:
-            _, known, lengths = self._select()
-            self.chooser.prepare(known, lengths)
+    def _commit(
+        self,
+        round: Round,
+        trees: list[list[int]],
+        origins: list[CandidateOrigin],
+        selected: Selection,
+        decision: Decision,
+    ) -> tuple[list[int], list[Commit]]:
+        """Append the outcomes to the sequences, free the slots of those that end, and keep accepted siblings' keys.
 
-    def advance(self, verdict: Verdict, speculation: SpeculationSet | None) -> list[bool]:
-        """Next trees by lookup (``None``: no draft took part). Returns the rows ``[B]`` that
-        wait for a tree drafted now."""
-        missed = [False] * len(self.rows)
-        self.lookups = self.hits = 0
-        if speculation is None:
-            self.trees = [[token, *self._absent] for token in verdict.bonus]
-        else:
-            found = lookup(verdict.nodes, verdict.bonus, speculation)
-            self.trees = found.trees
-            if self.decider.judge is not None:
-                self.decider.judge.take(found.branches, speculation.draft)
-            for slot, row in enumerate(self.rows):
-                if row is None or not self.speculates(row):
-                    continue
-                hit, prepared = found.branches[slot] is not None, found.prepared[slot]
-                row.draft_behind = row.forecasts and not prepared
-                if row.forecasts and prepared:
-                    row.hit = hit
-                    row.record.count_lookup(hit)
-                    self.lookups += 1
-                    self.hits += hit
-                self.origins[slot] = "hit" if hit else "miss"
-                if not hit and row.forecasts and verdict.ngram and self._take_ngram(slot, row):
-                    continue
-                missed[slot] = not hit and (self.jit or not row.forecasts)
-        for slot, row in enumerate(self.rows):
-            if row is None:
-                self.trees[slot] = [ABSENT, *self._absent]
+        Args:
+            trees: ``[B][W]`` of all slots, as ``origins`` is.
+            decision: of the selected slots.
+
+        Returns:
+            states ``[B]`` for the draft, and a commit for each sequence that decodes.
+        """
+        states, commits, moves = self._prefilling(round.roles), list[Commit](), list[tuple[int, int, int]]()
+        for index, slot in enumerate(selected.slots):
+            if (row := self.slots.rows[slot]) is None:
                 continue
-            row.waited = missed[slot]
-            row.draft_behind &= self.speculates(row)
-            if row.ngrams is not None and self.steering.arm(row, drafting=self.drafting) == "ngram":
-                self._take_ngram(slot, row)
-        self._missed_s, self._trees_s = self.clock(), 0.0
-        return missed
-
-    def _take_ngram(self, slot: int, row: Sequence) -> bool:
-        """The slot's tree from what its own text says, if that says anything."""
-        assert row.ngrams is not None
-        found, self.origins[slot] = row.ngrams.index.propose(self.shape.depth), "miss"
-        if found:
-            self.trees[slot][1:] = [*found, *self._absent[len(found) :]]
-            self.steering.name(slot)
-            if self.decider.judge is not None:
-                self.decider.judge.name(slot)
-        return bool(found)
-
-    def fill(self, missed: list[bool], drafted: list[list[int]], draft: DraftProbs | None = None) -> None:
-        """Trees drafted now, ``[B][W - 1]``, for the rows that missed; under rules that need it,
-        what they were drawn from ``[B, I, m]``."""
-        waited = [slot for slot, waits in enumerate(missed) if waits]
-        for slot in waited:
-            row, self.trees[slot][1:] = self.rows[slot], drafted[slot]
-            if row is not None and not row.forecasts:
-                row.draft_behind = drafted[slot] == self._absent
-        self._trees_s = self.clock() - self._missed_s
-        if (fallback := self.steering.fallback) is not None:
-            fallback.waited(self._trees_s)
-            fallback.sources.update((slot, "jit") for slot in waited)
-        if self.decider.judge is not None and draft is not None:
-            self.decider.judge.fill(missed, draft)
-
-    def lose_draft(self) -> None:
-        """Go on plainly. Losslessness does not depend on the draft: only speed is lost."""
-        self.drafting = False
-        for tree in self.trees:
-            tree[1:] = self._absent
-        for _, row in self._admitted:
-            row.at_draft = row.draft_behind = False
-
-    def _plan(self) -> RowPlan:
-        rows = [row for row in self.rows if row is not None]
-        plain = all(tree[1:] == self._absent for tree in self.trees)
-        if plain and (not self.padded or all(row.method == "none_fast" for row in rows)):
-            return self._one
-        if self.padded or self.decider.judge is not None or len(self._trees) == 1:
-            return self._tree
-        deepest = max(len(self._absent) - tree.count(ABSENT) for tree in self.trees)  # of chains: they have no holes
-        return next((plan for depth, plan in self._trees.items() if depth >= deepest), self._tree)
-
-    def _commit(self, selected: Selection, nodes: list[int], bonus: list[int], logits: Tensor) -> Committed:
-        states, commits, moves = self._states(), list[Commit](), list[tuple[int, int, int]]()
-        for slot, (node, row) in enumerate(zip(nodes, self.rows, strict=True)):
-            if row is None:
-                continue
-            tree = self.trees[slot]
-            depth, chain, length = self.shape.depths[node], self.shape.depth, len(row.tokens)
-            drafted, path = chain - tree[1 : chain + 1].count(ABSENT), self.shape.path(node)
+            tree, node, chain, length = trees[slot], decision.nodes[index], self.shape.depth, len(row.tokens)
+            depth, path = self.shape.depths[node], self.shape.path(node)
+            drafted = chain - tree[1 : chain + 1].count(ABSENT)
             row.record.count_round(drafted=drafted, accepted=depth)
-            tokens, finished = row.commit([tree[n] for n in path], bonus[slot])
-            self.chooser.processors.commit(slot, tokens)
+            tokens, finished = row.commit([tree[n] for n in path], decision.bonus[index])
+            self._chooser.processors.commit(slot, tokens)
             logprobs = None
             if row.params.logprobs is not None:
-                rows = logits[selected.slots.index(slot), [0, *path][: len(tokens)]]
-                logprobs = token_logprobs(rows, tokens, row.params.logprobs)
+                logprobs = token_logprobs(
+                    decision.logits[index, [0, *path][: len(tokens)]], tokens, row.params.logprobs
+                )
             commits.append(
                 Commit(
                     request=row.request,
+                    method=row.method,
+                    slot=slot,
                     tokens=tokens,
                     accepted=min(depth, len(tokens)),
                     depth=depth,
                     drafted=drafted,
-                    hit=row.hit,
-                    origin=self.origins[slot] if drafted or depth else "plain",
+                    origin=origins[slot] if drafted or depth else "none",
+                    hit=self._candidates(round, row).hit,
                     finished=finished,
+                    error=row.error,
                     logprobs=logprobs,
-                    sequence=row,
-                    slot=slot,
+                    record=row.record,
+                    cached=row.reused,
+                    started_s=row.started_s,
                 )
             )
-            row.hit = None
-            row.at_draft = row.at_draft and self.speculates(row)
-            if row.at_draft:
-                states[slot] = RowState.FINISHED if finished else RowState.ACTIVE
+            if round.roles.speculates(slot):
+                states[slot] = int(RowState.FINISHED if finished else RowState.ACTIVE)
             if finished:
                 self._free(slot)
             elif node > chain:
@@ -364,17 +279,94 @@ class VerifierWorker:
             self.runner.keep(slots, scratch, positions)
         return states, commits
 
-    def _states(self) -> list[int]:
-        """What the draft must know of slots that do not decode."""
-        states = [int(RowState.EMPTY)] * len(self.rows)
-        for slot, row in self.prompts.filling.items():
-            row.at_draft = row.at_draft and self.speculates(row)
-            if row.at_draft:
+    def _prefilling(self, roles: Roles) -> list[int]:
+        """States ``[B]`` that tell the draft to keep sequences whose prompt is not complete yet."""
+        states = [int(RowState.EMPTY)] * self.runner.batch
+        for slot in self.slots.prompts.filling:
+            if roles.speculates(slot):
                 states[slot] = int(RowState.PREFILL)
         return states
 
+    def prepare(self) -> None:
+        """Make the next verification's noise, which needs no candidates, while the draft may have to be waited for."""
+        if self._chooser.params.random:
+            selected = self._forward_rows.select(self.slots)
+            self._chooser.prepare(selected.known, selected.lengths)
+
+    def advance(self, round: Round, verdict: Verdict, found: Found | None) -> Round:
+        """The round after a verdict. ``found``: the result of the lookup; None if no draft took part."""
+        candidates, waiting, behind = dict[int, Candidates](), list[int](), set[int]()
+        for slot, row in enumerate(self.slots.rows):
+            if row is None:
+                continue
+            if found is not None and round.roles.speculates(slot):
+                forecasts, prepared = round.roles.forecasts(slot), found.prepared[slot]
+                if forecasts and not prepared:
+                    behind.add(row.request)
+                one = self._looked_up(slot, row, found, looked_up=forecasts and prepared)
+                if one.origin == "none" and forecasts and verdict.ngram:
+                    one = self._ngram(row, one)
+                if one.origin == "none" and (self.options.jit or not forecasts):
+                    waiting.append(slot)
+                candidates[row.request] = one
+            elif round.roles.arms[slot] == "ngram":
+                candidates[row.request] = self._ngram(row, self._nothing)
+        return Round(roles=round.roles, candidates=candidates, waiting=tuple(waiting), behind=frozenset(behind))
+
+    def _looked_up(self, slot: int, row: TargetSequence, found: Found, *, looked_up: bool) -> Candidates:
+        hit = found.branches[slot] is not None
+        if looked_up:
+            row.record.count_lookup(hit)
+        return Candidates(
+            tokens=found.trees[slot][1:],
+            origin="prepared" if hit else "none",
+            drawn_from=found.drawn_from(slot),
+            hit=hit if looked_up else None,
+        )
+
+    def _ngram(self, row: TargetSequence, otherwise: Candidates) -> Candidates:
+        """Candidates from the sequence's own text, where it says anything."""
+        tokens = self.steering.propose(row.request)
+        if not tokens:
+            return otherwise
+        return replace(otherwise, tokens=[*tokens, *self._absent[len(tokens) :]], origin="ngram", drawn_from=None)
+
+    def fill(self, round: Round, trees: list[list[int]], drafted_from: DraftProbs | None, waited_s: float) -> Round:
+        """The round with the candidates that were drafted for its waiting slots.
+
+        Args:
+            trees: ``[B][W - 1]``; ``ABSENT`` in slots for which nothing was drafted.
+            drafted_from: ``[B, I, m]``, what they were drawn from, under rules that need it.
+            waited_s: how long the rows waited.
+        """
+        self.steering.waited(waited_s)
+        candidates, behind = dict(round.candidates), set(round.behind)
+        for slot in round.waiting:
+            if (row := self.slots.rows[slot]) is None:
+                continue
+            drawn_from = None if drafted_from is None else drafted_from[slot]
+            before = candidates[row.request]
+            candidates[row.request] = replace(before, tokens=trees[slot], origin="jit", drawn_from=drawn_from)
+            if not round.roles.forecasts(slot) and trees[slot] == self._absent:
+                behind.add(row.request)
+        return replace(round, candidates=candidates, behind=frozenset(behind))
+
+    def observe(self, following: Round, verdict: Verdict, times: RoundTimes, round_s: float, *, drafting: bool) -> None:
+        """Take in how a round went.
+
+        Args:
+            following: the round after it.
+            times: of its parts.
+            round_s: from the end of the round before to its end.
+            drafting: whether there is a draft. Without one it says nothing about speculation.
+        """
+        if drafting:
+            draft_s, jit_s = times.draft_s or 0.0, times.jit_s or 0.0
+            spent = {"seconds": round_s, "waited_s": times.waited_s, "draft_s": draft_s, "jit_s": jit_s}
+            self.steering.observe(following, verdict, **spent)
+        if self._self_draft is not None:
+            self._self_draft.observe(verdict, round_s)
+
     def _free(self, slot: int) -> None:
-        self.rows[slot] = None
-        self.prompts.leave(slot)
-        self.trees[slot] = [ABSENT, *self._absent]
-        self.chooser.clear(slot)
+        self.slots.free(slot)
+        self._chooser.clear(slot)

@@ -27,7 +27,7 @@ from ...engine.book import Limits
 from ...errors import PipelineError, RequestError, SSDError, UsageError
 from ...pipeline.runtime.launch import Pipeline, launch_here
 from ...pipeline.runtime.plan import Plan
-from ...request.params import MAX_SEED
+from ...request.sampling_params import MAX_SEED
 from ..http.chat import ChatTemplate
 from ..http.errors import APIError, as_api_error
 from ..http.generation import Generation, chat_job, completion_job

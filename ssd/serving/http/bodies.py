@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from ...errors import RequestError
-from ...request.params import MAX_LOGPROBS, MAX_SEED, SamplingParams, completion_seed
+from ...request.sampling_params import MAX_LOGPROBS, MAX_SEED, SamplingParams, completion_seed
 from .errors import APIError, as_api_error
 from .structured import REPLACED, ResponseFormat, StructuredOutputs, structured_outputs
 

@@ -15,7 +15,8 @@ from typing import Any
 from ...engine.async_engine import AsyncEngine
 from ...engine.stream import RequestStream
 from ...errors import RequestError, SSDError
-from ...request.params import RequestOutput, SamplingParams, StreamEvent, TokenLogprob
+from ...request.output import RequestOutput, StreamEvent, TokenLogprob
+from ...request.sampling_params import SamplingParams
 from .bodies import (
     COMPLETION_MAX_TOKENS,
     MAX_CHOICES,

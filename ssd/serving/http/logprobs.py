@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ...request.params import TokenLogprob
+from ...request.output import TokenLogprob
 
 LEAST = -9999.0
 """What OpenAI's API says of a token with no probability; JSON has no infinity."""

@@ -19,7 +19,8 @@ import zmq
 import zmq.asyncio
 
 from ...errors import PipelineError, SSDError, UsageError
-from ...request.params import RequestOutput, SamplingParams, StreamEvent
+from ...request.output import RequestOutput, StreamEvent
+from ...request.sampling_params import SamplingParams
 from . import wire
 from .in_flight import Asked
 from .keys import client_keys

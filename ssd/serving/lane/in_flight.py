@@ -7,7 +7,8 @@ from collections import Counter
 from dataclasses import replace
 
 from ...errors import SSDError
-from ...request.params import SamplingParams, StreamEvent
+from ...request.output import StreamEvent
+from ...request.sampling_params import SamplingParams
 
 
 class Asked:

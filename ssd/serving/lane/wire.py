@@ -29,7 +29,8 @@ from typing import Any, cast
 import msgpack
 
 from ...errors import OverloadedError, PipelineError, RequestError, SSDError, UsageError
-from ...request.params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent, TokenLogprob
+from ...request.output import RequestOutput, SpeculationRecord, StreamEvent, TokenLogprob
+from ...request.sampling_params import SamplingParams
 
 VERSION = 2
 MAX_MESSAGE_BYTES = 8 * 2**20

@@ -32,7 +32,7 @@ from ...config.load import load_config
 from ...pipeline.runtime.build_draft import build_draft
 from ...pipeline.runtime.build_verifier import build_verifier
 from ...pipeline.runtime.plan import Plan
-from ...request.params import SamplingParams
+from ...request.sampling_params import SamplingParams
 from ..models.tiny import save_tiny, tiny_model
 from ..twins.rounds import History, play
 

@@ -19,12 +19,12 @@ from ...models.cache import CacheView, SlotCache
 from ...pipeline.draft import branches
 from ...pipeline.draft import worker as draft
 from ...pipeline.round import lookup
-from ...pipeline.runtime import build_draft
+from ...pipeline.runtime import build_draft, build_verifier
 from ...pipeline.runtime import launch as _launch  # noqa: F401  so that nothing is imported, and bound, while seeded
 from ...pipeline.runtime import worker_main as _serve  # noqa: F401
 from ...pipeline.verifier import worker as verifier
-from ...pipeline.verifier.sequence import Sequence
-from ...request.params import SamplingParams
+from ...pipeline.verifier.sequence import TargetSequence
+from ...request.sampling_params import SamplingParams
 from . import rules as _rules  # noqa: F401  which registers its own
 from .seeding import EQUAL, MUTANTS, POSSIBLE, RIGHT, Seeding, mutant
 
@@ -37,11 +37,11 @@ __all__ = ["MUTANTS"]
 def _shifted(seeding: Seeding) -> None:
     """Coupled: a row of the tree has the noise of the row before."""
 
-    class Shifted(verifier.SlotSampling):
+    class Shifted(build_verifier.SlotSampling):
         def score(self, logits: Tensor, noise: Tensor, ahead: Any, *rest: Any) -> Tensor:
             return super().score(logits, noise, ahead.roll(1, dims=1), *rest)
 
-    seeding.put(verifier, "SlotSampling", Shifted)
+    seeding.put(build_verifier, "SlotSampling", Shifted)
 
 
 @mutant("noise position shifted in the draft", RIGHT)
@@ -59,12 +59,12 @@ def _shifted_draft(seeding: Seeding) -> None:
 def _swapped_noise(seeding: Seeding) -> None:
     """A row of the batch gets its neighbour's noise."""
 
-    class Swapped(verifier.SlotSampling):
+    class Swapped(build_verifier.SlotSampling):
         def noise(self, lengths: Tensor) -> Tensor | None:
             noise = super().noise(lengths)
             return None if noise is None else noise.roll(1, dims=0)
 
-    seeding.put(verifier, "SlotSampling", Swapped)
+    seeding.put(build_verifier, "SlotSampling", Swapped)
 
 
 @mutant("temperature ignored by the draft", RIGHT)
@@ -191,13 +191,13 @@ def _forgetful(seeding: Seeding) -> None:
 @mutant("tokens after the end of text", "equality/test_equality.py::test_where_requests_end")
 def _runs_on(seeding: Seeding) -> None:
     """The rest of the block that an end-of-text id stands in is given out too."""
-    honest = Sequence.commit
+    honest = TargetSequence.commit
 
-    def wrong(self: Sequence, path: list[int], bonus: int) -> Any:
+    def wrong(self: TargetSequence, path: list[int], bonus: int) -> Any:
         emitted, finished = honest(self, path, bonus)
         return (emitted if finished != "stop" else [*path, bonus]), finished
 
-    seeding.put(Sequence, "commit", wrong)
+    seeding.put(TargetSequence, "commit", wrong)
 
 
 @mutant("stop string cut off by one", "engine/test_detokenize.py::test_a_stop_string_over_a_token_border")

@@ -130,8 +130,9 @@ def _one_sided(seeding: Seeding) -> None:
     honest: Any = judge.Judge.decide
 
     def wrong(self: judge.Judge, *given: Any) -> Outcome:
-        params = replace(given[-1], temperature=given[-1].temperature.clamp(max=1))
-        return honest(*(self, *given[:-1], params))
+        *others, params, draft = given
+        params = replace(params, temperature=params.temperature.clamp(max=1))
+        return honest(self, *others, params, draft)
 
     seeding.put(judge.Judge, "decide", wrong)
 
@@ -152,13 +153,13 @@ def _argmax_match(seeding: Seeding) -> None:
 @mutant("swapped rows: distributions", OWN_DISTRIBUTIONS)
 def _swapped_distributions(seeding: Seeding) -> None:
     """Rejection: a row is judged by what its neighbour's candidates were drawn from."""
-    honest = judge.Judge.take
+    honest = judge.Judge.stacked
 
-    def wrong(self: judge.Judge, *given: Any) -> None:
-        honest(self, *given)
-        self._draft = self._draft[torch.arange(len(self._draft.tokens)).roll(1)]
+    def wrong(self: judge.Judge, drawn_from: Any) -> DraftProbs:
+        draft = honest(self, drawn_from)
+        return draft[torch.arange(len(draft.tokens)).roll(1)]
 
-    seeding.put(judge.Judge, "take", wrong)
+    seeding.put(judge.Judge, "stacked", wrong)
 
 
 @mutant("Saguaro's set recomputed", joint_of("block, scaled"))

@@ -8,7 +8,8 @@ from typing import Any
 
 from ...config.load import Config, load_config
 from ...pipeline.transport.messages import RoundReport
-from ...request.params import RequestOutput, SamplingParams, SpeculationRecord, StreamEvent
+from ...request.output import RequestOutput, SpeculationRecord, StreamEvent
+from ...request.sampling_params import SamplingParams
 
 SECONDS = {"none_fast": 2.0, "none": 2.5, "sd": 1.6, "self": 1.8, "ssd": 1.0}
 """Of decoding, for each prompt."""

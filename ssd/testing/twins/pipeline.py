@@ -21,7 +21,7 @@ from ...pipeline.transport.messages import (
     Submit,
     Watch,
 )
-from ...request.params import SpeculationRecord
+from ...request.output import SpeculationRecord
 
 IDLE_S = 0.02
 

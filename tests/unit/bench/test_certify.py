@@ -38,7 +38,7 @@ from ssd.models.runner import ForwardRunner
 from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.pipeline.sampling.slots import SlotSampling
 from ssd.pipeline.verifier import decider
-from ssd.request.params import SpeculationRecord
+from ssd.request.output import SpeculationRecord
 from ssd.testing.models.tiny import tiny_model, tiny_tokenizer
 
 Configure = Callable[..., dict[str, Any]]

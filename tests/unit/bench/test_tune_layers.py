@@ -24,6 +24,7 @@ from ssd.pipeline.runtime.runners import target_runner
 from ssd.pipeline.transport.messages import Submit
 from ssd.testing.models.tiny import save_tiny
 from ssd.testing.twins.llm import ScriptedLLM
+from ssd.testing.twins.rounds import decode_alone
 
 LAYERS, TOKENS = 4, 24
 PROMPTS = [[9, 30, 77], list(range(20, 44)), [5, 100, 7, 8]]
@@ -58,16 +59,12 @@ def test_estimates_are_what_happens(skips: tuple[list[int], list[int]], folder: 
     agrees, _ = estimator.agreement(SkipSet.of(*skips, LAYERS))
     drafts = {"skip_attention": skips[0], "skip_mlp": skips[1], "confidence": 0.0}
     worker = build_verifier(plan_of(folder, self=drafts))[0]
-    worker.drafting = False
     params = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
     for prompt, row in zip(PROMPTS, agrees, strict=True):
         worker.submit(Submit(request=0, prompt=prompt, params=params))
-        while not worker.idle:
-            worker.admit()
-            worker.prefill()
-            verdict = worker.verify()
-            worker.advance(verdict, None)
-            record = verdict.commits[0].sequence.record if verdict.commits else SpeculationRecord()
+        record = SpeculationRecord()
+        for verdict in decode_alone(worker):
+            record = verdict.commits[0].record if verdict.commits else record
         assert replayed(row, [1.0] * TOKENS, 1, 0.0) == (record.rounds, record.drafted, record.accepted)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ssd import SamplingParams
 from ssd.decoding.noise import BITS, gumbel, uniform_bits
-from ssd.models.cpu import native
+from ssd.models.cpu import operators
 from ssd.pipeline.sampling.selection import Selector
 from ssd.pipeline.sampling.slots import SlotSampling
 
@@ -221,7 +221,7 @@ def exact(bits: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("vocabulary", [1, 7, 16, 512, 1003, 70_001])
 def test_operator_draws_the_same_noise(vocabulary: int):
-    assert native.available()
+    assert operators.available()
     seeds, positions = torch.arange(4)[:, None] * 2**59 + 5, torch.arange(6)[None] * 2**33
     noise, wanted = torch.ops.ssd.gumbel(seeds, positions, vocabulary), gumbel(seeds, positions, vocabulary)
     assert noise.dtype == torch.float32 and noise.is_contiguous() and noise.shape == wanted.shape
@@ -253,7 +253,7 @@ def token_of(bits: int, seed: int, position: int) -> int:
 @pytest.mark.parametrize("bits", [0, 1, 2**30, 2**31 - 129, 2**31 - 65, 2**31 - 2, 2**31 - 1])
 def test_operator_at_the_extremes(bits: int):
     """Bits that occur once in 2**31 draws, at a position where their token is one of a vocabulary."""
-    assert native.available()
+    assert operators.available()
     token, position = min((token_of(bits, 3, position), position) for position in range(20_000))
     assert reference(3, position, token) == bits and token < 2**22
     drawn = torch.ops.ssd.gumbel(ints(3), ints(position), token + 1)[0, token]
@@ -261,7 +261,7 @@ def test_operator_at_the_extremes(bits: int):
 
 
 def test_operator_checks_its_arguments():
-    assert native.available()
+    assert operators.available()
     with pytest.raises(RuntimeError, match="int64"):
         torch.ops.ssd.gumbel(ints(1), ints(1).int(), 4)
     for vocabulary in (0, 2**31):

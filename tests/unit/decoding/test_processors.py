@@ -24,15 +24,15 @@ from ssd.decoding.processors import Processors, ProcessorSettings, TreePaths
 from ssd.decoding.sampling import scores
 from ssd.decoding.trees.shape import ABSENT, TreeShape
 from ssd.engine.resolve import resolve
-from ssd.models.cpu import native
+from ssd.models.cpu import operators
 from ssd.models.rows import RowPlan
 from ssd.pipeline.sampling.scorers import LikelyScorer, RequestTensors
 from ssd.pipeline.sampling.slots import SlotSampling
 from ssd.pipeline.sampling.walk import Rows
-from ssd.request.params import completion_seed
+from ssd.request.sampling_params import completion_seed
 from ssd.testing.models.tiny import tiny_tokenizer
 
-assert native.available()
+assert operators.available()
 V = 40
 INF = float("inf")
 PROMPT, OUTPUT = [3, 5, 5, 9, 30], [7, 5, 7, 11]
@@ -142,25 +142,25 @@ def test_a_path_is_as_good_as_committed(name: str) -> None:
             assert torch.equal(other.apply(logits, padded), at_once.apply(logits))
 
 
-@pytest.mark.parametrize("operators", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", EACH)
 def test_a_draft_processes_every_row_as_after_the_certain_tokens(
-    name: str, operators: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiled drafting; but for bad words of several tokens."""
-    if not operators:
-        monkeypatch.setattr(native, "available", lambda: False)
+    if not fused:
+        monkeypatch.setattr(operators, "available", lambda: False)
     given = EACH[name] | {"bad_words": tuple(word for word in EACH[name].get("bad_words", ()) if len(word) == 1)}
     chooser, logits = SlotSampling(2, V, "cpu", horizon=1), logits_of(2, 3, V)
     shape = TreeShape.comb(2)
     tensors = RequestTensors(chooser, shape, 2, V, torch.device("cpu"))
-    assert chooser.filters == operators
+    assert chooser.filters == fused
     chooser.processors.set(1, ProcessorSettings(**given), prompt=PROMPT, output=OUTPUT)
 
     def scored() -> Tensor:
         nothing = torch.zeros(2, 3, dtype=torch.int64)
         requested = tensors.requested(nothing, nothing[:, 0])
-        assert (requested.adjustments is None) == (chooser.plain and not operators)
+        assert (requested.adjustments is None) == (chooser.plain and not fused)
         rows = Rows(RowPlan.tree("glue", shape), 0, nothing, in_tree=True)
         return LikelyScorer(chooser, 1, requested).score(logits, rows)
 

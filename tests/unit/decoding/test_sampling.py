@@ -28,7 +28,7 @@ from ssd.decoding.sampling import (
     scores,
     sorted_filter,
 )
-from ssd.models.cpu import native
+from ssd.models.cpu import operators
 from ssd.models.runner import can_compile
 from ssd.pipeline.sampling.slots import SlotSampling
 
@@ -38,7 +38,7 @@ PLAIN: dict[str, Any] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 
 @pytest.fixture(autouse=True, params=["operators", "torch"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything here holds for both."""
-    assert native.available()
+    assert operators.available()
     monkeypatch.setattr(sampling, "has_operators", lambda _: request.param == "operators")
 
 

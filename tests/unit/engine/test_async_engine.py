@@ -16,7 +16,7 @@ from ssd.engine.async_engine import AsyncEngine
 from ssd.engine.book import Limits
 from ssd.errors import OverloadedError, PipelineError, RequestError, WorkerError
 from ssd.pipeline.runtime.plan import Plan
-from ssd.request.params import completion_seed
+from ssd.request.sampling_params import completion_seed
 from ssd.testing.twins.pipeline import ScriptedPipeline, scripted_token
 
 LONG = SamplingParams(max_tokens=400)

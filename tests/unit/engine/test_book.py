@@ -15,7 +15,8 @@ from ssd.engine.detokenize import Detokenizer
 from ssd.engine.fair_queue import FairQueue
 from ssd.errors import OverloadedError, PipelineError
 from ssd.pipeline.transport.messages import Cancel, Committed, Finished, Submit
-from ssd.request.params import SamplingParams, SpeculationRecord, StreamEvent
+from ssd.request.output import SpeculationRecord, StreamEvent
+from ssd.request.sampling_params import SamplingParams
 
 
 class Letters:

@@ -17,11 +17,12 @@ from ssd.engine.restarts import STEADY_S, DraftRestarts
 from ssd.errors import LinkError, WorkerError
 from ssd.pipeline.draft.worker import DraftWorker
 from ssd.pipeline.round.frames import Frames, SpeculationSet
+from ssd.pipeline.round.round import Round
 from ssd.pipeline.round.verdict import Verdict
 from ssd.pipeline.runtime import build_draft as draft_building
 from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.pipeline.transport.rendezvous import VerifierSide, draft_side
-from ssd.pipeline.verifier.draft_side import Rejoin
+from ssd.pipeline.verifier.rejoin import Rejoin
 from ssd.pipeline.verifier.worker import VerifierWorker
 
 Configure = Callable[..., dict[str, Any]]
@@ -159,10 +160,10 @@ class Breaking:
 
         verify = VerifierWorker.verify
 
-        def slowed(worker: VerifierWorker) -> Verdict:
-            if not worker.drafting:
+        def slowed(worker: VerifierWorker, round: Round) -> Verdict:
+            if not any(map(round.roles.speculates, range(len(round.roles.arms)))):
                 time.sleep(self.plain_round_s)
-            return verify(worker)
+            return verify(worker, round)
 
         monkeypatch.setattr(VerifierWorker, "verify", slowed)
         monkeypatch.setattr(DraftWorker, "__init__", init)

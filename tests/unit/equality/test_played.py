@@ -18,7 +18,7 @@ from ssd.pipeline.round.frames import SpeculationSet
 from ssd.pipeline.runtime.build_draft import build_draft
 from ssd.pipeline.runtime.build_verifier import build_verifier
 from ssd.pipeline.runtime.plan import Plan
-from ssd.request.params import Method
+from ssd.request.methods import Method
 from ssd.testing.twins.rounds import History, play
 
 Configure = Callable[..., dict[str, Any]]

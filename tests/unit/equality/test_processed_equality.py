@@ -24,7 +24,7 @@ from ssd.decoding.noise import gumbel
 from ssd.models.runner import ForwardRunner
 from ssd.pipeline.draft.executors import StepByStep, Whole
 from ssd.pipeline.runtime.launch import InprocPipeline
-from ssd.request.params import completion_seed
+from ssd.request.sampling_params import completion_seed
 from tests.unit.models.test_graphs import as_on_gpus  # noqa: F401  a fixture
 
 Configure = Callable[..., dict[str, Any]]

@@ -16,6 +16,7 @@ from ssd import LLM, RequestError, RequestOutput, SamplingParams, StructuredOutp
 from ssd.decoding.processors import Processors, ProcessorSettings
 from ssd.decoding.trees.shape import ABSENT
 from ssd.pipeline.draft.worker import DraftWorker
+from ssd.pipeline.round.round import Round
 from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.pipeline.sampling.grammar import GrammarMatcher, Grammars
 from ssd.pipeline.sampling.slots import SlotSampling
@@ -179,18 +180,19 @@ def test_the_draft_is_steered(configure: Callable[..., dict[str, Any]], monkeypa
     broken: list[tuple[int, ...]] = []
     verify = VerifierWorker.verify
 
-    def watched(self: VerifierWorker) -> Any:
-        for slot, row in enumerate(self.rows):
-            if row is None or row.constraint is None:
+    def watched(self: VerifierWorker, round: Round) -> Any:
+        for row in self.slots.rows:
+            if row is None or row.constraint is None or row.request not in round.candidates:
                 continue
+            tree = [row.root, *round.candidates[row.request].tokens]
             for node in range(1, self.shape.nodes):
-                *above, token = (self.trees[slot][n] for n in self.shape.path(node))
+                *above, token = (tree[n] for n in self.shape.path(node))
                 if ABSENT in (*above, token):
                     continue
                 may = row.constraint.allowed([above])[0]
                 if may[1:].any() and not may[token]:  # otherwise the output has ended
                     broken.append((*above, token))
-        return verify(self)
+        return verify(self, round)
 
     monkeypatch.setattr(VerifierWorker, "verify", watched)
     with LLM(configure(4, siblings=1), launch=InprocPipeline) as llm:

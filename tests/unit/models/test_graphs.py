@@ -15,14 +15,14 @@ from torch.utils._pytree import tree_flatten
 
 from ssd.config.load import load_config
 from ssd.errors import ConfigError
-from ssd.models.cpu import native
+from ssd.models.cpu import operators
 from ssd.models.cuda.graphs import LARGE_BYTES, PLACES, Graphs
 from ssd.pipeline.draft.executors import StepByStep
 from ssd.pipeline.runtime import launch, runners
 from ssd.pipeline.runtime.build_draft import build_draft
 from ssd.pipeline.runtime.build_verifier import build_verifier
 from ssd.pipeline.runtime.plan import Plan
-from ssd.request.params import SamplingParams
+from ssd.request.sampling_params import SamplingParams
 from ssd.testing.twins.rounds import play
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def twin(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
 @pytest.fixture
 def as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bodies are captured, and none of our operators there."""
-    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(operators, "available", lambda: False)
     monkeypatch.setattr(runners, "_graphs", lambda *_: Graphs(CPU, twin))
     monkeypatch.setattr(StepByStep, "grow", lambda *_: pytest.fail("not captured"))
 
@@ -157,7 +157,7 @@ def test_graphs_need_a_gpu(tiny_config: Callable[..., dict[str, Any]]) -> None:
 def test_a_cache_too_large_says_what_would_fit(
     tiny_config: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ssd.models.cuda.device.free_bytes", lambda device: 100_000)
+    monkeypatch.setattr("ssd.models.device.free_bytes", lambda device: 100_000)
     config = load_config(tiny_config(draft=None, speculation={"method": "none"}))
     with pytest.raises(ConfigError, match=r"KV cache needs 0\.00 GB and cpu has .*max_model_len to about \d+"):
         build_verifier(Plan(config=config, vocabulary=128, ends=(0,)))

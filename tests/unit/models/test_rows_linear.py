@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from ssd.models.cpu import native
-from ssd.models.cpu.linear import RowsLinear, pack_linears
+from ssd.models.cpu import operators
+from ssd.models.cpu.rows_linear import RowsLinear, pack_linears
 from ssd.models.runner import can_compile
 from ssd.testing.models.tiny import tiny_model
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler"
 
 @pytest.fixture(autouse=True)
 def built() -> None:
-    assert native.available()
+    assert operators.available()
 
 
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ssd.decoding.trees.shape import TreeShape
-from ssd.models.attention import split as tree_attention
-from ssd.models.cpu import native
+from ssd.models.attention import tree_attention
+from ssd.models.cpu import operators
 from ssd.models.loading import lay_out_for_cpu
 from ssd.models.rows import RowPlan
 from ssd.models.runner import ForwardRunner, can_compile
@@ -37,7 +37,7 @@ def test_against_float64(case: Case, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", [Case(rows=8, scratch=70), *CASES], ids=lambda case: f"{case.slots}+{case.scratch}")
 def test_the_cpus_operator_against_float64(case: Case, dtype: str) -> None:
-    assert native.available()
+    assert operators.available()
     case = replace(case, dtype=dtype)
     inputs = case.inputs()
     assert error(torch.ops.ssd.rows_attention(**inputs, sequences=None), inputs) < TOLERANCE[case.torch_dtype]
@@ -47,7 +47,7 @@ def test_the_cpus_operator_against_float64(case: Case, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_cpus_operator_gives_a_row_the_same_bits_wherever_its_keys_stand(dtype: str) -> None:
     """Alone or beside other rows; the last slots it attends in place or in scratch."""
-    assert native.available()
+    assert operators.available()
     inputs = Case(batch=1, rows=6, slots=100, scratch=5, dtype=dtype).inputs()
     inputs["limits"], inputs["mask"][:] = torch.tensor([[40, 90, 17, 100, 64, 1]]), False
     inputs["mask"][0, 1, 1:4] = True
@@ -106,8 +106,8 @@ def test_kernels_in_the_interpreter() -> None:
 def test_a_model_says_the_same_with_either_attention(
     architecture: str, operator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert native.available() or operator == "torch"
-    monkeypatch.setattr(native, "loaded", lambda: operator == "cpu")
+    assert operators.available() or operator == "torch"
+    monkeypatch.setattr(operators, "loaded", lambda: operator == "cpu")
     shape = TreeShape.comb(3, siblings=2)
     plan, tokens = RowPlan.tree("tree", shape), torch.arange(2 * shape.nodes).view(2, -1) + 5
     logits: list[Tensor] = []

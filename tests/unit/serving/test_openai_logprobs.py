@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ssd.request.params import TokenLogprob
+from ssd.request.output import TokenLogprob
 from ssd.serving.http.logprobs import TokenBytes, chat_logprobs, completion_logprobs
 from ssd.testing.models.tiny import tiny_tokenizer
 

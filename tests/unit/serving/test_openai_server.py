@@ -15,7 +15,7 @@ import pytest
 
 from ssd.config.load import load_config
 from ssd.errors import ConfigError
-from ssd.request.params import SamplingParams, completion_seed
+from ssd.request.sampling_params import SamplingParams, completion_seed
 from ssd.serving.http.bodies import PARAMETERS, UNSUPPORTED
 from ssd.serving.http.guard import Guard
 from ssd.testing.twins.served import Served

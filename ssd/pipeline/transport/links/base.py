@@ -1,43 +1,85 @@
 """The link between draft and verifier: frames of fixed size, one grouped exchange per round.
 
-Both sides post the exchange together, so neither waits for the other to have sent; nothing
-stays pending between exchanges. Every wait has a deadline.
+Both ends post their transfer and then wait for it. Neither end needs the other to have posted
+first, and no transfer stays pending between two exchanges.
 """
 
-# torch declares neither the methods of its process groups nor their options.
-# pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import numpy as np
 
 
-def nothing() -> None:
-    """What is done meanwhile, by default."""
+class Link(ABC):
+    """One end of a private two-ended channel.
 
+    Frames are flat int32 arrays in host memory. They are numpy arrays because a torch call right
+    after a forward costs several times a numpy call.
 
-class Link(Protocol):
-    """A private two-ended channel. Frames are flat int32 arrays in host memory: a call of torch costs a round several
-    times what one of numpy does, once a forward has swept the caches.
-
-    Raises (all methods but close):
-        LinkError: the other end is gone or missed the deadline; the link is then dead.
-
-    Beside the links here: ``link_shared.SharedLink``, ``link_host.HostLink`` and ``link_nccl.NcclLink``.
+    One transfer is under way at a time: ``post`` may be called again once ``Pending.wait`` has
+    returned. After a ``LinkError`` the link is dead and every further call raises ``LinkError``.
     """
 
-    def exchange(self, outgoing: np.ndarray, incoming: np.ndarray, meanwhile: Callable[[], None] = nothing) -> None:
-        """Send one frame and receive one, as one group; ``meanwhile`` runs once both are
-        under way."""
+    def __init__(self) -> None:
+        self._pending = Pending(self)
 
-    def send(self, outgoing: np.ndarray) -> None: ...
+    def post(self, outgoing: np.ndarray | None, incoming: np.ndarray | None) -> Pending:
+        """Starts to send one frame and to receive another, and returns without waiting.
 
-    def receive(self, incoming: np.ndarray) -> None: ...
+        Args:
+            outgoing: frame to send; unchanged until the wait returns. None sends nothing.
+            incoming: filled once the wait has returned. None receives nothing.
+
+        Raises:
+            LinkError: the link is closed, or the other end is gone.
+        """
+        self._begin(outgoing, incoming)
+        return self._pending
+
+    def exchange(self, outgoing: np.ndarray, incoming: np.ndarray) -> None:
+        """Sends one frame and receives another. Raises: LinkError, as ``Pending.wait``."""
+        self.post(outgoing, incoming).wait()
+
+    def send(self, outgoing: np.ndarray) -> None:
+        """Sends one frame. Raises: LinkError, as ``Pending.wait``."""
+        self.post(outgoing, None).wait()
+
+    def receive(self, incoming: np.ndarray) -> None:
+        """Receives one frame. Raises: LinkError, as ``Pending.wait``."""
+        self.post(None, incoming).wait()
 
     @property
+    @abstractmethod
     def arrived(self) -> bool | None:
-        """Whether a frame is here that was not received yet; None where only receiving tells."""
+        """Whether an unread frame is here. None if this link cannot tell without receiving."""
 
-    def close(self) -> None: ...
+    @abstractmethod
+    def close(self) -> None:
+        """Closes this end. May be called twice, and from another thread."""
+
+    @abstractmethod
+    def _begin(self, outgoing: np.ndarray | None, incoming: np.ndarray | None) -> None:
+        """Implements ``post``."""
+
+    @abstractmethod
+    def _end(self) -> None:
+        """Implements ``Pending.wait``."""
+
+
+class Pending:
+    """A transfer under way. Every link has one such object and reuses it for each transfer."""
+
+    __slots__ = ("_link",)
+
+    def __init__(self, link: Link):
+        self._link = link
+
+    def wait(self) -> None:
+        """Returns when the frame was sent and the incoming array is filled.
+
+        Raises:
+            LinkError: the other end closed the link, or did nothing for the link's ``timeout_s``
+                counted from this call.
+        """
+        self._link._end()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import numpy as np
 import torch.distributed as dist
@@ -11,14 +10,14 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from ....errors import LinkError
-from .base import nothing
+from .base import Link
 
 _HELLO = b"ssd link"
 _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)  # numbers, not members of enums: see control.py
 _ENDPOINT = "endpoint"
 
 
-class HostLink:
+class HostLink(Link):
     """Two ends that cannot or need not use NCCL or gloo: draft and verifier on one GPU, or GPUs
     without NCCL. Frames are host memory as they are made and read, so nothing is copied for the link.
 
@@ -27,6 +26,8 @@ class HostLink:
     """
 
     def __init__(self, socket: zmq.Socket, timeout_s: float):
+        super().__init__()
+        self._incoming: np.ndarray | None = None
         self._socket: zmq.Socket | None = socket
         self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED)
         self._poller = zmq.Poller()
@@ -69,20 +70,22 @@ class HostLink:
         self._timeout_s = timeout_s
         return self
 
-    def exchange(self, outgoing: np.ndarray, incoming: np.ndarray, meanwhile: Callable[[], None] = nothing) -> None:
-        self.send(outgoing)
-        meanwhile()
-        self.receive(incoming)
+    def _begin(self, outgoing: np.ndarray | None, incoming: np.ndarray | None) -> None:
+        if self._socket is None:
+            raise LinkError("the link is closed")
+        if outgoing is not None:
+            self._post(outgoing.data)
+        self._incoming = incoming
 
-    def send(self, outgoing: np.ndarray) -> None:
-        self._post(outgoing.data)
-
-    def receive(self, incoming: np.ndarray) -> None:
+    def _end(self) -> None:
+        incoming, self._incoming = self._incoming, None
+        if incoming is None:
+            return
         frame = np.frombuffer(self._next(), np.uint8)
         if frame.size != incoming.nbytes:
             self.close()
-            raise LinkError(f"a frame of {frame.size} bytes came where {incoming.nbytes} were due")
-        incoming[:] = frame.view(incoming.dtype)
+            raise LinkError(f"received a frame of {frame.size} bytes where {incoming.nbytes} were due")
+        incoming.view(np.uint8)[:] = frame
 
     @property
     def arrived(self) -> bool | None:

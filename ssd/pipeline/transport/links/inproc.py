@@ -1,52 +1,55 @@
-"""A link within one process, and the twin of the others in tests."""
+"""The link inside one process: the twin of the links between processes."""
 
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable
 
 import numpy as np
 
 from ....errors import LinkError
-from .base import nothing
+from .base import Link
 
 
-class InprocLink:
-    """Both ends in one process: the twin of the real ones."""
+class InprocLink(Link):
+    """Both ends in one process, over two queues."""
 
     def __init__(self, outbox: queue.Queue, inbox: queue.Queue, timeout_s: float):
+        super().__init__()
         self._outbox, self._inbox, self._timeout_s = outbox, inbox, timeout_s
+        self._incoming: np.ndarray | None = None
         self._dead = False
 
     @classmethod
     def pair(cls, timeout_s: float = 60.0) -> tuple[InprocLink, InprocLink]:
+        """Returns the two ends of a new link."""
         one: queue.Queue = queue.Queue()
         other: queue.Queue = queue.Queue()
         return cls(one, other, timeout_s), cls(other, one, timeout_s)
 
-    def exchange(self, outgoing: np.ndarray, incoming: np.ndarray, meanwhile: Callable[[], None] = nothing) -> None:
-        self.send(outgoing)
-        meanwhile()
-        self.receive(incoming)
-
-    def send(self, outgoing: np.ndarray) -> None:
+    def _begin(self, outgoing: np.ndarray | None, incoming: np.ndarray | None) -> None:
         if self._dead:
             raise LinkError("the link is closed")
-        self._outbox.put(outgoing.copy())
+        if outgoing is not None:
+            self._outbox.put(outgoing.copy())
+        self._incoming = incoming
 
-    def receive(self, incoming: np.ndarray) -> None:
+    def _end(self) -> None:
+        incoming, self._incoming = self._incoming, None
+        if incoming is None:
+            return
         if self._dead:
             raise LinkError("the link is closed")
         try:
             frame = self._inbox.get(timeout=self._timeout_s)
         except queue.Empty:
-            self._dead = True
+            self.close()
             raise LinkError(f"the other end sent nothing for {self._timeout_s:g} s") from None
         if frame is None:
-            self._dead = True
+            self.close()
             raise LinkError("the other end closed the link")
         if frame.shape != incoming.shape:
-            raise LinkError(f"a frame of {frame.size} words came where {incoming.size} were due")
+            self.close()
+            raise LinkError(f"received a frame of {frame.size} words where {incoming.size} were due")
         incoming[:] = frame
 
     @property

@@ -8,7 +8,6 @@ import contextlib
 import datetime
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,40 +16,50 @@ import torch.distributed as dist
 
 from ....errors import LinkError
 from ....models.tensor_group import first_line
-from .base import nothing
+from .base import Link
 
 ABORT_S = 5.0
-"""How long an abort may take: it can block for ever where CUDA graphs hold the communicator."""
+"""Longest time an abort may take. It can block for ever if CUDA graphs hold the communicator."""
 NEVER = datetime.timedelta(days=365)
 _HELLO = (0x55D11, 0x11D55)
-"""What each end greets the other with; by rank, so that nobody takes its own for the other's."""
+"""The greeting of each rank. They differ so that no end mistakes its own greeting for the other's."""
 
 
-class NcclLink:
-    """Two ranks over NCCL, one communicator of their own.
+class NcclLink(Link):
+    """Two ranks over NCCL, with a communicator used for nothing else.
 
-    Sends and receives of an exchange are one group launch, the only order in which NCCL cannot
-    deadlock two peers (NCCL user guide, point-to-point; what ``batch_isend_irecv`` does). NCCL itself
-    knows no deadline, and torch's, when passed, ends the process: so ours is kept here by looking
-    whether the work is done, and the group is aborted when it is not.
+    The sends and receives of a transfer are one group launch, the only order in which NCCL cannot
+    deadlock two peers (NCCL user guide, point-to-point; ``batch_isend_irecv`` does the same). NCCL
+    has no deadlines, and torch's deadline ends the process. So this link polls whether the work is
+    done, and aborts the group at its own deadline.
 
-    A new link is warm: both ends have greeted each other over it. NCCL makes its communicator and connects with the
-    first transfer, most of a second, which would otherwise be a round's.
+    The constructor sends a greeting both ways: NCCL makes its communicator and connects with the
+    first transfer, which takes most of a second and would otherwise fall into a round.
 
-    Args: timeout_s: of every transfer. meet_s: for both ends to come; ``timeout_s`` by default.
+    Args:
+        timeout_s: longest wait for a transfer.
+        meet_s: longest wait for the other end to come; ``timeout_s`` by default.
+
+    Raises:
+        LinkError: the other end did not come within ``meet_s``.
     """
 
     def __init__(
         self, store: dist.Store, rank: int, timeout_s: float, device: torch.device, meet_s: float | None = None
     ):
+        super().__init__()
         self._peer, self._device, self._timeout_s = 1 - rank, device, meet_s or timeout_s
+        self._work: Any = None
+        self._staged: torch.Tensor | None = None
+        self._landing: torch.Tensor | None = None
+        self._incoming: np.ndarray | None = None
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = NEVER
         torch.cuda.set_device(device)
-        # A stream of our own: the forward's must not wait for the peer.
+        # Transfers have a stream of their own, so that forwards never wait for the other end.
         self._stream = torch.cuda.Stream(device)
         try:
-            self._group = dist.ProcessGroupNCCL(store, rank, 2, options)
+            self._group: Any = dist.ProcessGroupNCCL(store, rank, 2, options)
         except RuntimeError as error:
             raise LinkError(f"could not link draft and verifier: {first_line(error)}") from error
         self._greet(rank)
@@ -58,59 +67,60 @@ class NcclLink:
 
     def _greet(self, rank: int) -> None:
         landed = np.zeros(1, dtype=np.int32)
-        self._move("greeting", np.array([_HELLO[rank]], dtype=np.int32), landed, nothing)
+        self.exchange(np.array([_HELLO[rank]], dtype=np.int32), landed)
         if landed.item() != _HELLO[1 - rank]:
             self.close()
-            raise LinkError("what came to the link was not its other end")
+            raise LinkError("received a greeting that is not the other end's")
 
-    def exchange(self, outgoing: np.ndarray, incoming: np.ndarray, meanwhile: Callable[[], None] = nothing) -> None:
-        self._move("exchange", outgoing, incoming, meanwhile)
-
-    def send(self, outgoing: np.ndarray) -> None:
-        self._move("send", outgoing, None, nothing)
-
-    def receive(self, incoming: np.ndarray) -> None:
-        self._move("receive", None, incoming, nothing)
-
-    @property
-    def arrived(self) -> bool | None:
-        return None
-
-    def _move(
-        self, what: str, outgoing: np.ndarray | None, incoming: np.ndarray | None, meanwhile: Callable[[], None]
-    ) -> None:
+    def _begin(self, outgoing: np.ndarray | None, incoming: np.ndarray | None) -> None:
         group = self._group
         if group is None:
             raise LinkError("the link is closed")
         try:
             with torch.cuda.stream(self._stream):
-                staged = None if outgoing is None else torch.from_numpy(outgoing).to(self._device)
-                into = None if incoming is None else torch.from_numpy(incoming)
-                landing = None if into is None else torch.empty_like(into, device=self._device)
-                group._start_coalescing(self._device)
-                if staged is not None:
-                    group.send([staged], self._peer, 0)
-                if landing is not None:
-                    group.recv([landing], self._peer, 0)
-                work = group._end_coalescing(self._device)
-                meanwhile()
-                self._wait(work, what)
-                work.wait()  # orders our stream behind NCCL's, now at once
-                if into is not None and landing is not None:
-                    into.copy_(landing)
+                # Both stay alive until the transfer is done: NCCL reads and writes them from the GPU.
+                self._staged = None if outgoing is None else torch.from_numpy(outgoing).to(self._device)
+                self._incoming = incoming
+                self._landing = None
+                if incoming is not None:
+                    self._landing = torch.empty(incoming.shape, dtype=torch.int32, device=self._device)
+                group._start_coalescing()
+                if self._staged is not None:
+                    group.send([self._staged], self._peer, 0)
+                if self._landing is not None:
+                    group.recv([self._landing], self._peer, 0)
+                self._work = group._end_coalescing()
         except RuntimeError as error:
-            if isinstance(error, LinkError):
-                raise
             self.close()
-            raise LinkError(f"{what} failed: {first_line(error)}") from error
+            raise LinkError(f"the transfer could not start: {first_line(error)}") from error
 
-    def _wait(self, work: Any, what: str) -> None:
+    def _end(self) -> None:
+        work, self._work = self._work, None
+        if work is None:
+            raise LinkError("the link is closed")
+        try:
+            self._until_completed(work)
+            with torch.cuda.stream(self._stream):
+                work.wait()  # orders this link's stream behind NCCL's; raises if the transfer failed
+                if self._incoming is not None and self._landing is not None:
+                    torch.from_numpy(self._incoming).copy_(self._landing)
+        except LinkError:
+            raise
+        except RuntimeError as error:
+            self.close()
+            raise LinkError(f"the transfer failed: {first_line(error)}") from error
+
+    def _until_completed(self, work: Any) -> None:
         deadline = time.monotonic() + self._timeout_s
         while not work.is_completed():
             if time.monotonic() > deadline:
                 self.close()
-                raise LinkError(f"{what} failed: the other end sent nothing for {self._timeout_s:g} s")
+                raise LinkError(f"the other end sent nothing for {self._timeout_s:g} s")
             time.sleep(0)
+
+    @property
+    def arrived(self) -> bool | None:
+        return None
 
     def close(self) -> None:
         group, self._group = self._group, None

@@ -16,7 +16,7 @@ import numpy as np
 import torch.distributed as dist
 
 from ....errors import LinkError
-from .base import nothing
+from .base import Link
 
 MAX_FRAME_BYTES = 64 * 2**20
 """Room for one frame. Memory is taken only for what is used of it."""
@@ -31,7 +31,7 @@ SPIN_S = 2e-3
 LONGEST_NAP_S = 1e-3
 
 
-class SharedLink:
+class SharedLink(Link):
     """Frames through a shared anonymous file; a connected Unix socket beside it, on which nothing is said,
     closes when the other end dies. Nothing can be left behind: the memory has no name.
 
@@ -45,6 +45,9 @@ class SharedLink:
     """
 
     def __init__(self, peer: socket.socket, memory: mmap.mmap, end: int, timeout_s: float):
+        super().__init__()
+        self._unsent: np.ndarray | None = None
+        self._landing: np.ndarray | None = None
         self._peer: socket.socket | None = peer
         self._gone = select.poll()
         self._gone.register(peer, select.POLLIN | select.POLLHUP)
@@ -94,43 +97,55 @@ class SharedLink:
         finally:
             os.close(descriptor)
 
-    def exchange(self, outgoing: np.ndarray, incoming: np.ndarray, meanwhile: Callable[[], None] = nothing) -> None:
-        self.send(outgoing)
-        meanwhile()
-        self.receive(incoming)
+    def _begin(self, outgoing: np.ndarray | None, incoming: np.ndarray | None) -> None:
+        if self._peer is None:
+            raise LinkError("the link is closed")
+        self._unsent = None
+        if outgoing is not None:
+            frame = outgoing.view(np.uint8)
+            if frame.size > MAX_FRAME_BYTES:
+                raise LinkError(
+                    f"a frame has {frame.size} bytes, this link carries {MAX_FRAME_BYTES}: engine.link=gloo"
+                )
+            if not self._out.put(frame):
+                self._unsent = frame
+        self._landing = None if incoming is None else incoming.view(np.uint8)
 
-    def send(self, outgoing: np.ndarray) -> None:
-        frame = outgoing.view(np.uint8)
-        if frame.nbytes > MAX_FRAME_BYTES:
-            raise LinkError(f"a frame of {frame.nbytes} bytes; this link takes {MAX_FRAME_BYTES}: engine.link=gloo")
-        self._wait(lambda: self._out.put(frame))
-
-    def receive(self, incoming: np.ndarray) -> None:
-        frame = incoming.view(np.uint8)
-        try:
-            self._wait(lambda: self._in.take(frame))
-        except ValueError as error:
-            self.close()
-            raise LinkError(str(error)) from None
+    def _end(self) -> None:
+        unsent, landing = self._unsent, self._landing
+        self._unsent = self._landing = None
+        if unsent is not None:
+            self._wait(self._out.put, unsent)
+        if landing is not None:
+            try:
+                self._wait(self._in.take, landing)
+            except ValueError as error:
+                self.close()
+                raise LinkError(str(error)) from None
 
     @property
     def arrived(self) -> bool | None:
         return self._peer is not None and self._in.ready
 
-    def _wait(self, done: Callable[[], bool]) -> None:
-        if self._peer is None:
-            raise LinkError("the link is closed")
-        if done():
+    def _wait(self, move: Callable[[np.ndarray], bool], frame: np.ndarray) -> None:
+        """Repeats ``move(frame)`` until it returns True.
+
+        Raises:
+            LinkError: the other end is gone, or the deadline has passed.
+        """
+        if move(frame):
             return
         began = time.monotonic()
-        while not done():
+        while not move(frame):
             waited_s = time.monotonic() - began
             if waited_s < SPIN_S:
                 time.sleep(0)  # lets other threads of this process run
                 continue
-            if self._peer is None:  # closed by another thread of ours
+            if self._peer is None:  # closed by another thread of this process
                 raise LinkError("the link is closed")
-            if self._gone.poll(0) and not done():  # what it sent before it left still counts
+            if self._gone.poll(0):
+                if move(frame):  # frames sent before the other end left are still delivered
+                    return
                 self.close()
                 raise LinkError("the other end closed the link")
             if waited_s > self._timeout_s:
@@ -187,7 +202,7 @@ class _Way:
         if zlib.crc32(frame.data, number) != check:
             return False
         if size != into.size:
-            raise ValueError(f"a frame of {size} bytes came where {into.size} were due")
+            raise ValueError(f"received a frame of {size} bytes where {into.size} were due")
         into[:] = frame
         self._count = number
         self._taken[0] = number

@@ -14,8 +14,6 @@ from ssd.pipeline.policy.governor import ARMS, Arm, Governor, Round
 from ssd.pipeline.policy.pace import Pace
 from ssd.pipeline.policy.steering import Steering
 from ssd.pipeline.runtime.launch import InprocPipeline
-from ssd.pipeline.transport.messages import Submit
-from ssd.pipeline.verifier.sequence import Sequence
 
 
 @pytest.fixture
@@ -89,12 +87,10 @@ def test_each_number_of_slots_has_governors_of_its_own() -> None:
         steering.calibrate(slots, plain_s, {3: 0.010})
     one, four = (steering._by_slots[slots]["ssd"] for slots in (1, 4))
     assert (one.share, four.share) == pytest.approx((0.9, 0.3))
-    row = Sequence.of(Submit(request=0, prompt=[5, 6], params=SamplingParams()), "ssd", 64, frozenset())
-    steering.ran(4)
     four.arm = "none"
-    assert steering.arm(row) == "none"
-    steering.ran(1)
-    assert steering.arm(row) == "ssd"
+    for slots, arm in ((4, "none"), (1, "ssd")):
+        steering.learn([], slots=slots, forward_s=0.01)
+        assert steering.roles([(0, "ssd"), None], drafting=True).arms == (arm, "none")
     four.named(6, 2)
     one.observe(Round(tokens=1, rows=1, seconds=0.012, forward_s=0.010))
     assert one.rates()["ngram"] == pytest.approx(3 / 0.012)

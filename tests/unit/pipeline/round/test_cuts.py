@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,20 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from ssd import LLM, RequestOutput, SamplingParams, SpeculationRecord
 from ssd.engine.book import RequestBook, Step
 from ssd.models.rows import RowPlan
-from ssd.pipeline.round.frames import SpeculationSet
+from ssd.pipeline.round.candidates import Candidates
+from ssd.pipeline.round.lookup import Found
+from ssd.pipeline.round.round import Round
+from ssd.pipeline.round.verdict import Verdict
 from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.pipeline.runtime.plan import Plan
 from ssd.pipeline.runtime.verifier_loop import verifier_loop
+from ssd.pipeline.sampling.slots import SlotSampling
 from ssd.pipeline.transport.lanes import InprocLane
 from ssd.pipeline.transport.messages import Committed, Finished, Ready, Shutdown
-from ssd.pipeline.verifier.sequence import Sequence
-from ssd.pipeline.verifier.worker import Verdict, VerifierWorker
+from ssd.pipeline.verifier.decider import Decider
+from ssd.pipeline.verifier.options import VerifierOptions
+from ssd.pipeline.verifier.sequence import TargetSequence
+from ssd.pipeline.verifier.worker import VerifierWorker
 from ssd.testing.models.tiny import save_tiny, tiny_tokenizer
 
 SIZE = 700  # all bytes: characters beyond ASCII take several tokens
@@ -102,17 +109,18 @@ class ScriptedVerifier(VerifierWorker):
     cancelled_at: list[int]
     """How many tokens each cancelled request had."""
 
-    def advance(self, verdict: Verdict, speculation: SpeculationSet | None) -> list[bool]:
-        missed = super().advance(verdict, speculation)
-        for slot, row in enumerate(self.rows):
+    def advance(self, round: Round, verdict: Verdict, found: Found | None) -> Round:
+        candidates = {}
+        for row in self.slots.rows:
             if row is not None:
-                position = len(row.tokens)
+                tokens, changed = [], self.runner.changed  # type: ignore[attr-defined]
                 for node in range(1, self.shape.nodes):
-                    logits = logits_at(position + node - 1, self.runner.changed)  # type: ignore[attr-defined]
-                    self.trees[slot][node] = (int(logits.argmax()) + (node > self.right)) % SIZE
-        return missed
+                    logits = logits_at(len(row.tokens) + node - 1, changed)
+                    tokens.append((int(logits.argmax()) + (node > self.right)) % SIZE)
+                candidates[row.request] = Candidates(tokens=tokens, origin="prepared")
+        return replace(super().advance(round, verdict, found), candidates=candidates)
 
-    def cancel(self, request: int) -> Sequence | None:
+    def cancel(self, request: int) -> TargetSequence | None:
         row = super().cancel(request)
         if row is not None:
             self.cancelled_at.append(row.generated)
@@ -124,16 +132,20 @@ class ScriptedPipeline:
         lane, theirs = InprocLane.pair()
         self.lanes: Any = {"verifier": lane}
         self.runner = ScriptedRunner()
-        self.worker = ScriptedVerifier(
-            self.runner,  # type: ignore[arg-type]
+        runner: Any = self.runner
+        options = VerifierOptions(
             shape=plan.shape,
             governed=False,
             method="none",
             jit=True,
             strict=True,
+            lookaheads=plan.lookaheads,
             ends=frozenset(plan.ends),
             max_model_len=plan.config.engine.max_model_len,
         )
+        chooser = SlotSampling(runner.batch, SIZE, runner.device, horizon=plan.shape.depth + 1)
+        decider = Decider(runner, plan.shape, chooser)
+        self.worker = ScriptedVerifier(runner, options, chooser=chooser, decider=decider)
         self.worker.right, self.worker.cancelled_at = right, []
         theirs.send(Ready(role="verifier", info={}))
         self._thread = threading.Thread(target=verifier_loop, args=(self.worker, theirs, None), daemon=True)
@@ -230,9 +242,9 @@ def test_stop_strings(lookahead: int, right: int, scripted: Callable[..., Any]) 
     with scripted(lookahead, right) as (llm, pipeline):
         outputs = llm.generate([[PROMPT]] * len(params), params)
         deadline = time.monotonic() + 30
-        while not pipeline.worker.idle and time.monotonic() < deadline:
+        while not pipeline.worker.slots.idle and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert pipeline.worker.idle
+        assert pipeline.worker.slots.idle
     for output, p in zip(outputs, params, strict=True):
         stop = p.stop[0]
         text = TEXT[: TEXT.index(stop)] + (stop if p.include_stop_str_in_output else "")

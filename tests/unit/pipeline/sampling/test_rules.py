@@ -211,11 +211,12 @@ def test_uniforms_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
     count, vocabulary, shape = 20_000, 3, TreeShape.comb(2)
     layout = probs_layout("rejection", shape, vocabulary, vocabulary)
     assert layout is not None
-    judge = Judge("rejection", shape, layout, batch=count, device="cpu")
+    judge = Judge("rejection", shape, layout, "cpu")
     empty, logits = SamplingTensors.empty(count, "cpu"), torch.zeros(count, 3, vocabulary)
     params = replace(empty, temperature=empty.temperature + 1, seed=torch.arange(count), random=True)
     tokens = torch.zeros(count, 3, dtype=torch.int64)
     matched, seen = Outcome(tokens[:, 0], tokens[:, 0]), []
+    nothing = judge.stacked([None] * count)
 
     def noting(*given: Any) -> Any:
         seen.append(given[3])
@@ -223,7 +224,7 @@ def test_uniforms_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(judging, "verify_rejection", noting)
     for length in (4, 5):
-        judge.decide(matched, tokens, tokens, logits, torch.full((count,), length), logits, params)
+        judge.decide(matched, tokens, tokens, logits, torch.full((count,), length), logits, params, nothing)
     cells = [(uniforms[:, node] * 8).long() for uniforms in seen for node in (1, 2)]
     for i, one in enumerate(cells):
         for other in cells[:i]:
@@ -235,10 +236,10 @@ def test_every_row_is_judged_by_what_its_own_tree_was_drawn_from(monkeypatch: py
     shape, vocabulary, seen = TreeShape.comb(1), 4, []
     layout = probs_layout("rejection", shape, vocabulary, vocabulary)
     assert layout is not None
-    judge = Judge("rejection", shape, layout, batch=3, device="cpu")
+    judge = Judge("rejection", shape, layout, "cpu")
     drawn = torch.rand(3, 2, 1, vocabulary, generator=torch.Generator().manual_seed(4)).softmax(-1)
-    judge.take([1, 0, 1], DraftProbs(torch.arange(vocabulary).expand(drawn.shape).clone(), drawn))
-    judge.name(2)  # an n-gram
+    all_branches = DraftProbs(torch.arange(vocabulary).expand(drawn.shape).clone(), drawn)
+    draft = judge.stacked([all_branches[0, 1], all_branches[1, 0], None])  # the last one is an n-gram
 
     def noting(*given: Any) -> Any:
         seen.append(given[2])
@@ -249,7 +250,7 @@ def test_every_row_is_judged_by_what_its_own_tree_was_drawn_from(monkeypatch: py
     params = replace(empty, temperature=empty.temperature + 1, random=True)
     tokens = torch.tensor([[1, 3], [0, 2], [1, 3]])
     matched = Outcome(tokens[:, 0], tokens[:, 0])
-    judge.decide(matched, tokens, tokens, logits, torch.full((3,), 5), logits, params)
+    judge.decide(matched, tokens, tokens, logits, torch.full((3,), 5), logits, params, draft)
     assert torch.equal(seen[0].probs, torch.stack([drawn[0, 1], drawn[1, 0], torch.zeros(1, vocabulary)]))
 
 

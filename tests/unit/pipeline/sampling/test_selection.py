@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ssd import LLM, RequestOutput, SamplingParams
-from ssd.models.cpu import native
+from ssd.models.cpu import operators
 from ssd.models.runner import ForwardRunner, can_compile
 from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.pipeline.sampling.selection import Selector
@@ -53,7 +53,7 @@ def test_slots_stay_while_they_serve() -> None:
 @pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_cpus_operator_takes_sequences_where_they_lie(dtype: str) -> None:
-    assert native.available()
+    assert operators.available()
     inputs = Case(batch=5, rows=3, slots=70, scratch=6, dtype=dtype).inputs()
     whole, sequences = torch.ops.ssd.rows_attention(**inputs, sequences=None), torch.tensor([3, 0])
     own = ("query", "own_keys", "own_values", "limits", "mask")

@@ -6,6 +6,7 @@ That its transfers move bytes between GPUs is for ``tests/contract/test_link.py`
 from __future__ import annotations
 
 import contextlib
+import inspect
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C import _distributed_c10d
 
 from ssd.errors import LinkError
 from ssd.pipeline.transport.links.nccl import NcclLink
@@ -37,7 +39,7 @@ class Group:
         self.sent: list[Tensor | None] = []
         self.ends[rank] = self
 
-    def _start_coalescing(self, device: torch.device) -> None:
+    def _start_coalescing(self) -> None:
         self._sending: Tensor | None = None
         self._landing: Tensor | None = None
 
@@ -47,7 +49,7 @@ class Group:
     def recv(self, tensors: list[Tensor], peer: int, tag: int) -> None:
         (self._landing,) = tensors
 
-    def _end_coalescing(self, device: torch.device) -> Group.Work:
+    def _end_coalescing(self) -> Group.Work:
         # The frame is there before its launch counts: the other end's thread looks at any moment.
         self.sent.append(None if self._sending is None else self._sending.clone())
         return Group.Work(self, self.launched - 1, self._landing, time.monotonic())
@@ -85,6 +87,14 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
 
 
+@pytest.mark.parametrize("name", ["_start_coalescing", "_end_coalescing", "send", "recv", "abort"])
+def test_the_twin_has_the_signatures_of_torch(name: str) -> None:
+    """``ProcessGroupNCCL`` is a ``Backend``, which CPU builds of torch have; a ``ProcessGroup`` differs."""
+    declared = str(getattr(_distributed_c10d.Backend, name).__doc__).split(") -> ")[0]
+    declared_names = [argument.split(":")[0].strip() for argument in declared.split("(", 1)[1].split(", ")]
+    assert len(inspect.signature(getattr(Group, name)).parameters) == len(declared_names)
+
+
 def link(rank: int, meet_s: float = 10.0) -> NcclLink:
     return NcclLink(dist.HashStore(), rank, 5.0, CPU, meet_s)
 
@@ -107,16 +117,16 @@ def test_a_new_link_is_warm() -> None:
 
 def test_an_end_that_does_not_come_is_given_up_in_time() -> None:
     began = time.monotonic()
-    with pytest.raises(LinkError, match=r"greeting failed: the other end sent nothing for 0\.2 s"):
+    with pytest.raises(LinkError, match=r"the other end sent nothing for 0\.2 s"):
         link(0, meet_s=0.2)
     assert time.monotonic() - began < 5
     assert Group.ends[0].aborted
 
 
-def test_two_first_ends_are_no_link() -> None:
+def test_two_ends_of_the_same_rank_do_not_link() -> None:
     """What greets like ourselves is not our other end."""
     Group.ends[1] = stranger = Group(None, 1, 2, type("Options", (), {"_timeout": type("T", (), {"days": 365})}))
     stranger.sent = [torch.tensor([0x55D11], dtype=torch.int32)]
-    with pytest.raises(LinkError, match="was not its other end"):
+    with pytest.raises(LinkError, match="not the other end's"):
         link(0)
     assert Group.ends[0].aborted

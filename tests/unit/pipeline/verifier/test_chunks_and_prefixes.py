@@ -18,6 +18,7 @@ from ssd.config.load import load_config
 from ssd.decoding.text.prefix import common_prefix
 from ssd.decoding.trees.shape import ABSENT
 from ssd.engine.front import make_plan
+from ssd.pipeline.round.round import Round
 from ssd.pipeline.runtime.build_draft import build_draft
 from ssd.pipeline.runtime.build_verifier import build_verifier
 from ssd.pipeline.runtime.launch import InprocPipeline
@@ -158,7 +159,7 @@ def test_the_draft_computes_one_chunk_a_round(tiny_config: Configure) -> None:
         assert ABSENT not in drafted[0]
         assert bool((speculation.guesses[1] != ABSENT).any()) == (set(drafted[1]) != {ABSENT}) == (chunk == 5)
     assert counted == [(1, CHUNK)] * 5 + [(1, 6)]
-    assert verifier.idle
+    assert verifier.slots.idle
 
 
 @pytest.mark.parametrize(("fallback", "verify"), [("jit", "coupled"), ("none", "coupled"), ("jit", "rejection")])
@@ -218,9 +219,11 @@ def test_a_copied_prefix_has_the_same_bits(tiny_config: Configure) -> None:
     caches = []
     for caching in (False, True):
         worker, _ = build_verifier(plan)
-        worker.prompts.prefixes = PrefixCache(3, CHUNK, enabled=caching)
+        worker.slots.prompts.prefixes = PrefixCache(3, CHUNK, enabled=caching)
         asked = [ids(LONG, seed=1), ids(LONG, seed=1)[:60] + ids(20, seed=2), ids(LONG, seed=1)]
-        lines: list[Any] = [(lambda _: True, Submit(request=0, prompt=asked[0], params=GREEDY))]
+        # It must still run when the others come: they find its prompt in a slot that is not free.
+        running = replace(GREEDY, max_tokens=160)
+        lines: list[Any] = [(lambda _: True, Submit(request=0, prompt=asked[0], params=running))]
         lines += [(committed(0, 2), Submit(request=i, prompt=asked[i], params=WARM)) for i in (1, 2)]
         script = Script([*lines, (finished(0, 1, 2), Shutdown())])
         perform(worker, script)
@@ -299,14 +302,17 @@ def test_no_slot_leaks_and_no_neighbour_matters(
 ) -> None:
     """Whoever comes when, and goes: every request has the tokens it has alone, or their beginning."""
 
+    round = Round.empty(3)
+
     def step() -> None:
-        worker.admit()
-        live = [row for row in worker.rows if row is not None] + list(worker.prompts.filling.values())
+        nonlocal round
+        round = worker.begin(round, None)
+        live = [row for _, row in worker.slots.admitted]
         assert len({row.request for row in live}) == len(live) <= 3
-        assert len(live) == 3 or not worker.prompts.waiting
+        assert len(live) == 3 or not worker.slots.prompts.waiting
         worker.prefill()
-        verdict = worker.verify()
-        worker.advance(verdict, None)
+        verdict = worker.verify(round)
+        round = worker.advance(round, verdict, None)
         for commit in verdict.commits:
             said[commit.request].extend(commit.tokens)
             if commit.finished:
@@ -330,13 +336,13 @@ def test_no_slot_leaks_and_no_neighbour_matters(
             if due <= now:
                 worker.cancel(other)
                 del cancels[other]
-    while not worker.idle:
+    while not worker.slots.idle:
         step()
     assert len(over) == len(set(over))
     together = dict(said)
     for number, (prompt, count, temperature, _, gone) in enumerate(wanted):
         submit(100, prompt, count, temperature)
-        while not worker.idle:
+        while not worker.slots.idle:
             step()
         assert together[number] == said[100][: len(together[number])]
         assert len(together[number]) == count or gone is not None

@@ -15,7 +15,7 @@ from ssd.engine.front import make_plan
 from ssd.models.runner import ForwardRunner
 from ssd.pipeline.runtime.build_verifier import build_verifier
 from ssd.pipeline.runtime.launch import InprocPipeline
-from ssd.pipeline.verifier import worker as verifier_module
+from ssd.pipeline.verifier import forward_rows
 from ssd.pipeline.verifier.decider import Decider, Decision
 from ssd.pipeline.verifier.worker import VerifierWorker
 from ssd.testing.models.tiny import ARCHITECTURES
@@ -114,7 +114,7 @@ def test_the_same_tokens_as_padded(
             }
 
     narrow = tokens()
-    monkeypatch.setattr(verifier_module, "interchangeable", lambda *_: False)
+    monkeypatch.setattr(forward_rows, "interchangeable", lambda *_: False)
     padded = tokens()["none"]
     assert all(found == padded for found in narrow.values())
 

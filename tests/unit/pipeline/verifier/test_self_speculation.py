@@ -20,8 +20,9 @@ from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.pipeline.runtime.plan import Plan
 from ssd.pipeline.transport.messages import Submit
 from ssd.pipeline.verifier.worker import VerifierWorker
-from ssd.request.params import Method
+from ssd.request.methods import Method
 from ssd.testing.models.tiny import ARCHITECTURES, save_tiny, tiny_model
+from ssd.testing.twins.rounds import decode_alone
 
 LAYERS = 4
 GREEDY = SamplingParams(max_tokens=14, ignore_eos=True)
@@ -71,15 +72,10 @@ def decoded(worker: VerifierWorker, methods: list[Method]) -> list[list[int]]:
     for request, (prompt, params) in enumerate(zip(ASKED, PARAMS, strict=True)):
         method = methods[request % len(methods)]
         worker.submit(Submit(request=request, prompt=prompt, params=replace(params, method=method)))
-    worker.drafting = False  # there is no other draft
-    while not worker.idle:
-        worker.admit()
-        worker.prefill()
-        verdict = worker.verify()
+    for verdict in decode_alone(worker):
         for commit in verdict.commits:
             tokens[commit.request] += commit.tokens
-            RECORDS[commit.request] = commit.sequence.record
-        worker.advance(verdict, None)
+            RECORDS[commit.request] = commit.record
     return tokens
 
 
@@ -169,21 +165,16 @@ def test_rules_that_compare_probabilities(rule: str, configure: Callable[..., di
 
 def test_the_governor_stops_a_draft_that_does_not_pay(configure: Callable[..., dict[str, Any]]) -> None:
     worker = verifier_of(configure(governor=True))
-    draft = worker.self_draft
+    draft = worker._self_draft
     assert draft is not None and draft.governor is not None
-    worker.drafting = False
     long = replace(GREEDY, max_tokens=100)
     worker.submit(Submit(request=0, prompt=[9, 30, 77], params=long))
     drafted = []
-    while not worker.idle:
-        worker.admit()
-        worker.prefill()
-        verdict = worker.verify()
+    for verdict in decode_alone(worker):
         # As if drafting took nine tenths of every round that drafts.
-        seconds = 10.0 if verdict.drafted_s else 1.0
-        drafted.append(bool(verdict.drafted_s))
-        draft.observe(replace(verdict, drafted_s=9.0 if verdict.drafted_s else 0.0), seconds)
-        worker.advance(verdict, None)
+        seconds = 10.0 if verdict.self_draft_s else 1.0
+        drafted.append(bool(verdict.self_draft_s))
+        draft.observe(replace(verdict, self_draft_s=9.0 if verdict.self_draft_s else 0.0), seconds)
     assert drafted[0] and not any(drafted[-10:])
 
 
@@ -207,10 +198,10 @@ def test_skipped_sublayers_add_nothing(architecture: str) -> None:
 
 def test_no_memory_of_its_own(configure: Callable[..., dict[str, Any]]) -> None:
     worker = verifier_of(configure())
-    assert worker.self_draft is not None
+    assert worker._self_draft is not None
     whole = {weight.data_ptr() for weight in worker.runner.model.parameters()}
-    assert {weight.data_ptr() for weight in worker.self_draft.runner.model.parameters()} < whole
-    assert worker.self_draft.runner.cache is worker.runner.cache
+    assert {weight.data_ptr() for weight in worker._self_draft.runner.model.parameters()} < whole
+    assert worker._self_draft.runner.cache is worker.runner.cache
 
 
 def test_early_exits() -> None:

@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError
+from ..errors import ConfigError
 
 Priority = Literal["normal", "high"]
 SPARE = 0.1

@@ -3,9 +3,9 @@
 The prefix part covers the main slots, where a row attends all below its limit; the tree part the
 scratch slots a row may see, and its own key. Each part gives a normalised output and the logarithm of
 its weights' sum, and parts merge by those (log-sum-exp; Milakov, Gimelshein 2018, arXiv 1805.02867). Heads that
-share keys and values (GQA) are rows of one product. ``attention.row_attention`` is the reference.
+share keys and values (GQA) are rows of one product. ``row_attention`` is the reference.
 
-On CUDA the operator ``ssd::tree_attention`` runs the kernels of ``tree_kernel``; on CPUs
+On CUDA the operator ``ssd::tree_attention`` runs the kernels of ``triton_kernels``; on CPUs
 ``ssd::rows_attention`` is one loop over what a row attends (``csrc/rows_attention.cpp``); elsewhere the
 two parts in torch.
 """
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ..cache import RowStates
-from ..cpu import native
-from .reference import refuse_unknown
+from ..cpu import operators
+from .row_attention import refuse_unknown
 
 NAME = "ssd_tree"
 SPLIT = 128
@@ -53,7 +53,7 @@ def tree_attention(
     """
     refuse_unknown(kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if native.loaded() and serves(query):
+    if operators.loaded() and serves(query):
         arguments = _arguments(query, key, value)
         return torch.ops.ssd.rows_attention(*arguments, scale, softcap or 0.0, key.sequences), None
     arguments = _arguments(query, key.picked(), value.picked())
