@@ -16,7 +16,7 @@ import pytest
 from ssd.testing.mutants.pipeline import MUTANTS
 from ssd.testing.mutants.seeding import Mutant, seeded
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 class Watch:
