@@ -1,14 +1,14 @@
-"""Verification rules side by side: ``coupled``, ``rejection`` with a sweep of Saguaro's C, ``block``.
+"""Compares the verification rules: ``coupled``, ``rejection`` with a sweep of Saguaro's C, ``block``.
 
     python benchmarks/rules.py --out FILE.json [--prompts FILE.jsonl] [--repeat 3]
 
-One engine per rule, asked at every temperature by ``ssd.bench.measure.compare`` (``none_fast``, ``none`` and
-``ssd`` interleaved prompt by prompt, so a speedup is within one engine's run). ``benchmarks/tables.py`` writes
-the table of benchmarks/results/*/rules.json into docs/exactness.md.
+There is one engine for each rule. ``ssd.bench.measure.compare`` runs ``none_fast``, ``none`` and ``ssd`` on it at every
+temperature, in turns, so a speedup is measured within one engine's run. ``benchmarks/tables.py`` writes the table of
+benchmarks/results/rules.json into docs/exactness.md.
 
-Missed rows wait for a draft (fallback ``jit``), whatever the configuration says: n-grams are no rule's draft.
-Bytes per round: one outcome frame and one speculation frame in every round, a tree frame after a miss,
-from the sizes of the frames as they travel.
+The fallback is ``jit``, whatever the configuration says: with n-grams a missed row would not use the rule's draft.
+Bytes per round come from the sizes of the frames on the link: an outcome frame and a speculation frame in every
+round, and a tree frame after a miss.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from rich.console import Console
 
 from ssd import LLM
 from ssd.bench.measure.compare import Comparison, compare, versions
+from ssd.bench.measure.interleave import Runs
 from ssd.bench.measure.prompts import load_prompts
-from ssd.config.load import Config, load_config
+from ssd.config.load import load_config
+from ssd.config.sections import Config
 from ssd.engine.front import make_plan
 
 PROMPTS = Path(__file__).parent / "prompts" / "heldout-code.jsonl"
@@ -40,7 +42,7 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def bytes_per_round(config: Config, found: Comparison) -> float:
-    """Of one pipeline round, both directions; frames are int32."""
+    """Returns the mean bytes of a round in both directions; frames are int32."""
     _, plan = make_plan(config)
     frames = plan.frames()
     rounds = misses = 0
@@ -58,10 +60,8 @@ def measure(config: Config, given: argparse.Namespace, report: Any) -> list[dict
             found = compare(
                 llm,
                 load_prompts(given.prompts),
+                Runs(temperature=temperature, max_tokens=given.max_tokens, repeat=given.repeat),
                 methods=("ssd",),
-                temperature=temperature,
-                max_tokens=given.max_tokens,
-                repeat=given.repeat,
                 progress=lambda done, total, label, at=temperature: report(f"T = {at:g}: {done}/{total}"),
             )
             data = found.to_json()["methods"]

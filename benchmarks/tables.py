@@ -1,9 +1,9 @@
-"""Write the tables of all results into docs/performance.md and docs/exactness.md, between their markers.
+"""Writes the tables of all results into benchmarks/results/README.md and docs/exactness.md.
 
-python benchmarks/tables.py
+    python benchmarks/tables.py [--results benchmarks/results]
 
-docs/exactness.md shows the newest file of each kind: equality*.json (benchmarks/equality.py), chi_square*.json
-(chi_square.py) and rules*.json (rules.py); a part without a file stays as it is.
+The results folder holds one JSON file for each benchmark, named after it: NAME.json is the newest run of NAME. Tables
+replace the text between markers in the pages. A part of docs/exactness.md whose file does not exist stays as it is.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "performance.md"
+RESULTS = HERE / "results"
+PAGE = RESULTS / "README.md"
 EXACTNESS = HERE.parent / "docs" / "exactness.md"
 BEGIN, END = "<!-- tables: begin (benchmarks/tables.py) -->", "<!-- tables: end -->"
 COLUMNS = (
@@ -39,18 +42,14 @@ RATIOS = (
 
 
 def tables(folder: Path) -> str:
-    """Markdown for every figures file below the folder, newest folder first."""
-    parts = []
-    for day in sorted((path for path in folder.iterdir() if path.is_dir()), reverse=True):
-        written = [text for file in sorted(day.glob("*.json")) for text in _file(file)]
-        if written:
-            parts.append(f"### {day.name}\n\n" + "\n".join(written))
-    return "\n".join(parts)
+    """Returns Markdown tables of every file of figures in the folder, by name."""
+    return "\n".join(text for file in sorted(folder.glob("*.json")) for text in _file(file))
 
 
 def _file(file: Path) -> Iterator[str]:
+    """Yields the tables of a file by ``ssd bench``, ``compare`` or ``plan --validate``; other files have none."""
     data = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(data, dict):  # of another command
+    if not isinstance(data, dict):
         return
     if "checks" in data:
         yield _checks(file.stem, data)
@@ -75,7 +74,7 @@ def _methods(title: str, one: dict[str, Any]) -> str:
 
 
 def _ratios(methods: dict[str, Any]) -> str:
-    """Tokens per second of one over another's, and a hit's round over its forward."""
+    """Returns ratios of tokens per second, and of a round after a hit to its forward."""
     rates = {name: row["tokens_per_second"] for name, row in methods.items() if row["tokens_per_second"]}
     found = [f"{a} / {b} {rates[a] / rates[b]:.2f}" for a, b in RATIOS if a in rates and b in rates]
     ssd = methods.get("ssd", {})
@@ -113,7 +112,7 @@ EQUALITY = ("method", "temperature", "outputs", "equal", "near_ties", "structura
 
 
 def rules(data: dict[str, Any]) -> str:
-    """Of ``benchmarks/rules.py``: a line per temperature and rule, and which was fastest."""
+    """Returns the table of ``benchmarks/rules.py``: a row for each temperature and rule, and the fastest rules."""
     lines = ["| " + " | ".join(name for _, name, _ in RULES) + " |", "|---|---|" + "---:|" * (len(RULES) - 2)]
     for row in sorted(data["rows"], key=lambda row: row["temperature"]):
         lines.append("| " + " | ".join(format(row[key], form) for key, _, form in RULES) + " |")
@@ -126,7 +125,7 @@ def rules(data: dict[str, Any]) -> str:
 
 
 def equality(data: dict[str, Any]) -> str:
-    """Of ``benchmarks/equality.py``: a line per method and temperature."""
+    """Returns the table of ``benchmarks/equality.py``: a row for each method and temperature."""
     cases = data["cases"]
     lines = [f"{data['prompts']} prompts, {len(cases)} of {data['of']} engines:\n", "| " + " | ".join(EQUALITY) + " |"]
     lines.append("|---" + "|---:" * (len(EQUALITY) - 1) + "|")
@@ -138,43 +137,45 @@ def equality(data: dict[str, Any]) -> str:
 
 
 def chi_square(data: list[dict[str, Any]]) -> str:
-    from ssd.testing.laws.chi_square import table  # torch: only where it is needed
+    """Returns the table of ``benchmarks/chi_square.py``."""
+    from ssd.testing.laws.chi_square import table  # imports torch
 
     return table(data)
 
 
 PARTS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "equality-tiny": ("equality-tiny*.json", equality),
-    "equality-embedded": ("equality-embedded*.json", equality),
-    "chi-square": ("chi_square*.json", chi_square),
-    "rules": ("rules*.json", rules),
+    "equality-tiny": ("equality-tiny.json", equality),
+    "equality-embedded": ("equality-embedded.json", equality),
+    "chi-square": ("chi_square.json", chi_square),
+    "rules": ("rules.json", rules),
 }
+"""Parts of docs/exactness.md by marker: the file, and what makes its table."""
 
 
 def between(page: str, begin: str, end: str, text: str) -> str:
-    """The page with another text between its markers."""
+    """Returns the page with another text between the markers."""
     before, rest = page.split(begin)
     _, after = rest.split(end)
     return f"{before}{begin}\n\n{text}\n{end}{after}"
 
 
 def exactness(page: str, folder: Path) -> str:
-    """docs/exactness.md with the newest figures of each kind below the folder."""
-    for name, (pattern, write) in PARTS.items():
-        files = sorted(folder.glob(f"*/{pattern}"))
-        if files:
-            text = write(json.loads(files[-1].read_text(encoding="utf-8")))
-            source = f"`benchmarks/results/{files[-1].relative_to(folder)}`\n\n"
+    """Returns docs/exactness.md with the figures of the folder."""
+    for name, (file, write) in PARTS.items():
+        if (folder / file).is_file():
+            text = write(json.loads((folder / file).read_text(encoding="utf-8")))
+            source = f"`benchmarks/results/{file}`\n\n"
             page = between(page, f"<!-- {name}: begin -->", f"<!-- {name}: end -->", source + text + "\n")
     return page
 
 
-def main() -> None:
-    """Rewrite the parts of the pages between their markers."""
-    folder = HERE / "results"
-    PAGE.write_text(between(PAGE.read_text(encoding="utf-8"), BEGIN, END, tables(folder)), encoding="utf-8")
-    EXACTNESS.write_text(exactness(EXACTNESS.read_text(encoding="utf-8"), folder), encoding="utf-8")
+def main(
+    results: Annotated[Path, typer.Option(help="Folder with one JSON file for each benchmark.")] = RESULTS,
+) -> None:
+    """Write the tables of all results into benchmarks/results/README.md and docs/exactness.md."""
+    PAGE.write_text(between(PAGE.read_text(encoding="utf-8"), BEGIN, END, tables(results)), encoding="utf-8")
+    EXACTNESS.write_text(exactness(EXACTNESS.read_text(encoding="utf-8"), results), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -1,37 +1,37 @@
-"""The ``ssd`` command, with its pipelines launched otherwise."""
+"""The ``ssd`` command with pipelines that a launcher starts."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Collection, Sequence
+from typing import NoReturn
 
-import ssd
-import ssd.cli.app
-import ssd.cli.serving
+from ssd.cli.app import make_app
+from ssd.cli.context import Makers
 
 SHARED = ("--config", "-c", "--set")
-"""Options every command has; launchers also take them before the command."""
+"""Options of every command; launchers accept them before the command too."""
+EXIT_USAGE = 2
 
 
-def run(
-    arguments: Sequence[str], *, program: str, llm: Callable[..., Any], batch: Callable[..., Any] | None = None
-) -> NoReturn:
-    """Run the ``ssd`` command and exit as it does.
+def run(arguments: Sequence[str], *, program: str, commands: Collection[str], makers: Makers) -> NoReturn:
+    """Runs the ``ssd`` command and exits with its code.
 
     Args:
-        llm: makes what the commands use as their ``LLM``. batch: makes what ``ssd batch`` runs.
+        program: name of the launcher, for help and messages.
+        commands: those that use ``makers`` alone. Others would start pipelines of this process, and are refused.
+        makers: what makes pipelines and batches.
     """
-    # The commands take LLM from the package when they run.
-    ssd.LLM = llm  # type: ignore[misc,assignment]
-    if batch is not None:
-        ssd.cli.serving.make_batch = batch
-    ssd.cli.app.app(in_order(arguments), prog_name=program)
+    given = in_order(arguments)
+    if given and not given[0].startswith("-") and given[0] not in commands:
+        print(f"error: {program} runs {', '.join(commands)}, not {given[0]!r}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    make_app(makers)(given, prog_name=program)
     sys.exit()
 
 
 def in_order(arguments: Sequence[str]) -> list[str]:
-    """``--config X generate …`` as the command wants it: ``generate --config X …``."""
+    """Moves options before the command after it: ``--config X generate …`` to ``generate --config X …``."""
     rest = list(arguments)
     leading: list[str] = []
     while rest and (option := rest[0].partition("=")[0]) in SHARED:

@@ -1,4 +1,4 @@
-"""The front of a torchrun launch: a child of rank 0 (see ``torchrun.py``), not started by hand."""
+"""The front of a torchrun launch. Rank 0 starts it as its child (see ``torchrun.py``)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if str(ROOT) not in sys.path:
 
 from launch.commands import run  # noqa: E402
 from launch.torchrun import LOOPBACK  # noqa: E402
+from ssd.cli.context import Makers  # noqa: E402
 from ssd.errors import PipelineError, UsageError  # noqa: E402
 from ssd.pipeline.runtime.plan import Plan  # noqa: E402
 from ssd.pipeline.transport.lanes import ControlLane, ZmqLane  # noqa: E402
@@ -25,14 +26,15 @@ from ssd.pipeline.transport.messages import Shutdown  # noqa: E402
 
 
 class TorchrunPipeline:
-    """Workers as torchrun's ranks: this process's parent is the verifier, rank 0.
+    """A pipeline whose workers are torchrun's ranks. The parent of this process is the verifier, rank 0.
 
     Args:
-        orders_fd: where the parent waits for the ranks' orders. host: this node's address,
-            loopback if all ranks are on it. world: how many ranks torchrun started.
+        orders_fd: a pipe on which the parent waits for the ranks' orders.
+        host: this node's address; loopback if all ranks are on this node.
+        world: the number of ranks that torchrun started.
 
     Raises:
-        UsageError: there are more or fewer ranks than workers.
+        UsageError: the numbers of ranks and workers differ.
     """
 
     def __init__(self, plan: Plan, *, orders_fd: int, host: str, world: int):
@@ -43,7 +45,7 @@ class TorchrunPipeline:
                 f"start it with --nproc-per-node {needed}"
             )
         self._parent = os.getppid()
-        # A folder only we can enter holds the sockets, unless the ranks are on several nodes.
+        # The sockets are in a private folder, unless the ranks are on several nodes.
         self._folder = tempfile.TemporaryDirectory(prefix="ssd-front-")
         local = host == LOOPBACK
         self.lanes: dict[str, ControlLane] = {}
@@ -51,7 +53,7 @@ class TorchrunPipeline:
         for role in plan.roles:
             wanted = f"ipc://{Path(self._folder.name) / role}" if local or role == "verifier" else f"tcp://{host}:*"
             self.lanes[role], endpoints[role] = ZmqLane.bind(wanted)
-        # Nobody accepts: the kernel completes the others' connections, and breaks it when we are gone.
+        # Nobody accepts connections: the kernel completes them, and breaks them when this process ends.
         self._lifeline = socket.socket(socket.AF_UNIX if local else socket.AF_INET)
         self._lifeline.bind(str(Path(self._folder.name) / "lifeline") if local else (host, 0))
         self._lifeline.listen(needed)
@@ -65,14 +67,14 @@ class TorchrunPipeline:
             pipe.write(json.dumps(orders).encode() + b"\n")
 
     def check(self) -> list[str]:
-        """The verifier, if it is gone. A draft that is gone says so, or torchrun ends us all."""
+        """Returns the roles that ended: the verifier or none. A draft reports its end itself, or torchrun ends all."""
         return [] if os.getppid() == self._parent else ["verifier"]
 
     def close(self) -> None:
-        """Ask the workers to leave. torchrun sees that they do: it waits for them."""
+        """Asks the workers to end. torchrun waits for them."""
         if not self.check():
             for lane in self.lanes.values():
-                with suppress(PipelineError):  # gone in this moment
+                with suppress(PipelineError):  # the worker may end at any moment
                     lane.send(Shutdown())
         for lane in self.lanes.values():
             lane.close()
@@ -90,7 +92,8 @@ def main() -> None:
 
     from ssd.engine.llm import LLM
 
-    run(arguments, program="launch/torchrun.py", llm=partial(LLM, launch=launch))
+    commands = ("generate", "compare", "certify", "info")
+    run(arguments, program="launch/torchrun.py", commands=commands, makers=Makers(llm=partial(LLM, launch=launch)))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""A standing pipeline actor: made by a job, called by whoever is in the cluster, until it is stopped.
+"""Starts or stops a pipeline actor that outlives its job; any process in the cluster may call it.
 
 ::
 
     ray job submit --working-dir . --runtime-env launch/runtime_env.yaml -- python launch/ray_actor.py start NAME
     ray job submit ... -- python launch/ray_actor.py stop NAME
 
-In between, from a process on any node::
+While it runs, from a process on any node::
 
     from ssd.cluster import PipelineClient, connect
 

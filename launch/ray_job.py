@@ -1,4 +1,4 @@
-"""Pipelines in a Ray cluster, as a job of it or from any machine in it.
+"""Runs the ``ssd`` command with pipelines in a Ray cluster, as a job of it or from any machine in it.
 
 ::
 
@@ -7,10 +7,10 @@
     python launch/ray_job.py compare --prompts prompts.jsonl
     python launch/ray_job.py --replicas 4 batch IN.jsonl OUT.jsonl
 
-The arguments are those of the ``ssd`` command, and so are the exit codes. A pipeline actor owns the
-pipeline, and this process only calls it; ``batch`` has as many pipelines as ``--replicas`` says, given
-lines by Ray Data. Without a cluster (``RAY_ADDRESS``) one of this machine alone is started, and ends
-with the command. Servers are ``launch/ray_serve.py``'s.
+Arguments and exit codes are those of the ``ssd`` command; ``generate``, ``compare``, ``certify``, ``info`` and
+``batch`` run here. A pipeline actor owns the pipeline, and this process calls it. ``batch`` starts ``--replicas``
+pipelines, which get their lines from Ray Data. If ``RAY_ADDRESS`` names no cluster, one of this machine alone is
+started, which ends with the command. Servers are started by ``launch/ray_serve.py``.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ if str(ROOT) not in sys.path:
 
 from launch.commands import run  # noqa: E402
 from launch.ray_env import join  # noqa: E402
+from ssd.cli.context import Makers  # noqa: E402
+
+COMMANDS = ("generate", "compare", "certify", "info", "batch")
 
 
 def client(*args: Any, **kwargs: Any) -> Any:
-    """Join the cluster, or start one, and make the pipeline actor in it."""
+    """Joins the cluster, or starts one, and makes a pipeline actor in it."""
     join()
     from ssd.cluster import PipelineClient
 
@@ -38,7 +41,7 @@ def client(*args: Any, **kwargs: Any) -> Any:
 
 
 def batch(*args: Any, replicas: int, **kwargs: Any) -> Any:
-    """Join the cluster, or start one, and make the batch that runs in it."""
+    """Joins the cluster, or starts one, and prepares a batch that runs in it."""
     join()
     from ssd.cluster.batch import RayBatch
 
@@ -53,8 +56,9 @@ def main() -> None:
         own.error(f"--replicas must be at least 1, not {options.replicas}")
     if "serve" in arguments[:1]:
         own.error("servers in a cluster are started by launch/ray_serve.py")
+    makers = Makers(llm=client, batch=partial(batch, replicas=options.replicas))
     try:
-        run(arguments, program="launch/ray_job.py", llm=client, batch=partial(batch, replicas=options.replicas))
+        run(arguments, program="launch/ray_job.py", commands=COMMANDS, makers=makers)
     finally:
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()

@@ -1,12 +1,12 @@
-"""Pipelines behind Ray Serve, until Ctrl-C.
+"""Runs pipelines behind Ray Serve, until Ctrl-C.
 
 ::
 
     python launch/ray_serve.py --config embedded --replicas 2
     ray job submit --working-dir . --runtime-env launch/runtime_env.yaml -- python launch/ray_serve.py
 
-``server.host`` and ``server.port`` of the configuration say where Serve's proxies listen. A standing
-deployment, which outlives whoever made it and is updated in place, is ``serve deploy launch/serve.yaml``.
+Serve's proxies listen at ``server.host`` and ``server.port`` of the configuration. For a deployment that outlives its
+creator and is updated in place, use ``serve deploy launch/serve.yaml``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from launch.ray_env import join  # noqa: E402
-from ssd.config.load import Config, load_config  # noqa: E402
+from ssd.config.load import load_config  # noqa: E402
+from ssd.config.sections import Config  # noqa: E402
 from ssd.errors import PipelineError, UsageError, WorkerError  # noqa: E402
 from ssd.serving.http.guard import read_keys  # noqa: E402
 
@@ -40,7 +41,7 @@ def main() -> None:
         signal.signal(number, lambda *_: stop.set())
     try:
         config = load_config(options.config, options.overrides)
-        read_keys(config.server)  # refuses an open address without keys before anything is started
+        read_keys(config.server)  # an address other than loopback requires keys; checked before anything is started
         join(more_cpus=options.max_replicas or options.replicas)
         run(config, options, stop)
     except UsageError as error:
@@ -68,11 +69,11 @@ def run(config: Config, options: argparse.Namespace, stop: threading.Event) -> N
             )
             stop.wait()
     finally:
-        serve.delete(NAME)  # replicas finish what they have
+        serve.delete(NAME)  # replicas finish their requests
 
 
 def wait_until_running(timeout_s: float, stop: threading.Event) -> bool:
-    """False if told to stop before. Raises: WorkerError with what Serve says is missing."""
+    """Waits for the application. Returns False if ``stop`` was set first; raises WorkerError with Serve's message."""
     from ray import serve
 
     deadline = time.monotonic() + timeout_s
@@ -84,7 +85,7 @@ def wait_until_running(timeout_s: float, stop: threading.Event) -> bool:
         if found is not None and found.status == "DEPLOY_FAILED":
             raise WorkerError(f"Serve could not deploy: {said or found.message}")
         if time.monotonic() > deadline:
-            raise WorkerError(f"not ready after {timeout_s:g} s: {said or 'Serve says nothing'}")
+            raise WorkerError(f"not ready after {timeout_s:g} s: {said or 'Serve gave no reason'}")
     return False
 
 

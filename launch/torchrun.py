@@ -1,6 +1,7 @@
-"""A pipeline under torchrun: rank 0 is the verifier and has the front as its child, the last one the
-draft. Ranks between them share the verifier's model (``target.tensor_parallel``); with ``draft.data_parallel``
-the draft's ranks are the last ones.
+"""Runs a pipeline under torchrun.
+
+Rank 0 is the verifier and starts the front as its child; the last rank is the draft. Ranks between them hold parts of
+the verifier's model (``target.tensor_parallel``). With ``draft.data_parallel`` the last ranks are the draft's.
 
 ::
 
@@ -9,15 +10,14 @@ the draft's ranks are the last ones.
     torchrun --standalone --nproc-per-node 3 launch/torchrun.py --set target.tensor_parallel=2 generate "PROMPT"
     torchrun --standalone --nproc-per-node 3 launch/torchrun.py --set draft.data_parallel=2 generate "PROMPT"
 
-The arguments are those of the ``ssd`` command. The verifier runs in the main thread of rank 0, as in
-every launch; the front is a process of its own, because two threads would take the interpreter
-from each other in the middle of rounds.
+The arguments are those of the ``ssd`` command; ``generate``, ``compare``, ``certify`` and ``info`` run here. The
+verifier runs in the main thread of rank 0, as in every launch. The front is a separate process, because two threads
+would compete for the interpreter during rounds.
 
-torchrun's store only hands the other ranks their orders, as JSON text. All meet at the
-verifier's own store, as in every launch; there is no WORLD. If a rank is killed, torchrun
-ends the others.
+torchrun's store only carries the orders to the other ranks, as JSON text. Workers meet at the verifier's own store, as
+in every launch; there is no WORLD. If a rank is killed, torchrun ends the others.
 
-Exit codes are those of the ``ssd`` command; torchrun itself turns every one but 0 into 1.
+Exit codes are those of the ``ssd`` command; torchrun itself turns every code but 0 into 1.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def lead(store: dist.Store, world: int) -> int:
-    """Rank 0: start the front, pass its orders on, be the verifier. The front's exit code."""
+    """Runs rank 0: starts the front, passes its orders on, runs the verifier. Returns the front's exit code."""
     host = own_address()
     orders_fd, theirs = os.pipe()
     front = subprocess.Popen(
@@ -79,7 +79,7 @@ def lead(store: dist.Store, world: int) -> int:
     try:
         with os.fdopen(orders_fd, "rb") as pipe:
             line = pipe.readline()
-        # Nothing comes if the front leaves without a pipeline; then the draft must not wait for one.
+        # The line is empty if the front ends without a pipeline; then the draft must not wait for one.
         store.set(ORDERS, line.decode() or "{}")
         if line:
             orders = json.loads(line)
@@ -94,13 +94,16 @@ def lead(store: dist.Store, world: int) -> int:
             front.wait(LEAVE_S)
         except subprocess.TimeoutExpired:
             front.kill()
-        if folder is not None:  # a front that was killed could not
+        if folder is not None:  # a front that was killed did not
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def follow(store: dist.Store, rank: int) -> int:
-    """Other ranks. One that fails says so to the front and ends with 0: for any other code torchrun
-    would end the verifier, which goes on alone without its draft, and without a rank says why not."""
+    """Runs another rank. Returns 0 even if its worker failed, which the front has been told.
+
+    For any other code torchrun would end the verifier, which can continue without its draft, and otherwise reports
+    the missing rank itself.
+    """
     while not store.check([ORDERS]):
         time.sleep(POLL_S)
     orders = json.loads(store.get(ORDERS))
@@ -111,7 +114,7 @@ def follow(store: dist.Store, rank: int) -> int:
 
 
 def own_address() -> str:
-    """Where the others reach rank 0: loopback if all ranks are on its node, otherwise MASTER_ADDR."""
+    """Returns the address of rank 0: loopback if all ranks are on its node, otherwise that of MASTER_ADDR."""
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
         return LOOPBACK
     name = os.environ["MASTER_ADDR"]
@@ -125,7 +128,7 @@ def own_address() -> str:
 
 
 def lifeline(address: str | list) -> socket.socket:
-    """A connection to the front that carries nothing and closes with it, however it ends."""
+    """Opens a connection to the front that carries no data and closes when the front ends, for whatever reason."""
     if isinstance(address, str):
         line = socket.socket(socket.AF_UNIX)
         line.connect(address)
@@ -136,7 +139,7 @@ def lifeline(address: str | list) -> socket.socket:
 
 
 def _work(orders: dict[str, Any], rank: int, alive: Callable[[], bool], **where: Any) -> None:
-    # Ctrl-C reaches every rank; from here on only the front acts on it, and we leave with the front.
+    # Ctrl-C reaches every rank. From here on only the front acts on it, and this rank ends with the front.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     plan = Plan.from_dict(orders["plan"])
     role = plan.roles[rank]

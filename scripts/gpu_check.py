@@ -1,12 +1,12 @@
-"""Everything a GPU has to show, in stages of under ten minutes, without network.
+"""Checks and measures everything on a GPU, in stages of less than ten minutes, without network.
 
 python scripts/gpu_check.py --stage 1 --out $OUT                  correctness on CUDA
 python scripts/gpu_check.py --stage forwards-8b --out $OUT        a stage by its name
-python scripts/gpu_check.py --stage 6 --out $OUT --have results   what ``results`` lacks of a stage
-python scripts/gpu_check.py --stage all --tiny --out build/tiny   its own logic, on a CPU, in a minute or two
+python scripts/gpu_check.py --stage 6 --out $OUT --have results   the parts that failed or are missing in results
+python scripts/gpu_check.py --stage all --tiny --out build/tiny   tests this script itself, on a CPU, in two minutes
 
-Each stage writes ``stage-NAME.json`` after every part, plots, and prints a short table last. It exits
-with 1 if something is wrong. Targets and drafts are the embedded pair, widened on the device.
+Each stage writes ``stage-NAME.json`` after every part, then plots, and prints a short table last. The exit code is 1
+if a part failed. Targets and drafts are the embedded pair, widened on the device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.gpu import checks, engines, forwards, report
-from scripts.gpu.bench import Bench, embedded_pair
+from scripts.gpu.bench import Bench, embedded_pair, failed
 
 BUDGET_S = 480.0
 STAGES: dict[str, Callable[[Bench], None]] = {
@@ -50,9 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--have", type=Path, help="folder of earlier results; by default --out")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument(
-        "--tiny", action="store_true", help="tiny models on the CPU: proves the script, measures nothing"
+        "--tiny", action="store_true", help="tiny models on the CPU: tests the script, its times mean nothing"
     )
-    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="begin no part after so many seconds")
+    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds after which no part begins")
     args = parser.parse_args(arguments)
     names = list(STAGES)
     if args.stage.isdigit() and 1 <= int(args.stage) <= len(names):
@@ -77,11 +77,11 @@ def _stage(bench: Bench, name: str, have: Path) -> int:
     record = json.loads((bench.out / f"stage-{name}.json").read_text())
     report.plot(record, bench.out)
     report.print_table(record, bench.skipped)
-    return int(any("error" in part or part.get("ok") is False for part in record["parts"].values()))
+    return int(any(map(failed, record["parts"].values())))
 
 
 def _tiny_pair(folder: Path) -> tuple[Path, Path]:
-    """Two Llamas of 2 layers over one vocabulary."""
+    """Saves two Llamas of 2 layers over one vocabulary; returns their folders."""
     from ssd.testing.models.tiny import save_tiny
 
     return save_tiny(folder / "target", "llama", seed=0), save_tiny(folder / "draft", "llama", seed=1)

@@ -17,7 +17,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config.load import Config, load_config
+    from .config.load import load_config
+    from .config.sections import Config
     from .engine.async_engine import AsyncEngine
     from .engine.llm import LLM
     from .errors import (
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Config": "config.load",
+    "Config": "config.sections",
     "load_config": "config.load",
     "AsyncClient": "serving.lane.client",
     "AsyncEngine": "engine.async_engine",

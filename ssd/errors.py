@@ -50,3 +50,8 @@ class LinkError(PipelineError):
 
 class WorkerError(PipelineError):
     """A worker died, or did not come up in time."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the error's type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,1 +1,1 @@
-"""What ``scripts/gpu_check.py`` runs, by noun: the bench, checks, forwards, engines, the report."""
+"""The stages of ``scripts/gpu_check.py``."""

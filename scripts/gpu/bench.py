@@ -1,4 +1,4 @@
-"""The bench all stages stand at: device, time left, results so far, and widened pairs."""
+"""What all stages share: the device, the time left, results so far, and widened pairs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SEED = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """A widened pair: about how many parameters, and the draft's layers."""
+    """A widened pair: approximate numbers of parameters, and the layers of the draft."""
 
     name: str
     target: float
@@ -42,11 +42,12 @@ TINY = Size(name="tiny", target=1.4e5, draft=1e5, draft_layers=2)
 
 @dataclass(kw_only=True)
 class Bench:
-    """Results are kept per part, and parts that are there are not run again.
+    """Runs the parts of a stage and keeps their results; a part that succeeded before is not run again.
 
     Args:
-        out: where ``stage-NAME.json`` goes. budget_s: after which no further part begins.
-        pair: folders of the target and draft to widen.
+        out: folder of ``stage-NAME.json``.
+        budget_s: seconds after which no further part begins.
+        pair: folders of the target and the draft to widen.
     """
 
     device: torch.device
@@ -60,14 +61,17 @@ class Bench:
     stage: str = ""
 
     def open(self, stage: str, have: Path) -> None:
-        """Take up a stage where ``have`` (a folder of earlier results) left it."""
+        """Begins a stage with the earlier results in the folder ``have``, if there are any."""
         self.stage, self.began, self.skipped = stage, time.monotonic(), []
         path = have / f"stage-{stage}.json"
         self.results = json.loads(path.read_text())["parts"] if path.is_file() else {}
 
     def part(self, name: str, run: Callable[[], Any]) -> None:
-        """Run and keep one part, unless it is there or the time is spent. An error is a result."""
-        if name in self.results and "error" not in self.results[name]:
+        """Runs a part and keeps its result, unless it succeeded before or the time is spent.
+
+        An exception of the part becomes its result.
+        """
+        if name in self.results and not failed(self.results[name]):
             return
         if time.monotonic() - self.began > self.budget_s:
             self.skipped.append(name)
@@ -99,13 +103,13 @@ class Bench:
         narrow = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).to(self.device)
         sizes = sizes_for(AutoConfig.from_pretrained(folder), parameters, num_hidden_layers=layers)
         wide = widen(narrow, **sizes, dtype=torch.bfloat16, seed=SEED)
-        wide.config.max_position_embeddings = 1 << 17  # only times are taken beyond what it was trained for
+        wide.config.max_position_embeddings = 1 << 17  # beyond the trained positions only times are measured
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # workers use other streams than this thread
         return wide.requires_grad_(False)
 
     def seconds(self, run: Callable[[], Any], *, repeats: int = 30) -> float:
-        """Median of one call, by device events; after warm-ups."""
+        """Returns the median time of a call in seconds, by device events, after warm-up calls."""
         repeats = 3 if self.tiny else repeats
         for _ in range(3):
             run()
@@ -120,7 +124,7 @@ class Bench:
         return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
 
     def bandwidth(self) -> float:
-        """Bytes a second, read and written, of a copy far larger than the caches."""
+        """Returns bytes read and written per second by a copy much larger than the caches."""
         source = torch.randint(0, 255, ((1 << 24) if self.tiny else (1 << 32),), dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         return 2 * source.nbytes / self.seconds(lambda: target.copy_(source), repeats=10)
@@ -131,12 +135,18 @@ class Bench:
             torch.cuda.empty_cache()
 
 
+def failed(part: dict[str, Any]) -> bool:
+    """Returns whether a part raised an exception, or found something wrong."""
+    return "error" in part or part.get("ok") is False
+
+
 def embedded_pair() -> tuple[Path, Path]:
+    """Returns the folders of the shipped target and draft."""
     return resolve_model_path("embedded/target"), resolve_model_path("embedded/draft")
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """What the numbers belong to."""
+    """Returns the date, the device and the versions the results belong to."""
     found: dict[str, Any] = {"date": time.strftime("%Y-%m-%d %H:%M"), "python": python_version(), "device": str(device)}
     for package in ("torch", "transformers", "triton"):
         try:

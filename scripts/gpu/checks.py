@@ -1,4 +1,4 @@
-"""Is it right on this device? Kernels against float64, noise, rows, graphs, and the tokens of all methods."""
+"""Correctness on the device: kernels against float64, noise, rows, graphs, and the tokens of all methods."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ssd.models.attention import tree_attention
 from ssd.models.cuda.graphs import Graphs
 from ssd.models.loading import load_model
 from ssd.models.rows import RowPlan
-from ssd.models.runner import Attention, ForwardRunner
+from ssd.models.runner import Attention, ForwardRunner, RunnerOptions
 from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.testing.attention import CASES, LARGE_CASES, check
 
@@ -45,7 +45,7 @@ def attention(bench: Bench) -> dict[str, Any]:
 
 
 def noise_bits(device: torch.device) -> bool:
-    """The same random bits as on the CPU, also for seeds and positions that overflow."""
+    """Returns whether the random bits equal the CPU's, also for seeds and positions that overflow."""
     seeds = torch.tensor([0, 1, 2**31, 2**63 - 1, 123456789012345678])
     positions = torch.tensor([0, 5, 2**20, 2**31 - 1, 77])
     return torch.equal(
@@ -54,18 +54,17 @@ def noise_bits(device: torch.device) -> bool:
 
 
 def runner(bench: Bench, dtype: str, *, kind: Attention, graphs: bool = False, batch: int = 3) -> ForwardRunner:
-    """Of the pair's target, its slots filled with different prompts."""
+    """Returns a runner of the pair's target with a different prompt in each slot."""
     model = load_model(bench.pair[0], dtype=dtype, device=str(bench.device), max_positions=256)
-    made = ForwardRunner(
-        model,
+    options = RunnerOptions(
         batch=batch,
         capacity=256,
         scratch_slots=2 * LOOKAHEAD,
         prefill_chunk=32,
         vocabulary=model.config.vocab_size,
-        graphs=Graphs(model.device) if graphs else None,
         attention=kind,
     )
+    made = ForwardRunner(model, options, graphs=Graphs(model.device) if graphs else None)
     for slot in range(batch):
         made.prefill(slot, PROMPT[slot:])
     return made
@@ -76,8 +75,8 @@ def kinds() -> list[Attention]:
 
 
 def rows(bench: Bench, dtype: str) -> dict[str, Any]:
-    """Strict numerics: a token fed alone in a padded forward (plain decoding) and at its place in a
-    verification give the same logits, bit for bit; so do other mates in the batch."""
+    """Checks strict numerics: logits are bit-equal in a padded forward of one token (plain decoding), at the token's
+    place in a verification, and with other sequences in the batch."""
     found: dict[str, Any] = {"linears that depend on the row's place": linears(bench, dtype)}
     for kind in kinds():
         made, plan = runner(bench, dtype, kind=kind), RowPlan.tree("tree", TreeShape.comb(LOOKAHEAD))
@@ -89,7 +88,7 @@ def rows(bench: Bench, dtype: str) -> dict[str, Any]:
             single = torch.zeros_like(feed)
             single[:, 0] = feed[:, step]
             alone.append(made.forward(plan, single, lengths + step, longest=len(PROMPT) + step)[:, 0])
-        made.forward(plan, feed, lengths, longest=len(PROMPT))  # the keys as they were
+        made.forward(plan, feed, lengths, longest=len(PROMPT))  # restores the keys
         others = feed.clone()
         others[1:] = 11
         mates = made.forward(plan, others, lengths, longest=len(PROMPT))
@@ -104,7 +103,7 @@ def rows(bench: Bench, dtype: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def linears(bench: Bench, dtype: str) -> list[str]:
-    """Linear layers whose result for a row depends on where in the block it stands, or on the others."""
+    """Finds linear layers whose result for a row depends on its place in the block, or on the other rows."""
     model = load_model(bench.pair[0], dtype=dtype, device=str(bench.device), max_positions=64)
     broken, seen = [], set()
     for name, module in model.named_modules():
@@ -120,7 +119,7 @@ def linears(bench: Bench, dtype: str) -> list[str]:
 
 
 def graphs(bench: Bench, dtype: str) -> dict[str, Any]:
-    """Replayed forwards give the bits of eager ones, with new arguments in every call."""
+    """Checks that replayed forwards are bit-equal to eager ones, with new arguments in every call."""
     found: dict[str, Any] = {}
     for kind in kinds():
         plan, logits = RowPlan.tree("tree", TreeShape.comb(LOOKAHEAD)), []
@@ -137,8 +136,8 @@ def graphs(bench: Bench, dtype: str) -> dict[str, Any]:
 
 
 def tokens(bench: Bench, dtype: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """``none``, ``sd`` and ``ssd`` say the same, T = 0 and 1, with filters, penalties and a grammar, alone and in a
-    batch, draft and target on one device."""
+    """Checks that ``none``, ``sd`` and ``ssd`` give the same tokens with draft and target on one device: at T = 0 and
+    1, with filters, penalties and a grammar, alone and in a batch."""
     speculation = {"lookahead": LOOKAHEAD, "governor": False, **changes.get("speculation", {})}
     worker = {"dtype": dtype, "device": str(bench.device), "compile": changes.get("compile", False)}
     config = {

@@ -24,11 +24,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "compiled": {"compile": True},
     "equal priority": {"priority": "normal"},
 }
-"""On one GPU: whose kernels get free multiprocessors first, and whether graphs hold compiled forwards."""
+"""Settings on one GPU: which worker's kernels have priority, and whether graphs hold compiled forwards."""
 
 
 def run(bench: Bench, *names: str) -> None:
-    """One request at a time, methods side by side, T = 0 and 1; then the peers."""
+    """Measures one request at a time, all methods in turns, at T = 0 and 1; then transformers."""
     for size in bench.sizes(*names):
         pair: dict[str, PreTrainedModel] = {}
         for variant, changes in list(VARIANTS.items())[: 1 if bench.tiny else None]:
@@ -42,7 +42,7 @@ def run(bench: Bench, *names: str) -> None:
 
 
 def batches(bench: Bench, *names: str) -> None:
-    """Throughput by batch, each method on all prompts at once."""
+    """Measures throughput by batch, each method on all prompts at once."""
     for size in bench.sizes(*names):
         pair: dict[str, PreTrainedModel] = {}
         for batch in (2,) if bench.tiny else (1, 4, 16, 64):
@@ -53,7 +53,7 @@ def batches(bench: Bench, *names: str) -> None:
 
 
 def _pair(bench: Bench, size: Size, made: dict[str, PreTrainedModel]) -> dict[str, PreTrainedModel]:
-    """Widened when the first part needs them."""
+    """Returns the models, which are widened when the first part needs them."""
     if not made:
         made |= {"verifier": bench.target(size), "draft": bench.draft(size)}
     return made
@@ -70,7 +70,7 @@ def _config(bench: Bench, priority: str, compile: bool, batch: int) -> dict[str,
 
 
 def _prompts(llm: LLM, bench: Bench, count: int) -> list[list[int]]:
-    """Code; repeated, with another beginning each time, where more are wanted than there are."""
+    """Returns prompts of code. If more are needed than exist, they repeat with a different beginning."""
     texts = [prompt.text for prompt in load_prompts(PROMPTS)]
     ids = [llm.tokenizer.encode(text)[: 40 if bench.tiny else 256] for text in texts]
     return [ids[n % len(ids)][n // len(ids) :] for n in range(count)]
@@ -98,7 +98,7 @@ def _compare(
             outputs: dict[str, list[list[int]]] = {}
             for method in METHODS:
                 asked = replace(params, method=method)
-                llm.generate(groups[0], asked)  # warm: graphs of this method's forms
+                llm.generate(groups[0], asked)  # captures the graphs of this method
                 llm.timings(reset=True)
                 given, seconds, hits, lookups, rounds = [], 0.0, 0, 0, 0
                 for group in groups:
@@ -126,7 +126,7 @@ def _compare(
 
 
 def _peers(bench: Bench, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
-    """``generate`` and assisted generation, greedy, one request at a time, with SDPA."""
+    """Measures transformers' ``generate`` and assisted generation: greedy, one request at a time, with SDPA."""
     from transformers import AutoTokenizer
 
     tokenizer, tokens = AutoTokenizer.from_pretrained(bench.pair[0]), 8 if bench.tiny else 128
@@ -139,7 +139,7 @@ def _peers(bench: Bench, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, more in (("generate", {}), ("assisted", {"assistant_model": draft})):
         seconds = 0.0
-        for turn, prompt in enumerate([ids[0], *ids]):  # the first warms up
+        for turn, prompt in enumerate([ids[0], *ids]):  # the first run warms up
             began = time.perf_counter()
             made = target.generate(
                 prompt,

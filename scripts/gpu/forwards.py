@@ -1,4 +1,4 @@
-"""How long forwards take, against the time of reading what they must read."""
+"""Times of forwards, compared with the time of reading their weights and keys from memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ssd.decoding.trees.shape import TreeShape
 from ssd.models.attention import tree_attention
 from ssd.models.cuda.graphs import Graphs
 from ssd.models.rows import RowPlan
-from ssd.models.runner import Attention, ForwardRunner
+from ssd.models.runner import Attention, ForwardRunner, RunnerOptions
 from ssd.pipeline.draft.branches import scratch_slots
 from ssd.pipeline.draft.drafting import Drafting
 from ssd.pipeline.draft.executors import DraftBatch, DraftModel
@@ -26,11 +26,11 @@ from .bench import Bench, Size
 
 LOOKAHEAD, BUDGET = 7, 16
 ROWS = (1, 8)
-"""Plain decoding and a verification of K = 7."""
+"""Rows of plain decoding, and of a verification with K = 7."""
 
 
 def kernels(bench: Bench) -> None:
-    """Tree attention against SDPA with repeated and with grouped heads, by context and batch."""
+    """Measures tree attention, and SDPA with repeated and with grouped heads, by context and batch."""
     bench.part("bandwidth", lambda: {"bytes_per_s": bench.bandwidth()})
     for batch in (1, 8, 64):
         for slots in (64, 256) if bench.tiny else (1024, 4096, 8192, 32768):
@@ -48,7 +48,7 @@ def _attention(bench: Bench, batch: int, slots: int) -> dict[str, Any]:
     mask = torch.ones(batch, 1, 8, slots, dtype=torch.bool, device=bench.device)
     group, sdpa = heads // kv_heads, torch.nn.functional.scaled_dot_product_attention
 
-    def repeated() -> Tensor:  # what transformers does on CUDA where there is a mask
+    def repeated() -> Tensor:  # as transformers computes attention with a mask on CUDA
         return sdpa(query, keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1), mask)
 
     ways: dict[str, Callable[[], Tensor]] = {
@@ -65,12 +65,12 @@ def _attention(bench: Bench, batch: int, slots: int) -> dict[str, Any]:
 
 
 def _captured(bench: Bench, run: Callable[[], Any]) -> Callable[[], Any]:
-    """Launches would hide what a kernel takes."""
+    """Returns the call as a graph: without it, launches take longer than the kernel."""
     return Graphs(bench.device).of(run, "attention") if bench.device.type == "cuda" else run
 
 
 def run(bench: Bench, *names: str) -> None:
-    """Targets and drafts of some sizes."""
+    """Measures targets and drafts of the named sizes."""
     bench.part("bandwidth", lambda: {"bytes_per_s": bench.bandwidth()})
     for size in bench.sizes(*names):
         loaded: dict[str, PreTrainedModel] = {}
@@ -91,7 +91,7 @@ def run(bench: Bench, *names: str) -> None:
 
 
 def _ways(bench: Bench) -> list[str]:
-    """Attention and how it runs; on CUDA each captured, but for one."""
+    """Returns combinations of attention and execution; on CUDA all but one are captured in graphs."""
     if bench.device.type != "cuda":
         return ["rows eager", "tree eager"]
     best = "tree" if tree_attention.available() else "rows"
@@ -111,17 +111,16 @@ def _grid(bench: Bench, size: Size) -> Iterator[tuple[int, int, str]]:
 
 def _made(bench: Bench, model: PreTrainedModel, way: str, *, batch: int, capacity: int, scratch: int) -> ForwardRunner:
     kind: Attention = "tree" if way.startswith("tree") else "rows"
-    runner = ForwardRunner(
-        model,
+    options = RunnerOptions(
         batch=batch,
         capacity=capacity,
         scratch_slots=scratch,
         prefill_chunk=64,
         vocabulary=model.config.vocab_size,
         compile="compiled" in way,
-        graphs=Graphs(bench.device) if "graphs" in way else None,
         attention=kind,
     )
+    runner = ForwardRunner(model, options, graphs=Graphs(bench.device) if "graphs" in way else None)
     for part in (*runner.cache.main, *runner.cache.scratch):
         for states in part:
             states.normal_()
@@ -146,7 +145,7 @@ def _target(bench: Bench, model: PreTrainedModel, batch: int, slots: int, way: s
 
 
 def _draft(bench: Bench, size: Size, way: str) -> dict[str, Any]:
-    """One step of all branches, and the whole tree of K = 7 as one body."""
+    """Measures a step of all branches, and the whole tree of K = 7 as one call."""
     model, shape = bench.draft(size), TreeShape.comb(2 if bench.tiny else LOOKAHEAD)
     slots = 64 if bench.tiny else 1024
     runner = _made(bench, model, way, batch=1, capacity=slots + 64, scratch=scratch_slots(shape, BUDGET))

@@ -15,7 +15,7 @@ Parts = dict[str, Any]
 
 
 def print_table(record: dict[str, Any], skipped: list[str]) -> None:
-    """One line per part, the last thing a run prints."""
+    """Prints a row for each part; it is the last thing a run prints."""
     facts, table = record["facts"], Table(title=f"stage {record['stage']}", title_justify="left")
     for column in ("part", "what", "measured", "wanted"):
         table.add_column(column)
@@ -26,7 +26,7 @@ def print_table(record: dict[str, Any], skipped: list[str]) -> None:
     console.print(table)
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()))
     if skipped:
-        console.print(f"not run, the time was spent: {', '.join(skipped)}; run the stage again with --have")
+        console.print(f"not run, no time was left: {', '.join(skipped)}; run the stage again with --have")
 
 
 def _rows(name: str, part: Parts) -> Iterator[Row]:
@@ -76,7 +76,7 @@ def _wrong(part: Parts) -> str:
 
 
 def plot(record: dict[str, Any], out: Path) -> list[Path]:
-    """Bars of what the stage measured; nothing where it measured no times."""
+    """Draws bars of the measured times and rates; returns the files (none if nothing was measured)."""
     import matplotlib
 
     matplotlib.use("Agg")

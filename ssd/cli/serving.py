@@ -1,52 +1,49 @@
-"""Commands around serving: ``ssd serve``. Added to the ``ssd`` command by ``cli``."""
+"""``ssd serve``, ``ssd batch`` and ``ssd lane-keys``."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .context import makers
+from .options import ConfigOption, SetOption, settings_of
+from .terminal import say
+
 if TYPE_CHECKING:
-    from ..config.load import Config
-    from ..serving.batch.run import Batch
-
-
-ConfigOption = Annotated[
-    str, typer.Option("--config", "-c", help="A YAML file, or the name of a shipped configuration.")
-]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one configuration value; repeatable.")
-]
+    from ..serving.batch.run import Progress
 
 
 def serve(
     config: ConfigOption = "embedded",
     overrides: SetOption = None,
-    host: Annotated[str | None, typer.Option(help="Address to bind; off loopback a key is required.")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to bind; any but a loopback address requires an API key.")
+    ] = None,
     port: Annotated[int | None, typer.Option(help="Port to bind; 0 takes a free one.")] = None,
-    api_key_file: Annotated[Path | None, typer.Option(help="API keys, one a line.")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="A file with one API key per line.")] = None,
     access_log: Annotated[bool, typer.Option("--access-log", help="Log each HTTP request.")] = False,
 ) -> None:
     """Serve the OpenAI API, the playground page and the client lane until Ctrl-C."""
     from ..serving.run import serve as run
 
     given = {"host": host, "port": port, "api_key_file": api_key_file}
-    flags = tuple(f"server.{name}={value}" for name, value in given.items() if value is not None)
-    settings = _settings(config, overrides, flags)
+    flags = [f"server.{name}={value}" for name, value in given.items() if value is not None]
+    settings = settings_of(config, [*(overrides or ()), *flags])
 
     def started(url: str) -> None:
-        typer.echo(f"listening on {url} (loading the models; the first time on a machine compiles)", err=True)
+        say(f"listening on {url} (loading the models; the first start on a machine compiles)")
 
-    asyncio.run(run(settings, started=started, ready=lambda: typer.echo("ready", err=True), access_log=access_log))
-    typer.echo("stopped", err=True)
+    asyncio.run(run(settings, started=started, ready=lambda: say("ready"), access_log=access_log))
+    say("stopped")
 
 
 def lane_keys(
-    folder: Annotated[Path, typer.Argument(help="Where the keys are, or go.")],
-    name: Annotated[str, typer.Argument(help="The client they let in.")] = "client",
+    folder: Annotated[Path, typer.Argument(help="Folder of the keys; created if missing.")],
+    name: Annotated[str, typer.Argument(help="Name of the client the keys are for.")] = "client",
 ) -> None:
     """Make CURVE keys for a client of a lane over TCP."""
     from ..serving.lane.keys import make_keys
@@ -56,30 +53,46 @@ def lane_keys(
 
 
 def batch(
+    context: typer.Context,
     source: Annotated[
         Path, typer.Argument(metavar="IN", help='Requests: OpenAI batch lines, or {"prompt": ...} lines.')
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Results, in the order of the requests.")],
     config: ConfigOption = "embedded",
     overrides: SetOption = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin anew, whatever is there.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard earlier results and start again.")] = False,
 ) -> None:
-    """Run a file of requests. Killed at any moment, the same command goes on where it stopped.
+    """Run a file of requests. If it is killed, the same command continues where it stopped.
 
-    Lines that cannot work go to OUT.errors with their numbers; exit code 1 then.
+    Lines that fail go to OUT.errors with their numbers; the exit code is 1 then.
     """
+    from ..serving.batch.run import first_cause
+
+    job = makers(context).batch(settings_of(config, overrides), source, out, restart=restart)
+    try:
+        progress = _run(job)
+    except BaseExceptionGroup as errors:
+        raise first_cause(errors) from None
+    say(
+        f"{progress.total} requests, {progress.failed} failed, {progress.resumed} done before, "
+        f"{progress.tokens} tokens now: {out}"
+    )
+    if progress.failed:
+        say(f"failed lines: {job.journal.errors}")
+        raise typer.Exit(1)
+
+
+def _run(job: Any) -> Progress:
+    """Runs the batch under a progress bar."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    from ..serving.batch.run import Progress, first_cause
-
-    job = make_batch(_settings(config, overrides), source, out, restart=restart)
     rate = TextColumn("{task.fields[rate]} tok/s")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeElapsedColumn())
     with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("starting", total=job.progress.total, completed=job.progress.done, rate="–")
-        first: list[tuple[float, int]] = []  # when tokens began to flow, and how many there were
+        first: list[tuple[float, int]] = []  # time and token count when the first request was done
 
         def report(progress: Progress) -> None:
             now = time.monotonic()
@@ -89,36 +102,7 @@ def batch(
             rate = f"{(progress.tokens - before) / (now - began_s):.0f}" if now > began_s else "–"
             bar.update(task, completed=progress.done, rate=rate, description=f"{progress.failed} failed")
 
-        try:
-            progress = asyncio.run(job.run(report))
-        except BaseExceptionGroup as errors:
-            raise first_cause(errors) from None
-    typer.echo(
-        f"{progress.total} requests, {progress.failed} failed, {progress.resumed} done before, "
-        f"{progress.tokens} tokens now: {out}",
-        err=True,
-    )
-    if progress.failed:
-        typer.echo(f"what failed: {job.journal.errors}", err=True)
-        raise typer.Exit(1)
-
-
-def make_batch(config: Config, source: Path, out: Path, *, restart: bool) -> Batch:
-    """What ``ssd batch`` runs; launchers put their own in its place."""
-    from ..serving.batch.run import Batch
-
-    return Batch(config, source, out, restart=restart)
-
-
-def _settings(config: str, overrides: list[str] | None, extra: tuple[str, ...] = ()) -> Config:
-    """The checked configuration; missing models are found before anything is started."""
-    from ..config.load import load_config, resolve_model_path
-
-    settings = load_config(config, [*(overrides or ()), *extra])
-    for model in (settings.target, settings.draft):
-        if model is not None:
-            resolve_model_path(model.model)
-    return settings
+        return asyncio.run(job.run(report))
 
 
 COMMANDS = (serve, batch, lane_keys)

@@ -14,7 +14,8 @@ from typing import Any
 
 import ray
 
-from ..config.load import Config, load_config, section_of
+from ..config.load import load_config
+from ..config.sections import Config, section_of
 from ..engine.llm import LLM
 from ..errors import PipelineError, RequestError, WorkerError
 from ..pipeline.runtime.launch import LEAVE_S

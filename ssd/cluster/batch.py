@@ -22,7 +22,7 @@ from typing import Any
 import ray
 import ray.data
 
-from ..config.load import Config
+from ..config.sections import Config
 from ..engine.async_engine import AHEAD, AsyncEngine
 from ..engine.book import Limits
 from ..errors import PipelineError, SSDError, UsageError, WorkerError

@@ -12,7 +12,8 @@ from typing import Any
 
 import ray
 
-from ..config.load import Config, load_config
+from ..config.load import load_config
+from ..config.sections import Config
 from ..errors import PipelineError, UsageError, WorkerError
 from ..pipeline.runtime.launch import LEAVE_S
 from ..request.output import RequestOutput, SpeculationRecord, StreamEvent, TokenLogprob

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from ..config.load import Config
+from ..config.sections import Config
 
 
 @dataclass(slots=True)

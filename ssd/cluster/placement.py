@@ -22,7 +22,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ..config.load import Config, ModelConfig, section_of
+from ..config.sections import Config, ModelConfig, section_of
 from ..errors import PipelineError, UsageError, WorkerError
 
 Strategy = Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"]

@@ -22,7 +22,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
 
-from ..config.load import Config, load_config
+from ..config.load import load_config
+from ..config.sections import Config
 from ..engine.async_engine import AsyncEngine
 from ..errors import UsageError, WorkerError
 from ..pipeline.runtime.launch import Pipeline

@@ -1,1 +1,1 @@
-"""The YAML of a pairing: its sections, how it is loaded, and the words of its error messages."""
+"""The configuration: sections and their keys, loading, and error messages."""

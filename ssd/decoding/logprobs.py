@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class Logprobs(NamedTuple):
-    """Of R rows. As lists: they go straight into a message."""
+    """Log-probabilities of R rows, as lists, ready for a message."""
 
     chosen: list[float]
     """``[R]``: log-probability of the row's token."""
     ranks: list[int]
-    """``[R]``: 1 + how many tokens are more probable."""
+    """``[R]``: 1 + the number of tokens that are more probable."""
     top_ids: list[list[int]]
     """``[R, n]``: the most probable tokens, best first."""
     top: list[list[float]]
@@ -22,11 +22,13 @@ class Logprobs(NamedTuple):
 
 
 def token_logprobs(logits: Tensor, tokens: list[int], count: int) -> Logprobs:
-    """Log-softmax of raw logits at the chosen and the ``count`` best tokens.
+    """Returns the log-softmax of raw logits at the chosen tokens and at the ``count`` best ones. Waits for the device.
 
     Args:
-        logits: float ``[R, V]``, as the model gave them (vLLM's ``raw_logprobs``: before
-            temperature, filters, penalties and biases). tokens: ``[R]``. count: n, at most V are given.
+        logits: float ``[R, V]``, straight from the model (vLLM's ``raw_logprobs``: before
+            temperature, filters, penalties and biases).
+        tokens: the chosen tokens, R of them.
+        count: n; at most V are returned.
     """
     logprobs = logits.to(torch.float32).log_softmax(-1)
     chosen = logprobs.gather(1, torch.tensor(tokens, dtype=torch.int64, device=logits.device)[:, None])

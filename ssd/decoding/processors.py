@@ -1,16 +1,16 @@
-"""Logits processors: penalties, biases and bans, the same at every position a token is chosen.
+"""Logits processors: penalties, biases and bans, applied wherever a token is chosen.
 
-The order is vLLM's (``vllm/v1/sample/sampler.py``): tokens not allowed, by ids or by a grammar, and
-bad words are excluded, end ids before ``min_tokens`` too, ``logit_bias`` is added, then come the
-penalties, and after them temperature, filters and noise (``sampling.py``). Excluded is a logit of -inf.
+The order is vLLM's (``vllm/v1/sample/sampler.py``): tokens that ids or a grammar do not allow are excluded, and so
+are bad words, and end ids before ``min_tokens``; ``logit_bias`` is added; penalties follow, and after them
+temperature, filters and noise (``sampling.py``). An excluded token has the logit -inf.
 
-Where these leave nothing of what a grammar allows, a token it does not allow is chosen, and whoever
-owns the sequence ends it there.
+Where these exclude every token a grammar allows, a token it does not allow is chosen, and the owner of
+the sequence ends it there.
 
 A candidate's row chooses the token after its *own* path: penalties count the candidates above it,
-and bad words and ``min_tokens`` see them, just as if they had been decoded one by one. Counts are
-integers and every operation is per element, so a row's numbers are the same bits however its
-history splits into tokens committed and tokens on the path.
+and bad words and ``min_tokens`` see them, as if they had been decoded one by one. Counts are
+integers and every operation is per element, so a row's logits are the same bits however its
+history is divided into committed tokens and tokens on the path.
 """
 
 from __future__ import annotations
@@ -22,43 +22,42 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .exclusions import EXCLUDED, BadWords, constrain, exclude, tails
 from .sampling import has_operators
 from .trees.shape import ABSENT, TreeShape
 
-_EXCLUDED = float("-inf")
-
 
 class Constraint(Protocol):
-    """What an output may be: a grammar, after the certain tokens. Whoever owns the sequence advances
-    it by every token that becomes certain."""
+    """A grammar, positioned after the committed tokens. The owner of the sequence advances it by every
+    committed token."""
 
     @property
     def complete(self) -> bool:
-        """Whether the output is whole and nothing may follow."""
+        """Whether the output is complete, so that nothing may follow."""
         ...
 
     @property
     def error(self) -> str | None:
-        """Why it can say no more, if that is so."""
+        """Why the grammar has failed, if it has."""
         ...
 
     def advance(self, token: int) -> bool:
-        """Take in a certain token; False, and nothing changes, if it is not allowed."""
+        """Advances by a committed token. Returns False, and changes nothing, if it is not allowed."""
         ...
 
     def allowed(self, paths: Sequence[Sequence[int]]) -> Tensor:
-        """What may follow the certain tokens and each path, ``[R, V]`` bool on the host; everything
-        after a path that is not allowed itself."""
+        """Returns the tokens that may follow the committed ones and each of R paths: ``[R, V]`` bool on the host.
+        After a path that is itself not allowed, every token is."""
         ...
 
     def mended(self, path: Sequence[int], chain: Sequence[int]) -> list[int]:
-        """A guess at what follows the certain tokens and ``path``, the better for what may."""
+        """Returns a guess at the tokens after the committed ones and ``path``: ``chain``, corrected by the grammar."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessorSettings:
-    """What one sequence asks for; ids below the vocabulary size. The defaults do nothing."""
+    """Processors of one sequence; ids are below the vocabulary size. The defaults do nothing."""
 
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
@@ -80,24 +79,8 @@ class ProcessorSettings:
         return bool(self.logit_bias) or self.allowed_token_ids is not None or any(len(w) == 1 for w in self.bad_words)
 
 
-class _Words:
-    """Bad words of two tokens or more: ``N`` words, prefixes of at most T tokens."""
-
-    def __init__(self, words: Sequence[tuple[int, ...]], device: torch.device | str):
-        self.length = max(len(word) for word in words) - 1
-        padded = [[ABSENT] * (self.length - len(word) + 1) + list(word[:-1]) for word in words]
-        self.prefixes = torch.tensor(padded, device=device)  # [N, T], to the right
-        self.last = torch.tensor([word[-1] for word in words], device=device)  # [N]
-
-    def exclude(self, logits: Tensor, tails: Tensor) -> None:
-        """In place. logits ``[R, V]``; tails ``[R, T]``: the last tokens before each choice."""
-        complete = ((tails[:, None] == self.prefixes) | (self.prefixes == ABSENT)).all(-1)
-        # Added, not assigned: two words may end in the same token.
-        logits.index_add_(1, self.last, torch.zeros_like(complete, dtype=logits.dtype).masked_fill(complete, _EXCLUDED))
-
-
 class _Row:
-    """Host-side state of a slot."""
+    """Host-side state of one slot."""
 
     def __init__(
         self,
@@ -108,7 +91,7 @@ class _Row:
     ):
         self.settings, self.constraint = settings, constraint
         longer = [word for word in settings.bad_words if len(word) > 1]
-        self.words = _Words(longer, device) if longer else None
+        self.words = BadWords(longer, device) if longer else None
         self.ends = torch.tensor(sorted(set(settings.end_ids)), dtype=torch.int64, device=device)
         self.generated, self.tail = 0, []
         self.extend(output)
@@ -120,7 +103,7 @@ class _Row:
 
     @property
     def too_short(self) -> bool:
-        """Whether its next token may not be its last."""
+        """Whether the next token must not be an end id."""
         return self.generated < self.settings.min_tokens and len(self.ends) > 0
 
     @property
@@ -131,11 +114,15 @@ class _Row:
 
 
 class Processors:
-    """The processors of B slots. A batch in which no sequence needs any pays one attribute check.
+    """The processors of B slots. A batch without processors costs one attribute check.
+
+    Memory is allocated when a sequence first needs it: 5 bytes per slot and token of the vocabulary for
+    penalties, 4 for biases.
 
     Args:
-        vocabulary: V. Memory is taken when a sequence first needs it: 5 bytes per slot and token
-            of the vocabulary for penalties, 4 for biases.
+        batch: B.
+        vocabulary: V.
+        device: device of the logits.
     """
 
     def __init__(self, batch: int, vocabulary: int, device: torch.device | str):
@@ -164,8 +151,15 @@ class Processors:
         output: Sequence[int] = (),
         constraint: Constraint | None = None,
     ) -> None:
-        """Begin a sequence. ``prompt`` and ``output``: all its certain tokens; ``constraint`` stands
-        after them."""
+        """Begins a sequence in a slot; waits for the device.
+
+        Args:
+            slot: 0 <= slot < B.
+            settings: what the sequence asks for.
+            prompt: its prompt.
+            output: its committed output.
+            constraint: a grammar positioned after both.
+        """
         self.clear(slot)
         row = _Row(settings, output, constraint, self._device)
         self._rows[slot] = row
@@ -176,6 +170,7 @@ class Processors:
         self._list_active()
 
     def clear(self, slot: int) -> None:
+        """Ends the slot's sequence, if it has one."""
         row = self._rows[slot]
         if row is None:
             return
@@ -187,33 +182,36 @@ class Processors:
         self._list_active()
 
     def commit(self, slot: int, tokens: Sequence[int]) -> None:
-        """Tokens of the output that became certain."""
+        """Appends committed tokens to the slot's output, without waiting for the device. Its ``constraint`` is advanced
+        by its owner."""
         row = self._rows[slot]
         if row is None or not row.active:
             return
         row.extend(tokens)
         if self._counts is not None and row.settings.penalizes:
-            self._counts[slot] += self._count(tokens)
+            known = [token for token in tokens if token < self._vocabulary]
+            index = torch.tensor(known, dtype=torch.int64).to(self._device, non_blocking=True)
+            self._counts[slot].index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
         if not row.active:
             self._list_active()
 
     def apply(self, logits: Tensor, paths: Tensor | None = None) -> Tensor:
-        """Processed logits; the argument is left as it is.
+        """Returns processed logits; the argument is left unchanged. Waits for the device where a grammar reads paths.
 
         Args:
             logits: float ``[B, R, V]``.
-            paths: int64 ``[B, R, D]``: what a row has before its choice beyond the certain tokens,
-                to the right, ``ABSENT`` before it; None: nothing.
+            paths: int64 ``[B, R, D]``, the tokens between the committed ones and each row's choice, padded with
+                ``ABSENT`` on the left; None: there are none.
 
         Returns:
-            float32 ``[B, R, V]``; rows of slots without settings unchanged.
+            float32 ``[B, R, V]``; rows of slots without settings are unchanged.
         """
         if not self.active:
             return logits.to(torch.float32)
         if paths is None:
             paths = torch.empty(*logits.shape[:2], 0, dtype=torch.int64, device=logits.device)
         paths = paths[self._index]
-        # What is no token belongs to a candidate that is never accepted.
+        # An invalid token belongs to a candidate that is never accepted.
         paths.masked_fill_(paths >= self._vocabulary, ABSENT)
         present = paths >= 0
         rows = logits[self._index].to(torch.float32)
@@ -224,12 +222,12 @@ class Processors:
             row = self._rows[slot]
             assert row is not None
             if row.words is not None:
-                row.words.exclude(rows[at], _tails(row.tail, row.words.length, paths[at], present[at]))
+                row.words.exclude(rows[at], tails(row.tail, row.words.length, paths[at], present[at]))
             if row.too_short:
                 short = row.generated + present[at].sum(-1) < row.settings.min_tokens
-                _exclude(rows[at], row.ends, short)
+                exclude(rows[at], row.ends, short)
             if row.constraint is not None:
-                _constrain(rows[at], row.constraint, paths[at])
+                constrain(rows[at], row.constraint, paths[at])
         if self._penalizes:
             self._penalize(rows, paths, present)
         if len(self._slots) == self._batch:
@@ -238,17 +236,19 @@ class Processors:
 
     @property
     def constrained(self) -> bool:
-        """Whether some output follows a grammar."""
+        """Whether some slot has a grammar."""
         return any(row is not None and row.constraint is not None for row in self._rows)
 
     def fixed(self, out: Tensor) -> None:
-        """What ``apply`` does after the certain tokens, so that a draft can do it to every row alike:
-        ``x = logit + bias``, ``x / factor`` or, of x <= 0, ``x * factor``, then less the penalty. Grammars are for
-        ``allowed``, and bad words of several tokens are left out. What a draft proposes need not be what is right.
+        """Writes what ``apply`` does directly after the committed tokens, as numbers that a draft applies to all rows:
+        ``x = logit + bias``, then ``x / factor`` (``x * factor`` where x <= 0), then minus ``penalty``.
+
+        Grammars are left to ``allowed``, and bad words of several tokens are left out: a draft's proposals may be
+        wrong.
 
         Args:
-            out: float32 ``[B, 3, V]``, bias, factor and penalty of each token. The first factor is 0 in slots
-                without settings.
+            out: float32 ``[B, 3, V]``, receives bias, factor and penalty of each token. The first factor is 0 in
+                slots without settings.
         """
         out[:, 1, 0] = 0
         for slot in self._slots:
@@ -256,20 +256,23 @@ class Processors:
             assert row is not None
             bias.copy_(self._bias[slot]) if self._bias is not None else bias.zero_()
             if row.too_short:
-                bias[row.ends] = _EXCLUDED
+                bias[row.ends] = EXCLUDED
             factor.fill_(1.0)
             penalty.zero_()
             if row.settings.penalizes:
                 assert self._counts is not None and self._in_prompt is not None
                 repetition, presence, frequency = self._penalties[:, slot]
                 counts = self._counts[slot]
-                factor.masked_fill_((counts > 0) | self._in_prompt[slot], repetition)
+                # Not masked_fill_: CUDA reads its value back to the host.
+                factor.copy_(torch.where((counts > 0) | self._in_prompt[slot], repetition, 1.0))
                 penalty.add_(frequency * counts).add_(presence * (counts > 0))
 
     def allowed(self, out: Tensor, paths: Tensor) -> None:
-        """What grammars allow after each path, in slots with settings.
+        """Writes which tokens grammars allow after each path, for slots with settings. Waits for the device.
 
-        Args: out: bool ``[B, R, V]``. paths: as for ``apply``.
+        Args:
+            out: bool ``[B, R, V]``.
+            paths: as for ``apply``.
         """
         for slot, after in zip(self._slots, paths[self._index].tolist(), strict=True):
             row = self._rows[slot]
@@ -280,8 +283,8 @@ class Processors:
                 out[slot] = row.constraint.allowed([[token for token in path if token >= 0] for path in after])
 
     def _penalize(self, rows: Tensor, paths: Tensor, present: Tensor) -> None:
-        """In place, ``[A, R, V]``: repetition over prompt and output, presence and frequency over
-        the output (``vllm.model_executor.layers.utils.apply_penalties``; repetition: Keskar et al.
+        """Penalizes ``[A, R, V]`` in place, A active slots: repetition over prompt and output, presence and
+        frequency over the output (``vllm.model_executor.layers.utils.apply_penalties``; repetition: Keskar et al.
         2019, arXiv 1909.05858, as in transformers)."""
         assert self._counts is not None and self._in_prompt is not None
         if has_operators(rows.device):
@@ -319,10 +322,10 @@ class Processors:
         if settings.allowed_token_ids is not None:
             dropped = torch.ones(self._vocabulary, dtype=torch.bool)
             dropped[list(settings.allowed_token_ids)] = False
-            bias[dropped] = _EXCLUDED
+            bias[dropped] = EXCLUDED
         for word in settings.bad_words:
             if len(word) == 1:
-                bias[word[0]] = _EXCLUDED
+                bias[word[0]] = EXCLUDED
         self._bias[slot] = bias.to(self._device)
 
     def _count(self, tokens: Iterable[int]) -> Tensor:
@@ -340,54 +343,26 @@ class Processors:
 
 
 def processed_alike(logits: Tensor, fixed: Tensor, allowed: Tensor | None = None) -> Tensor:
-    """``logits`` ``[B, R, V]`` as ``Processors.fixed`` ``[B, 3, V]`` and ``Processors.allowed`` ``[B, R, V]`` tell."""
+    """Returns ``logits`` ``[B, R, V]`` processed by the results of ``Processors.fixed`` ``[B, 3, V]`` and
+    ``Processors.allowed`` ``[B, R, V]``."""
     bias, factor, penalty = fixed[:, :, None].unbind(1)
     biased = logits + bias
     changed = torch.where(biased > 0, biased / factor, biased * factor) - penalty
     if allowed is not None:
-        changed = changed.masked_fill(~allowed, _EXCLUDED)
+        changed = changed.masked_fill(~allowed, EXCLUDED)
     return torch.where(factor[..., :1] == 0, logits, changed)
 
 
 class TreePaths:
-    """Node tokens of a tree to the paths its rows have before their choice."""
+    """Turns node tokens of a tree into the paths before each row's choice."""
 
     def __init__(self, shape: TreeShape, device: torch.device | str = "cpu"):
         depth, nodes = shape.depth, shape.nodes
-        # To the right; what lies before a path is read from a column of ABSENT behind the nodes.
+        # Padded on the left, by reading a column of ABSENT that is appended to the nodes.
         rows = [[nodes] * (depth - shape.depths[node]) + list(shape.path(node)) for node in range(nodes)]
         self._index = torch.tensor(rows, dtype=torch.int64, device=device).reshape(nodes, depth)
 
     def of(self, tokens: Tensor) -> Tensor:
-        """``[B, W, K]`` for node tokens ``[B, W]``. The root is certain, so on no path."""
+        """Returns ``[B, W, K]`` for node tokens ``[B, W]``. The root is committed, so it is on no path."""
         absent = torch.full_like(tokens[:, :1], ABSENT)
         return torch.cat([tokens, absent], dim=1)[:, self._index]
-
-
-def _exclude(logits: Tensor, tokens: Tensor, where: Tensor) -> None:
-    """In place. logits ``[R, V]``, tokens ``[E]`` different ones, where ``[R]`` bool."""
-    logits.index_copy_(1, tokens, logits[:, tokens].masked_fill(where[:, None], _EXCLUDED))
-
-
-def _constrain(logits: Tensor, constraint: Constraint, paths: Tensor) -> None:
-    """In place. logits ``[R, V]`` with all other exclusions, paths ``[R, D]``."""
-    rows = [[token for token in path if token >= 0] for path in paths.tolist()]
-    allowed = constraint.allowed(rows).to(logits.device)
-    logits.masked_fill_(~allowed, _EXCLUDED)
-    stuck = logits.amax(-1) == _EXCLUDED
-    # One finite logit, so that the row has a distribution; where all are allowed this cannot be.
-    wrong = torch.where(stuck, allowed.long().argmin(-1), -1)
-    logits.masked_fill_(wrong[:, None] == torch.arange(logits.shape[1], device=logits.device), 0.0)
-
-
-def _tails(output: Sequence[int], length: int, paths: Tensor, present: Tensor) -> Tensor:
-    """The last ``length`` tokens before each row's choice, ``[R, length]``, ``ABSENT`` where the
-    output is shorter. ``output``: its end. paths, present: ``[R, D]``."""
-    certain = torch.tensor([ABSENT] * (length - len(output)) + list(output), dtype=torch.int64, device=paths.device)
-    both = torch.cat([certain.expand(len(paths), -1), paths], dim=1)
-    depth = present.sum(-1, keepdim=True)
-    back = torch.arange(length, 0, -1, device=paths.device)  # how far before the choice
-    width = both.shape[1]
-    # Between the certain tokens and a path that is not full lies a gap.
-    gap = torch.where(back > depth, paths.shape[1] - depth, 0)
-    return both.gather(1, width - back - gap)

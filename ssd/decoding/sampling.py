@@ -1,8 +1,8 @@
-"""Logits to the scores whose argmax is the token.
+"""Sampling: from logits to scores whose argmax is the token.
 
-Sampling is ``argmax(filtered logits / temperature + gumbel)`` (see ``noise.py``), so a choice is
-a ranking of scores, and temperature 0 is the same without noise. Parameters are one tensor entry
-per sequence: a batch mixes requests.
+A sample is ``argmax(filtered logits / temperature + gumbel)`` (see ``noise.py``), so choosing means
+ranking scores, and temperature 0 is the same without noise. Parameters are tensors with one entry
+per sequence, since a batch mixes requests.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# Below this a temperature is 0: dividing logits by it could overflow float32, and no token but
-# the most probable one would be chosen anyway.
+# Temperatures below this count as 0: dividing logits by them could overflow float32, and they would
+# choose the most probable token anyway.
 GREEDY_BELOW = 1e-5
 
 # Top-p sums probabilities as integers in units of 2**-40, see ``_beyond_top_p``.
 _MASS_BITS = 40
 
 LIKELY = 128
-"""Tokens of a row among which ``likely`` looks for what is dropped."""
+"""Most probable tokens of a row, among which ``likely`` looks for the edge of the filters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SamplingTensors:
     """Sampling parameters of a batch, one entry per sequence, on the device of the logits.
 
-    The flags are Python values, so that a batch which needs no sorting or no noise does not pay
-    for it (a compiled graph specializes on them).
+    The flags are Python values, so that sorting and noise cost nothing in a batch that does not need
+    them (a compiled graph specializes on them).
     """
 
     temperature: Tensor
@@ -49,7 +49,7 @@ class SamplingTensors:
 
     @classmethod
     def empty(cls, batch: int, device: torch.device | str) -> SamplingTensors:
-        """B greedy rows: temperature 0, nothing filtered, seed 0."""
+        """Returns parameters of B greedy rows: temperature 0, no filters, seed 0."""
         return cls(
             temperature=torch.zeros(batch, dtype=torch.float32, device=device),
             top_k=torch.zeros(batch, dtype=torch.int64, device=device),
@@ -63,8 +63,8 @@ class SamplingTensors:
     def with_row(
         self, row: int, *, temperature: float, top_k: int, top_p: float, min_p: float, seed: int
     ) -> SamplingTensors:
-        """A copy with one row replaced. Reads the batch back to the host to set the flags (on CUDA
-        it waits for the device), so it belongs to admission, not to a round.
+        """Returns a copy with one row replaced. Reads the batch back to the host to set the flags (on CUDA
+        this waits for the device), so it is for admission, not for a round.
 
         Args:
             row: index in the batch, 0 <= row < B.
@@ -75,7 +75,7 @@ class SamplingTensors:
             seed: in [0, 2**63).
 
         Raises:
-            ValueError: a value out of range; the message names it.
+            ValueError: a value is out of range; the message names it.
         """
         checks = (
             (0 <= row < len(self.seed), f"row must be in [0, {len(self.seed)})"),
@@ -107,17 +107,17 @@ class SamplingTensors:
         )
 
     def packed(self) -> Tensor:
-        """float32 ``[B, 4]``: temperature, top_k (exact below 2**24, and above it no vocabulary's), top_p, min_p."""
+        """Returns float32 ``[B, 4]``: temperature, top_k (exact below 2**24, above any vocabulary), top_p, min_p."""
         return torch.stack((self.temperature, self.top_k.float(), self.top_p, self.min_p), dim=-1)
 
     def of(self, slots: Tensor) -> SamplingTensors:
-        """Of some sequences, ``[n]`` int64. The flags stay those of all."""
+        """Returns the parameters of the sequences ``slots`` ``[n]`` int64. The flags remain those of all B."""
         names = ("temperature", "top_k", "top_p", "min_p", "seed")
         return replace(self, **{name: getattr(self, name)[slots] for name in names})
 
 
 def _per_row(values: Tensor) -> Tensor:
-    """[B] to [B, 1, 1], to broadcast over [B, W, V]."""
+    """Reshapes [B] to [B, 1, 1], to broadcast over [B, W, V]."""
     return values[:, None, None]
 
 
@@ -130,17 +130,17 @@ def _check_shape(logits: Tensor, params: SamplingTensors) -> None:
 
 
 def _scale(logits: Tensor, params: SamplingTensors) -> Tensor:
-    """Logits over temperature; rows of temperature 0 unchanged (x / 1 is exact)."""
+    """Divides logits by temperature; rows of temperature 0 are unchanged (x / 1 is exact)."""
     temperature = _per_row(params.temperature)
     return logits.to(torch.float32) / torch.where(temperature > 0, temperature, 1.0)
 
 
 def _beyond_top_p(ordered: Tensor, top_p: Tensor) -> Tensor:
-    """Which entries of ascending logits [B, W, V] top-p drops (bool, same shape).
+    """Returns which entries of ascending logits [B, W, V] top-p drops (bool, same shape).
 
-    As transformers and vLLM do, from the small end: an entry is dropped while the mass up to and
+    As in transformers and vLLM, starting at the small end: an entry is dropped while the mass up to and
     including it is at most 1 - p. The mass is summed in integers: a float32 cumsum may depend
-    on the number of rows and, on CUDA, on the run, and a token at the boundary with it.
+    on the number of rows and, on CUDA, on the run, and so would a token at the boundary.
     """
     mass = (ordered.softmax(-1) * 2.0**_MASS_BITS).to(torch.int64).cumsum(-1)
     spare = ((1 - top_p) * 2.0**_MASS_BITS).to(torch.int64)
@@ -150,7 +150,7 @@ def _beyond_top_p(ordered: Tensor, top_p: Tensor) -> Tensor:
 
 
 def filter_logits(logits: Tensor, params: SamplingTensors) -> Tensor:
-    """Temperature, then top-k, top-p and min-p, in the order of transformers and vLLM.
+    """Applies temperature, then top-k, top-p and min-p, in the order of transformers and vLLM.
 
     Args:
         logits: float [B, W, V]; each row has a finite maximum.
@@ -158,9 +158,9 @@ def filter_logits(logits: Tensor, params: SamplingTensors) -> Tensor:
 
     Returns:
         float32 [B, W, V]: logits / temperature, dropped tokens ``-inf``. Rows with temperature 0
-        come back unchanged. At least the most probable token of a row stays.
+        are unchanged. At least the most probable token of a row is kept.
 
-        - top-k drops what is smaller than the k-th largest (all ties with the k-th stay);
+        - top-k drops tokens smaller than the k-th largest (all ties with the k-th are kept);
         - top-p keeps the smallest set of the most probable remaining tokens whose probability,
           renormalized after top-k, reaches p (of tokens tied at its edge, those with the higher id);
         - min-p drops tokens less probable than ``min_p`` times the most probable one.
@@ -184,10 +184,10 @@ def has_operators(device: torch.device) -> bool:
 
 
 def sorted_filter(logits: Tensor, params: SamplingTensors) -> Tensor:
-    """:func:`filter_logits` in torch, for any device: by sorting every row."""
+    """Does what :func:`filter_logits` does in torch, on any device, by sorting every row."""
     scaled = _scale(logits, params)
     vocabulary = scaled.shape[-1]
-    # One sort serves top-k and top-p. Stable, so that ties fall the same way on every device.
+    # One sort serves top-k and top-p. It is stable, so that ties are resolved alike on every device.
     ordered, tokens = torch.sort(scaled, dim=-1, stable=True)
 
     kept = torch.where(params.top_k > 0, params.top_k, vocabulary).clamp(max=vocabulary)
@@ -204,14 +204,17 @@ def sorted_filter(logits: Tensor, params: SamplingTensors) -> Tensor:
 
 
 def likely(logits: Tensor, packed: Tensor) -> Tensor:
-    """What :func:`filter_logits` keeps, nearly, without a sort: for a draft, whose guesses need not be right.
+    """Approximates :func:`filter_logits` without sorting: for a draft, whose guesses may be wrong.
 
-    The edge is looked for among the ``LIKELY`` most probable tokens of a row; a top-k above that, and a top-p that they
-    do not reach, drop nothing. Of tokens tied at the edge of top-p all stay.
+    The edge is searched among the ``LIKELY`` most probable tokens of a row. A top-k above that number, and a top-p
+    that these tokens do not reach, drop nothing. All tokens tied at the edge of top-p are kept.
 
-    Args: logits: float32 ``[B, R, V]``. packed: ``[B, 4]``, ``SamplingTensors.packed``.
+    Args:
+        logits: float32 ``[B, R, V]``.
+        packed: float32 ``[B, 4]``, from ``SamplingTensors.packed``.
 
-    Returns: ``[B, R, V]``, the logits (not over the temperature), dropped tokens ``-inf``.
+    Returns:
+        ``[B, R, V]``, the logits (not divided by the temperature), dropped tokens ``-inf``.
     """
     temperature, top_k, top_p, min_p = packed[:, None, :, None].unbind(2)  # [B, 1, 1]
     divisor = torch.where(temperature > 0, temperature, 1.0)
@@ -229,17 +232,17 @@ def likely(logits: Tensor, packed: Tensor) -> Tensor:
 
 
 def perturbed(logits: Tensor, noise: Tensor, temperature: Tensor) -> Tensor:
-    """``logits + T · noise``, all ``[B, W, V]`` but ``temperature`` ``[B]``.
+    """Returns ``logits + temperature · noise``, ``[B, W, V]``; ``temperature`` is ``[B]``.
 
-    argmax(logits / T + noise) is the argmax of this, without a division, and rows of temperature
-    0 come out as they were, whatever else is in the batch. Two operations, not a fused multiply-add,
+    Its argmax is that of logits / temperature + noise, without a division, and rows of temperature
+    0 are unchanged, whatever else is in the batch. These are two operations, not a fused multiply-add,
     so that compiled and eager code give the same bits.
     """
     return logits + noise * _per_row(temperature)
 
 
 def scores(logits: Tensor, params: SamplingTensors, noise: Tensor | None) -> Tensor:
-    """Scores whose argmax is the chosen token; their ranking is the draft's list of guesses.
+    """Returns scores whose argmax is the chosen token; their ranking is the draft's list of guesses.
 
     Args:
         logits: float [B, W, V].
@@ -249,11 +252,11 @@ def scores(logits: Tensor, params: SamplingTensors, noise: Tensor | None) -> Ten
 
     Returns:
         float32 [B, W, V]: logits plus temperature times noise, dropped tokens at -inf, in rows
-        with temperature > 0; the logits themselves in rows with temperature 0. Filters only if
-        ``params.filtered``; does nothing at all if not ``params.random``.
+        with temperature > 0; the logits themselves in rows with temperature 0. Filters only where
+        ``params.filtered``; returns the logits where ``params.random`` is false.
 
     Raises:
-        ValueError: shapes do not fit, or ``noise`` is missing for a random row.
+        ValueError: shapes do not match, or ``noise`` is missing for a random row.
 
     Source: Gumbel-max trick, see ``noise.py``.
     """
@@ -275,6 +278,6 @@ def scores(logits: Tensor, params: SamplingTensors, noise: Tensor | None) -> Ten
 
 
 def choose(logits: Tensor, params: SamplingTensors, noise: Tensor | None) -> Tensor:
-    """The chosen token of each row: int64 [B, W], the argmax of :func:`scores` (same arguments and
-    errors; of equal scores the device's argmax decides, on CPU the lowest id)."""
+    """Returns the chosen token of each row, int64 [B, W]: the argmax of :func:`scores`, with the same arguments and
+    errors. Among equal scores the device's argmax decides (on a CPU, the lowest id)."""
     return scores(logits, params, noise).argmax(-1)

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..config.load import Config
+from ..config.sections import Config
 from ..errors import OverloadedError, PipelineError, SSDError, WorkerError
 from ..pipeline.runtime.launch import Pipeline, Restartable, launch_here
 from ..pipeline.runtime.plan import Plan

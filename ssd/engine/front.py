@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..config.load import Config, load_config, rank_of, resolve_model_path, section_of
+from ..config.load import load_config, resolve_model_path
+from ..config.sections import Config, rank_of, section_of
 from ..errors import ConfigError, RequestError, UsageError, WorkerError
 from ..models.loading import load_tokenizer, read_config
 from ..models.skipping import SkipSet

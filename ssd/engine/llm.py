@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..config.load import Config
+from ..config.sections import Config
 from ..errors import PipelineError, RequestError, WorkerError
 from ..pipeline.runtime.launch import Pipeline, Restartable, launch_here
 from ..pipeline.runtime.plan import Plan

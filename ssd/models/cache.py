@@ -1,9 +1,9 @@
 """The slot KV cache.
 
-Every sequence owns ``main`` slots, where slot = position for all that is committed, and a few
-``scratch`` slots for rows that hold no position yet (sibling candidates, draft branches).
-Addresses never change; rollback is forgetting: a slot beyond a sequence's length is never
-attended and is overwritten by whatever comes next.
+Every sequence has ``main`` slots, where slot = position for everything committed, and a few
+``scratch`` slots for rows without a fixed position (sibling candidates, draft branches).
+Addresses never change. Rollback needs no work: a slot beyond a sequence's length is never
+attended, and is overwritten later.
 """
 
 from __future__ import annotations
@@ -19,34 +19,51 @@ from .rows import BLOCK
 
 
 class RowStates(NamedTuple):
-    """Keys or values one layer's rows may attend, handed to ``row_attention``."""
+    """Keys or values that one layer's rows may attend; the argument of an attention function."""
 
     main: Tensor
     """``[B, H_kv, T, D]``: the first T main slots."""
     scratch: Tensor | None
-    """``[B, H_kv, X, D]``, or None where no row attends scratch."""
+    """``[B, H_kv, X, D]``, or None where no row attends scratch slots."""
     own: Tensor
-    """``[B, H_kv, R, D]``: each row's own, always attended by itself."""
+    """``[B, H_kv, R, D]``: each row's own, which it always attends."""
     limits: Tensor
-    """``[B, R]``: every row attends the main slots below its limit."""
+    """``[B, R]`` int64: every row attends the main slots below its limit."""
     scratch_mask: Tensor | None
-    """``[R, X]`` or ``[B, R, X]`` bool: which scratch slots."""
+    """``[R, X]`` or ``[B, R, X]`` bool: the scratch slots each row attends."""
     sequences: Tensor | None = None
-    """``[B]`` int64: which of S sequences the rows are of, if ``main`` and ``scratch`` hold S > B."""
+    """``[B]`` int64: the sequences of the rows, where ``main`` and ``scratch`` hold more than B sequences."""
 
     def picked(self) -> RowStates:
-        """The same with those of the rows' sequences only: a copy."""
+        """Returns the states of the rows' sequences only: a copy, unless they are all."""
         if self.sequences is None:
             return self
         scratch = None if self.scratch is None else self.scratch[self.sequences]
         return self._replace(main=self.main[self.sequences], scratch=scratch, sequences=None)
 
 
-class SlotCache:
-    """Keys and values of B sequences: ``main_slots`` by position and ``scratch_slots`` each.
+def head_dim(text: PretrainedConfig) -> int:
+    """Returns D of a text configuration."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
-    A ``CacheView`` of it stands in for a transformers ``Cache``: ``update`` writes a forward's
-    rows where they belong and returns what they attend.
+
+class SlotCache:
+    """Keys and values of B sequences, ``main_slots`` by position and ``scratch_slots`` each.
+
+    A ``CacheView`` of it takes the place of a transformers ``Cache``: ``update`` writes a forward's
+    rows to their slots and returns the states they attend.
+
+    Args:
+        config: the model's.
+        batch: B.
+        main_slots: tokens of a sequence; rounded up to whole blocks.
+        scratch_slots: X.
+        dtype: of keys and values.
+        device: where they are kept.
+        head_shares: ranks among which key-value heads are divided.
+
+    Raises:
+        ConfigError: it does not fit the device.
     """
 
     def __init__(
@@ -62,18 +79,18 @@ class SlotCache:
     ):
         text = config.get_text_config()
         heads = (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) // head_shares
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        dim = head_dim(text)
         self.layers: int = text.num_hidden_layers
-        # Whole blocks: attention walks main in blocks of BLOCK slots.
+        # Whole blocks: attention sums over main slots in blocks of BLOCK.
         self.capacity, self.main_slots = main_slots, -(-main_slots // BLOCK) * BLOCK
         self.scratch_slots = scratch_slots
 
         slots = self.main_slots + scratch_slots
-        needed = 2 * self.layers * batch * heads * slots * head_dim * dtype.itemsize
+        needed = 2 * self.layers * batch * heads * slots * dim * dtype.itemsize
         check_cache_fits(needed, slots, torch.device(device))
 
         def zeros(slots: int) -> list[Tensor]:
-            shape = (batch, heads, slots, head_dim)
+            shape = (batch, heads, slots, dim)
             return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(self.layers)]
 
         self.main = (zeros(self.main_slots), zeros(self.main_slots))
@@ -81,10 +98,11 @@ class SlotCache:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all slots."""
         return sum(t.nbytes for part in (*self.main, *self.scratch) for t in part)
 
     def row(self, slot: int) -> CacheView:
-        """The cache of one sequence, for its prefill."""
+        """Returns the view of one sequence, for its prefill."""
         return CacheView(
             tuple([t[slot : slot + 1] for t in part] for part in self.main),
             tuple([t[slot : slot + 1] for t in part] for part in self.scratch),
@@ -92,16 +110,24 @@ class SlotCache:
         )
 
     def all_rows(self) -> CacheView:
+        """Returns the view of all sequences."""
         return CacheView(self.main, self.scratch, self.capacity)
 
     def copy(self, source: int, slot: int, length: int) -> None:
-        """The first ``length`` main slots of one sequence become another's too."""
+        """Copies the first ``length`` main slots of sequence ``source`` to sequence ``slot``; at most all there are."""
         for part in self.main:
             for main in part:
                 main[slot, :, :length] = main[source, :, :length]
 
     def keep(self, batch: Tensor, scratch: Tensor, position: Tensor) -> None:
-        """Copy scratch slots into main slots; all arguments are ``[n]`` int64, of any device."""
+        """Copies scratch slots to main slots.
+
+        Args:
+            batch: ``[n]`` int64 on any device, the sequences.
+            scratch: ``[n]`` likewise, the scratch slots to read.
+            position: ``[n]`` likewise, the main slots to write. Out of range, torch raises IndexError on a
+                CPU and fails the stream on CUDA.
+        """
         device = self.main[0][0].device
         batch, scratch, position = (index.to(device, non_blocking=True) for index in (batch, scratch, position))
         for mains, scratches in zip(self.main, self.scratch, strict=True):
@@ -110,7 +136,7 @@ class SlotCache:
 
 
 class CacheView:
-    """What one forward sees of a cache; the object passed as ``past_key_values``."""
+    """The part of a cache that one forward uses: the object passed as ``past_key_values``."""
 
     is_compileable = False
     is_sliding: tuple[bool, ...] = ()
@@ -128,14 +154,21 @@ class CacheView:
         context: int,
         sequences: Tensor | None = None,
     ) -> None:
-        """Where the rows of the coming forward go: the first ones to ``main_slots``
-        ``[B, n]``, the rest to ``scratch_slots`` ``[R - n]``. What they attend: main slots below
-        ``limits`` ``[B, R]`` (of the first ``context``, T) and the masked scratch slots. ``sequences`` ``[B]``:
-        which they are of, if not of all."""
+        """Sets what the next forward writes and attends.
+
+        Args:
+            main_slots: ``[B, n]`` int64, the slots of the first n rows.
+            scratch_slots: ``[R - n]`` int64, the slots of the other rows.
+            limits: ``[B, R]`` int64; a row attends the main slots below its limit.
+            scratch_mask: as in ``RowStates``.
+            context: T, the main slots that are looked at; no limit exceeds it.
+            sequences: ``[B]`` int64, the rows' sequences, if they are not all.
+        """
         self.main_slots, self.scratch_slots, self.sequences = main_slots, scratch_slots, sequences
         self.limits, self.scratch_mask, self.context = limits, scratch_mask, context
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_args, **_kwargs) -> tuple[RowStates, RowStates]:
+        """Writes a layer's keys and values, ``[B, H_kv, R, D]`` each; returns what the rows attend of both."""
         return self._write(0, keys, layer), self._write(1, values, layer)
 
     def _write(self, part: int, own: Tensor, layer: int) -> RowStates:
@@ -153,4 +186,5 @@ class CacheView:
         return RowStates(main[:, :, : self.context], scratch, own, self.limits, self.scratch_mask, sequences)
 
     def get_seq_length(self, *_args) -> int:
+        """Returns 0: positions and masks are given explicitly."""
         return 0

@@ -1,4 +1,7 @@
-"""What workers ask of their device: a stream, memory, and one wait a round. On the CPU mostly nothing."""
+"""Device helpers of a worker: its stream, free memory, and small transfers with one wait per round.
+
+On a CPU most of them do nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,34 +17,48 @@ from ..errors import ConfigError
 
 Priority = Literal["normal", "high"]
 SPARE = 0.1
-"""Share of the free memory left to activations, graphs and other processes."""
+"""Share of the free memory that is left for activations, graphs and other processes."""
 
 
 class Written:
-    """An int64 tensor whose contents the host writes anew every round: through numpy, for what torch costs per call
-    just after a forward has swept the caches is a share of the round."""
+    """An int64 tensor that the host rewrites every round.
+
+    Written through numpy: directly after a forward, which has evicted the processor's caches, a call of torch costs a
+    noticeable share of a round.
+
+    Args:
+        shape: of the tensor.
+        device: where it is read.
+    """
 
     def __init__(self, *shape: int, device: torch.device):
         self._device, self._host = device, torch.zeros(shape, dtype=torch.int64)
         self._view = self._host.numpy()
 
     def write(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-        """On the device, without waiting (CUDA takes small pageable copies at once); overwritten by the next call."""
+        """Returns ``values`` as a tensor on the device, without waiting for it.
+
+        On a CPU it is the same storage every time, so the next call overwrites the result. CUDA reads small
+        pageable memory before the copy returns, so there each result is separate.
+        """
         self._view[:] = values
         return self._host if self._device.type == "cpu" else self._host.to(self._device, non_blocking=True)
 
 
 class Courier:
-    """Small tensors from the device. Of one worker; what was fetched is its own copy.
+    """Brings small tensors from the device to the host with one wait; ``Tensor.cpu`` would wait for each tensor.
 
-    ``Tensor.cpu`` waits for the device once per tensor. A round has one wait: for what it decided.
+    One worker owns it and calls it from its own thread.
     """
 
     def __init__(self, device: torch.device):
         self._device, self._buffer, self._done = device, torch.empty(0), None
 
     def fetch(self, *tensors: Tensor) -> list[Tensor]:
-        """int64 tensors on the host: gathered on the device, copied to pinned memory, waited for once."""
+        """Returns int64 tensors on the host: gathered on the device, copied to pinned memory, waited for once.
+
+        The results are copies on CUDA, and the tensors themselves elsewhere.
+        """
         if self._device.type != "cuda":
             return list(tensors)
         packed = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -58,9 +75,11 @@ class Courier:
 
 @contextlib.contextmanager
 def own_stream(device: torch.device | str, priority: Priority = "normal") -> Iterator[None]:
-    """This thread's work on a stream of its own: two workers of one process and one GPU overlap.
+    """Runs this thread's work on a new stream, so that two workers in one process overlap on one GPU.
 
-    Args: priority: ``high`` gets free multiprocessors before ``normal``.
+    Args:
+        device: on a CPU nothing happens.
+        priority: ``high`` gets free multiprocessors before ``normal``.
     """
     device = torch.device(device)
     if device.type != "cuda":
@@ -71,7 +90,7 @@ def own_stream(device: torch.device | str, priority: Priority = "normal") -> Ite
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that could be allocated on the device now."""
+    """Returns the bytes that could be allocated on the device now, torch's own reserve included."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -79,12 +98,15 @@ def free_bytes(device: torch.device) -> int:
 
 
 def check_cache_fits(needed: int, slots: int, device: torch.device) -> None:
-    """Whether a KV cache fits beside the weights.
+    """Checks that a KV cache fits beside the weights.
 
-    Args: needed: bytes of it. slots: of it, per sequence.
+    Args:
+        needed: bytes of the cache.
+        slots: slots of a sequence, scratch slots included.
+        device: where it will be allocated.
 
     Raises:
-        ConfigError: it does not, and how many tokens would.
+        ConfigError: it does not fit; the message says how many tokens would.
     """
     free = int(free_bytes(device) * (1 - SPARE))
     if needed > free:

@@ -1,4 +1,4 @@
-"""Loading stock transformers causal LMs from a local folder, and refusing what cannot work."""
+"""Loads stock transformers causal LMs from a local folder, and refuses models that would give wrong tokens."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging
 
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 
-if TYPE_CHECKING:  # fronts read configurations and tokenizers only; importing it takes two seconds
+if TYPE_CHECKING:  # fronts read configurations and tokenizers only, and this import takes two seconds
     from transformers import PreTrainedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,61 +24,67 @@ _RECURRENT = ("ssm", "mamba", "rwkv", "recurrent", "linear_attention", "conv")
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Raises: ModelError if the folder has none that transformers can load."""
+    """Returns the tokenizer of a model folder.
+
+    Raises:
+        ModelError: the folder has none that transformers can load.
+    """
     _check_folder(folder)
-    try:
+    with _Naming(folder, "no usable tokenizer"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise ModelError(f"{folder}: no usable tokenizer ({_first_line(error)})") from error
 
 
 def load_model(folder: Path, *, dtype: str, device: str, max_positions: int) -> PreTrainedModel:
-    """A causal LM ready for ``ForwardRunner``.
+    """Returns a causal LM for ``ForwardRunner``, in evaluation mode and without gradients.
 
     Args:
+        folder: of a transformers model.
+        dtype: a key of ``DTYPES``.
+        device: where it runs.
         max_positions: positions it will be asked for.
 
     Raises:
-        ModelError: not a local folder with safetensors, needs remote code, or has layers that
+        ModelError: the folder has no safetensors, needs remote code, or holds a model whose layers
             row attention over a slot cache would compute wrongly.
     """
     logging.disable_progress_bar()
     config = read_config(folder)
     check_supported(config, max_positions)
-    # Straight to the GPU, shard by shard, where accelerate is installed; otherwise through host memory.
+    # With accelerate, weights go directly to the GPU, shard by shard; otherwise through host memory.
     straight = torch.device(device).type == "cuda" and importlib.util.find_spec("accelerate") is not None
-    try:
-        with _LOADING:
-            model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-                folder,
-                config=config,
-                dtype=DTYPES[dtype],
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                attn_implementation="eager",
-                output_loading_info=True,
-                **({"device_map": {"": device}} if straight else {}),
-            )
-    except Exception as error:
-        raise ModelError(f"{folder}: cannot be loaded ({_first_line(error)})") from error
-    # transformers would draw them at random: other tokens at every start.
+    with _Naming(folder, "cannot be loaded"), _LOADING:
+        model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            folder,
+            config=config,
+            dtype=DTYPES[dtype],
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation="eager",
+            output_loading_info=True,
+            **({"device_map": {"": device}} if straight else {}),
+        )
+    # transformers would initialise them at random, so that every start gives other tokens.
     if absent := sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"]))):
-        raise ModelError(f"{folder}: the weights lack {', '.join(absent[:3])}{', ..' if len(absent) > 3 else ''}")
+        raise ModelError(f"{folder}: the weights lack {', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}")
     if getattr(model, "_is_stateful", False):
         raise ModelError(f"{folder}: {type(model).__name__} keeps a state that cannot be rolled back; not supported")
     if not getattr(model, "_supports_attention_backend", False):
-        raise ModelError(f"{folder}: {type(model).__name__} does not accept an attention function from outside")
+        raise ModelError(f"{folder}: {type(model).__name__} cannot use this engine's attention function")
     return model.to(device).eval().requires_grad_(False)
 
 
 def check_supported(config: PretrainedConfig, max_positions: int) -> None:
-    """Refuse what would give wrong tokens.
+    """Checks that a model's layers give right tokens here.
+
+    Args:
+        config: the model's.
+        max_positions: positions it will be asked for.
 
     Raises:
-        ModelError: recurrent or convolutional layers (their state cannot be rolled back),
-            encoder–decoders, a sliding window shorter than the context (its slots cannot be
-            masked yet), or fewer positions than asked for.
+        ModelError: recurrent or convolutional layers (their state cannot be rolled back), an
+            encoder-decoder, a sliding window shorter than the context (its slots cannot be
+            masked), rotary embeddings that depend on the text's length, or too few positions.
     """
     text = config.get_text_config()
     kind = text.model_type
@@ -113,32 +119,45 @@ def _check_folder(folder: Path) -> None:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """Raises: ModelError if the folder is not one this engine loads from."""
+    """Returns a model folder's configuration.
+
+    Raises:
+        ModelError: this engine does not load models from such a folder.
+    """
     _check_folder(folder)
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: config.json cannot be read ({_first_line(error)})") from error
+        raise ModelError(f"{folder}: config.json cannot be read ({first_line(error)})") from error
     if "auto_map" in raw:
-        raise ModelError(f"{folder}: config.json asks for code of its own (auto_map); remote code is refused")
+        raise ModelError(f"{folder}: config.json needs its own code (auto_map); remote code is refused")
     if not list(folder.glob("*.safetensors")):
         raise ModelError(f"{folder} has no *.safetensors; only safetensors weights are loaded")
-    try:
+    with _Naming(folder, "unknown architecture"):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise ModelError(f"{folder}: unknown architecture ({_first_line(error)})") from error
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+class _Naming:
+    """Turns any error of transformers, tokenizers or safetensors into a ModelError. No list of types would do: some of
+    theirs are bare ``Exception``."""
+
+    def __init__(self, folder: Path, problem: str):
+        self._folder, self._problem = folder, problem
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, ModelError):
+            raise ModelError(f"{self._folder}: {self._problem} ({first_line(error)})") from error
 
 
 def lay_out_for_cpu(model: PreTrainedModel) -> None:
-    """Store every linear weight of an fp32 model input-major.
+    """Stores every linear weight of a float32 model input-major.
 
-    The product of a few rows with an output-major weight is what CPU libraries do worst: with
-    eight rows it takes up to three times the time of one row, input-major 1.2 times (in bf16
-    there is no difference). ``weight`` keeps its shape; only its strides change.
+    CPU libraries are slowest at the product of a few rows with an output-major weight: eight rows take up to
+    three times as long as one, against 1.2 times input-major (in bfloat16 there is no difference). ``weight``
+    keeps its shape; only its strides change.
     """
     done: set[int] = set()
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Row plans: what the rows of one kind of forward are, relative to a sequence's length L."""
+"""Row plans: the rows of one kind of forward, relative to a sequence's length L."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from ..decoding.trees.shape import TreeShape
 
 BLOCK = 256
-"""Main slots an attention block covers. Sums over slots go block by block in one order, so
+"""Main slots of an attention block. Sums over slots run block by block in a fixed order, so
 a longer context adds exact zeros and changes no bit (see ``attention``)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RowPlan:
-    """R rows of a forward. Hashable by identity: a plan is made once and names a compiled shape."""
+    """The R rows of a forward. Hashed by identity: a plan is made once, and stands for a compiled shape."""
 
     name: str
     offsets: tuple[int, ...]
@@ -22,11 +22,11 @@ class RowPlan:
     limits: tuple[int, ...]
     """Row i attends the main slots below L + limit."""
     in_place: int
-    """The first rows, with offsets 0, 1, ..: they are written to main slots L, L+1, .."""
+    """Number of first rows, with offsets 0, 1, ...: they are written to main slots L, L + 1, ..."""
     scratch_start: int = 0
-    """The other rows are written to scratch slots from here."""
+    """First scratch slot of the other rows."""
     scratch_mask: tuple[tuple[bool, ...], ...] | None = None
-    """``[R][X]``: which scratch slots each row attends; None: none does."""
+    """``[R][X]``: the scratch slots each row attends; None: no row attends any."""
 
     def __post_init__(self) -> None:
         assert self.offsets[: self.in_place] == tuple(range(self.in_place))
@@ -37,19 +37,19 @@ class RowPlan:
 
     @classmethod
     def sequential(cls, name: str, rows: int) -> RowPlan:
-        """Consecutive tokens, each attending all before it: prefill, or one step at a time."""
+        """Returns the plan of consecutive tokens, each attending all tokens before it: prefill, or plain steps."""
         steps = tuple(range(rows))
         return cls(name=name, offsets=steps, limits=steps, in_place=rows)
 
     @classmethod
     def tree(cls, name: str, shape: TreeShape) -> RowPlan:
-        """A comb: the chain in place, the leaves beside it in scratch slots 0, 1, ..
+        """Returns the plan of a comb: the chain in place, the leaves beside it in scratch slots 0, 1, ...
 
         Every row attends exactly the main slots below its own position, and itself: the same
-        numbers in the same order as if it had been decoded alone.
+        sums in the same order as if it were decoded alone.
 
         Raises:
-            ValueError: a shape that is not a comb with its chain first.
+            ValueError: the shape is not a comb with its chain first.
         """
         chain = shape.depth + 1
         if not shape.is_comb or shape.chain != tuple(range(chain)):
@@ -58,8 +58,12 @@ class RowPlan:
 
 
 def verify_plans(shape: TreeShape, depths: Sequence[int]) -> dict[int, RowPlan]:
-    """Verifications by lookahead, ascending, the whole tree last. A chain's beginnings are chains; of other
-    combs only the whole can be verified."""
+    """Returns the verifications by lookahead, ascending, the whole tree last.
+
+    Args:
+        shape: the whole tree.
+        depths: other lookaheads wanted. Only a chain has shorter ones; other combs are verified whole.
+    """
     shorter = [depth for depth in depths if depth < shape.depth] if shape.nodes == shape.depth + 1 else []
     plans = {depth: RowPlan.tree(f"verify {depth}", TreeShape.comb(depth)) for depth in sorted(shorter)}
     return {**plans, shape.depth: RowPlan.tree("verify", shape)}

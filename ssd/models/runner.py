@@ -1,10 +1,11 @@
-"""Forward runner: a model, its slot cache, and the row plans it runs."""
+"""The forward runner: a model, its slot cache, and the forwards it runs over them."""
 
 from __future__ import annotations
 
 import copy
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, Literal, NamedTuple, Self
 
@@ -31,76 +32,90 @@ FIRST_CONTEXT = 256
 
 
 def can_compile() -> bool:
-    """Whether ``torch.compile`` has the C++ compiler its CPU code needs."""
+    """Returns whether ``torch.compile`` has the C++ compiler it needs on a CPU."""
     return any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunnerOptions:
+    """Sizes of a runner, and how it runs forwards."""
+
+    batch: int
+    """B, the number of slots."""
+    capacity: int
+    """Tokens of a sequence. Rows beyond it (the end of a speculation, the padding of a prompt's last chunk)
+    are computed, and their results are meaningless."""
+    scratch_slots: int
+    """X, the scratch slots of each sequence."""
+    prefill_chunk: int
+    """Tokens of one prefill forward. The same for every request, so that a prompt's keys have the same bits
+    whatever else runs."""
+    vocabulary: int
+    """V. Logits beyond it (padding of the output head) are cut off."""
+    compile: bool = False
+    """Compile decode forwards (``torch.compile``), once per form and context tier."""
+    attention: Attention = "rows"
+    """``rows`` masks every slot of the context tier; ``tree`` reads only the slots that rows attend, and needs
+    no tiers."""
 
 
 class ForwardRunner:
     """Runs a causal LM over B fixed slots.
 
     Args:
-        model: loaded by ``ssd.models.load``; its attention is replaced.
-        batch: B. capacity: tokens of a sequence. Rows beyond it (the end of a speculation, the
-            padding of a prompt's last chunk) are computed and mean nothing.
-        prefill_chunk: tokens of one prefill forward; the same for every request, so that a
-            prompt's keys are the same bits whatever else runs.
-        vocabulary: logits beyond it (padding of the head) are cut off.
-        compile: compile decode forwards (``torch.compile``), one shape per form and context.
-        graphs: captures them (CUDA). attention: ``rows`` masks every slot of the context tier;
-            ``tree`` reads what rows attend and nothing more, and so needs no tiers.
+        model: loaded by ``ssd.models.loading``; its attention is replaced.
+        options: sizes, and how forwards run.
+        graphs: captures forwards (CUDA).
         sharding: how the model was divided among ranks, if it was.
+
+    Raises:
+        ConfigError: the KV cache does not fit the device.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
+        options: RunnerOptions,
         *,
-        batch: int,
-        capacity: int,
-        scratch_slots: int,
-        prefill_chunk: int,
-        vocabulary: int,
-        compile: bool = False,
         graphs: Graphs | None = None,
-        attention: Attention = "rows",
         sharding: Sharding | None = None,
     ):
-        self.model, self.batch, self.vocabulary = model, batch, vocabulary
+        self.model, self.batch, self.vocabulary = model, options.batch, options.vocabulary
         self.graphs = graphs
-        self.attention: Attention = attention
-        model.config._attn_implementation = _NAMES[attention]
-        model.config.get_text_config()._attn_implementation = _NAMES[attention]
+        self.attention: Attention = options.attention
+        model.config._attn_implementation = _NAMES[options.attention]
+        model.config.get_text_config()._attn_implementation = _NAMES[options.attention]
         self.device, self.dtype = model.device, model.dtype
         self.cache = SlotCache(
             model.config,
-            batch=batch,
-            main_slots=capacity,
-            scratch_slots=scratch_slots,
+            batch=options.batch,
+            main_slots=options.capacity,
+            scratch_slots=options.scratch_slots,
             dtype=model.dtype,
             device=model.device,
             head_shares=sharding.head_shares if sharding is not None else 1,
         )
-        self.compile = compile
+        self.compile = options.compile
         self.parameters = sum(weight.numel() for weight in model.parameters())
-        # On a CPU, half of a small model's time is that of calling its kernels: call them from C++
-        # (which knows no collectives).
+        # On a CPU, half of a small model's time goes into calling its kernels: the calls are made from C++,
+        # which has no collectives.
         self._sharded = sharding is not None
         from_cpp = self.device.type == "cpu" and not self._sharded
-        self._options: dict[str, Any] = {"guard_filter_fn": _no_guards, "cpp_wrapper": from_cpp}
-        self._prefill = RowPlan.sequential("prefill", prefill_chunk)
+        self._inductor: dict[str, Any] = {"guard_filter_fn": _no_guards, "cpp_wrapper": from_cpp}
+        self._prefill = RowPlan.sequential("prefill", options.prefill_chunk)
         self._decode: dict[tuple, Callable[..., Tensor]] = {}
         self._layouts: dict[RowPlan, Layout] = {}
         self._view = self.cache.all_rows()
         self._compiled = 0
         slots, tier = self.cache.main_slots, FIRST_CONTEXT
         self.contexts: list[int] = []
-        while tier < slots and attention == "rows":
+        while tier < slots and options.attention == "rows":
             self.contexts.append(tier)
             tier *= 4
         self.contexts.append(slots)
 
     def over(self, model: PreTrainedModel) -> Self:
-        """A runner of another model over the same slots: of this one with sublayers left out."""
+        """Returns a runner of ``model`` over the same slots: this runner's model with sublayers left out."""
         twin = copy.copy(self)
         twin.model, twin._decode = model, {}
         return twin
@@ -112,13 +127,14 @@ class ForwardRunner:
 
     @property
     def fuses(self) -> bool:
-        """Whether bodies handed to ``compiled`` gain from being whole: fewer, larger ones."""
+        """Whether one large body handed to ``compiled`` is faster than several small ones."""
         return self.compile or self.graphs is not None
 
     @property
     def ordered_sums(self) -> bool:
-        """Whether the model's sums run in one order however many rows a forward has: those of our operators on
-        CPUs do. Not of experts, whose rows are those that were sent to them."""
+        """Whether the model sums in the same order however many rows a forward has.
+
+        The CPU operators do. Experts do not: their number of rows depends on the routing."""
         text = self.model.config.get_text_config()
         experts = any(getattr(text, name, None) for name in _EXPERTS)
         if self._sharded:
@@ -128,13 +144,13 @@ class ForwardRunner:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Of how many slots a decode forward may be, ascending: few, since each is a compiled shape of its own."""
+        """Numbers of slots a decode forward may cover, ascending. Few, since each is compiled separately."""
         if self._sharded or self.device.type != "cpu" or not (self.attention == "tree" and operators.loaded()):
-            return (self.batch,)  # other ranks are not told, and other operators would copy what is attended
+            return (self.batch,)  # other ranks do not know the slots, and other operators would copy their keys
         return (*(4**n for n in range(4) if 4**n < self.batch), self.batch)
 
     def context_for(self, longest: int) -> int:
-        """Smallest context tier that holds ``longest`` slots, or all there are."""
+        """Returns the smallest context tier that holds ``longest`` slots, or the largest tier."""
         return next((context for context in self.contexts if context >= longest), self.contexts[-1])
 
     @torch.no_grad()
@@ -148,13 +164,15 @@ class ForwardRunner:
         layout: Layout | None = None,
         slots: Tensor | None = None,
     ) -> Tensor:
-        """One decode forward of all slots, or some.
+        """Runs one decode forward of all slots, or of some.
 
         Args:
-            tokens: ``[B, R]`` int64. lengths: ``[B]`` int64, L of every slot.
-            longest: host-side maximum of ``lengths``.
-            layout: the plan's own by default; another one moves its rows (limits up to the plan's).
-            slots: ``[B]`` int64, no slot twice, for another B (of ``counts``) than the runner's.
+            plan: what the R rows are.
+            tokens: ``[B, R]`` int64.
+            lengths: ``[B]`` int64, L of every slot.
+            longest: maximum of ``lengths``, known on the host.
+            layout: the plan's by default. Another layout moves the plan's rows; its limits are at most the plan's.
+            slots: ``[B]`` int64, without repeats: the slots to run, where B is another of ``counts``.
 
         Returns:
             logits ``[B, R, V]`` float32.
@@ -182,13 +200,16 @@ class ForwardRunner:
         layout: Layout | None = None,
         slots: Tensor | None = None,
     ) -> Tensor:
-        """``forward`` for a given context tier and never compiled by itself: for bodies handed to
-        ``compiled``."""
+        """Does what ``forward`` does, for a given context tier and without compiling or capturing: for bodies that
+        are handed to ``compiled`` as a whole. Returns ``[B, R, V]`` float32."""
         return self._logits(tokens, lengths, layout or self._layout(plan), plan.in_place, context, slots)
 
     def compiled(self, body: Callable[..., Any]) -> Callable[..., Any]:
-        """``body`` compiled, if this runner compiles. Its arguments must always have the shapes of
-        its first call, and whatever else it uses must stay as it is."""
+        """Returns ``body`` compiled and captured, as far as this runner compiles and captures.
+
+        Its arguments must always have the shapes of its first call, and everything else it uses must stay
+        unchanged. It is called on the worker's thread and stream, where the first call compiles and captures.
+        Under graphs its result is overwritten by its next call, and by calls of bodies captured before it."""
         name, body = body.__name__, self._optimized(body)
         return body if self.graphs is None else self.graphs.of(body, name)
 
@@ -196,18 +217,16 @@ class ForwardRunner:
         if not self.compile:
             return body
         # Dynamo checks hundreds of facts about the model before every call (0.4 ms for six
-        # layers, a tenth of a small target's forward). By the contract above they all stay true.
-        # Without checks, one code object means one compiled shape: each body gets its own.
+        # layers, a tenth of a small target's forward). By the contract of ``compiled`` they stay true.
+        # Without checks, a code object has one compiled shape, so each body gets its own copy.
         self._compiled += 1
         code = body.__code__.replace(co_name=f"{body.__name__}_{self._compiled}")
         own = FunctionType(code, body.__globals__, body.__name__, None, body.__closure__)
-        return torch.compile(
-            own, fullgraph=True, dynamic=False, options={"guard_filter_fn": _no_guards, **self._options}
-        )
+        return torch.compile(own, fullgraph=True, dynamic=False, options=self._inductor)
 
     @torch.no_grad()
     def prefill(self, slot: int, tokens: Sequence[int], start: int = 0) -> None:
-        """Compute keys and values of ``tokens`` at positions ``start``.. of one slot.
+        """Computes the keys and values of ``tokens`` for one slot, at positions from ``start`` on.
 
         Raises:
             RequestError: they do not fit the cache.
@@ -223,23 +242,29 @@ class ForwardRunner:
             length = start + first
             lengths = torch.tensor([length], device=self.device)
             inputs = self._inputs(view, layout, plan.in_place, lengths, self.context_for(length + plan.rows))
-            # The head runs on one row for nothing: transformers offers no "none".
+            # The head's result on this one row is not used: transformers cannot leave the head out.
             self.model(input_ids=ids.to(self.device), logits_to_keep=1, **inputs)
 
     def copy(self, source: int, slot: int, length: int) -> None:
-        """Give one slot the keys and values of another's first ``length`` tokens."""
+        """Copies keys and values of ``source``'s first ``length`` tokens to ``slot``."""
         self.cache.copy(source, slot, length)
 
     def keep(self, slots: Tensor, scratch: Tensor, positions: Tensor) -> None:
-        """Copy scratch slots into main slots; all arguments are ``[n]`` int64."""
+        """Copies scratch slots to main slots.
+
+        Args:
+            slots: ``[n]`` int64, the sequences.
+            scratch: ``[n]`` int64, their scratch slots.
+            positions: ``[n]`` int64, the main slots to write.
+        """
         self.cache.keep(slots, scratch, positions)
 
     def announce(self, plan: RowPlan, tokens: Tensor, lengths: Tensor, context: int) -> None:
-        """A body that runs ``logits`` with these arguments is about to be called: for runners
-        whose forwards others take part in."""
+        """Is called before every body that runs ``logits`` with these arguments. Does nothing here; a runner whose
+        forwards involve other ranks tells them."""
 
     def warm_up(self, plans: Sequence[RowPlan], layout: Layout | None = None) -> None:
-        """Run (and compile) every plan at every context once."""
+        """Runs (and so compiles) every plan once at every context tier."""
         lengths = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
         for plan in plans:
             tokens = torch.zeros(self.batch, plan.rows, dtype=torch.int64, device=self.device)
@@ -267,15 +292,15 @@ class ForwardRunner:
         context: int,
         slots: Tensor | None = None,
     ) -> dict[str, Any]:
-        """Positions, mask and cache view of a forward, as the model's keyword arguments."""
-        # Rows beyond the capacity mean nothing; they land on its last slot, which nothing attends.
+        """Returns positions, mask and cache view of a forward, as keyword arguments of the model."""
+        # Rows beyond the capacity are meaningless; they are written to its last slot, which no row attends.
         positions = (lengths[:, None] + layout.offsets).clamp(max=view.capacity - 1)
         limits = lengths[:, None] + layout.limits
         if self.attention == "rows":
             mask = torch.arange(context, device=lengths.device) < limits[..., None]
             if layout.mask is not None:
                 mask = torch.cat([mask, layout.mask.expand(len(lengths), -1, -1)], dim=-1)
-        else:  # limits say it; a mask of four dimensions keeps transformers from making its own
+        else:  # the limits replace the mask; one of four dimensions keeps transformers from making its own
             mask = torch.ones_like(limits, dtype=torch.bool)[..., None]
         view.prepare(
             main_slots=positions[:, :in_place],
@@ -293,7 +318,7 @@ def _no_guards(guards: list) -> list[bool]:
 
 
 class Layout(NamedTuple):
-    """A ``RowPlan`` as tensors, the same for all sequences or (``[B, ..]``) each its own."""
+    """A ``RowPlan`` as tensors: one for all sequences, or one for each (leading B)."""
 
     offsets: Tensor
     """``[R]`` or ``[B, R]``"""

@@ -1,8 +1,8 @@
-"""Tensor parallelism: every rank keeps its share of a stock model's linears, by transformers' own plan.
+"""Tensor parallelism: every rank keeps its share of a stock model's linear layers, by transformers' own plan.
 
 transformers' loading with ``tp_plan`` wraps each weight in a DTensor, whose dispatch costs more
-than a small layer; here the linears are plain ones of a smaller size, and two kinds of modules
-around them gather or sum.
+than a small layer. Here the layers are plain linears of a smaller size, and two kinds of modules
+around them gather or sum their outputs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..errors import ModelError
 from .tensor_group import TensorGroup
 
-# Norms over single heads; embeddings, whose lookup would cost a sum for the memory it saves.
+# Not divided: norms over single heads, and embeddings, whose division would cost a sum per lookup.
 _WHOLE = ("replicated_with_grad_allreduce", "embedding_rowwise")
 
 
@@ -28,11 +28,11 @@ class Sharding:
 
     group: TensorGroup
     head_shares: int
-    """Among how many ranks the heads, and with them the keys and values, are divided: all, or 1."""
+    """Ranks among which attention heads, and with them keys and values, are divided: all ranks, or 1."""
 
 
 class Joined(nn.Module):
-    """A linear whose output features are divided; everybody gets all of them."""
+    """A linear layer whose output features are divided; every rank gets all of them."""
 
     def __init__(self, linear: nn.Linear, group: TensorGroup):
         super().__init__()
@@ -44,7 +44,13 @@ class Joined(nn.Module):
 
 
 class Summed(nn.Module):
-    """A linear whose input features are divided. ``split``: the input comes whole."""
+    """A linear layer whose input features are divided.
+
+    Args:
+        linear: the whole layer.
+        group: its ranks.
+        split: whether the input arrives whole.
+    """
 
     def __init__(self, linear: nn.Linear, group: TensorGroup, *, split: bool):
         super().__init__()
@@ -62,11 +68,11 @@ class Summed(nn.Module):
 
 @torch.no_grad()
 def shard(model: PreTrainedModel, group: TensorGroup) -> Sharding:
-    """Keep this rank's share of ``model`` (on the CPU, before it is moved or packed), in place.
+    """Reduces ``model`` to this rank's share, in place. The model is on the CPU, and neither moved nor packed yet.
 
     Raises:
-        ModelError: the model has no plan, or one with something this engine cannot divide, or
-            heads or features that do not divide by the number of ranks.
+        ModelError: the model has no plan, its plan has something this engine cannot divide, or its
+            heads or features do not divide by the number of ranks.
     """
     kind, plan = model.config.model_type, dict(model.tp_plan or {})
     if not any(style.startswith("colwise") for name, style in plan.items() if "lm_head" not in name):
@@ -89,12 +95,12 @@ def shard(model: PreTrainedModel, group: TensorGroup) -> Sharding:
             _check_features(kind, name, child.in_features, group.size)
             setattr(parent, name, Summed(child, group, split=style == "rowwise_split_input"))
         else:
-            raise ModelError(f"{kind}: {name} is divided {style}, which is not known; set target.tensor_parallel=1")
+            raise ModelError(f"{kind}: {name} has the unknown division {style}; set target.tensor_parallel=1")
     return Sharding(group=group, head_shares=group.size if by_heads else 1)
 
 
 def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, str]]:
-    """Every module with its parent, its name, and its path as plans write it."""
+    """Yields every module as (parent, name, module, path), the path written as in plans."""
     for path, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
             yield parent, name, child, re.sub(r"\.\d+(?=\.|$)", ".*", f"{path}.{name}" if path else name)
@@ -117,7 +123,7 @@ def _check_features(kind: str, name: str, features: int, size: int) -> None:
 
 
 def _outputs(linear: nn.Linear, rank: int, size: int) -> nn.Linear:
-    """This rank's output features; shares are equal, the last ones filled up with zeros."""
+    """Returns this rank's output features; shares are equal, the last ones padded with zeros."""
     share = -(-linear.out_features // size)
 
     def own(whole: Tensor) -> Tensor:
@@ -129,7 +135,7 @@ def _outputs(linear: nn.Linear, rank: int, size: int) -> nn.Linear:
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    # Copies: a view would keep the whole weight in memory.
+    # Copied: a view would keep the whole weight in memory.
     linear.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format), requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias.clone(), requires_grad=False)

@@ -1,7 +1,7 @@
-"""A model with sublayers left out, sharing every weight with the whole one: self-speculation's draft.
+"""Models with sublayers left out, which share every weight with the whole model: drafts of self-speculation.
 
 Sources: Draft & Verify (Zhang et al. 2023, arXiv 2309.08168), which skips attention and MLP of chosen layers;
-LayerSkip (Elhoushi et al. 2024, arXiv 2404.16710), which leaves early, that is, skips the last layers whole.
+LayerSkip (Elhoushi et al. 2024, arXiv 2404.16710), which exits early, that is, skips all of the last layers.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ KEY = "speculation.self"
 
 @dataclass(frozen=True, slots=True)
 class SkipSet:
-    """Which sublayers of a model of ``layers`` layers are left out; indices count from 0.
+    """The sublayers that are left out of a model with ``layers`` layers; indices count from 0.
 
     Raises:
-        ConfigError: an index that is no layer.
+        ConfigError: an index is out of range.
     """
 
     attention: frozenset[int]
@@ -43,8 +43,8 @@ class SkipSet:
 
     @classmethod
     def of(cls, attention: Iterable[int] | None, mlp: Iterable[int] | None, layers: int) -> SkipSet:
-        """None stands for the sublayers of every second layer between the first and the last, where SWIFT (Xia et
-        al. 2024, arXiv 2410.06916) begins its search."""
+        """Returns the set of these indices. None means every second layer between the first and the last, where SWIFT
+        (Xia et al. 2024, arXiv 2410.06916) begins its search."""
         second = range(1, layers - 1, 2)
         return cls(
             frozenset(second if attention is None else attention), frozenset(second if mlp is None else mlp), layers
@@ -52,12 +52,12 @@ class SkipSet:
 
     @property
     def count(self) -> int:
-        """Sublayers left out, of 2 · ``layers``."""
+        """Number of sublayers left out, of 2 · ``layers``."""
         return len(self.attention) + len(self.mlp)
 
     @property
     def exit(self) -> int | None:
-        """E, if what is left are the first E layers, whole: an early exit."""
+        """E, if exactly the first E layers are left, whole (an early exit); otherwise None."""
         left = self.layers - len(self.attention)
         return left if self.attention == self.mlp == frozenset(range(left, self.layers)) else None
 
@@ -75,23 +75,24 @@ class _NoMLP(nn.Module):
 
 
 class _NoLayer(nn.Module):
-    """Stands where a layer stood, for models count their layers."""
+    """Takes a layer's place, since models count their layers."""
 
     def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         return hidden_states
 
 
 def skipping(model: PreTrainedModel, skips: SkipSet) -> PreTrainedModel:
-    """``model`` without these sublayers: its very modules, so it costs no memory, and what replaces its weights
-    later (``pack_linears``) must come before.
+    """Returns ``model`` without these sublayers.
+
+    It consists of the same modules, so it takes no memory; weights must be replaced (``pack_linears``) before.
 
     Raises:
-        ModelError: its layers' attention or MLP cannot be told.
+        ModelError: the layers, or their attention or MLP, cannot be identified.
     """
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or len(layers) != skips.layers:
-        raise ModelError(f"{model.config.model_type}: its layers cannot be told apart, so none can be skipped")
+        raise ModelError(f"{model.config.model_type}: its layers cannot be identified, so none can be skipped")
     return _replaced(model, decoder, _with(decoder, layers=_skipped(model.config.model_type, layers, skips)))
 
 
@@ -108,22 +109,22 @@ def _skipped(kind: str, layers: nn.ModuleList, skips: SkipSet) -> nn.ModuleList:
 
 
 def _child(kind: str, layer: nn.Module, what: str) -> str:
-    """Name of the layer's only child whose class says that it is one."""
+    """Returns the name of the layer's only child with ``what`` in its class name."""
     names = [name for name, child in layer.named_children() if what in type(child).__name__]
     if len(names) != 1:
-        raise ModelError(f"{kind}: the {what} of a layer cannot be told, so it cannot be skipped")
+        raise ModelError(f"{kind}: the {what} of a layer cannot be identified, so it cannot be skipped")
     return names[0]
 
 
 def _with(module: nn.Module, **children: nn.Module) -> Any:
-    """The module with other children; everything else is shared."""
+    """Returns the module with other children; everything else is shared."""
     twin = copy.copy(module)
     twin._modules = {**module._modules, **children}
     return twin
 
 
 def _replaced(module: nn.Module, old: nn.Module, new: nn.Module) -> Any:
-    """The module with ``new`` in ``old``'s place, however deep."""
+    """Returns the module with ``new`` in place of ``old``, at any depth."""
     if module is old:
         return new
     changed = {

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C import _distributed_c10d
 
-from ..errors import PipelineError
+from ..errors import PipelineError, first_line
 
 
 class TensorGroup:
@@ -97,10 +97,6 @@ class TensorGroup:
 def lost(error: RuntimeError) -> bool:
     """Whether an operation failed because another rank is gone or late."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _gloo(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta, host: str | None) -> Any:

@@ -1,4 +1,4 @@
-"""Do draft and target speak the same tokens?"""
+"""Checks that draft and target have the same vocabulary."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from ..errors import ModelError
 
 
 def shared_vocabulary(target_tokenizer: Any, draft_tokenizer: Any, target_size: int, draft_size: int) -> int:
-    """Number of token ids both models may emit.
+    """Returns the number of token ids that both models may emit.
 
-    Heads padded beyond the tokenizer (Qwen's 151936 and 152064 over one vocabulary) are fine:
+    Heads that are padded beyond the tokenizer (Qwen's 151936 and 152064 over one vocabulary) are allowed:
     the padding is cut off on both sides.
 
     Args:
-        target_size, draft_size: rows of the models' output heads.
+        target_tokenizer: the target's.
+        draft_tokenizer: the draft's.
+        target_size: rows of the target's output head.
+        draft_size: rows of the draft's output head.
 
     Raises:
         ModelError: the tokenizers disagree on a token, or a head is smaller than its tokenizer.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
-from ..config.load import Config
+from ..config.sections import Config
 from ..engine.async_engine import AsyncEngine
 from ..errors import SSDError, UsageError
 from ..pipeline.runtime.launch import Pipeline, launch_here

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from random import Random
 
-from ..config.load import Config
+from ..config.sections import Config
 from ..decoding.sampling import GREEDY_BELOW
 from ..engine.async_engine import AsyncEngine
 from ..engine.book import Request

@@ -1,5 +1,7 @@
-"""Tree attention against float64: cases, a reference, and errors. ``python -m ssd.testing.attention DEVICE``
-checks the kernels; with ``TRITON_INTERPRET=1`` in the environment, on a CPU."""
+"""Tree attention against float64: cases, a reference, and errors.
+
+``python -m ssd.testing.attention DEVICE`` checks the kernels; with ``TRITON_INTERPRET=1`` in the environment, on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.attention import tree_attention
+from ..models.attention.inputs import AttentionInputs
+from ..models.attention.tree_attention import in_triton
 
 Attention = Callable[[dict[str, Any]], Tensor]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-"""Relative error (norms) against float64 of the same inputs: a few units of the type's last place."""
+"""Largest relative error (of norms) against float64 on the same inputs: a few units in the last place."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One attention problem; the field names are those of DESIGN's shapes."""
+    """One attention problem; sizes B, H, H_kv, R, D, T and X in this order."""
 
     batch: int = 2
     heads: int = 6
@@ -39,14 +42,14 @@ class Case:
         return getattr(torch, self.dtype)
 
     def inputs(self, device: str = "cpu") -> dict[str, Any]:
-        """Arguments of ``ssd::tree_attention``; what no row attends is not zero but large."""
+        """Returns arguments of ``ssd::tree_attention``; slots that no row attends hold large numbers."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(device, self.torch_dtype)
 
         limits = torch.randint(0, self.slots + 1, (self.batch, self.rows), generator=generator)
-        limits[0, 0], limits[-1, -1] = 0, self.slots  # nothing but itself; everything
+        limits[0, 0], limits[-1, -1] = 0, self.slots  # attends only itself; attends everything
         main = [random(self.batch, self.kv_heads, self.slots + 9, self.dim) for _ in range(2)]
         for states in main:
             states[:, :, self.slots :] = 100.0
@@ -55,7 +58,7 @@ class Case:
             scratch = [random(self.batch, self.kv_heads, self.scratch, self.dim) for _ in range(2)]
             mask = (torch.rand(self.batch, self.rows, self.scratch, generator=generator) < 0.4).to(device)
             mask[0, 0] = False
-        # As a model gives them: [B, R, H, D] in memory.
+        # Laid out as a model does: [B, R, H, D] in memory.
         query, *own = (
             random(self.batch, self.rows, n, self.dim).transpose(1, 2)
             for n in (self.heads, self.kv_heads, self.kv_heads)
@@ -73,7 +76,7 @@ CASES = (
     Case(batch=1, heads=2, kv_heads=2, rows=3, dim=16, slots=40, scratch=7, softcap=5.0, dtype="float32"),
     Case(batch=1, heads=4, kv_heads=1, rows=5, dim=80, slots=70, scratch=135, dtype="float16", seed=2),
 )
-"""Small enough for Triton's interpreter, which multiplies the raw bits of bfloat16: none of that here."""
+"""Small enough for Triton's interpreter. None is bfloat16, of which the interpreter multiplies the raw bits."""
 LARGE_CASES = (
     *CASES,
     Case(),
@@ -88,7 +91,7 @@ LARGE_CASES = (
 
 
 def reference(inputs: dict[str, Any], dtype: torch.dtype = torch.float64) -> Tensor:
-    """``[B, R, H, D]`` by one softmax over everything a row attends, keys repeated, in ``dtype``."""
+    """Returns ``[B, R, H, D]`` by one softmax over all keys a row attends, with keys repeated, in ``dtype``."""
     query = inputs["query"].to(dtype)
     batch, heads, rows, _ = query.shape
 
@@ -113,24 +116,24 @@ def reference(inputs: dict[str, Any], dtype: torch.dtype = torch.float64) -> Ten
 
 
 def error(got: Tensor, inputs: dict[str, Any]) -> float:
-    """‖got - reference‖ / ‖reference‖; infinite where something is not finite."""
+    """Returns ‖got - reference‖ / ‖reference‖; infinite if a result is not finite."""
     truth = reference({k: v.cpu() if isinstance(v, Tensor) else v for k, v in inputs.items()})
     difference = (got.cpu().double() - truth).norm() / truth.norm()
     return difference.item() if torch.isfinite(difference) else float("inf")
 
 
 def kernel(inputs: dict[str, Any]) -> Tensor:
-    """The Triton kernels, whatever the inputs' device."""
-    return tree_attention.in_triton(**inputs)
+    """Runs the Triton kernels, on any device."""
+    return in_triton(AttentionInputs(**inputs))
 
 
 def operator(inputs: dict[str, Any]) -> Tensor:
-    """What a model calls: the kernels on CUDA, elsewhere the same algorithm in torch."""
+    """Runs the operator that models call: the kernels on CUDA, elsewhere the same algorithm in torch."""
     return torch.ops.ssd.tree_attention(**inputs)
 
 
 def independent(case: Case, device: str, run: Attention = operator) -> bool:
-    """Whether a row's bits stay when all other rows' queries, limits and own keys change."""
+    """Returns whether a row keeps its bits when all other rows' queries, limits and own keys change."""
     inputs, others = case.inputs(device), Case(**{**asdict(case), "seed": case.seed + 100}).inputs(device)
     fixed = case.rows // 2
     for name in ("query", "own_keys", "own_values"):
@@ -144,7 +147,7 @@ def independent(case: Case, device: str, run: Attention = operator) -> bool:
 
 
 def check(device: str, cases: Sequence[Case] = CASES, run: Attention = operator) -> list[dict[str, Any]]:
-    """One record per case: its sizes, the error, whether it is within tolerance, and whether
+    """Returns one record per case: its sizes, the error, whether that is within tolerance, and whether
     rows are independent."""
     records = []
     for case in cases:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from ssd import LLM, PipelineError, RequestError, SamplingParams, UsageError, WorkerError
-from ssd.config.load import Config
+from ssd.config.sections import Config
 
 ray = pytest.importorskip("ray")
 

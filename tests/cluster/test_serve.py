@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from ssd import LLM, SamplingParams
-from ssd.config.load import Config, load_config
+from ssd.config.load import load_config
+from ssd.config.sections import Config
 from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.testing.twins.pipeline import ScriptedPipeline, scripted_token
 

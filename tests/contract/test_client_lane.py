@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssd import SamplingParams
-from ssd.config.load import ServerConfig
+from ssd.config.sections import ServerConfig
 from ssd.engine.async_engine import AsyncEngine
 from ssd.errors import ConfigError, OverloadedError, PipelineError, RequestError, UsageError
 from ssd.pipeline.runtime.plan import Plan

@@ -13,8 +13,8 @@ import pytest
 import zmq
 
 from ssd.errors import PipelineError
+from ssd.pipeline.transport import codec, messages
 from ssd.pipeline.transport import lanes as control
-from ssd.pipeline.transport import messages
 from ssd.pipeline.transport.lanes import ControlLane, InprocLane, ZmqLane
 from ssd.pipeline.transport.messages import (
     Admit,
@@ -128,7 +128,7 @@ def lanes(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Cont
 
 
 def test_every_type_is_listed() -> None:
-    assert {type(message) for message in EVERY} == set(messages._TYPES.values())
+    assert {type(message) for message in EVERY} == set(messages._CODEC.types.values())
 
 
 @pytest.mark.parametrize("message", EVERY, ids=lambda message: type(message).__name__)
@@ -220,8 +220,8 @@ def test_garbage_is_refused(raw: bytes) -> None:
 def test_oversized_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = encode(Admit(slot=0, tokens=[1] * 1000, params=PARAMS, forecasts=False))
     assert decode(raw)
-    monkeypatch.setattr(messages, "MAX_MESSAGE_BYTES", len(raw) - 1)
-    monkeypatch.setattr(messages.msgpack, "unpackb", lambda *_a, **_k: pytest.fail("parsed"))
+    monkeypatch.setattr(messages._CODEC, "max_bytes", len(raw) - 1)
+    monkeypatch.setattr(codec.msgpack, "unpackb", lambda *_a, **_k: pytest.fail("parsed"))
     with pytest.raises(PipelineError, match="at most"):
         decode(raw)
 

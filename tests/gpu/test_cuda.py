@@ -1,5 +1,5 @@
-"""On a CUDA device: the checks of ``scripts/gpu_check.py --stage 1``, one test each, and what needs CUDA
-to go wrong."""
+"""On a CUDA device: the checks of ``scripts/gpu_check.py --stage 1``, one test each, and tests of what only
+CUDA can break."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from scripts.gpu import checks
 from scripts.gpu.bench import Bench, embedded_pair
 from ssd.decoding.trees.shape import TreeShape
-from ssd.models.cuda.graphs import Graphs
-from ssd.models.device import Courier, Written, free_bytes
+from ssd.models.attention.tree_attention import try_kernels
+from ssd.models.cuda.graphs import CudaCapture, Graphs
+from ssd.models.device import Courier, Priority, Written, free_bytes, own_stream
 from ssd.models.rows import RowPlan
 from ssd.testing.attention import LARGE_CASES, Case, check
 
@@ -39,7 +41,7 @@ def test_noise_bits_are_those_of_the_cpu() -> None:
 
 
 @DTYPES
-def test_a_row_has_the_same_bits_in_plain_and_verify_forwards(bench: Bench, dtype: str) -> None:
+def test_a_row_has_the_same_bits_in_plain_and_verifying_forwards(bench: Bench, dtype: str) -> None:
     found = checks.rows(bench, dtype)
     assert found["ok"], found
 
@@ -54,20 +56,40 @@ def test_graphs_replay_the_bits_of_eager_forwards(bench: Bench, dtype: str) -> N
 @pytest.mark.parametrize(
     "speculation", [{}, {"siblings": 2, "lookahead": 3}, {"verify": "rejection"}], ids=["chain", "comb", "rejection"]
 )
-def test_methods_say_the_same_tokens(bench: Bench, dtype: str, speculation: dict[str, Any]) -> None:
+def test_methods_emit_the_same_tokens(bench: Bench, dtype: str, speculation: dict[str, Any]) -> None:
     found = checks.tokens(bench, dtype, {"speculation": speculation})
     assert found["ok"], found
 
 
-def test_a_body_that_waits_is_not_captured_and_still_right(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_body_that_waits_is_not_captured_and_still_correct(caplog: pytest.LogCaptureFixture) -> None:
     device = torch.device("cuda:0")
-    run = Graphs(device).of(lambda x: x * x.sum().item(), "waiting")
+    made = Graphs(device)
+    run = made.of(lambda x: x * x.sum().item(), "waiting")
     with caplog.at_level(logging.WARNING):
         for value in (2.0, 3.0):
             assert run(torch.full((2,), value, device=device)).tolist() == [2 * value**2] * 2
     assert "waiting runs without a CUDA graph" in caplog.text
-    after = Graphs(device).of(lambda x: x + 1, "plus one")  # a failed capture leaves nothing behind
+    # A failed capture spares the later ones of the same worker, and its stream.
+    stream, after = torch.cuda.current_stream(), made.of(lambda x: x + 1, "plus one")
     assert [int(after(torch.full((), n, device=device))) for n in (1, 5)] == [2, 6]
+    assert "plus one" not in caplog.text and torch.cuda.current_stream() == stream
+
+
+@pytest.mark.parametrize("priority", ["normal", "high"])
+def test_graphs_are_captured_and_replayed_on_a_workers_stream(priority: Priority) -> None:
+    device = torch.device("cuda:0")
+    with own_stream(device, priority):
+        capture, seen = CudaCapture(device), []
+        run = Graphs(device, capture).of(lambda x: (seen.append(torch.cuda.current_stream().priority), x + 1)[1], "add")
+        assert [int(run(torch.full((), n, device=device))) for n in (1, 5)] == [2, 6]
+        assert set(seen) == {torch.cuda.current_stream().priority} == {-1 if priority == "high" else 0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_the_trial_of_the_kernels_passes(dim: int, dtype: torch.dtype) -> None:
+    config = LlamaConfig(hidden_size=8 * dim, num_attention_heads=8, num_key_value_heads=2, head_dim=dim)
+    try_kernels(config, dtype, torch.device("cuda:0"))
 
 
 def test_a_courier_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd.config.load import Config, load_config
+from ssd.config.load import load_config
+from ssd.config.sections import Config
 from ssd.errors import UsageError
 from ssd.serving.batch.journal import Journal
 from ssd.serving.batch.run import Batch, Progress, read_lines
@@ -30,7 +31,7 @@ RUN = f"""
 import asyncio, sys
 from functools import partial
 from pathlib import Path
-from ssd.config import load_config
+from ssd.config.load import load_config
 from ssd.serving.batch import Batch
 from ssd.testing.scripted import ScriptedPipeline
 config = load_config("embedded", ["engine.max_batch=3"])
@@ -189,17 +190,17 @@ def test_a_shard_cut_anywhere(cut: int, garbage: bytes, tmp_path_factory: pytest
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
-    from ssd.cli.app import app
+    from ssd.cli.app import make_app
 
     monkeypatch.setattr("ssd.serving.batch.run.Batch", partial(Batch, launch=ScriptedPipeline))
     source, out = write(tmp_path / "in.jsonl", plain(5)), tmp_path / "out.jsonl"
-    answer = CliRunner().invoke(app, ["batch", str(source), str(out), "--set", "engine.max_batch=2"])
+    answer = CliRunner().invoke(make_app(), ["batch", str(source), str(out), "--set", "engine.max_batch=2"])
     assert answer.exit_code == 0, answer.output
     assert f"5 requests, 0 failed, 0 done before, {5 + 6 + 7 + 8 + 9} tokens now" in answer.output
     assert len(read(out)) == 5
-    assert CliRunner().invoke(app, ["batch", str(source), str(out)]).exit_code == 2
+    assert CliRunner().invoke(make_app(), ["batch", str(source), str(out)]).exit_code == 2
     write(source, [*plain(2), "bad"])
-    answer = CliRunner().invoke(app, ["batch", str(source), str(out), "--restart"])
+    answer = CliRunner().invoke(make_app(), ["batch", str(source), str(out), "--restart"])
     assert answer.exit_code == 1 and "out.jsonl.errors" in answer.output
-    keys = CliRunner().invoke(app, ["lane-keys", str(tmp_path / "keys"), "bob"])
+    keys = CliRunner().invoke(make_app(), ["lane-keys", str(tmp_path / "keys"), "bob"])
     assert keys.exit_code == 0 and (tmp_path / "keys" / "clients" / "bob.key").is_file()

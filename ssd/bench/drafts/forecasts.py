@@ -1,7 +1,7 @@
-"""Hit rates of forecasts by replay: rounds along known texts, with every forecast run on each.
+"""Hit rates of forecasts, from rounds replayed along known texts.
 
-As in ``replay``, trees and outcomes depend on the text alone under coupled verification. But some forecasts learn from
-the outcomes, so rounds run in order, and texts one after another.
+As in ``replay``, under coupled verification trees and outcomes depend on the text alone. Forecasts that learn need
+the outcomes of earlier rounds, so rounds are replayed in order, one text after another.
 """
 
 from __future__ import annotations
@@ -28,16 +28,13 @@ def hit_rates(
     budgets: Sequence[int],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, dict[int, float]]:
-    """Returns the share of rounds whose outcome was prepared, by the forecast's shape and its budget.
+    """Returns the share of rounds whose outcome was prepared, by shape and budget of the forecast.
 
     Args:
-        plan: of the pairing; its tree is used.
-        texts: prompt and the target's answer to it under ``params``, as token ids. The last K + 1 tokens of an answer
-            only serve to judge those before them.
-        params: the answers were written under.
-        shapes: of the forecasts.
-        budgets: of the forecasts.
-        progress: called with the texts done and their number.
+        plan: of the pair; its tree is used.
+        texts: token ids of each prompt and of the target's answer to it under ``params``. The last K + 1 tokens of an
+            answer serve only as outcomes of the rounds before.
+        progress: called with the number of texts done and the total.
     """
     tree = plan.shape
     siblings = list(tree.siblings)
@@ -58,7 +55,7 @@ def hit_rates(
         while root < last:
             tokens, scores = text.at(root)
             tokens = tokens[None].clone()
-            if first:  # nothing was prepared for a sequence's first round
+            if first:  # the first round of a sequence has no candidates
                 tokens[:, 1:], first = ABSENT, False
             ahead = torch.tensor([text.ids[root + 1 : root + tree.depth + 2]])
             node, depth = deepest_node(tree, tokens, ahead)
@@ -72,7 +69,7 @@ def hit_rates(
 
 
 def _hit(forecast: Forecast, scores: Tensor, tokens: Tensor, node: Tensor, bonus: Tensor) -> bool:
-    """Returns whether the forecast prepared the outcome of one round, and shows it the outcome."""
+    """Plays one round of one text; returns whether the forecast holds its outcome."""
     forecast.prepare(tokens.tolist())
     nodes, guesses = forecast.outcomes(scores, tokens)
     outcome, outcomes = (int(node), int(bonus)), zip(nodes[0].tolist(), guesses[0].tolist(), strict=True)

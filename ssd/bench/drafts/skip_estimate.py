@@ -1,10 +1,10 @@
-"""What a skip set of method ``self`` would bring, from one forward a set: no pipeline is started.
+"""Estimates the speedup of a skip set of method ``self`` with one forward, without starting a pipeline.
 
-The target decodes the prompts once, greedily, and leaves its keys in the slots. A skipped model then runs over all
-positions of the answers at once, every row attending the target's own keys before it, as a draft's first step does.
-Where it agrees with the next tokens of the answer, a chain from there would have been accepted so far; rounds are
-replayed over these agreements for every lookahead and confidence. Times are the machine's: a step is the whole
-forward less the sublayers skipped.
+The target decodes the prompts once, greedily, and leaves its keys in the slots. The model with skipped sublayers then
+runs over all positions of the answers at once; every row attends the target's own keys before it, as in a draft's
+first step. While it agrees with the next tokens of the answer, a chain that begins there would be accepted. Rounds
+are replayed over these agreements for every lookahead and confidence. Times are measured on this machine: a step
+takes the time of the whole forward minus that of the skipped sublayers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from statistics import median
 import torch
 
 from ...models.rows import RowPlan
-from ...models.runner import ForwardRunner
+from ...models.runner import ForwardRunner, RunnerOptions
 from ...models.skipping import SkipSet, skipping
 from ...pipeline.runtime.cores import set_threads, usable_cores
 from ...pipeline.runtime.plan import Plan
@@ -27,7 +27,7 @@ LOOKAHEADS = (1, 2, 3, 4, 5, 6, 7, 8)
 CONFIDENCES = (0.0, 0.3, 0.5, 0.7, 0.85, 0.95)
 TIMED = 15
 MOST = 12
-"""Prompts that estimates look at: the logits of all their answers are in memory together."""
+"""Largest number of prompts: the logits of all answers are in memory at the same time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,41 +35,43 @@ class Costs:
     """Seconds of forwards."""
 
     plain: float
-    """Of the whole target, a row a sequence."""
+    """The whole target, one row per sequence."""
     attention: float
-    """Of one layer's attention."""
+    """The attention of one layer."""
     mlp: float
     row: float
-    """What one row more a sequence adds to the whole target's."""
+    """Added by each further row per sequence."""
 
     def step(self, skips: SkipSet) -> float:
-        """A draft step's."""
+        """Returns the seconds of a draft step."""
         return max(self.plain - len(skips.attention) * self.attention - len(skips.mlp) * self.mlp, 0.0)
 
     def verification(self, lookahead: int) -> float:
+        """Returns the seconds of a verification."""
         return self.plain + lookahead * self.row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """What is expected of a skip set at its best lookahead and confidence."""
+    """The estimate of a skip set at its best lookahead and confidence."""
 
     skips: SkipSet
     lookahead: int
     confidence: float
     cost: float
-    """c: seconds of a step over those of a plain forward."""
+    """c: time of a step relative to a plain forward."""
     acceptance: float
-    """α: accepted of the drafted."""
+    """α: accepted tokens over drafted tokens."""
     speedup: float
-    """Tokens per second over those of plain decoding, one row."""
+    """Tokens per second relative to plain decoding with one row."""
 
 
 def replayed(agrees: Sequence[bool], sure: Sequence[float], lookahead: int, confidence: float) -> tuple[int, int, int]:
-    """Rounds over one answer: rounds, drafted and accepted tokens.
+    """Replays the rounds of one answer; returns the numbers of rounds, drafted and accepted tokens.
 
     Args:
-        agrees: whether the draft's token at each position is the answer's. sure: its probability by the draft.
+        agrees: for each position, whether the draft's token is the answer's.
+        sure: for each position, the draft's probability of its token.
     """
     rounds = drafted = accepted = position = 0
     while position < len(agrees):
@@ -91,10 +93,11 @@ class Estimator:
     """Estimates skip sets on prompts.
 
     Args:
-        plan: of the configuration. prompts: token ids. tokens: length of the answers looked at.
+        prompts: token ids.
+        tokens: length of the answers.
 
     Raises:
-        UsageError: the target cannot be loaded, or its sublayers cannot be told apart.
+        UsageError: the target cannot be loaded, or its sublayers are not known.
     """
 
     def __init__(self, plan: Plan, prompts: Sequence[Sequence[int]], *, tokens: int):
@@ -103,8 +106,7 @@ class Estimator:
         self.model, self.layers = single.model, single.cache.layers
         self.costs = measured_costs(single)
         self._tokens = tokens
-        self._runner = ForwardRunner(
-            single.model,
+        options = RunnerOptions(
             batch=len(prompts),
             capacity=max(map(len, prompts)) + tokens + 1,
             scratch_slots=tokens,
@@ -112,7 +114,8 @@ class Estimator:
             vocabulary=plan.vocabulary,
             attention=single.attention,
         )
-        # Every row attends the verified keys before it; its own lands where nobody looks.
+        self._runner = ForwardRunner(single.model, options)
+        # Every row attends the verified keys before it; its own key is written where no row attends.
         steps = tuple(range(tokens))
         self._rows = RowPlan(name="agreement", offsets=steps, limits=steps, in_place=0)
         self._lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=single.device)
@@ -120,7 +123,7 @@ class Estimator:
         self._known: dict[SkipSet, Estimate] = {}
 
     def _decode(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Roots and the target's greedy answers ``[P, tokens + 1]``."""
+        """Returns the last prompt token and the target's greedy answer of every prompt, ``[P, tokens + 1]``."""
         for slot, prompt in enumerate(prompts):
             self._runner.prefill(slot, prompt[:-1])
         one, longest = RowPlan.sequential("one", 1), max(map(len, prompts))
@@ -132,19 +135,23 @@ class Estimator:
 
     @property
     def seen(self) -> list[Estimate]:
-        """All so far, best first."""
+        """All estimates so far, best first."""
         return sorted(self._known.values(), key=lambda one: -one.speedup)
 
     def of(self, skips: SkipSet) -> Estimate:
-        """The estimate of a skip set; the first time one forward, later from memory."""
+        """Returns the estimate of a skip set; the first call for a set runs one forward."""
         known = self._known.get(skips)
         if known is None:
             known = self._known[skips] = self._estimate(skips)
         return known
 
     def agreement(self, skips: SkipSet) -> tuple[list[list[bool]], list[list[float]]]:
-        """By prompt and position of the answer: whether the skipped model's best token is the answer's, and its
-        probability by the skipped model."""
+        """Runs the model without the skipped sublayers over the answers.
+
+        Returns:
+            For each prompt and position of the answer: whether the most probable token is the answer's, and its
+            probability.
+        """
         runner = self._runner.over(skipping(self.model, skips))
         longest = int(self._lengths.max()) + self._tokens
         logits = runner.forward(self._rows, self._answers[:, :-1], self._lengths, longest=longest)
@@ -176,8 +183,10 @@ class Estimator:
 
 
 def measured_costs(runner: ForwardRunner, timed: int = TIMED) -> Costs:
-    """Four forwards in turns (compiled, if the runner compiles): the whole target with one and with many rows, and
-    without any attention or MLP."""
+    """Measures the costs from four forwards in turns, compiled if the runner compiles.
+
+    They are the whole target with one row and with many, and the target without any attention and without any MLP.
+    """
     layers, everything = runner.cache.layers, range(runner.cache.layers)
     rows = 1 + max(LOOKAHEADS)
     one = RowPlan.sequential("one", 1)
@@ -195,7 +204,7 @@ def measured_costs(runner: ForwardRunner, timed: int = TIMED) -> Costs:
             tokens = torch.zeros(runner.batch, plan.rows, dtype=torch.int64, device=runner.device)
             began = time.perf_counter()
             who.forward(plan, tokens, lengths, longest=longest).sum().item()  # waits for the device
-            if turn >= 2:  # compiled, and warm
+            if turn >= 2:  # the first turns compile and warm up
                 seconds.append(time.perf_counter() - began)
     plain, many, no_attention, no_mlp = map(median, spent)
     return Costs(

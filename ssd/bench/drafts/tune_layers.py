@@ -1,7 +1,7 @@
-"""``ssd tune layers``: the skip set of method ``self`` that is fastest on the user's prompts.
+"""``ssd tune layers``: searches the skip set of method ``self`` that is fastest on the user's prompts.
 
-Published patterns are estimated first, then sublayers are put in and out one at a time as long as the estimate
-rises; real runs, in turns with plain decoding, decide among the best.
+The search estimates published patterns first, then skips or restores one sublayer at a time as long as the estimate
+rises. Real runs, in turns with plain decoding, decide among the best.
 """
 
 from __future__ import annotations
@@ -10,41 +10,39 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from ...config.load import Config, load_config
+from ...config.load import load_config
+from ...config.sections import Config
 from ...models.skipping import SkipSet
-from ..measure.arms import Progress
 from ..measure.compare import compare
+from ..measure.interleave import Launch, Progress, Runs
 from ..measure.prompts import Prompt
 from .skip_estimate import Estimate
-
-if TYPE_CHECKING:
-    from ...engine.llm import LLM
 
 WORTH = 1.002
 """A change must raise the estimate by this factor to be kept."""
 NEAR = 0.25
-"""Candidates for real runs differ in at least this share of their sublayers, while there are such."""
+"""Candidates for real runs differ in at least this share of their skipped sublayers, where that is possible."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """A skip set, what was expected and what it brought."""
+    """A skip set with its estimate and its measured figures."""
 
     estimate: Estimate
     speedup: float | None = None
-    """Tokens per second over ``none_fast``, measured in turns."""
+    """Tokens per second relative to ``none_fast``, measured in turns."""
     acceptance: float | None = None
     cost: float | None = None
-    """Seconds of a step over those of a verification, measured."""
+    """Seconds of a draft step relative to a verification, measured."""
     identical: bool = True
 
     @property
     def overrides(self) -> list[str]:
-        """The configuration of this candidate, beside the user's own."""
+        """The candidate as overrides of a configuration."""
         found = self.estimate
         return [
             "draft=null",
@@ -59,7 +57,7 @@ class Candidate:
 
 
 def patterns(layers: int) -> Iterator[SkipSet]:
-    """Sets from the literature, where the search begins."""
+    """Yields skip sets from the literature; the search begins with the best of them."""
     middle = range(1, layers - 1)
     for step in (2, 3):  # SWIFT's uniform start
         yield SkipSet.of(middle[::step], middle[::step], layers)
@@ -84,8 +82,16 @@ def search(
     progress: Callable[[str], None] = lambda label: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Estimate:
-    """The best estimate found by the deadline: from the best pattern uphill, toggling a sublayer or trading one
-    for another, in an order drawn once."""
+    """Returns the best estimate found by the deadline.
+
+    A hill climb from the best published pattern: each step skips or restores a sublayer, or exchanges two. The order
+    in which steps are tried is random with a fixed seed.
+
+    Args:
+        of: estimates a skip set.
+        deadline_s: on ``clock``.
+        progress: called with a description of the best estimate so far.
+    """
     best = max((of(skips) for skips in dict.fromkeys(patterns(layers))), key=_speedup)
     order = random.Random(0)
     better = True
@@ -97,7 +103,7 @@ def search(
             if clock() >= deadline_s:
                 break
             found = of(skips)
-            progress(f"best of the estimates {best.speedup:.2f}×")
+            progress(f"best estimate {best.speedup:.2f}×")
             if found.speedup > best.speedup * WORTH:
                 best, better = found, True
                 break
@@ -105,7 +111,7 @@ def search(
 
 
 def _neighbours(skips: SkipSet) -> Iterator[SkipSet]:
-    """One sublayer more or less; one for another of its kind; a whole layer more or less."""
+    """Yields the sets that differ in one sublayer or one layer, or exchange one sublayer for another of its kind."""
     layers = range(skips.layers)
     for layer in layers:
         yield SkipSet(skips.attention ^ {layer}, skips.mlp, skips.layers)
@@ -124,7 +130,11 @@ def _neighbours(skips: SkipSet) -> Iterator[SkipSet]:
 
 
 def shortlist(seen: Sequence[Estimate], count: int) -> list[Candidate]:
-    """The best of the estimates that are not all but the same set."""
+    """Returns the best estimates that differ enough from each other, then the best of the others.
+
+    Args:
+        seen: all estimates, best first.
+    """
     chosen: list[Estimate] = []
     for one in seen:
         alike = any(_distance(one.skips, other.skips) < NEAR * max(one.skips.count, 1) for other in chosen)
@@ -135,40 +145,36 @@ def shortlist(seen: Sequence[Estimate], count: int) -> list[Candidate]:
 
 
 def measure(
+    launch: Launch,
     config: Config,
     candidate: Candidate,
     prompts: Sequence[Prompt],
+    runs: Runs,
     *,
-    max_tokens: int,
-    repeat: int = 1,
-    launch: Callable[[Config], LLM] | None = None,
     progress: Progress | None = None,
 ) -> Candidate:
-    """Run a candidate in turns with plain decoding (``none_fast`` and ``none``), in one pipeline.
+    """Runs a candidate in turns with plain decoding (``none_fast`` and ``none``), in one pipeline.
 
     Raises:
-        UsageError, WorkerError: as ``LLM``.
+        UsageError, WorkerError: as ``launch``.
     """
-    from ...engine.llm import LLM
-
     settings = load_config(config, [*candidate.overrides, "speculation.governor=false"])
-    with (launch or LLM)(settings) as llm:
-        found = compare(
-            llm, prompts, methods=("none", "self"), max_tokens=max_tokens, repeat=repeat, progress=progress
-        ).to_json()["methods"]["self"]
+    with launch(settings) as llm:
+        comparison = compare(llm, prompts, runs, methods=("none", "self"), progress=progress)
+    found = comparison.to_json()["methods"]["self"]
     drafts, forward = found["draft_ms"], found["forward_ms"]
     return Candidate(
         estimate=candidate.estimate,
         speedup=found["speedup"],
         acceptance=found["acceptance_rate"],
-        # A chain that ends early has fewer steps: the median round's are those of most rounds.
+        # Chains that end early have fewer steps; the median is over rounds, most of which have all steps.
         cost=drafts / forward / candidate.estimate.lookahead if drafts and forward else None,
         identical=found["identical"],
     )
 
 
 def layers_yaml(config: Config, best: Candidate, comment: str) -> str:
-    """The configuration with the candidate's values, the figures above it."""
+    """Returns the configuration with the candidate's values as YAML, with ``comment`` above it."""
     tree: dict[str, Any] = load_config(config, best.overrides).model_dump(exclude_none=True)
     return "".join(f"# {line}\n" for line in comment.splitlines()) + yaml.safe_dump(tree, sort_keys=False)
 

@@ -1,11 +1,10 @@
 """Certificates of exactness: speculative decoding against plain decoding, prompt by prompt.
 
-Every prompt is decoded plainly (``none``) and with the speculative methods, through one engine. Where
-the tokens part, the target is asked by teacher forcing which of the two tokens it would choose: the
-difference is a *near tie* if the two tokens' scores lie within the numerical band of the target's
-logits, and *structural* otherwise. The band is measured: twice the largest difference between the
-log-probabilities that plain decoding reported and the teacher's. Under ``numerics: strict`` even a near
-tie is a failure.
+Every prompt is decoded plainly (``none``) and with the speculative methods, through one engine. Where the tokens
+differ, teacher forcing computes which of the two tokens the target would choose. The difference is a *near tie* if
+the scores of the two tokens lie within the numerical band of the target's logits, and *structural* otherwise. The
+band is measured: it is twice the largest difference between the log-probabilities that plain decoding reported and
+the teacher's. Under ``numerics: strict`` even a near tie is a failure.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ...config.load import Config
+from ...config.sections import Config
 from ...errors import RequestError
 from ...request.methods import METHODS, Method
 from ...request.output import RequestOutput, SpeculationRecord
@@ -28,22 +27,22 @@ if TYPE_CHECKING:
     from .teacher import Teacher
 
 LOGPROBS = 4
-"""Log-probabilities of so many tokens a row are compared, beside the chosen one."""
+"""Tokens per row whose log-probabilities are compared, besides the chosen one."""
 MEASURED = 8
-"""Plain outputs the band is measured on, beside those that were departed from."""
+"""Outputs of plain decoding the band is measured on, besides those from which a method differed."""
 PORTION = 4
-"""Batches that are decoded plainly before the other methods decode the same."""
+"""Batches decoded plainly before the other methods decode the same prompts."""
 CONTEXT_TOKENS = 24
-"""Tokens before a divergence that a report shows."""
+"""Tokens before a divergence that are reported."""
 
 Kind = Literal["near_tie", "structural"]
 Progress = Callable[[int, int], None]
-"""Called with the prompts done and the prompts in all."""
+"""Called with the number of prompts done and the total."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """One request to certify; its ``method`` is set by us."""
+    """A request to certify. Its ``method`` is ignored."""
 
     name: str
     prompt: str | tuple[int, ...]
@@ -52,7 +51,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Divergence:
-    """Where a method's output first departs from plain decoding's."""
+    """The first place where a method's output differs from plain decoding's."""
 
     trial: str
     method: Method
@@ -62,19 +61,19 @@ class Divergence:
     position: int
     """Index among the generated tokens."""
     context: str
-    """The end of the common text."""
+    """The last tokens before it, as text."""
     tokens: tuple[int | None, int | None]
-    """Plain decoding's, and the method's; None: the output ended."""
+    """Plain decoding's and the method's token; None: the output ended."""
     texts: tuple[str, str]
     scores: tuple[float, float] | None
-    """The teacher's, perturbed by the request's noise. None: an output ended, nothing to choose."""
+    """The teacher's scores of both, with the request's noise. None: an output ended, so there was no choice."""
     gap: float | None
     band: float | None
 
 
 @dataclass(kw_only=True, slots=True)
 class Group:
-    """What one method did at one temperature."""
+    """Counts of one method at one temperature."""
 
     method: Method
     temperature: float
@@ -83,27 +82,28 @@ class Group:
     near_ties: int = 0
     structural: int = 0
     tokens: int = 0
-    """Compared: plain decoding's."""
+    """Tokens compared, as plain decoding generated them."""
     largest_difference: float = 0.0
-    """Between log-probabilities of the same row, up to the first divergence; 0: the same bits."""
+    """Largest difference between log-probabilities of the same row, up to the first divergence; 0: identical."""
     record: SpeculationRecord = field(default_factory=SpeculationRecord)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Certificate:
-    """What :func:`certify` found."""
+    """What :func:`certify` returns."""
 
     config: Config
     groups: tuple[Group, ...]
     divergences: tuple[Divergence, ...]
     noise: float | None
-    """Largest difference of a log-probability, plain decoding against the teacher; None: not needed."""
+    """Largest difference between plain decoding's and the teacher's log-probabilities; None: nothing differed, so it
+    was not measured."""
     degraded: str | None
-    """Why the draft was lost on the way, if it was: what came after was plain decoding."""
+    """Why the draft was lost, if it was: everything after that was plain decoding."""
 
     @property
     def faults(self) -> list[str]:
-        """Why this is no certificate; empty if it is one."""
+        """The reasons for which the certificate is refused; empty if it passed."""
         found = []
         structural = sum(group.structural for group in self.groups)
         ties = sum(group.near_ties for group in self.groups)
@@ -125,7 +125,7 @@ class Certificate:
         return not self.faults
 
     def to_json(self) -> dict[str, Any]:
-        """Ready for :func:`json.dumps`."""
+        """Returns the certificate, ready for :func:`json.dumps`."""
         return {
             "passed": self.passed,
             "faults": self.faults,
@@ -140,8 +140,12 @@ class Certificate:
 
 
 def trials(prompts: Sequence[Prompt], temperatures: Sequence[float], *, seed: int = 0, **params: Any) -> list[Trial]:
-    """Each prompt at each temperature, each prompt with a seed of its own. ``params``: further
-    fields of ``SamplingParams``."""
+    """Returns a trial for each prompt at each temperature.
+
+    Args:
+        seed: each prompt's own seed is derived from it.
+        params: further fields of ``SamplingParams``.
+    """
     return [
         Trial(
             name=prompt.name,
@@ -154,7 +158,7 @@ def trials(prompts: Sequence[Prompt], temperatures: Sequence[float], *, seed: in
 
 
 def speculative(methods: Sequence[str]) -> tuple[Method, ...]:
-    """Those of the methods that speculate, checked. Raises: RequestError."""
+    """Returns the methods that speculate. Raises RequestError if one is unknown, or none speculates."""
     for method in methods:
         if method not in METHODS or method == BASELINE:
             known = ", ".join(name for name in METHODS if name != BASELINE)
@@ -166,31 +170,31 @@ def speculative(methods: Sequence[str]) -> tuple[Method, ...]:
 
 
 def check_promise(config: Config, temperatures: Sequence[float]) -> None:
-    """Raises: RequestError if this rule does not promise plain decoding's tokens."""
+    """Raises RequestError if the verification rule does not promise plain decoding's tokens at a temperature."""
     from ...decoding.sampling import GREEDY_BELOW
 
     hot = [temperature for temperature in temperatures if temperature >= GREEDY_BELOW]
     if config.speculation.verify != "coupled" and hot:
         raise RequestError(
-            f"speculation.verify={config.speculation.verify} keeps plain decoding's law, not its tokens, at "
-            f"temperature {hot[0]:g}: there is nothing token by token to certify (how the law is checked: "
-            "docs/verification.md); certify it at temperature 0, or use speculation.verify=coupled"
+            f"speculation.verify={config.speculation.verify} keeps plain decoding's distribution, not its tokens, at "
+            f"temperature {hot[0]:g}, so tokens cannot be certified (docs/verification.md tells how the distribution "
+            "is checked); certify at temperature 0, or use speculation.verify=coupled"
         )
 
 
 @dataclass(kw_only=True, slots=True)
 class Decoded:
-    """What :func:`decode` found: what is equal is counted, what is not waits for :func:`judge`."""
+    """What :func:`decode` returns: counts of equal outputs, and the others for :func:`judge`."""
 
     config: Config
-    tokenizer: Any
     groups: dict[tuple[Method, float], Group] = field(default_factory=dict)
     departed: list[_Departure] = field(default_factory=list)
     sample: list[RequestOutput] = field(default_factory=list)
-    """Plain outputs the band is measured on."""
+    """Outputs of plain decoding the band is measured on."""
     degraded: str | None = None
 
     def add(self, trial: Trial, method: Method, output: RequestOutput, reference: RequestOutput) -> None:
+        """Counts an output, and keeps it if it differs from the reference."""
         key = method, trial.params.temperature
         group = self.groups.setdefault(key, Group(method=method, temperature=trial.params.temperature))
         if _count(group, output, reference):
@@ -200,26 +204,26 @@ class Decoded:
 def certify(
     llm: LLM, asked: Sequence[Trial], methods: Sequence[str] = ("sd", "ssd"), *, progress: Progress | None = None
 ) -> Certificate:
-    """:func:`decode`, then :func:`judge`; the target is in memory twice if there is anything to judge."""
+    """Runs :func:`decode`, then :func:`judge`; the target is in memory twice if outputs differ."""
     return judge(decode(llm, asked, methods, progress=progress))
 
 
 def decode(
     llm: LLM, asked: Sequence[Trial], methods: Sequence[str] = ("sd", "ssd"), *, progress: Progress | None = None
 ) -> Decoded:
-    """Decode every trial plainly and with each method.
+    """Decodes every trial plainly and with each method.
 
-    Trials go in portions of a few batches: first plainly, then with all methods at once, so that
-    methods share batches and requests join in the middle of others.
+    Trials are decoded in portions of a few batches: first plainly, then with all methods at once, so that methods
+    share batches and requests start while others run.
 
     Raises:
-        RequestError: nothing to certify, or a promise that is not made (``check_promise``).
+        RequestError: there is nothing to certify, or equal tokens are not promised (``check_promise``).
     """
     chosen = speculative(methods)
     if not asked:
         raise RequestError("there are no prompts to certify")
     check_promise(llm.config, [trial.params.temperature for trial in asked])
-    found = Decoded(config=llm.config, tokenizer=llm.tokenizer)
+    found = Decoded(config=llm.config)
     size, done = PORTION * llm.config.engine.max_batch, 0
     for portion in (asked[start : start + size] for start in range(0, len(asked), size)):
         plain = [outputs[REFERENCE] for outputs in _run(llm, portion, (REFERENCE,))]
@@ -235,15 +239,15 @@ def decode(
 
 
 def judge(found: Decoded) -> Certificate:
-    """Sort what differs. The teacher is loaded only if something does."""
+    """Classifies the outputs that differ. The teacher is loaded only if there are any."""
     noise, divergences = None, []
     if found.departed:
-        from .teacher import Teacher  # torch and transformers: only when they are needed
+        from .teacher import Teacher  # imports torch and transformers, which are not needed if all is equal
 
         teacher = Teacher(found.config)
         measured = [*found.sample, *(departure.reference for departure in found.departed[:MEASURED])]
         noise = max(teacher.noise_of(output) for output in measured)
-        divergences = [_sort(found.tokenizer, teacher, 2 * noise, departure) for departure in found.departed]
+        divergences = [_classified(teacher, 2 * noise, departure) for departure in found.departed]
     kinds = Counter((one.method, one.temperature, one.kind) for one in divergences)
     groups = [
         replace(group, near_ties=kinds[*key, "near_tie"], structural=kinds[*key, "structural"])
@@ -266,7 +270,7 @@ class _Departure(NamedTuple):
 
 
 def _run(llm: LLM, portion: Sequence[Trial], methods: Sequence[Method]) -> list[dict[Method, RequestOutput]]:
-    """Of every trial, its outputs by method; all requests in flight at once."""
+    """Returns the outputs of every trial by method; all requests run at the same time."""
     params = [replace(trial.params, method=m, logprobs=LOGPROBS) for trial in portion for m in methods]
     prompts: Any = [trial.prompt for trial in portion for _ in methods]
     outputs = llm.generate(prompts, params)
@@ -276,7 +280,7 @@ def _run(llm: LLM, portion: Sequence[Trial], methods: Sequence[Method]) -> list[
 
 
 def _count(group: Group, output: RequestOutput, reference: RequestOutput) -> bool:
-    """Count one output; whether it departs from the reference."""
+    """Counts one output; returns whether it differs from the reference."""
     same = (output.token_ids, output.text, output.finish_reason) == (
         reference.token_ids,
         reference.text,
@@ -286,7 +290,7 @@ def _count(group: Group, output: RequestOutput, reference: RequestOutput) -> boo
     group.equal += same
     group.tokens += len(reference.token_ids)
     group.record.add(output.speculation)
-    # The row that chose differently still had the same prefix.
+    # The row with the first different token still has the same prefix.
     rows = first_difference(output.token_ids, reference.token_ids)
     for one, other in list(zip(output.logprobs or (), reference.logprobs or (), strict=False))[: rows and rows + 1]:
         theirs = {other.token_id: other.logprob, **dict(other.top)}
@@ -296,7 +300,8 @@ def _count(group: Group, output: RequestOutput, reference: RequestOutput) -> boo
     return not same
 
 
-def _sort(tokenizer: Any, teacher: Teacher, band: float, departure: _Departure) -> Divergence:
+def _classified(teacher: Teacher, band: float, departure: _Departure) -> Divergence:
+    tokenizer = teacher.tokenizer
     trial, method, output, reference = departure
     position = first_difference(output.token_ids, reference.token_ids)
     position = len(output.token_ids) if position is None else position

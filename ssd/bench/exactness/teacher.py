@@ -1,8 +1,8 @@
-"""Teacher forcing: what a target says after a prefix, computed apart from the engine.
+"""Teacher forcing: the target's choice after a prefix, computed without the engine.
 
-A plain ``transformers`` forward over the whole prefix with the model's own attention: no slot cache,
-no row plans, no compilation. Only the formulas that turn logits into a choice are the engine's
-(``ssd.decoding``), for they define it.
+It is a plain ``transformers`` forward over the whole prefix with the model's own attention: no slot cache, no row
+plans, no compilation. Only the formulas that turn logits into a choice are the engine's (``ssd.decoding``), because
+they define the choice.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...config.load import Config, resolve_model_path
+from ...config.load import resolve_model_path
+from ...config.sections import Config
 from ...decoding.noise import gumbel
 from ...decoding.sampling import scores
 from ...engine.front import make_plan
@@ -26,27 +27,28 @@ from ...request.sampling_params import SamplingParams
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forced:
-    """Two tokens as choices after one prefix."""
+    """How the target rates two tokens after a prefix."""
 
     scores: tuple[float, float]
-    """Processed and perturbed: the larger is chosen. ``-inf``: filtered or excluded."""
+    """Scores after processors and noise; the larger one is chosen. ``-inf``: filtered out or excluded."""
     within: bool
-    """Whether logits no farther than the band from the teacher's choose the one, and others the other."""
+    """Whether logits within the band of the teacher's can choose either token."""
 
     @property
     def gap(self) -> float:
+        """The absolute difference of the scores."""
         return abs(self.scores[0] - self.scores[1]) if self.scores[0] != self.scores[1] else 0.0
 
 
 class Teacher:
-    """The configuration's target, in its dtype, on its device, loaded a second time.
+    """A second copy of the configuration's target, in its dtype and on its device.
 
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: the target cannot be loaded.
     """
 
     def __init__(self, config: Config):
-        self._tokenizer, self._plan = make_plan(config)
+        self.tokenizer, self._plan = make_plan(config)
         target = config.target
         self._model = load_model(
             resolve_model_path(target.model),
@@ -57,14 +59,17 @@ class Teacher:
 
     @torch.no_grad()
     def logits(self, tokens: Sequence[int], rows: int) -> Tensor:
-        """After each of the last ``rows`` prefixes of ``tokens``, float32 ``[rows, V]``."""
+        """Returns the logits after each of the last ``rows`` prefixes of ``tokens``, float32 ``[rows, V]``."""
         ids = torch.tensor([list(tokens)], device=self._model.device)
         logits = self._model(input_ids=ids, logits_to_keep=rows, use_cache=False).logits
         return logits[0, :, : self._plan.vocabulary].float()
 
     def noise_of(self, output: RequestOutput) -> float:
-        """Largest difference between a log-probability the engine reported and the teacher's, over
-        all tokens reported of all rows. The request must have asked for ``logprobs``."""
+        """Returns the largest difference between the engine's and the teacher's log-probabilities.
+
+        It is taken over all tokens whose log-probabilities the engine reported (``logprobs`` of the request); 0 if
+        it reported none.
+        """
         told = output.logprobs
         if not told:
             return 0.0
@@ -81,11 +86,14 @@ class Teacher:
         tokens: tuple[int, int],
         band: float,
     ) -> Forced:
-        """Judge two tokens as the next one after ``prompt`` and ``output``.
+        """Rates two tokens as the next one after ``prompt`` and ``output``.
 
-        Filters and processors are no smooth functions of the logits, so what the band allows is
-        tried: a token is a possible choice if it is the choice once its own logit is raised by the
-        band, or its rival's lowered, or both by half of it.
+        Filters and processors are not smooth functions of the logits, so changes within the band are tried: a token
+        can be chosen if it is chosen after its own logit is raised by the band, or the other one lowered by it, or
+        both changed by half of it.
+
+        Args:
+            band: largest error of a logit.
         """
         logits = self.logits([*prompt, *output], 1)
         one, other = tokens
@@ -104,9 +112,9 @@ class Teacher:
         )
 
     def _scores(self, logits: Tensor, prompt: Sequence[int], output: Sequence[int], params: SamplingParams) -> Tensor:
-        """``[1, R, V]``: raw logits of R variants of one row to what its choice is the argmax of."""
+        """Turns raw logits ``[1, R, V]`` of R variants of one row into scores, whose argmax is the choice."""
         plan, device = self._plan, logits.device
-        params = resolve(params, self._tokenizer, vocabulary=plan.vocabulary, ends=plan.ends)
+        params = resolve(params, self.tokenizer, vocabulary=plan.vocabulary, ends=plan.ends)
         sampling = SlotSampling(1, plan.vocabulary, device, horizon=1)
         sampling.set(0, params)
         ends = {*params.stop_token_ids, *plan.ends} if params.min_tokens else set()

@@ -1,7 +1,7 @@
-"""Run the methods side by side on the same prompts.
+"""Comparing methods on the same prompts: their tokens and their speed.
 
-Methods take turns prompt by prompt, one request (or batch) at a time. ``none`` (plain decoding, strict numerics)
-defines the tokens; ``none_fast`` (plain decoding, one row, unpadded) is the speed to beat.
+``none`` (plain decoding, strict numerics) defines the tokens; ``none_fast`` (plain decoding, one row, unpadded) is
+the baseline of speed.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ... import __version__
-from ...config.load import Config, load_config
+from ...config.load import load_config
+from ...config.sections import Config
 from ...errors import RequestError
 from ...request.methods import METHODS, Method
 from ...request.output import RequestOutput
-from ...request.sampling_params import SamplingParams
-from .arms import Arm, MethodArm, Progress, Tally, interleave, merge
+from .interleave import Arm, MethodArm, Progress, Runs, Tally, interleave, merge
 from .prompts import Prompt
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ PACKAGES = ("torch", "transformers", "ray", "pyzmq")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mismatch:
-    """A method's tokens differed from plain decoding's."""
+    """An output whose tokens differ from plain decoding's."""
 
     method: str
     prompt: str
@@ -44,47 +44,44 @@ class Mismatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """What :func:`compare` measured."""
+    """What :func:`compare` returns."""
 
     prompts: tuple[Prompt, ...]
     methods: tuple[str, ...]
-    """And peers, by name."""
-    seed: int
-    temperature: float
+    """Names of the methods and peers, in the order of the report."""
+    runs: Runs
     lookahead: int | str
     references: dict[str, RequestOutput]
     """Plain decoding's output, by prompt name."""
     tallies: dict[tuple[str, str], list[Tally]]
-    """By method and category, one per repeat."""
+    """By method and category: one for each repeat."""
     timings_ms: dict[str, dict[str, float | None]]
-    """By method: medians over the requests."""
+    """By method: medians over the requests, in ms."""
     mismatches: tuple[Mismatch, ...]
     verify: str = "coupled"
-    """The verification rule."""
+    """The verification rule, ``speculation.verify``."""
     peers: tuple[str, ...] = ()
-    """Those of ``methods`` that are other programs: nothing is promised of their tokens."""
-    batch: int = 1
-    """Prompts run together."""
+    """The ``methods`` that are other programs, whose tokens may differ."""
 
     @property
     def identity_promised(self) -> bool:
-        """Whether the methods' tokens must be equal. ``rejection`` and ``block`` promise that at
-        temperature 0 only: above it their tokens have plain decoding's law and are others."""
-        from ...decoding.sampling import GREEDY_BELOW  # torch: only when it is there anyway
+        """Whether the methods' tokens must be equal. ``rejection`` and ``block`` promise that at temperature 0 only;
+        above it their tokens differ but have the same distribution."""
+        from ...decoding.sampling import GREEDY_BELOW  # imports torch, which importing this module must not
 
-        return self.verify == "coupled" or self.temperature < GREEDY_BELOW
+        return self.verify == "coupled" or self.runs.temperature < GREEDY_BELOW
 
     def identical(self, method: str) -> bool:
-        """Whether the method's tokens equal plain decoding's, for every prompt and repeat."""
+        """Returns whether the method's tokens equal plain decoding's, for every prompt and repeat."""
         return all(mismatch.method != method for mismatch in self.mismatches)
 
     @property
     def identical_all(self) -> bool:
-        """Whether all methods agree; ``none_fast`` and peers, which promise less, are not counted."""
+        """Whether all methods agree. ``none_fast`` and peers do not count: they promise less."""
         return all(self.identical(method) for method in self.methods if self.counts(method))
 
     def counts(self, method: str) -> bool:
-        """Whether the method's tokens must be plain decoding's."""
+        """Returns whether the method's tokens must equal plain decoding's."""
         return method != BASELINE and method not in self.peers
 
     @property
@@ -92,25 +89,27 @@ class Comparison:
         return list(dict.fromkeys(prompt.category for prompt in self.prompts))
 
     def repeats(self, method: str, category: str | None = None) -> list[Tally]:
-        """The method's tallies, one per repeat: of one category, or of all together."""
+        """Returns the method's tallies, one for each repeat: of one category, or of all."""
         if category is not None:
             return self.tallies[method, category]
         return [merge(parts) for parts in zip(*(self.tallies[method, c] for c in self.categories), strict=True)]
 
     def to_json(self) -> dict[str, Any]:
-        """Numbers only, ready for :func:`json.dumps`. ``tokens`` counts what plain decoding
-        generated over all prompts; counts and times are medians over the repeats, the histogram of
-        accepted draft tokens is their sum."""
+        """Returns the figures, ready for :func:`json.dumps`.
+
+        ``tokens`` is what plain decoding generated over all prompts. Counts and times are medians over the repeats;
+        the histogram of accepted draft tokens is a sum over them.
+        """
         return {
             "identical_all": self.identical_all,
             "identity_promised": self.identity_promised,
             "verify": self.verify,
             "prompts": len(self.prompts),
             "tokens": sum(len(output.token_ids) for output in self.references.values()),
-            "seed": self.seed,
-            "temperature": self.temperature,
+            "seed": self.runs.seed,
+            "temperature": self.runs.temperature,
             "lookahead": self.lookahead,
-            "batch": self.batch,
+            "batch": self.runs.batch,
             "versions": versions(),
             "methods": {method: self._method(method) for method in self.methods},
         }
@@ -144,22 +143,19 @@ class Comparison:
 def compare(
     llm: LLM,
     prompts: Sequence[Prompt],
+    runs: Runs,
     *,
     methods: Sequence[str] = ("none", "sd", "ssd"),
-    temperature: float = 0.0,
-    seed: int = 0,
-    max_tokens: int = 128,
-    repeat: int = 1,
-    warmup_tokens: int = 16,
-    batch: int = 1,
     beside: Sequence[Arm] = (),
     peers: Sequence[Arm] = (),
     progress: Progress | None = None,
 ) -> Comparison:
-    """Run each prompt with each method and peer, ``repeat`` times, and compare tokens and speed.
+    """Runs each prompt with each method and peer, in turns, and compares tokens and speed.
 
-    ``none_fast`` and ``none`` always run. ``beside``: other pipelines of the same models, whose tokens must be the
-    same. How turns are taken: :func:`ssd.bench.measure.arms.interleave`.
+    Args:
+        methods: ``none_fast`` and ``none`` always run, named here or not.
+        beside: other pipelines of the same models; their tokens must be the same.
+        peers: other programs; their tokens may differ.
 
     Raises:
         RequestError: an unknown method, no prompts, or a prompt the model cannot take.
@@ -169,23 +165,15 @@ def compare(
         raise RequestError("there are no prompts to compare on")
     if len({prompt.name for prompt in prompts}) < len(prompts):
         raise RequestError("the prompts' names must differ")
-    if repeat < 1:
-        raise RequestError("repeat must be an integer >= 1")
-
     arms: list[Arm] = [*(MethodArm(llm, method) for method in order), *beside, *peers]
-    params = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens, ignore_eos=True)
-    found = interleave(
-        arms, prompts, params, repeat=repeat, warmup_tokens=warmup_tokens, batch=batch, progress=progress
-    )
+    found = interleave(arms, prompts, runs, progress=progress)
     names = tuple(arm.name for arm in arms)
     references = {prompt.name: found.outputs[REFERENCE, 0, prompt.name] for prompt in prompts}
     return Comparison(
         prompts=tuple(prompts),
         methods=names,
         peers=tuple(arm.name for arm in peers),
-        batch=batch,
-        seed=seed,
-        temperature=temperature,
+        runs=runs,
         lookahead=llm.config.speculation.lookahead,
         verify=llm.config.speculation.verify,
         references=references,
@@ -200,7 +188,7 @@ def compare(
 
 
 def first_difference(tokens: Sequence[int], others: Sequence[int]) -> int | None:
-    """Index of the first token that differs; a missing token differs; None if all are equal."""
+    """Returns the index of the first token that differs or is missing in one of them; None if they are equal."""
     for position, (token, other) in enumerate(zip(tokens, others, strict=False)):
         if token != other:
             return position
@@ -208,7 +196,7 @@ def first_difference(tokens: Sequence[int], others: Sequence[int]) -> int | None
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python, this package and what it stands on; none where not installed."""
+    """Returns the versions of Python, this package and its main dependencies; None for one that is not installed."""
     found: dict[str, str | None] = {"python": python_version(), "ssd": __version__}
     for package in PACKAGES:
         try:
@@ -219,7 +207,7 @@ def versions() -> dict[str, str | None]:
 
 
 def parse_methods(names: str) -> tuple[str, ...]:
-    """``"none, sd"`` as names, checked.
+    """Splits ``"none, sd"`` into method names.
 
     Raises:
         RequestError: an unknown method.
@@ -230,14 +218,14 @@ def parse_methods(names: str) -> tuple[str, ...]:
 
 
 def prepared(config: Config, methods: Sequence[str]) -> Config:
-    """The configuration with what the methods need: for ``self`` a draft within the target, the default one where
-    none is configured."""
+    """Returns the configuration with the sections the methods need: ``self`` gets the default self-draft if none is
+    configured."""
     needs = "self" in methods and config.speculation.self_draft is None
     return load_config(config, ["speculation.self={}"]) if needs else config
 
 
 def _order(methods: Sequence[str]) -> tuple[Method, ...]:
-    """The baseline, the reference, then the methods asked for."""
+    """Returns the baseline, the reference, then the requested methods."""
     for method in methods:
         if method not in METHODS:
             raise RequestError(f"method {method!r} is unknown; methods are {', '.join(METHODS)}")

@@ -1,4 +1,4 @@
-"""Prompts to measure on: read from JSON lines, or the demonstration set."""
+"""Prompts to measure on: a file of JSON lines, or the demonstration's."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ class Prompt:
 
 
 def load_prompts(path: str | Path) -> list[Prompt]:
-    """Read JSON lines: ``{"prompt": …, "name"?: …, "category"?: …}``, or Spec-Bench's
-    ``{"question_id": …, "category": …, "turns": […]}``, of which the first turn is taken.
+    """Reads prompts from JSON lines.
+
+    A line is ``{"prompt": …, "name"?: …, "category"?: …}``, or as in Spec-Bench
+    ``{"question_id": …, "category": …, "turns": […]}``; then the first turn is the prompt.
 
     Raises:
-        RequestError: the file, or a line of it (named), cannot be used.
+        RequestError: the file or a line of it cannot be used; the message names the line.
     """
     path = Path(path)
     try:
@@ -155,4 +157,4 @@ DEMO_PROMPTS = (
     Prompt(name="library", category="prose", text=_LIBRARY),
     Prompt(name="reference", category="prose", text=_REFERENCE),
 )
-"""Beginnings of Python source and of documentation, for the embedded pair to continue."""
+"""Beginnings of Python source files and of documentation pages, for the embedded pair to continue."""

@@ -1,184 +1,194 @@
-"""``ssd bench``: a configuration, and values swept around it, measured on prompts beside peers."""
+"""``ssd bench``: measures a configuration, settings around it, and other programs on the same prompts."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ...config.load import Config, load_config
-from ...errors import RequestError
+from ...config.load import load_config
+from ...config.sections import Config
 from ...request.sampling_params import SamplingParams
 from ..peers.adapters import Peer, PeerUnavailable
-from .arms import MethodArm, Progress
-from .compare import compare
+from .compare import Comparison, compare
+from .interleave import Launch, MethodArm, Progress, Runs
 from .prompts import Prompt
+from .settings import Beside, Sweep
 
 if TYPE_CHECKING:
     from ...engine.llm import LLM
 
 BATCH = "engine.max_batch"
+PEER_TOKENS = 8
+"""Tokens a peer generates to show that it works."""
 TIMELINE_TOKENS = 48
+"""Tokens of the requests whose rounds are recorded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sweep:
-    """Values of one configuration key; each is a start of the pipeline of its own."""
+class BenchOptions:
+    """What a bench measures."""
 
-    key: str
-    values: tuple[str, ...]
-
-
-def parse_sweep(given: str) -> Sweep:
-    """``KEY=1..6`` (whole numbers, both ends) or ``KEY=a,b,c``.
-
-    Raises:
-        RequestError: it is neither.
-    """
-    key, _, text = given.partition("=")
-    low, dots, high = text.partition("..")
-    if dots and low.isdigit() and high.isdigit() and int(low) <= int(high):
-        values = tuple(str(value) for value in range(int(low), int(high) + 1))
-    else:
-        values = tuple(part.strip() for part in text.split(",")) if not dots else ()
-    if not key.strip() or not values or not all(values):
-        raise RequestError(f"--sweep {given!r} must look like KEY=1..6 or KEY=4,8,16")
-    return Sweep(key=key.strip(), values=values)
+    methods: Sequence[str] = ("none", "sd", "ssd")
+    peers: Sequence[str] = ()
+    """Names of :data:`ssd.bench.peers.adapters.PEERS`."""
+    vllm_python: str | None = None
+    """Python of an environment with vLLM; needed by the vLLM peers."""
+    sweeps: Sequence[Sweep] = ()
+    besides: Sequence[Beside] = ()
+    """Alternatives that take turns with every setting, each with the method of its own configuration."""
+    runs: Runs = field(default_factory=lambda: Runs(repeat=3))
+    """``batch`` is ignored: each setting runs ``engine.max_batch`` prompts together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Beside:
-    """Settings that take turns with the configuration's own, in a pipeline of their own."""
+class _Point:
+    """One setting to measure."""
 
-    settings: tuple[str, ...]
+    key: str | None
+    """The swept key; None: the configuration as given."""
+    value: str | None
+    config: Config
+    besides: dict[str, Config]
+    """Alternatives at this setting, by name."""
 
     @property
-    def name(self) -> str:
-        return ", ".join(setting.rpartition(".")[2] for setting in self.settings)
+    def label(self) -> str:
+        return f"{self.key}={self.value}" if self.key else "as configured"
 
-
-def parse_beside(given: str) -> Beside:
-    """``"KEY=VALUE KEY=VALUE .."``.
-
-    Raises:
-        RequestError: it is not.
-    """
-    settings = tuple(given.split())
-    if not settings or not all("=" in setting for setting in settings):
-        raise RequestError(f'--beside {given!r} must look like KEY=VALUE or "KEY=VALUE KEY=VALUE"')
-    return Beside(settings=settings)
+    @property
+    def batch(self) -> int:
+        return self.config.engine.max_batch
 
 
 def bench(
+    launch: Launch,
     config: Config,
     prompts: Sequence[Prompt],
+    options: BenchOptions,
     *,
-    methods: Sequence[str] = ("none", "sd", "ssd"),
-    peers: Sequence[str] = (),
-    vllm_python: str | None = None,
-    sweeps: Sequence[Sweep] = (),
-    besides: Sequence[Beside] = (),
-    temperature: float = 0.0,
-    seed: int = 0,
-    max_tokens: int = 128,
-    repeat: int = 3,
-    launch: Callable[[Config], LLM] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Figures ready for JSON. ``settings`` has the configuration's own first, then each swept value;
-    every one has the names of ``ssd compare --json``. ``besides`` take turns with every one of them, by its method.
-    Peers run beside the configuration's own setting, and beside swept batches that they can do. The batch is
-    ``engine.max_batch``.
+    """Measures all settings and returns the figures, ready for JSON.
 
+    ``settings`` begins with the configuration as given, then follow the swept values; each has the keys of
+    ``ssd compare --json``. Peers run with the configuration as given, and with those swept batches they can run.
     Peers that cannot take part are listed under ``skipped`` with the reason.
 
     Raises:
-        UsageError: configuration, sweeps or prompts are wrong (found before anything is started).
+        UsageError: configuration, sweeps or prompts are wrong; found before anything is started.
     """
-    from ...engine.front import make_plan
-    from ...engine.llm import LLM
-
-    points = list(_points(config, sweeps))
-    others = [{other.name: load_config(point, other.settings) for other in besides} for _, _, point in points]
-    skipped: dict[str, str] = {}
-    settings = []
-    largest = max(point.engine.max_batch for _, _, point in points)
+    report = progress or (lambda done, total, label: None)
+    points = list(_points(config, options))
+    figures: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        running: list[Peer] = []
-        tokenizer = make_plan(config)[0] if peers else None
-        for name in peers:
-            if progress is not None:
-                progress(0, 1, f"starting {name}")
-            python = {"python": vllm_python} if name.startswith("vllm") and vllm_python else {}
-            if name.startswith("vllm") and not vllm_python:
-                skipped[name] = "give --vllm-python, the Python of an environment that has vllm"
-                continue
-            try:
-                peer = Peer(name, config, tokenizer, largest, **python)  # type: ignore[arg-type]
-                stack.callback(peer.close)
-                # Better now than in the middle of the measuring.
-                peer.run(prompts[: peer.most], SamplingParams(temperature=temperature, max_tokens=8))
-            except PeerUnavailable as error:
-                skipped[name] = str(error)
-            else:
-                running.append(peer)
-        for (key, value, point), alternatives in zip(points, others, strict=True):
-            label = f"{key}={value}" if key else "as configured"
-            if progress is not None:
-                progress(0, 1, f"starting, {label}")
-            with ExitStack() as started:
-                llm, batch = started.enter_context((launch or LLM)(point)), point.engine.max_batch
-                arms = [
-                    MethodArm(started.enter_context((launch or LLM)(other)), other.speculation.method, name)
-                    for name, other in alternatives.items()
-                ]
-                beside = [peer for peer in running if peer.most >= batch] if key in (None, BATCH) else []
-                measure = partial(
-                    compare,
-                    llm,
-                    prompts,
-                    methods=methods,
-                    temperature=temperature,
-                    seed=seed,
-                    max_tokens=max_tokens,
-                    repeat=repeat,
-                    batch=batch,
-                    beside=arms,
-                    progress=_labelled(progress, label),
-                )
-                try:
-                    comparison = measure(peers=beside)
-                except PeerUnavailable as error:  # one died: nobody's figures can be trusted, and others might follow
-                    running, skipped[error.peer] = [], f"{error}; measured again without peers"
-                    comparison = measure(peers=[])
-                figures = {"sweep": key, "value": value, **_sizes(point), **comparison.to_json()}
-                if key is None:
-                    params = SamplingParams(temperature=temperature, seed=seed, max_tokens=TIMELINE_TOKENS)
-                    figures["rounds"] = {m: _rounds(llm, prompts[:batch], params, m) for m in methods}
-                figures["degraded"] = llm.degraded
-            settings.append(figures)
-        versions = {peer.name: peer.version for peer in running}
+        peers = _Peers(stack)
+        peers.start(config, prompts, options, most=max(point.batch for point in points), report=report)
+        for point in points:
+            report(0, 1, f"starting, {point.label}")
+            figures.append(_measured(launch, point, prompts, options, peers, report))
+        versions = {peer.name: peer.version for peer in peers.running}
     return {
         "machine": f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "models": {"target": config.target.model, "draft": config.draft.model if config.draft else None},
         "dtype": config.target.dtype,
-        "max_tokens": max_tokens,
-        "repeat": repeat,
+        "max_tokens": options.runs.max_tokens,
+        "repeat": options.runs.repeat,
         "peers": versions,
-        "skipped": skipped,
-        "settings": settings,
+        "skipped": peers.skipped,
+        "settings": figures,
     }
 
 
-def _points(config: Config, sweeps: Sequence[Sweep]) -> Iterator[tuple[str | None, str | None, Config]]:
-    yield None, None, config
-    for sweep in sweeps:
-        for value in sweep.values:
-            yield sweep.key, value, load_config(config, [f"{sweep.key}={value}"])
+class _Peers:
+    """The peers that run, and why the others do not."""
+
+    def __init__(self, stack: ExitStack):
+        self.running: list[Peer] = []
+        self.skipped: dict[str, str] = {}
+        self._stack = stack
+
+    def start(
+        self, config: Config, prompts: Sequence[Prompt], options: BenchOptions, *, most: int, report: Progress
+    ) -> None:
+        """Starts every peer and lets it generate a few tokens. ``most``: prompts it has to run together."""
+        from ...engine.front import make_plan
+
+        tokenizer = make_plan(config)[0] if options.peers else None
+        for name in options.peers:
+            report(0, 1, f"starting {name}")
+            python = {}
+            if name.startswith("vllm"):
+                if options.vllm_python is None:
+                    self.skipped[name] = "give --vllm-python, the Python of an environment that has vllm"
+                    continue
+                python = {"python": options.vllm_python}
+            try:
+                peer = Peer(name, config, tokenizer, most, **python)
+                self._stack.callback(peer.close)
+                # A peer that does not work is found here rather than in the middle of the measurement.
+                trial = SamplingParams(temperature=options.runs.temperature, max_tokens=PEER_TOKENS)
+                peer.run(prompts[: peer.most], trial)
+            except PeerUnavailable as error:
+                self.skipped[name] = str(error)
+            else:
+                self.running.append(peer)
+
+    def give_up(self, error: PeerUnavailable) -> None:
+        """Continues without peers: their figures cannot be trusted after one of them died."""
+        self.running, self.skipped[error.peer] = [], f"{error}; measured again without peers"
+
+
+def _measured(
+    launch: Launch,
+    point: _Point,
+    prompts: Sequence[Prompt],
+    options: BenchOptions,
+    peers: _Peers,
+    report: Progress,
+) -> dict[str, Any]:
+    """Starts the pipelines of one setting and measures them."""
+    runs = replace(options.runs, batch=point.batch)
+
+    def progress(done: int, total: int, label: str) -> None:
+        report(done, total, f"{point.label}: {label}")
+
+    with ExitStack() as started:
+        llm = started.enter_context(launch(point.config))
+        beside = [
+            MethodArm(started.enter_context(launch(other)), other.speculation.method, name)
+            for name, other in point.besides.items()
+        ]
+
+        def measured(with_peers: Sequence[Peer]) -> Comparison:
+            return compare(
+                llm, prompts, runs, methods=options.methods, beside=beside, peers=with_peers, progress=progress
+            )
+
+        able = [peer for peer in peers.running if peer.most >= point.batch] if point.key in (None, BATCH) else []
+        try:
+            comparison = measured(able)
+        except PeerUnavailable as error:
+            peers.give_up(error)
+            comparison = measured([])
+        figures = {"sweep": point.key, "value": point.value, **_sizes(point.config), **comparison.to_json()}
+        if point.key is None:
+            params = replace(runs.params, max_tokens=TIMELINE_TOKENS)
+            figures["rounds"] = {m: _rounds(llm, prompts[: point.batch], params, m) for m in options.methods}
+        figures["degraded"] = llm.degraded
+    return figures
+
+
+def _points(config: Config, options: BenchOptions) -> Iterator[_Point]:
+    swept = [(sweep.key, value) for sweep in options.sweeps for value in sweep.values]
+    settings = [(None, None, config)]
+    settings += [(key, value, load_config(config, [f"{key}={value}"])) for key, value in swept]
+    for key, value, at in settings:
+        besides = {beside.name: load_config(at, beside.settings) for beside in options.besides}
+        yield _Point(key=key, value=value, config=at, besides=besides)
 
 
 def _sizes(config: Config) -> dict[str, Any]:
@@ -187,15 +197,7 @@ def _sizes(config: Config) -> dict[str, Any]:
 
 
 def _rounds(llm: LLM, prompts: Sequence[Prompt], params: SamplingParams, method: str) -> list[dict[str, Any]]:
-    """A few rounds watched, after all measuring."""
-    from dataclasses import replace
-
+    """Returns the rounds of one batch, recorded after all measuring."""
     with llm.watch() as rounds:
-        llm.generate([prompt.text for prompt in prompts], replace(params, method=method, ignore_eos=True))  # type: ignore[arg-type]
+        llm.generate([prompt.text for prompt in prompts], replace(params, method=method))  # type: ignore[arg-type]
     return [asdict(one) for one in rounds]
-
-
-def _labelled(progress: Progress | None, label: str) -> Progress | None:
-    if progress is None:
-        return None
-    return lambda done, total, what: progress(done, total, f"{label}: {what}")

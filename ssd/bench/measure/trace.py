@@ -19,8 +19,10 @@ NAMES = {
 
 
 def chrome_trace(rounds: Mapping[str, Sequence[RoundReport]]) -> dict[str, Any]:
-    """Rounds by name (a method), each a process with a lane for the verifier and one for the draft.
-    Times in µs from the first round; waiting is a gap."""
+    """Returns a trace with a process for each method, and in it a thread each for verifier and draft.
+
+    Times are in µs since the method's first round; waiting is a gap.
+    """
     events: list[dict[str, Any]] = []
     for process, (name, reports) in enumerate(rounds.items(), start=1):
         events.append({"ph": "M", "pid": process, "tid": 0, "name": "process_name", "args": {"name": name}})

@@ -1,4 +1,4 @@
-"""Peers as arms of a comparison: subprocesses on the same cores, weights, dtype and prompts."""
+"""Other programs as arms of a comparison: subprocesses with the same cores, weights, dtype and prompts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...config.load import Config, resolve_model_path
+from ...config.load import resolve_model_path
+from ...config.sections import Config
 from ...errors import PipelineError, RequestError
 from ...request.output import RequestOutput, SpeculationRecord
 from ...request.sampling_params import SamplingParams
-from ..measure.arms import Sample
+from ..measure.interleave import Sample
 from ..measure.prompts import Prompt
 
 PEERS = {
@@ -27,13 +28,13 @@ PEERS = {
     "vllm": ("vllm", False),
     "vllm-draft": ("vllm", True),
 }
-"""By name: the library, and whether the draft takes part."""
+"""By name: the library, and whether it uses the draft."""
 LOAD_S, RUN_S, LEAVE_S = 600.0, 600.0, 10.0
 WORKER = Path(__file__).with_name("worker.py")
 
 
 class PeerUnavailable(PipelineError):
-    """The peer cannot take part: its library is missing or cannot run these models, or it died."""
+    """A peer cannot run: its library is missing or does not support the models, or its process died."""
 
     def __init__(self, peer: str, why: str):
         super().__init__(f"{peer}: {why}")
@@ -45,11 +46,12 @@ class Peer:
     """Another program, started and ready.
 
     Args:
-        tokenizer: transformers', of the target. batch: the most prompts it completes together.
-        python: of the peer's environment.
+        tokenizer: the target's, from transformers.
+        batch: the largest number of prompts to complete together.
+        python: the interpreter of the peer's environment.
 
     Raises:
-        PeerUnavailable: it did not come up; the message says why.
+        PeerUnavailable: it did not start; the message says why.
     """
 
     name: str
@@ -97,11 +99,11 @@ class Peer:
 
     @property
     def most(self) -> int:
-        """Prompts it takes together: assisted generation takes one."""
+        """The largest number of prompts it completes together; assisted generation takes one."""
         return 1 if self.name == "transformers-assisted" else self.batch
 
     def run(self, prompts: Sequence[Prompt], params: SamplingParams) -> Sample:
-        """Raises: PeerUnavailable: it failed."""
+        """Completes the prompts as one batch. Raises PeerUnavailable if the peer fails."""
         ids = [list(self.tokenizer(prompt.text, add_special_tokens=True)["input_ids"]) for prompt in prompts]
         order = {
             "prompts": ids,
@@ -125,9 +127,9 @@ class Peer:
         return Sample(outputs=outputs, decode_s=found["decode_s"])
 
     def close(self) -> None:
-        """Let it leave, and see that it does."""
+        """Ends the peer's process."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # of an order it did not live to read
+        with contextlib.suppress(BrokenPipeError):  # an order was still in the buffer when the process ended
             self._process.stdin.close()
         for end in (lambda: None, self._process.terminate, self._process.kill):
             end()
@@ -161,7 +163,7 @@ class Peer:
 
 
 def parse_peers(names: str) -> tuple[str, ...]:
-    """Raises: RequestError: an unknown peer."""
+    """Splits ``"transformers, vllm"`` into names of peers. Raises RequestError if one is unknown."""
     found = tuple(name.strip() for name in names.split(",") if name.strip())
     for name in found:
         if name not in PEERS:
@@ -174,7 +176,7 @@ def _environment(library: str, cores: Sequence[int]) -> dict[str, str]:
     if cores:
         common["OMP_NUM_THREADS"] = str(len(cores))
     if library == "vllm":
-        # In one process, so that its clock and its cores are the worker's.
+        # vLLM runs in the worker's own process, so that it has the worker's clock and cores.
         common |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
         common["VLLM_LOGGING_LEVEL"] = "ERROR"
         if cores:

@@ -1,11 +1,13 @@
-"""A peer's process: runs another library on the same weights. Stands alone, for the Python of the
-peer's own environment need not know this package.
+"""The process of a peer: runs another library on the same weights.
 
-One JSON object a line. In: ``{"load": {...}}`` first, then ``{"run": {...}}`` until the pipe
-closes. Out: ``{"ready": {...}}``, ``{"outputs": [[ids], ..], "decode_s": s}`` or ``{"error": text}``.
+The script imports nothing from this package, which the peer's environment need not contain.
 
-``decode_s`` is comparable with ours: loading, compiling and prefill are left out. The clock starts
-when the first token is there; as ours counts that one too, the time is stretched to all tokens.
+Messages are JSON objects, one per line. Input: ``{"load": {...}}`` first, then ``{"run": {...}}`` until the pipe
+closes. Output: ``{"ready": {...}}``, ``{"outputs": [[ids], ...], "decode_s": s}`` or, before the process ends,
+``{"error": text}``.
+
+``decode_s`` is comparable with ours: loading, compiling and prefill are left out. The clock starts at the first
+token; ours counts that token too, so the time is scaled to all tokens.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ import json
 import os
 import sys
 import time
+from types import TracebackType
 from typing import Any
 
 
 def stretched(elapsed_s: float, tokens: int, at_start: int) -> float:
-    """Seconds for all ``tokens``, from those after the first ``at_start``."""
+    """Scales the seconds of the tokens after the first ``at_start`` to all ``tokens``."""
     return elapsed_s * tokens / (tokens - at_start) if tokens > at_start else 0.0
 
 
@@ -32,7 +35,7 @@ class TransformersPeer:
 
         torch.set_num_threads(order["threads"])
         self._torch = torch
-        # Not "transformers" itself: its lazy names are resolved where they are used.
+        # transformers resolves its names lazily; this one is needed while the clock runs.
         self._stopping = transformers.StoppingCriteriaList
 
         def load(folder: str) -> Any:
@@ -109,7 +112,7 @@ class VllmPeer:
         times = [one.metrics for one in found]
         if any(one is None for one in times):
             raise RuntimeError("vLLM gave no timestamps of its requests")
-        # From the last prompt's first token on, all of them decode; the others were there a little sooner.
+        # All prompts decode from the last prompt's first token on; the others start a little earlier.
         elapsed_s = max(one.last_token_ts for one in times) - min(one.first_token_ts for one in times)
         return {"outputs": outputs, "decode_s": stretched(elapsed_s, len(outputs[0]), 1)}
 
@@ -118,25 +121,30 @@ PEERS = {"transformers": TransformersPeer, "vllm": VllmPeer}
 
 
 def main() -> None:
-    """Serve orders until the pipe closes."""
-    # Libraries write to standard output as they like: answers go out by a descriptor of their own.
+    """Serves orders until the pipe closes. An error is reported, and ends the process."""
+    # Libraries may write to standard output, so answers get a descriptor of their own.
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+
+    def answer(message: dict[str, Any]) -> None:
+        out.write(json.dumps(message) + "\n")
+
+    def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        answer({"error": f"{kind.__name__}: {error}"})
+        sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = report
     peer = None
     for line in sys.stdin:
         order = json.loads(line)
-        try:
-            if "load" in order:
-                if order["load"]["cores"] and hasattr(os, "sched_setaffinity"):
-                    os.sched_setaffinity(0, order["load"]["cores"])
-                peer = PEERS[order["load"]["library"]](order["load"])
-                answer = {"ready": {"version": peer.version}}
-            else:
-                assert peer is not None
-                answer = peer.run(order["run"])
-        except Exception as error:  # whatever a library raises is reported, not lost
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        out.write(json.dumps(answer) + "\n")
+        if "load" in order:
+            if order["load"]["cores"] and hasattr(os, "sched_setaffinity"):
+                os.sched_setaffinity(0, order["load"]["cores"])
+            peer = PEERS[order["load"]["library"]](order["load"])
+            answer({"ready": {"version": peer.version}})
+        else:
+            assert peer is not None
+            answer(peer.run(order["run"]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What ``ssd bench`` found, as tables for the terminal."""
+"""The figures of ``ssd bench``, for the terminal."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .tables import number
+from .tables import RATES, make_table, number, one_line, rates, yes
 
 
 def print_bench(data: dict[str, Any], console: Console) -> None:
-    """A table for every setting, categories apart in the first."""
+    """Prints a table for every setting; for the configuration as given also one for each category."""
     for one in data["settings"]:
         title = f"{one['sweep']} = {one['value']}" if one["sweep"] else "as configured"
         tree = f"rows {one['rows']}" if one.get("rows") else f"siblings {one['siblings']}"
@@ -23,28 +23,16 @@ def print_bench(data: dict[str, Any], console: Console) -> None:
                 parts = {method: row["categories"][category] for method, row in one["methods"].items()}
                 console.print(_table(category, parts))
         if one["identity_promised"]:
-            console.print(f"identical: {'yes' if one['identical_all'] else 'no'}")
+            console.print(f"identical: {yes(one['identical_all'])}")
         if one["degraded"]:
-            console.print(f"warning: without a draft: {' '.join(one['degraded'].split())}", markup=False)
+            console.print(f"warning: without a draft: {one_line(one['degraded'])}", markup=False)
     for name, reason in data["skipped"].items():
         console.print(f"not measured: {name}: {reason}", markup=False)
 
 
 def _table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("method")
-    for column in ("tok/s", "speedup", "acceptance", "length", "hits", "round ms", "forward ms", "draft ms"):
-        table.add_column(column, justify="right")
+    table = make_table(title, ["method"], [*RATES, "round ms", "forward ms", "draft ms"])
     for method, row in rows.items():
-        table.add_row(
-            method,
-            number(row["tokens_per_second"], 1),
-            number(row["speedup"], 2, "×"),
-            number(row["acceptance_rate"], 2),
-            number(row["acceptance_length"], 2),
-            number(row["hit_rate"], 2),
-            number(row.get("round_ms"), 2),
-            number(row.get("forward_ms"), 2),
-            number(row.get("draft_ms"), 2),
-        )
+        times = (number(row.get(name), 2) for name in ("round_ms", "forward_ms", "draft_ms"))
+        table.add_row(method, *rates(row), *times)
     return table

@@ -1,4 +1,4 @@
-"""A certificate for the terminal."""
+"""A certificate, for the terminal."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ from rich.console import Console
 from rich.table import Table
 
 from ..exactness.certify import Certificate, Divergence
-from .tables import number
+from .tables import make_table, number
+
+COUNTS = ("T", "outputs", "tokens", "equal", "near ties", "structural", "acceptance", "hits", "log-prob. difference")
 
 
 def certificate_table(certificate: Certificate) -> Table:
-    """One line per method and temperature."""
+    """Returns a table with a row for each method and temperature."""
     config = certificate.config
-    table = Table(
-        title=f"against plain decoding: numerics {config.numerics}, verify {config.speculation.verify}, "
-        f"lookahead {config.speculation.lookahead}, {config.speculation.tree}, "
-        f"batch {config.engine.max_batch}",
-        title_justify="left",
+    title = (
+        f"compared with plain decoding: numerics {config.numerics}, verify {config.speculation.verify}, "
+        f"lookahead {config.speculation.lookahead}, {config.speculation.tree}, batch {config.engine.max_batch}"
     )
-    columns = ("method", "T", "outputs", "tokens", "equal", "near ties", "structural", "acceptance", "hits")
-    for column in (*columns, "log-prob. difference"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    table = make_table(title, ["method"], COUNTS)
     for group in certificate.groups:
         table.add_row(
             group.method,
@@ -38,11 +36,11 @@ def certificate_table(certificate: Certificate) -> Table:
 
 
 def print_certificate(certificate: Certificate, console: Console) -> None:
-    """The table, the divergence to look at first, and the verdict."""
+    """Prints the table, the first divergence (a structural one if there is any), and the verdict."""
     console.print(certificate_table(certificate))
     if certificate.divergences:
         first = min(certificate.divergences, key=lambda one: one.kind != "structural")
-        for line in _told(first):
+        for line in _lines(first):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     if certificate.passed:
         console.print("certified: yes", highlight=False)
@@ -50,15 +48,14 @@ def print_certificate(certificate: Certificate, console: Console) -> None:
         console.print(f"certified: no: {'; '.join(certificate.faults)}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _told(one: Divergence) -> list[str]:
+def _lines(one: Divergence) -> list[str]:
     what = one.kind.replace("_", " ")
     lines = [
         f"first {what}: {one.method} at temperature {one.temperature:g}, prompt {one.trial}, seed {one.seed}, "
         f"generated token {one.position}",
         f"  after     {one.context!r}",
     ]
-    names = ("none", one.method)
-    for place, name in enumerate(names):
+    for place, name in enumerate(("none", one.method)):
         token = one.tokens[place]
         text = "ended" if token is None else f"token {token} {one.texts[place]!r}"
         score = "" if one.scores is None else f", score {one.scores[place]:.6g}"

@@ -14,7 +14,7 @@ HIT, MISS, PLAIN, BUBBLE = "#2f7d4f", "#c0504d", "#8a8f98", "#e9e4da"
 
 
 def lines(curves: Mapping[str, Mapping[Any, float]], across: str, up: str) -> bytes:
-    """One line a name: x to y. A word in place of x (``auto``) has a level of its own."""
+    """Draws a curve for each name, from x to y. A word in place of x (``auto``) becomes a horizontal line."""
     figure, axes = _figure()
     for name, points in curves.items():
         at = sorted(x for x in points if not isinstance(x, str))
@@ -30,7 +30,7 @@ def lines(curves: Mapping[str, Mapping[Any, float]], across: str, up: str) -> by
 
 
 def bars(names: Sequence[str], values: Mapping[str, Sequence[float]], along: str) -> bytes:
-    """Groups of horizontal bars, one group a name."""
+    """Draws groups of horizontal bars, a group for each name."""
     figure, axes = _figure(height=max(2.5, 0.3 * len(names) + 1))
     width = 0.8 / len(values)
     for index, (label, numbers) in enumerate(values.items()):
@@ -44,7 +44,7 @@ def bars(names: Sequence[str], values: Mapping[str, Sequence[float]], along: str
 
 
 def timeline(rounds: Sequence[RoundReport], title: str) -> bytes:
-    """Lanes of verifier and draft over time; hits and misses by colour, waiting pale."""
+    """Draws what verifier and draft do over time; colours tell hits from misses, waiting is pale."""
     figure, axes = _figure(width=11, height=2.6)
     start = rounds[0].began_s if rounds else 0.0
     for lane, began_s, seconds, kind in spans(rounds):
@@ -75,16 +75,19 @@ def timeline(rounds: Sequence[RoundReport], title: str) -> bytes:
 
 
 def kind_after(one: RoundReport) -> str:
-    """What the tree of the next round is: ``hit``, ``miss`` or ``plain``."""
+    """Returns where the next round's tree comes from: ``hit``, ``miss`` or ``plain``."""
     return "plain" if one.draft_s is None else "miss" if one.jit_s else "hit" if one.hits else "plain"
 
 
 def spans(rounds: Sequence[RoundReport], first: str = "plain") -> list[tuple[str, float, float, str]]:
-    """(lane, began_s, seconds, kind) of everything in the rounds, on the verifier's clock.
+    """Returns (lane, began_s, seconds, kind) for everything in the rounds, on the verifier's clock.
 
-    Kinds on the verifier's lane: ``hit``, ``miss`` or ``plain`` (what its tree was) and ``wait``;
-    on the draft's: ``tree``, ``jit`` and ``wait``. Draft and verifier begin a round together: the
-    draft's tree is drawn from where the verification began. ``first``: what the first round's tree was.
+    Kinds on the verifier's lane: ``hit``, ``miss`` or ``plain`` (where its tree came from) and ``wait``; on the
+    draft's: ``tree``, ``jit`` and ``wait``. Draft and verifier begin a round together, so the draft's tree begins
+    where the verification began.
+
+    Args:
+        first: where the first round's tree came from.
     """
     found: list[tuple[str, float, float, str]] = []
     kind = first

@@ -1,4 +1,4 @@
-"""Answers of the simulator as tables and pictures."""
+"""The simulator's answers as tables and pictures."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from rich.table import Table
 
 from ..simulate.plan import Check, mean_error
 from .pictures import bars, lines
-from .tables import number
+from .tables import make_table, number
+
+FIGURES = ("tok/s", "over none_fast", "tokens/round", "hits", "round ms", "verifier busy", "draft busy")
 
 
 def print_advice(advice: dict[str, Any], console: Console) -> None:
-    """The best settings, batches and shares of devices at one temperature."""
+    """Prints the best settings, alone, by batch and by number of devices, at one temperature."""
     plain = advice["none_fast"]["tokens_per_second"]
-    table = _table(f"temperature {advice['temperature']:g}: best settings (simulated)", "setting")
+    table = make_table(f"temperature {advice['temperature']:g}: best settings (simulated)", ["setting"], FIGURES)
     for one in [*advice["best"], advice["sd"], advice["none_fast"]]:
         _add(table, _name(one["setting"]), one, plain)
     console.print(table)
-    table = _table("batch", "sequences, setting")
+    table = make_table("batch", ["sequences, setting"], FIGURES)
     for batch, methods in advice["batch"].items():
         base = methods["none_fast"]["tokens_per_second"]
         for one in methods.values():
             _add(table, f"{batch}, {_name(one['setting'])}", one, base)
     console.print(table)
-    table = _table("devices (tensor parallelism as measured, or assumed by the profile)", "devices, setting")
+    title = "devices (tensor parallelism as measured, or assumed by the profile)"
+    table = make_table(title, ["devices, setting"], FIGURES)
     for count, shares in advice["devices"].items():
         for one in shares[:2]:
             _add(table, f"{count}: {_name(one['setting'])}{_places(one['setting'])}", one, plain)
@@ -34,12 +37,9 @@ def print_advice(advice: dict[str, Any], console: Console) -> None:
 
 
 def print_checks(checks: Sequence[Check], console: Console) -> None:
-    """Simulated beside measured."""
-    table = Table(title=f"mean error {mean_error(checks):.1%} over {len(checks)} settings", title_justify="left")
-    for column in ("setting", "T"):
-        table.add_column(column)
-    for column in ("measured tok/s", "simulated tok/s", "machine", "error"):
-        table.add_column(column, justify="right")
+    """Prints measured and simulated rates side by side."""
+    title = f"mean error {mean_error(checks):.1%} over {len(checks)} settings"
+    table = make_table(title, ["setting", "T"], ["measured tok/s", "simulated tok/s", "machine", "error"])
     for check in checks:
         name, heat = _name(check.to_json()["setting"]), f"{check.setting.temperature:g}"
         rates = (f"{check.measured:.1f}", f"{check.simulated:.1f}", f"{check.machine:.2f}×")
@@ -48,7 +48,7 @@ def print_checks(checks: Sequence[Check], console: Console) -> None:
 
 
 def plan_pictures(answers: dict[str, Any]) -> dict[str, bytes]:
-    """PNG by name."""
+    """Returns PNG images by file name."""
     found: dict[str, bytes] = {}
     for advice in answers.get("answers", ()):
         heat = f"T{advice['temperature']:g}"
@@ -73,14 +73,6 @@ def plan_pictures(answers: dict[str, Any]) -> dict[str, bytes]:
         pairs = {"measured": [c["measured"] for c in checks], "simulated": [c["simulated"] for c in checks]}
         found["plan-validation"] = bars(names, pairs, "tokens per second")
     return found
-
-
-def _table(title: str, first: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(first)
-    for column in ("tok/s", "over none_fast", "tokens/round", "hits", "round ms", "verifier busy", "draft busy"):
-        table.add_column(column, justify="right")
-    return table
 
 
 def _add(table: Table, name: str, one: dict[str, Any], plain: float) -> None:

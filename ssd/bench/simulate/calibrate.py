@@ -1,4 +1,4 @@
-"""Writing a profile: real pipelines at a few settings, watched round by round, and lines through them."""
+"""Measuring a profile: rounds of real pipelines at a few settings, and costs fitted to their times."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...config.load import Config, load_config
+from ...config.load import load_config
+from ...config.sections import Config
 from ...request.methods import Method
 from ...request.sampling_params import SamplingParams
+from ..measure.interleave import Launch
 from ..measure.prompts import Prompt
 from .profile import Costs, Line, Point, Profile
 
@@ -23,27 +25,28 @@ if TYPE_CHECKING:
     from ...pipeline.transport.messages import RoundReport
 
 SKIPPED_ROUNDS = 2
-"""At the beginning of a request: caches are cold."""
+"""Rounds at the beginning of a request that do not count: caches are cold."""
 FEW = 8
-"""Rounds of a kind, below which their mean says nothing."""
+"""A mean over fewer rounds of a kind is not used."""
 ROWS = (5, 6, 8, 10, 12, 16)
-"""Budgets of combs that are replayed, beside the chains."""
+"""Rows W of the combs that are replayed, besides the chains."""
 METHODS: tuple[Method, ...] = ("none_fast", "none", "sd", "ssd")
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
-    """What a pipeline is started with."""
+    """Sizes a pipeline is started with."""
 
     lookahead: int
     budget: int
     rows: int | None = None
-    """W: a comb of so many; None: a chain."""
+    """W: verified rows per sequence, a comb; None: a chain."""
     batch: int = 1
 
     @property
     def overrides(self) -> list[str]:
+        """The sizes as overrides of a configuration."""
         return [
             f"speculation.lookahead={self.lookahead}",
             "speculation.siblings=0",
@@ -63,39 +66,53 @@ SIZES = (
     Size(lookahead=4, budget=8, rows=13),
     Size(lookahead=4, budget=8, batch=4),
 )
-"""Steps, branches, rows and sequences each vary while others stand still."""
+"""Steps, branches, rows and sequences each vary while the others stay the same."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """What :func:`measure` measures."""
+
+    sizes: Sequence[Size] = SIZES
+    temperatures: Sequence[float] = (0.0, 1.0)
+    lookaheads: Sequence[int] = tuple(range(1, 9))
+    rows: Sequence[int] = ROWS
+    """Rows W of the combs to replay, besides the chains."""
+    max_tokens: int = 96
+    """Tokens generated for each prompt."""
 
 
 def measure(
+    launch: Launch,
     config: Config,
     prompts: Sequence[Prompt],
+    options: Calibration = Calibration(),
     *,
     name: str,
-    sizes: Sequence[Size] = SIZES,
-    temperatures: Sequence[float] = (0.0, 1.0),
-    lookaheads: Sequence[int] = tuple(range(1, 9)),
-    rows: Sequence[int] = ROWS,
-    max_tokens: int = 96,
-    launch: Callable[[Config], LLM] | None = None,
     say: Say = lambda text: None,
 ) -> Profile:
-    """Start a pipeline of every size and watch its rounds; then lead the draft over what the target said.
+    """Measures the rounds of a pipeline of every size, then replays the draft over the target's answers.
+
+    Args:
+        name: of the profile.
+        say: called with what runs next.
 
     Raises:
-        UsageError, WorkerError: as ``LLM``.
+        UsageError, WorkerError: as ``launch``.
     """
     from ...engine.front import make_plan
-    from ...engine.llm import LLM
     from .replay import replay
+
+    sizes, temperatures, max_tokens = options.sizes, options.temperatures, options.max_tokens
 
     points, padded = list[Point](), True
     texts: dict[float, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
     for number, size in enumerate(sizes, start=1):
         say(f"start {number}/{len(sizes)}: {_describe(size)}")
-        with (launch or LLM)(load_config(config, size.overrides)) as llm:
+        with launch(load_config(config, size.overrides)) as llm:
             for temperature in temperatures:
                 if temperature not in texts:
-                    params = _params("none", temperature, max_tokens + max(lookaheads) + 1)
+                    params = _params("none", temperature, max_tokens + max(options.lookaheads) + 1)
                     outputs = [llm.generate([prompt.text], params)[0] for prompt in prompts]
                     texts[temperature] = [(output.prompt_token_ids, output.token_ids) for output in outputs]
                 say(f"start {number}/{len(sizes)}: {_describe(size)}, temperature {temperature:g}")
@@ -105,9 +122,11 @@ def measure(
     content = {}
     plan = make_plan(config)[1]
     for temperature in temperatures:
-        say(f"the draft over the answers at temperature {temperature:g}")
+        say(f"replaying the draft over the answers, temperature {temperature:g}")
         params = _params("ssd", temperature, max_tokens)
-        content[f"{temperature:g}"] = replay(plan, texts[temperature], params, lookaheads=lookaheads, rows=rows)
+        content[f"{temperature:g}"] = replay(
+            plan, texts[temperature], params, lookaheads=options.lookaheads, rows=options.rows
+        )
     return Profile(
         name=name,
         machine=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
@@ -119,8 +138,11 @@ def measure(
 
 
 def watch(llm: LLM, prompts: Sequence[Prompt], size: Size, temperature: float, max_tokens: int) -> list[Point]:
-    """Run the prompts, ``size.batch`` at a time (the list again from its start where it is short), by every method
-    in turns: a machine that slows down slows all of them."""
+    """Runs the prompts with every method in turns, ``size.batch`` at a time, and returns a point for each method.
+
+    Where prompts are fewer than the batch, they repeat. Methods take turns so that a machine that slows down slows
+    all of them.
+    """
     rounds: dict[Method, list[RoundReport]] = {method: [] for method in METHODS}
     for method in METHODS:
         llm.generate([prompts[0].text] * size.batch, _params(method, temperature, 8))
@@ -134,7 +156,7 @@ def watch(llm: LLM, prompts: Sequence[Prompt], size: Size, temperature: float, m
 
 
 def point(rounds: Sequence[RoundReport], size: Size, method: Method, temperature: float) -> Point:
-    """Means over rounds of one method."""
+    """Returns the means over the rounds of one method."""
     after_wait = [now.forward_s for before, now in pairwise(rounds) if before.jit_s]
     at_once = [now.forward_s for before, now in pairwise(rounds) if not before.jit_s] or after_wait
     halves = [(one.forward_s, one.draft_s or 0.0, one.round_s - (one.jit_s or 0.0)) for one in rounds]
@@ -160,9 +182,12 @@ def point(rounds: Sequence[RoundReport], size: Size, method: Method, temperature
 
 
 def steadied(points: Sequence[Point]) -> list[Point]:
-    """All as if the machine had always been as fast: a start's times are divided by how long its plain decoding
-    took, against the median of all starts. (Starts of other batches than the smallest stay as they are: nothing can be
-    compared there.) A shared host's speed changes within minutes, by more than the lines between the points."""
+    """Returns the points corrected for changes of the machine's speed.
+
+    The speed of a shared host changes within minutes, by more than the sizes change the times. So the times of each
+    start are divided by its time of plain decoding, relative to the median over all starts. Starts with a larger
+    batch than the smallest have nothing to be compared with and stay as they are.
+    """
     smallest = min(point.batch for point in points)
     plain = {
         (point.start, point.temperature): point.forward_s
@@ -178,8 +203,10 @@ def steadied(points: Sequence[Point]) -> list[Point]:
 
 
 def fit(points: Sequence[Point], temperature: float) -> Costs:
-    """Costs at one temperature, through the points (least squares; no coefficient below zero). Overheads and waits are
-    those of the smallest batch."""
+    """Fits the costs at one temperature to the points, by least squares with coefficients >= 0.
+
+    Overheads and waits are those of the smallest batch.
+    """
     smallest = min(point.batch for point in points)
     of_all = {method: [p for p in points if p.method == method and p.temperature == temperature] for method in METHODS}
     single = {method: [p for p in found if p.batch == smallest] for method, found in of_all.items()}
@@ -213,8 +240,11 @@ def fit(points: Sequence[Point], temperature: float) -> Costs:
 
 
 def _forwards(points: Sequence[Point], smallest: int) -> tuple[dict[int, float], float]:
-    """By rows, at any temperature; and what each further sequence adds, seen in plain decoding. A forward that follows
-    a wait for the draft is slower: such points, and larger batches, count only where they have the most rows."""
+    """Returns seconds of a forward by its rows, and the seconds that each further sequence adds in plain decoding.
+
+    A forward that follows a wait for the draft is slower. Such points, and those of larger batches, are used only
+    for more rows than the other points have.
+    """
     prompt = [p for p in points if p.method == "none_fast" or (p.method == "ssd" and p.overhead_s is not None)]
     target = _by_rows([p for p in prompt if p.batch == smallest])
     line = Costs(target=target, tree=Line(), jit=Line(), overhead={})
@@ -237,19 +267,19 @@ def _by_rows(points: Sequence[Point]) -> dict[int, float]:
 
 
 def _waits(points: Sequence[Point]) -> Line | None:
-    """For K tokens, after misses."""
+    """Returns the wait for K draft tokens after a miss, as a line over K."""
     waits = [([1.0, p.lookahead], p.jit_s) for p in points if p.jit_s]
     base, per_step = _least_squares(waits, 2)
     return Line(base=base, per_step=per_step) if waits else None
 
 
 def _least_squares(samples: list[tuple[list[float], float]], unknowns: int) -> list[float]:
-    """Coefficients >= 0: the most negative one is taken out until there is none."""
+    """Returns coefficients >= 0: the most negative one is set to 0 until none is left."""
     used = list(range(unknowns))
     found = [0.0] * unknowns
     while used and samples:
         left = np.array([[row[i] for i in used] for row, _ in samples])
-        # Relative errors: a small tree matters as much as a large one.
+        # Errors are relative, so that a small tree counts as much as a large one.
         right = np.array([value for _, value in samples])
         solved = np.linalg.lstsq(left / right[:, None], np.ones(len(right)), rcond=None)[0]
         if solved.min() >= 0:

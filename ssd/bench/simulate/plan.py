@@ -1,24 +1,21 @@
-"""What to run, by simulation: lookahead, budget, rows, devices, batch; and how far the simulator
-is from what real pipelines do."""
+"""Recommendations by simulation (lookahead, budget, rows, devices, batch), and the simulator's error against real
+pipelines."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ...config.load import Config, load_config
-from ...request.sampling_params import SamplingParams
-from ..measure.arms import MethodArm, interleave, merge
+from ...config.load import load_config
+from ...config.sections import Config
+from ..measure.interleave import Launch, MethodArm, Runs, interleave
 from ..measure.prompts import Prompt
 from .calibrate import ROWS, Size
 from .profile import Profile, hit_curve, survival
 from .replay import BUDGETS
 from .simulator import Modelled, Setting, Simulated, Simulator, simulate
-
-if TYPE_CHECKING:
-    from ...engine.llm import LLM
 
 DEVICES = (2, 3, 4, 5, 8, 9)
 BATCHES = (1, 2, 4, 8)
@@ -26,12 +23,12 @@ BATCHES = (1, 2, 4, 8)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Space:
-    """What is searched. Trees the profile does not know are left out."""
+    """The settings to search; trees the profile has not measured are left out."""
 
     lookaheads: Sequence[int] = tuple(range(1, 9))
     budgets: Sequence[int] = BUDGETS
     rows: Sequence[int] = ROWS
-    """Budgets of combs, beside the chains."""
+    """Rows W of combs, besides the chains."""
 
     def settings(self, profile: Profile, around: Setting) -> Iterable[Setting]:
         known = set(profile.at(around.temperature)[1].trees)
@@ -45,13 +42,18 @@ class Space:
 
 
 def ranked(simulator: Simulator, around: Setting, space: Space = Space(), *, tokens: int = 2000) -> list[Simulated]:
-    """Every setting of the space, the fastest first. What is not searched is taken from ``around``."""
+    """Simulates every setting of the space and returns the results, fastest first.
+
+    Args:
+        around: values of everything the space does not vary.
+        tokens: length of each simulated run.
+    """
     found = [simulator.run(setting, tokens=tokens) for setting in space.settings(simulator.profile, around)]
     return sorted(found, key=lambda one: -one.tokens_per_second)
 
 
 def advise(profile: Profile, temperature: float, space: Space = Space()) -> dict[str, Any]:
-    """The answers of ``ssd plan`` at one temperature, ready for JSON."""
+    """Returns the answers of ``ssd plan`` at one temperature, ready for JSON."""
     around, simulator = Setting(temperature=temperature), Simulator(profile)
     by_method = {method: ranked(simulator, replace(around, method=method), space) for method in ("sd", "ssd")}
     best = by_method["ssd"][0]
@@ -83,7 +85,7 @@ def advise(profile: Profile, temperature: float, space: Space = Space()) -> dict
 
 
 def figures(one: Simulated) -> dict[str, Any]:
-    """A simulation as numbers."""
+    """Returns the figures of a simulation, ready for JSON."""
     return {
         "setting": asdict(one.setting),
         "tokens_per_second": one.tokens_per_second,
@@ -96,7 +98,7 @@ def figures(one: Simulated) -> dict[str, Any]:
 
 
 def _batch(simulator: Simulator, around: Setting, space: Space, batch: int) -> dict[str, Any]:
-    """Each method at its best with so many sequences."""
+    """Returns each method's best setting for ``batch`` sequences."""
     found = {
         method: ranked(simulator, replace(around, method=method, batch=batch), space)[0] for method in ("sd", "ssd")
     }
@@ -105,16 +107,18 @@ def _batch(simulator: Simulator, around: Setting, space: Space, batch: int) -> d
 
 
 def _shares(simulator: Simulator, around: Setting, space: Space, devices: int) -> list[dict[str, Any]]:
-    """Every way to deal devices to target and draft, best first: is one more worth more as draft or
-    as tensor parallelism? The target's share is a power of two, as tensor parallelism wants it.
-    ``sd`` and plain decoding with all of them for the target stand beside it."""
+    """Returns the ways to divide devices between target and draft, best first.
+
+    The target's share is a power of two, as tensor parallelism requires. ``sd`` and plain decoding, which need no
+    device for the draft, are listed too.
+    """
     found: list[Simulated] = []
     for target in (1, 2, 4, 8):
         if target < devices:
             shares = replace(around, target_devices=target, draft_devices=devices - target)
             found.append(ranked(simulator, shares, space)[0])
         if target <= devices:
-            # sd's draft works only while the target waits: it needs no device of its own.
+            # The draft of sd works only while the target waits, so it can share the target's device.
             for method in ("sd", "none_fast"):
                 alone = replace(around, method=method, target_devices=target)
                 found.append(ranked(simulator, alone, space)[0] if method == "sd" else simulator.run(alone))
@@ -129,12 +133,12 @@ class Check:
     measured: float
     simulated: float
     machine: float = 1.0
-    """How fast the machine was against the profile's: plain decoding, measured in turns with the setting, over
-    simulated. A shared host's speed changes within minutes."""
+    """Speed of the machine relative to the profile's: measured over simulated rate of plain decoding, which takes
+    turns with the setting. The speed of a shared host changes within minutes."""
 
     @property
     def error(self) -> float:
-        """Relative, of the simulation on a machine as fast."""
+        """Relative error of the simulated rate, corrected for the machine's speed."""
         return self.simulated * self.machine / self.measured - 1
 
     def to_json(self) -> dict[str, Any]:
@@ -148,41 +152,47 @@ class Check:
 
 
 VALIDATION = tuple(Size(lookahead=depth, budget=budget) for depth, budget in ((1, 8), (3, 16), (5, 8), (6, 24)))
-"""With ``sd`` and ``ssd`` at two temperatures: 16 settings, none of those the costs were fitted to."""
+"""Sizes that the costs were not fitted to."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Validation:
+    """What :func:`validate` measures; by default 16 settings."""
+
+    sizes: Sequence[Size] = VALIDATION
+    temperatures: Sequence[float] = (0.0, 1.0)
+    methods: Sequence[Modelled] = ("sd", "ssd")
+    max_tokens: int = 96
 
 
 def validate(
+    launch: Launch,
     profile: Profile,
     config: Config,
     prompts: Sequence[Prompt],
+    options: Validation = Validation(),
     *,
-    sizes: Sequence[Size] = VALIDATION,
-    temperatures: Sequence[float] = (0.0, 1.0),
-    methods: Sequence[Modelled] = ("sd", "ssd"),
-    max_tokens: int = 96,
-    launch: Callable[[Config], LLM] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Check]:
-    """Tokens per second of real runs (decoding only) and of their simulations, on the profile's
-    prompts; plain decoding (``none_fast``) beside each."""
-    from ...engine.llm import LLM
+    """Returns tokens per second of real runs (decoding only) and of their simulations.
 
+    Args:
+        prompts: those the profile was measured on.
+        say: called with what runs next.
+    """
     checks = []
-    for number, size in enumerate(sizes, start=1):
-        say(f"start {number}/{len(sizes)}: lookahead {size.lookahead}, budget {size.budget}")
-        with (launch or LLM)(load_config(config, size.overrides)) as llm:
-            arms = [MethodArm(llm, method) for method in ("none_fast", *methods)]
-            for temperature in temperatures:
-                params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True)
-                found = interleave(arms, prompts, params, repeat=1, warmup_tokens=16, batch=size.batch)
-                rates = {
-                    arm.name: merge(t for (name, _), part in found.tallies.items() for t in part if name == arm.name)
-                    for arm in arms
-                }
+    for number, size in enumerate(options.sizes, start=1):
+        say(f"start {number}/{len(options.sizes)}: lookahead {size.lookahead}, budget {size.budget}")
+        with launch(load_config(config, size.overrides)) as llm:
+            arms = [MethodArm(llm, method) for method in ("none_fast", *options.methods)]
+            for temperature in options.temperatures:
+                runs = Runs(temperature=temperature, max_tokens=options.max_tokens, batch=size.batch)
+                found = interleave(arms, prompts, runs)
                 plain = Setting(method="none_fast", batch=size.batch, temperature=temperature)
-                machine = (rates["none_fast"].tokens_per_second or 0.0) / simulate(profile, plain).tokens_per_second
-                for method in methods:
-                    whole = rates[method]
+                usual = simulate(profile, plain).tokens_per_second
+                machine = (found.total("none_fast").tokens_per_second or 0.0) / usual
+                for method in options.methods:
+                    whole = found.total(method)
                     setting = Setting(
                         method=method,
                         lookahead=size.lookahead,
@@ -199,5 +209,5 @@ def validate(
 
 
 def mean_error(checks: Sequence[Check]) -> float:
-    """Mean of the errors' sizes."""
+    """Returns the mean of the errors' absolute values."""
     return fmean(abs(check.error) for check in checks)

@@ -1,8 +1,8 @@
-"""A profile: what forwards cost on a machine and how well a draft guesses. Input of the simulator.
+"""The profile: costs of forwards on a machine, and how well the draft guesses. It is the simulator's input.
 
-Costs are fits to measured rounds of real pipelines; the content is a table that says for every
-position of measured texts what a round beginning there accepts and how large a forecast must be to
-hold its outcome (:class:`Replay`), or a law (:class:`Independent`).
+Costs are fitted to measured rounds of real pipelines. The content is a table (:class:`Replay`) or a random model
+(:class:`Independent`). The table lists, for every position of measured texts, how many tokens a round that begins
+there accepts and how large a forecast must be to hold its outcome.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from ...errors import RequestError
 from ...request.methods import Method
 
 NEVER = 0
-"""In a replay's ``needed``: no forecast that was tried holds the outcome."""
+"""Value in ``needed`` of a replay: no forecast tried holds the outcome."""
 
 ROOT = "0:1"
 """The tree of a round without candidates."""
 
 LARGEST = 20.0
-"""Logarithm of a budget no draft has."""
+"""Logarithm of a budget larger than any draft's."""
 
 Walk = Callable[[bool], tuple[int, int]]
-"""Called once a round, with whether it has no candidates (fallback ``none``): tokens accepted, and
-the budget that holds the outcome."""
+"""Called once per round, with whether the round has no candidates (fallback ``none``). Returns the number of accepted
+tokens, and the smallest budget that holds the outcome."""
 
 
 class _Part(BaseModel):
@@ -39,8 +39,7 @@ class _Part(BaseModel):
 
 
 class Line(_Part):
-    """``base + per_node · nodes + per_step · K + per_row · K · rows`` seconds: a glue forward of so many nodes, and K
-    draft steps of so many rows each."""
+    """Seconds of a glue forward and K draft steps: ``base + per_node · nodes + per_step · K + per_row · K · rows``."""
 
     base: float = Field(default=0.0, ge=0)
     per_step: float = Field(default=0.0, ge=0)
@@ -52,36 +51,37 @@ class Line(_Part):
 
 
 class Costs(_Part):
-    """Seconds, at one temperature (choosing tokens costs more when it samples)."""
+    """Costs in seconds, at one temperature (sampling takes longer than greedy choice)."""
 
     target: dict[int, float] = Field(min_length=1)
-    """One forward of the target, by its rows in all (sequences × rows each): of a single sequence's."""
+    """A forward of the target with a single sequence, by its number of rows."""
     sequence: float = Field(default=0.0, ge=0)
-    """What each further sequence of a forward adds to that."""
+    """Added by each further sequence of the forward."""
     tree: Line
-    """The draft's half of a round: glue, forecast, K steps; ``rows`` are sequences × branches, ``nodes`` those of
-    the trees."""
+    """The draft's half of a round: glue forward, forecast, K steps. ``rows`` are sequences × branches, ``nodes`` the
+    nodes of all trees."""
     jit: Line
     """Waiting for K tokens drafted after a miss."""
     sd: Line | None = None
-    """The same in rounds of ``sd``, whose draft idles during the forward; None: as ``jit``."""
+    """The same in rounds of ``sd``, whose draft is idle during the forward; None: as ``jit``."""
     glue: float = Field(default=0.0, ge=0)
     """The draft's half of a round without a forecast (``sd``)."""
     overhead: dict[Literal["none", "sd", "ssd"], float]
-    """A round beyond its forward (and beyond the wait after a miss), where it does not wait for the draft."""
+    """Time of a round that does not wait for the draft, without its forward and the wait after a miss."""
     per_position: float = Field(default=0.0, ge=0)
-    """What each position of the lookahead adds to that in rounds of a draft: noise is made for all of them."""
+    """Added to the overhead for each position of the lookahead, in rounds with a draft: noise is computed for all."""
     exchange: float = 0.0
-    """A round beyond the draft's time, where it does. Below zero, if the draft begins before the forward."""
+    """Time of a round that waits for the draft, without the draft's time. Negative if the draft begins before the
+    forward."""
     after_wait: float = 0.0
-    """How much longer a forward takes that follows a wait (its weights have left the caches)."""
+    """Added to a forward that follows a wait: its weights have left the caches."""
     tensor_parallel: dict[int, float] = {}
-    """Measured speed-ups of the forward by devices. Others: ``efficiency``."""
+    """Measured speedups of the forward, by number of devices; others follow from ``efficiency``."""
     efficiency: float = Field(default=0.85, gt=0.5, le=1)
-    """Assumed where not measured: twice the devices run the forward 2 · efficiency times as fast."""
+    """Assumed: twice as many devices run the forward 2 · efficiency times as fast."""
 
     def forward(self, rows: int, devices: int = 1, *, sequences: int = 1) -> float:
-        """Seconds of a target forward: linear between measured row counts and beyond them."""
+        """Returns the seconds of a target forward; linear between the measured numbers of rows and beyond them."""
         counts = sorted(self.target)
         if len(counts) == 1:
             whole = self.target[counts[0]]
@@ -93,7 +93,7 @@ class Costs(_Part):
         return (whole + (sequences - 1) * self.sequence) / self.speedup(devices)
 
     def speedup(self, devices: int) -> float:
-        """Of a tensor-parallel forward."""
+        """Returns the speedup of a forward that is split over ``devices``."""
         if devices == 1:
             return 1.0
         return self.tensor_parallel.get(devices) or (2 * self.efficiency) ** math.log2(devices)
@@ -102,15 +102,15 @@ class Costs(_Part):
 class Replay(_Part):
     """Rounds of measured texts, for every position and tree.
 
-    Under coupling the tokens of a text, and with them every tree drafted in it, do not depend on
-    the method: only which positions rounds begin at does. So replaying a table is exact.
+    Under coupled verification the tokens of a text, and so the tree drafted at a position, do not depend on the
+    method. Only the positions at which rounds begin do. So replaying the table is exact.
     """
 
     kind: Literal["replay"] = "replay"
     accepted: dict[str, list[list[int]]]
-    """By tree (``"K:W"``, a comb of W rows; ``"0:1"`` is the bare root), text and position: tokens accepted."""
+    """Accepted tokens by tree (``"K:W"``: a comb of W rows; ``"0:1"``: the root alone), text and position."""
     needed: dict[str, list[list[int]]]
-    """The smallest budget tried that forecasts the outcome; ``NEVER`` if none."""
+    """The smallest budget whose forecast holds the outcome, in the same order; ``NEVER`` if none does."""
 
     @property
     def texts(self) -> int:
@@ -126,13 +126,13 @@ class Replay(_Part):
         name = f"{lookahead}:{rows}"
         if name not in self.accepted:
             raise RequestError(
-                f"the profile knows no tree of lookahead {lookahead} with {rows} rows; measure one that does"
+                f"the profile has no tree of lookahead {lookahead} with {rows} rows; measure one that has"
             )
         position = 0
 
         def step(plain: bool = False) -> tuple[int, int]:
             nonlocal text, position
-            # A sequence's first round has nothing but its root.
+            # The first round of a sequence has no candidates.
             tree = ROOT if plain or not position else name
             which = text % self.texts
             length = len(self.accepted[ROOT][which])
@@ -147,15 +147,15 @@ class Replay(_Part):
 
 
 class Independent(_Part):
-    """A law instead of texts: every token is accepted with the same chance, and a forecast of N
-    misses with chance ``min(1, miss · N^-power)`` (the power law of Saguaro, arXiv 2603.03251)."""
+    """A random model: every token is accepted with the same probability, and a forecast of N outcomes misses with
+    probability ``min(1, miss · N^-power)`` (the power law of Saguaro, arXiv 2603.03251)."""
 
     kind: Literal["independent"] = "independent"
     acceptance: float = Field(ge=0, le=1)
     miss: float = Field(default=1.0, ge=0)
     power: float = Field(default=1.0, gt=0)
     sibling_share: float = Field(default=0.35, ge=0, lt=1)
-    """Chance that the best sibling is right where the chain is wrong; each next rank half of it."""
+    """Probability that the best sibling is right where the chain is wrong; it halves with each further rank."""
 
     @property
     def texts(self) -> int:
@@ -181,7 +181,7 @@ class Independent(_Part):
                 accepted += 1
             if not self.miss:
                 return accepted, 1
-            left = max(1 - draw.random(), 1e-12)  # hit from the budget on at which the miss rate is below this
+            left = max(1 - draw.random(), 1e-12)  # budgets hit whose miss rate is below this
             exponent = math.log(self.miss / left) / self.power
             return accepted, max(1, math.ceil(math.exp(min(exponent, LARGEST))))
 
@@ -192,7 +192,7 @@ Content = Annotated[Replay | Independent, Field(discriminator="kind")]
 
 
 class Point(_Part):
-    """Means over the rounds of one real run, seconds, as measured: what the costs were fitted to."""
+    """Means over the rounds of one real run, in seconds; the costs are fitted to them."""
 
     method: Method
     temperature: float
@@ -200,17 +200,17 @@ class Point(_Part):
     budget: int
     batch: int
     rows: int
-    """Of the target's forward: of all its sequences; of plain rounds unpadded."""
+    """Rows of the target's forward, over all sequences; plain rounds count without padding."""
     rounds: int
     forward_s: float
     draft_s: float | None
     jit_s: float | None
     overhead_s: float | None
-    """None, as ``exchange_s``: too few such rounds."""
+    """None, here and in ``exchange_s``: too few rounds of that kind."""
     exchange_s: float | None = None
     after_wait_s: float | None
     start: int = 0
-    """Of which pipeline, of those started for the profile."""
+    """Number of the pipeline, among those started for the profile."""
 
 
 class Profile(_Part):
@@ -219,14 +219,14 @@ class Profile(_Part):
     name: str
     machine: str = ""
     costs: dict[str, Costs]
-    """By temperature, written ``"0"``, ``"1"``, .."""
+    """By temperature, written ``"0"``, ``"1"``, …"""
     padded: bool = True
-    """Whether plain rounds of ``none`` run as many rows as verifications."""
+    """Whether plain rounds of ``none`` are padded to the rows of a verification."""
     content: dict[str, Content]
     points: list[Point] = []
 
     def at(self, temperature: float) -> tuple[Costs, Replay | Independent]:
-        """Costs and content of the nearest temperature measured."""
+        """Returns costs and content of the nearest measured temperature."""
 
         def nearest(names: dict) -> str:
             return min(names, key=lambda name: abs(float(name) - temperature))
@@ -235,7 +235,7 @@ class Profile(_Part):
 
 
 def load_profile(path: str | Path) -> Profile:
-    """Raises: RequestError: there is no such file, or it is no profile."""
+    """Reads a profile. Raises RequestError if the file cannot be read or is not a profile."""
     try:
         return Profile.model_validate_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -249,7 +249,7 @@ def load_profile(path: str | Path) -> Profile:
 
 
 def survival(content: Replay | Independent, lookahead: int, rows: int) -> list[float]:
-    """Chance that a round accepts at least 1, 2, .. K tokens."""
+    """Returns the shares of rounds that accept at least 1, 2, …, K tokens."""
     counts, rounds = [0] * (lookahead + 1), 0
     for accepted, _ in _rounds(content, lookahead, rows):
         rounds += 1
@@ -259,7 +259,7 @@ def survival(content: Replay | Independent, lookahead: int, rows: int) -> list[f
 
 
 def hit_curve(content: Replay | Independent, lookahead: int, rows: int, budgets: list[int]) -> list[float]:
-    """Hit rate with each budget."""
+    """Returns the hit rate with each budget."""
     needed = [need for _, need in _rounds(content, lookahead, rows)]
     return [sum(NEVER < need <= budget for need in needed) / len(needed) for budget in budgets]
 

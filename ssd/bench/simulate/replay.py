@@ -1,4 +1,4 @@
-"""Replays known texts: how much a round at every position would accept, and whether its outcome was prepared.
+"""Replays the draft over known texts: what a round at every position accepts, and which forecasts it hits.
 
 Under coupled verification the tree below a root depends on the tokens before it alone, whether it was prepared as a
 branch or drafted after a miss. So the draft runs along the target's own tokens and drafts the deepest and widest tree
@@ -31,7 +31,7 @@ from .profile import NEVER, ROOT, Replay
 BUDGETS = (4, 8, 12, 16, 24, 32, 48)
 CHUNK_BYTES = 64 << 20
 WIDEST = 3
-"""Combs with more nodes per depth than this are not replayed."""
+"""Combs with more rows than this for each depth are not replayed."""
 
 
 def replay(
@@ -44,17 +44,18 @@ def replay(
     budgets: Sequence[int] = BUDGETS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Replay:
-    """Returns the tables of every tree and budget.
+    """Returns the tables of accepted tokens and needed budgets, for chains and for combs.
 
     Args:
-        plan: of the pairing; its forecast's shape and sharpness are used.
-        texts: prompt and the target's answer to it under ``params``, as token ids. The last ``max(lookaheads) + 1``
-            tokens of an answer only serve to judge those before them.
-        params: the answers were written under.
-        lookaheads: depths of the trees.
-        rows: of the combs, beside the chains.
-        budgets: of the forecasts. Of the confidence forecast only the largest is run: it contains the others.
-        progress: called with the texts done and their number.
+        plan: of the pair; shape and sharpness of its forecast are used.
+        texts: token ids of each prompt and of the target's answer to it under ``params``. The last
+            ``max(lookaheads) + 1`` tokens of an answer serve only as outcomes of the rounds before.
+        rows: rows W of the combs.
+        budgets: budgets of the forecasts. Smaller confidence forecasts are prefixes of the largest.
+        progress: called with the number of texts done and the total.
+
+    Raises:
+        ConfigError: the forecast learns, so its outcomes depend on the order of rounds.
     """
     if plan.config.speculation.forecast.shape == "measured":
         raise ConfigError(
@@ -73,7 +74,7 @@ def replay(
     trees = {ROOT: (TreeShape.comb(1), [0, 0])}
     for (depth, count), beside in combs.items():
         trees[f"{depth}:{count}"] = TreeShape.comb(depth, beside), _nodes(deepest, widest, beside)
-    # The confidence forecast lists outcomes by likelihood: a smaller budget is the beginning of a larger one.
+    # The confidence forecast lists outcomes by probability, so a smaller one is a prefix of a larger one.
     nested = plan.config.speculation.forecast.shape == "confidence"
     sizes = [max(budgets)] if nested else sorted(budgets, reverse=True)
     forecasts = {
@@ -126,8 +127,7 @@ class DraftAlongText:
 
     @torch.no_grad()
     def at(self, root: int) -> tuple[Tensor, Tensor]:
-        """Returns tokens ``[W]`` and draft scores ``[W, V]`` (float32, on the CPU) of the tree below position
-        ``root``."""
+        """Returns tokens ``[W]`` and draft scores ``[W, V]`` (float32, on the CPU) of the tree below ``root``."""
         runner, sampling, shape = self._worker.runner, self._worker.sampling, self._worker.shape
         if not self._ready and root:
             runner.prefill(0, self.ids[:root])  # later positions are written on the way
@@ -144,8 +144,12 @@ class DraftAlongText:
 
 
 def deepest_node(shape: TreeShape, tokens: Tensor, ahead: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the deepest node ``[P]`` of each tree ``tokens [P, W]`` on the path of the tokens ``ahead [P, K + 1]``
-    that follow its root, and its depth ``[P]``."""
+    """Returns the deepest accepted node of each tree and its depth, both ``[P]``.
+
+    Args:
+        tokens: of the trees ``[P, W]``.
+        ahead: tokens of the text after each root ``[P, K + 1]``.
+    """
     node = torch.zeros(len(tokens), dtype=torch.int64)
     depth = node.clone()
     for child, parent in enumerate(shape.parents, start=1):
@@ -157,7 +161,7 @@ def deepest_node(shape: TreeShape, tokens: Tensor, ahead: Tensor) -> tuple[Tenso
 
 
 def _nodes(deepest: int, widest: int, beside: Sequence[int]) -> list[int]:
-    """Returns the nodes of ``comb(deepest, widest)`` that make up ``comb(len(beside), beside)``, in its order."""
+    """Returns the nodes of ``comb(deepest, widest)`` that form ``comb(len(beside), beside)``, in its order."""
     leaves = [deepest + 1 + level * widest + rank for level, count in enumerate(beside) for rank in range(count)]
     return [*range(len(beside) + 1), *leaves]
 
@@ -167,7 +171,7 @@ def _sized(plan: Plan, shape: TreeShape, size: int) -> Plan:
 
 
 def draft_plan(plan: Plan, depth: int, siblings: int | list[int], budget: int) -> Plan:
-    """Returns the plan of a draft that runs along texts: one slot, nothing compiled."""
+    """Returns the plan of a draft for replays: one slot, nothing compiled."""
     config = plan.config
     assert config.draft is not None
     draft = config.draft.model_copy(update={"compile": False, "data_parallel": 1})

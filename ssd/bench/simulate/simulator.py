@@ -1,11 +1,11 @@
 """Rounds without models: a discrete-event simulation of draft and verifier from a profile.
 
-The verifier's lane and the draft's lane meet at the exchange, as in ``pipeline.loops``: a round
-ends when both are there, and a batch in which a row missed waits for ``jit`` (fallback ``jit``) or
-goes on with the bonus token alone in that row (``none``). Closed forms it must reproduce
-(``tests/unit/test_simulate.py``; Saguaro, arXiv 2603.03251, Theorem 7, with T in units of one
-verification): ``sd`` brings E/(1 + T_SD), ``ssd`` [p E_hit + (1-p) E_miss] / [p max(1, T_p) +
-(1-p)(1 + T_b)], a batch stalls with chance 1 - p^b.
+Verifier and draft meet at the exchange, as in the pipeline: a round ends when both have arrived. With fallback
+``jit``, a batch in which a row missed then waits for tokens drafted now; with ``none``, that row continues with its
+bonus token alone. The simulation reproduces closed forms (``tests/unit/bench/test_simulate.py``; Saguaro, arXiv
+2603.03251, Theorem 7, with times in units of one verification): the speedup of ``sd`` is E / (1 + T_SD), that of
+``ssd`` is [p E_hit + (1 - p) E_miss] / [p max(1, T_p) + (1 - p)(1 + T_b)], and a batch waits with probability
+1 - p^b.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ Modelled = Literal["none", "none_fast", "sd", "ssd"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """What to run, and on what."""
+    """A method with its sizes, and the devices it runs on."""
 
     method: Modelled = "ssd"
     lookahead: int = 4
     budget: int = 12
     rows: int | None = None
-    """W: what a sequence verifies, a comb within that budget; None: a chain."""
+    """W: verified rows per sequence, a comb within that budget; None: a chain."""
     batch: int = 1
     fallback: Literal["jit", "none"] = "jit"
     temperature: float = 0.0
     target_devices: int = 1
-    """The target's forward is tensor-parallel over these."""
+    """Devices the target is split over."""
     draft_devices: int = 1
-    """The forecast's branches are dealt out to these."""
+    """Devices the forecast's branches are divided among."""
 
     @property
     def tree_rows(self) -> int:
-        """W."""
+        """W: verified rows per sequence."""
         return self.rows or self.lookahead + 1
 
     @property
@@ -52,19 +52,19 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Simulated:
-    """What a simulation gave."""
+    """The result of a simulation."""
 
     setting: Setting
     tokens: int
     seconds: float
     count: int
-    """Rounds."""
+    """Number of rounds."""
     lookups: int
     hits: int
     verifier_busy_s: float
     draft_busy_s: float
     rounds: list[RoundReport]
-    """The first of them, for a timeline."""
+    """The first ``KEPT_ROUNDS`` rounds, for a timeline."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -80,23 +80,26 @@ class Simulated:
 
 
 def simulate(profile: Profile, setting: Setting, *, tokens: int = 4000) -> Simulated:
-    """One setting; see :meth:`Simulator.run`."""
+    """Simulates one setting; see :meth:`Simulator.run`."""
     return Simulator(profile).run(setting, tokens=tokens)
 
 
 class Simulator:
-    """Simulates settings of one profile. What a tree accepts and which budgets hold its outcomes is
-    played once for each tree and batch: budgets, devices and costs only decide how long it takes."""
+    """Simulates settings of one profile.
+
+    The accepted tokens and the budgets that hold the outcomes are computed once for each tree and batch; budgets,
+    devices and costs only change how long the rounds take.
+    """
 
     def __init__(self, profile: Profile):
         self.profile = profile
         self._played: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
 
     def run(self, setting: Setting, *, tokens: int = 4000) -> Simulated:
-        """Run until so many tokens are there (over all sequences).
+        """Simulates rounds until ``tokens`` are generated, over all sequences.
 
         Raises:
-            RequestError: the profile does not know the tree; a setting that cannot be.
+            RequestError: the profile does not have the tree, or a number of the setting is below 1.
         """
         if min(setting.target_devices, setting.draft_devices, setting.batch, setting.lookahead) < 1:
             raise RequestError("devices, batch and lookahead must be at least 1")
@@ -132,8 +135,8 @@ class Simulator:
         return costs.tree.seconds(setting.lookahead, setting.batch * share, setting.batch * setting.tree_rows)
 
     def _play(self, content: Replay | Independent, setting: Setting, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of every round ``[R]``, and the budgets that hold its rows' outcomes ``[R, B]``."""
-        # Without a fallback, a row that missed has no candidates: then the budget matters here.
+        """Returns the tokens of every round ``[R]``, and the budgets that hold its rows' outcomes ``[R, B]``."""
+        # Without a fallback, a row that missed has no candidates, so the tokens depend on the budget.
         plainly = setting.method == "ssd" and setting.fallback == "none"
         key = (setting.temperature, setting.lookahead, setting.tree_rows, setting.batch, tokens)
         key = (*key, setting.budget if plainly else None)
@@ -170,7 +173,15 @@ def _timed(
     exchange_s: float = 0.0,
     wait_s: np.ndarray | None = None,
 ) -> Simulated:
-    """Rounds on the clock. ``draft_s``: of a draft that takes part; ``wait_s``: after misses ``[R]``."""
+    """Returns the rounds with their times.
+
+    Args:
+        made: tokens of each round ``[R]``.
+        hit: which rows hit ``[R, B]``.
+        forward_s: seconds of each verification ``[R]``.
+        draft_s: seconds of the draft's half of a round; None: there is no draft.
+        wait_s: seconds of waiting after misses ``[R]``.
+    """
     waits = np.zeros(len(made)) if wait_s is None else wait_s
     drafted_s = 0.0 if draft_s is None else draft_s + exchange_s
     round_s = np.maximum(forward_s + overhead_s, drafted_s) + waits

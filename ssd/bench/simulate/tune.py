@@ -1,33 +1,30 @@
-"""Tuning lookahead, budget and rows: the simulator names a few, real runs choose among them."""
+"""Tuning lookahead, budget and rows: the simulator proposes a few settings, real runs choose among them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import yaml
 
-from ...config.load import Config, load_config
-from ...request.sampling_params import SamplingParams
-from ..measure.arms import MethodArm, Progress, interleave, merge
+from ...config.load import load_config
+from ...config.sections import Config
+from ..measure.interleave import Launch, MethodArm, Progress, Runs, interleave
 from ..measure.prompts import Prompt
 from .calibrate import Size
 from .plan import Space, ranked
 from .profile import Profile
 from .simulator import Setting, Simulator
 
-if TYPE_CHECKING:
-    from ...engine.llm import LLM
-
 CLOSE = 0.01
-"""Two settings that the simulator finds this near to each other are one: a larger tree must earn it."""
+"""Simulated rates that differ by less than this share are equal: the smaller budget is taken."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """A setting and what it brought."""
+    """A setting with its simulated and its measured rate, in tokens per second."""
 
     size: Size
     simulated: float
@@ -39,12 +36,12 @@ class Candidate:
 
     @property
     def rows(self) -> int:
-        """W."""
+        """W: verified rows per sequence."""
         return self.size.rows or self.size.lookahead + 1
 
 
 def shortlist(profile: Profile, temperature: float, count: int, space: Space = Space()) -> list[Candidate]:  # noqa: B008
-    """The best few by simulation; of those with the same tree, the smallest budget within ``CLOSE``."""
+    """Returns the best settings by simulation, one for each tree: with its smallest budget within ``CLOSE``."""
     best: dict[tuple[int, int], Candidate] = {}
     for one in ranked(Simulator(profile), Setting(temperature=temperature), space):
         at, rate = one.setting, one.tokens_per_second
@@ -57,49 +54,39 @@ def shortlist(profile: Profile, temperature: float, count: int, space: Space = S
 
 
 def measure_candidates(
+    launch: Launch,
     config: Config,
     candidates: Sequence[Candidate],
     prompts: Sequence[Prompt],
+    runs: Runs,
     *,
-    temperature: float = 0.0,
-    max_tokens: int = 128,
-    repeat: int = 2,
-    launch: Callable[[Config], LLM] | None = None,
     progress: Progress | None = None,
 ) -> tuple[float, list[Candidate]]:
-    """Run all candidates, their pipelines side by side and taking turns prompt by prompt. Returns the
-    tokens per second of plain decoding (``none_fast``), and the candidates, fastest first.
+    """Runs all candidates in turns, each in a pipeline of its own.
+
+    Returns:
+        Tokens per second of plain decoding (``none_fast``), and the candidates, fastest first.
 
     Raises:
-        UsageError, WorkerError: as ``LLM``.
+        UsageError, WorkerError: as ``launch``.
     """
-    from ...engine.llm import LLM
-
     with ExitStack() as stack:
         arms = []
         for number, candidate in enumerate(candidates, start=1):
             if progress is not None:
                 progress(0, 1, f"starting {number}/{len(candidates)}: {candidate.label}")
-            llm = stack.enter_context((launch or LLM)(load_config(config, candidate.size.overrides)))
+            llm = stack.enter_context(launch(load_config(config, candidate.size.overrides)))
             if not arms:
                 arms.append(MethodArm(llm, "none_fast"))
             arms.append(MethodArm(llm, "ssd", candidate.label))
-        params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True)
-        found = interleave(arms, prompts, params, repeat=repeat, warmup_tokens=16, progress=progress)
-    rates = {
-        arm.name: merge(part for (name, _), parts in found.tallies.items() for part in parts if name == arm.name)
-        for arm in arms
-    }
-    measured = [
-        Candidate(size=one.size, simulated=one.simulated, measured=rates[one.label].tokens_per_second)
-        for one in candidates
-    ]
-    plain = rates["none_fast"].tokens_per_second or 0.0
+        found = interleave(arms, prompts, runs, progress=progress)
+    measured = [replace(one, measured=found.total(one.label).tokens_per_second) for one in candidates]
+    plain = found.total("none_fast").tokens_per_second or 0.0
     return plain, sorted(measured, key=lambda candidate: -(candidate.measured or 0.0))
 
 
 def tuned_yaml(config: Config, best: Candidate, comment: str) -> str:
-    """The configuration with the best candidate's values, the figures above it."""
+    """Returns the configuration with the candidate's values as YAML, with ``comment`` above it."""
     tree: dict[str, Any] = load_config(
         config,
         [

@@ -1,13 +1,13 @@
 """Forecast by measurement: the budget goes where outcomes were seen to fall.
 
-What is estimated, live: the chance that a node is accepted once its parent is, hence the chance ``w_u`` that
-u is the deepest accepted one; and the chance ``m(r)`` that the target's token after it is the draft's guess of
-rank r. An outcome (u, rank r) is worth ``w_u · m(r)``, and the N worthiest are prepared: the greedy allocation by
-marginal gain, optimal since ``m`` falls with r. A node may get nothing.
+Two chances are estimated while decoding: that a node is accepted once its parent is, which gives the chance ``w_u``
+that u is the deepest accepted node; and the chance ``m(r)`` that the target's token after it is the draft's guess of
+rank r. An outcome (u, rank r) is worth ``w_u · m(r)``, and the N most valuable ones are prepared: the greedy
+allocation by marginal gain, optimal since ``m`` falls with r. A node may get no branch.
 
-Ranks beyond a node's fan-out are not seen (the outcome was missed, wherever it stood). So what is counted are
-hazards: how often a guess was right, of the times it was prepared and no better one was right (Kaplan and
-Meier 1958). Estimates differ between states: the round came after a hit or a miss, and how hot the row samples.
+Ranks beyond a node's fan-out are not observed: the outcome was missed, wherever it stood. So hazards are
+counted: how often a guess was right, out of the times it was prepared and no better one was right (Kaplan and
+Meier 1958). Estimates are kept by state: whether the last round hit, and how hot the row samples.
 """
 
 from __future__ import annotations
@@ -18,86 +18,95 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..averages import DecayingRatio
 from ..trees.shape import ABSENT, TreeShape
 from .base import CONSIDERED_RANKS, Forecast, exclude_children, fan_out
 
 MEMORY = 512
 """Rounds of a state after which an observation has lost 1 - 1/e of its weight."""
 PRIOR_WEIGHT = 8.0
-"""Observations the shipped priors are worth."""
+"""Number of observations that the priors count as."""
 ACCEPTS = 0.6
-"""Prior chance that a chain node is accepted once its parent is; a sibling is with a quarter of the rest."""
+"""Prior chance that a chain node is accepted once its parent is. For a sibling it is a quarter of the rest."""
 INNER_HAZARDS = (0.42, 0.30, 0.24, 0.2)
-"""Prior hazards by rank after a node whose children were rejected; the last goes on."""
+"""Prior hazards by rank after a node whose children were rejected; the last one holds for all further ranks."""
 LEAF_HAZARDS = (0.66, 0.42, 0.32, 0.25)
 """The same after a node without children."""
 HEATS = (0.0, 0.5, 1.0)
-"""Upper ends of the buckets of temperature; hotter is another one."""
+"""Upper ends of the temperature buckets; a last bucket holds everything hotter."""
 PLAN_EVERY = 8
 """Rounds of a state between two allocations."""
 
 
+def _estimate(prior: float) -> DecayingRatio:
+    return DecayingRatio(MEMORY, top=PRIOR_WEIGHT * prior, bottom=PRIOR_WEIGHT)
+
+
+def _chance(estimate: DecayingRatio) -> float:
+    return estimate.top / estimate.bottom
+
+
 class OutcomeCurves:
-    """Where outcomes fall, in one state."""
+    """Estimates of where outcomes fall, for one state.
+
+    Args:
+        shape: the tree that is verified.
+        ranks: guesses of a node that are ever prepared.
+    """
 
     def __init__(self, shape: TreeShape, ranks: int):
         self._shape, self._depths, chain = shape, shape.depths, set(shape.chain)
-        self._tries = [PRIOR_WEIGHT] * shape.nodes
-        prior = [ACCEPTS if node in chain else (1 - ACCEPTS) / 4 for node in range(shape.nodes)]
-        self._accepts = [PRIOR_WEIGHT * chance for chance in prior]
-        self._risks = [[PRIOR_WEIGHT] * ranks for _ in range(2)]
+        self._accepts = [_estimate(ACCEPTS if node in chain else (1 - ACCEPTS) / 4) for node in range(shape.nodes)]
         curves = (INNER_HAZARDS, LEAF_HAZARDS)
-        self._hits = [[PRIOR_WEIGHT * curve[min(r, len(curve) - 1)] for r in range(ranks)] for curve in curves]
+        self._hazards = [[_estimate(curve[min(r, len(curve) - 1)]) for r in range(ranks)] for curve in curves]
         self._plans: dict[int, list[tuple[int, int]]] = {}
         self._since = 0
 
     def learn(self, node: int, *, deepest: int, fan_out: int, rank: int | None) -> None:
-        """A round ended.
+        """Counts the outcome of a round.
 
         Args:
-            node: u. deepest: how deep the tree was. fan_out: guesses prepared after u. rank: of the
-                right one, if it was among them.
+            node: u.
+            deepest: depth of the tree that was verified.
+            fan_out: guesses prepared after u.
+            rank: rank of the right guess, if it was among them.
         """
-        shape, keep = self._shape, 1 - 1 / MEMORY
+        shape = self._shape
         path = (0, *shape.path(node))
         for at in path:
             for child in shape.children(at):
                 if shape.depths[child] <= deepest:
-                    self._accepts[child] = self._accepts[child] * keep + (child in path)
-                    self._tries[child] = self._tries[child] * keep + 1.0
-        kind = int(shape.depths[node] == deepest)
+                    self._accepts[child].observe(float(child in path))
+        hazards = self._hazards[shape.depths[node] == deepest]
         for place in range(fan_out if rank is None else rank + 1):
-            self._hits[kind][place] = self._hits[kind][place] * keep + (place == rank)
-            self._risks[kind][place] = self._risks[kind][place] * keep + 1.0
+            hazards[place].observe(float(place == rank))
         self._since += 1
         if self._since >= PLAN_EVERY:
             self._plans.clear()
             self._since = 0
 
     def weights(self, deepest: int) -> list[float]:
-        """``w_u`` of every node ``[W]`` of a tree so deep."""
+        """Returns ``w_u`` of every node ``[W]`` of a tree of depth ``deepest``."""
         shape, reach, weights = self._shape, [1.0] + [0.0] * (self._shape.nodes - 1), [0.0] * self._shape.nodes
         for node in sorted(range(shape.nodes), key=lambda n: shape.depths[n]):
             left = 1.0
             for child in shape.children(node):
                 if shape.depths[child] <= deepest:
-                    chance = self._accepts[child] / self._tries[child]
+                    chance = _chance(self._accepts[child])
                     reach[child] = reach[node] * chance
                     left -= chance
             weights[node] = reach[node] * max(left, 0.0)
         return weights
 
     def plan(self, budget: int, deepest: int) -> list[tuple[int, int]]:
-        """The ``budget`` worthiest (node, rank) of a tree so deep; no pair twice, no gaps in a node's ranks."""
+        """Returns the ``budget`` most valuable (node, rank) of a tree of depth ``deepest``: no pair twice, and no gaps
+        in a node's ranks."""
         if deepest not in self._plans:
-            hazards = [
-                [hit / risk for hit, risk in zip(hits, risks, strict=True)]
-                for hits, risks in zip(self._hits, self._risks, strict=True)
-            ]
+            hazards = [[_chance(estimate) for estimate in kind] for kind in self._hazards]
             curves = [
                 hazards[depth == deepest] if depth <= deepest else [0.0] * len(hazards[0]) for depth in self._depths
             ]
-            # Heap of what each node's next guess is worth, and how likely the outcome is to be none of those before.
+            # Entries: value of a node's next guess, and the chance that none of its guesses before is right.
             heap = [
                 (-w * curve[0], node, 0, w)
                 for node, (w, curve) in enumerate(zip(self.weights(deepest), curves, strict=True))
@@ -114,9 +123,13 @@ class OutcomeCurves:
 
 
 class MeasuredForecast(Forecast):
-    """The N outcomes that were worth most, by state. What became of them it is told.
+    """Prepares the N outcomes with the highest estimated value, and learns from every round.
 
-    Args: batch: B slots, each of which may be in another state.
+    Args:
+        shape: the tree that is verified.
+        budget: N.
+        batch: B slots, each in a state of its own.
+        device: where outcomes are computed.
     """
 
     by_row = False
@@ -126,11 +139,11 @@ class MeasuredForecast(Forecast):
         self._shape, self._ranks = shape, max(CONSIDERED_RANKS, -(-budget // shape.nodes))
         self._curves: dict[tuple[bool, int], OutcomeCurves] = {}
         self._states = [(True, 0)] * batch
-        """Of each slot: whether it hit last, and its bucket of temperature."""
+        """State of each slot: whether its last round hit, and its temperature bucket."""
         self._prepared: list[list[tuple[int, int]] | None] = [None] * batch
         self._deepest = [0] * batch
         self._parents = shape.parent_index(device)
-        # Contents change, addresses do not: compiled code reads them where they are.
+        # Compiled code reads this tensor in place: its contents change, its address does not.
         self._plan = torch.zeros(2, batch, budget, dtype=torch.int64, device=device)
         self._slots = torch.arange(batch, device=device)[:, None]
 
@@ -149,7 +162,7 @@ class MeasuredForecast(Forecast):
 
     def learn(self, active: Sequence[bool], nodes: Sequence[int], branches: Sequence[int | None]) -> None:
         for slot, (node, branch, plan) in enumerate(zip(nodes, branches, self._prepared, strict=True)):
-            if not active[slot] or plan is None:  # or admitted since
+            if not active[slot] or plan is None:  # None: admitted since
                 continue
             rank = None if branch is None else plan[branch][1]
             fan_out = sum(at == node for at, _ in plan)

@@ -1,4 +1,4 @@
-"""A forecast made by several drafts: each prepares for its share of what all together would."""
+"""A forecast divided among several drafts: each prepares its share of the outcomes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from .base import Forecast
 
 
 class ForecastShare(Forecast):
-    """Every D-th outcome of ``whole``, from the one of this rank on, so that all shares are worth about the same.
+    """Every D-th outcome of ``whole``, starting with this rank's, so that all shares have about the same value.
 
-    Every rank computes the whole forecast from the same scores and the same noise, so nothing is sent for it.
-    Should two ranks differ at a near tie, an outcome is prepared twice or not at all: a miss, never a token.
+    Every rank computes the whole forecast from the same scores and noise, so no message is needed. If two ranks
+    differ at a near tie, an outcome is prepared twice or not at all: that can cost a miss, never change a token.
 
-    Args: whole: of D times the budget of a rank; it learns nothing. rank: of D = ``ranks``.
+    Args:
+        whole: the forecast with D times a rank's budget; it does not learn.
+        rank: 0 <= rank < D.
+        ranks: D.
     """
 
     def __init__(self, whole: Forecast, rank: int, ranks: int):

@@ -1,8 +1,8 @@
-"""Candidates from the sequence itself: what followed the last time its end was seen.
+"""Candidates from the sequence itself: the tokens that followed when its last n-gram occurred before.
 
-Costs no model and, being a function of tokens both sides of a pipeline know, no message. As a draft it
-is a point mass: exact under every verification rule. Source: prompt lookup decoding (Saxena 2023),
-as ``ngram`` in vLLM; Yang et al. 2023, arXiv 2304.04487.
+They need no model, and no message: both sides of a pipeline know the tokens they are computed from. As a draft
+they are a point mass, which is exact under every verification rule. Source: prompt lookup decoding (Saxena 2023),
+``ngram`` in vLLM; Yang et al. 2023, arXiv 2304.04487.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 LONGEST, SHORTEST = 4, 2
-"""Lengths of the endings looked up; the longest that was seen before counts."""
+"""Lengths of the n-grams that are looked up; the longest one found is used."""
 
 
 class NgramIndex:
-    """Of one sequence: where each n-gram of it last ended. Every token costs ``LONGEST - SHORTEST + 1``
+    """Where each n-gram of one sequence last ended. Every token adds ``LONGEST - SHORTEST + 1``
     dictionary entries."""
 
     def __init__(self, tokens: Iterable[int] = ()):
@@ -26,32 +26,33 @@ class NgramIndex:
         return len(self._tokens)
 
     def extend(self, tokens: Iterable[int]) -> None:
-        """The sequence goes on with ``tokens``."""
+        """Appends ``tokens`` to the sequence."""
         known = self._tokens
         for token in tokens:
-            # An ending is entered once something follows it: the sequence's own end is not a find.
+            # An n-gram is entered once a token follows it, so that the sequence's end does not find itself.
             for length in range(SHORTEST, min(LONGEST, len(known)) + 1):
                 self._after[tuple(known[-length:])] = len(known)
             known.append(token)
 
     def propose(self, count: int) -> list[int]:
-        """``count`` tokens that may come next; empty if the end was never seen before."""
+        """Returns ``count`` tokens that may come next; none if the sequence's end did not occur before."""
         known = self._tokens
         for length in range(min(LONGEST, len(known)), SHORTEST - 1, -1):
             start = self._after.get(tuple(known[-length:]))
             if start is not None:
                 found = known[start : start + count]
-                while len(found) < count:  # the text repeats itself up to its end
+                while len(found) < count:  # the repetition reaches the end of the text
                     found.append(found[len(found) - (len(known) - start)])
                 return found
         return []
 
 
 class NgramRounds:
-    """Rounds of n-grams on a text, played along as it comes: what they would have brought is known
-    without running any.
+    """Simulates rounds with n-gram candidates on a growing text, so that their gain is known without running any.
 
-    Args: index: of the text so far, extended here. count: candidates of a round.
+    Args:
+        index: of the text so far; extended here.
+        count: candidates of a round.
     """
 
     def __init__(self, index: NgramIndex, count: int):
@@ -59,7 +60,7 @@ class NgramRounds:
         self._expected = index.propose(count)
 
     def extend(self, tokens: Iterable[int]) -> int:
-        """The text goes on with ``tokens``. Returns how many rounds ended within them."""
+        """Appends ``tokens`` to the text; returns the number of rounds that ended within them."""
         rounds = 0
         for token in tokens:
             self.index.extend((token,))

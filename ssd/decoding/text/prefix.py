@@ -8,7 +8,7 @@ STRIDE = 64
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens both begin with."""
+    """Returns the number of tokens that both begin with."""
     length = min(len(one), len(other))
     for start in range(0, length, STRIDE):  # slices compare faster than tokens one by one
         end = min(start + STRIDE, length)

@@ -1,1 +1,1 @@
-"""Token trees: their shapes, their widths, and combs of candidates."""
+"""Token trees: shapes, widths, and combs of candidates."""

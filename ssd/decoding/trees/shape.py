@@ -1,9 +1,9 @@
 """Token trees: the shape of a speculation.
 
-A tree has W nodes. Node 0 is the root: the bonus token of the last round, already certain.
-Nodes 1.. are candidates; each continues its parent. The shape (who is whose parent) is static
-and known to both sides; only the tokens travel. A node whose token is ``ABSENT`` is not there
-this round (a shorter branch, a missed row), and neither is anything below it.
+A tree has W nodes. Node 0 is the root: the bonus token of the last round, already committed.
+The other nodes are candidates, each continuing its parent. The shape (the parent of every node) is
+static and known to both sides; only the tokens travel. A node whose token is ``ABSENT`` is missing in
+this round (a shorter branch, a missed row), and so is everything below it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ ABSENT = -1
 
 @dataclass(frozen=True)
 class TreeShape:
-    """Parents of the nodes 1..W-1; ``parents[i]`` is the parent of node ``i + 1``.
+    """The parents of nodes 1 to W - 1; ``parents[i]`` is the parent of node ``i + 1``.
 
     Raises:
-        ValueError: a parent that does not stand before its child.
+        ValueError: a parent does not precede its child.
     """
 
     parents: tuple[int, ...]
@@ -31,15 +31,18 @@ class TreeShape:
     def __post_init__(self) -> None:
         for node, parent in enumerate(self.parents, start=1):
             if not 0 <= parent < node:
-                raise ValueError(f"node {node} has parent {parent}; parents stand before their children")
+                raise ValueError(f"node {node} has parent {parent}; parents must precede their children")
 
     @classmethod
     def comb(cls, lookahead: int, siblings: int | Sequence[int] = 0) -> TreeShape:
-        """A chain of ``lookahead`` nodes (1..K) and leaves beside the chain's node: the draft's next ranks,
-        ``siblings`` at every depth, or at each its own number ``[K]``. ``siblings=0`` is the chain.
+        """Returns a chain of ``lookahead`` nodes (1 to K) with leaves beside them, for the draft's next ranks.
+
+        Args:
+            lookahead: K.
+            siblings: leaves at every depth, or one number for each depth ``[K]``. 0 gives the chain.
 
         Raises:
-            ValueError: numbers for more or fewer depths.
+            ValueError: the numbers are not one per depth.
         """
         counts = [siblings] * lookahead if isinstance(siblings, int) else siblings
         leaves = tuple(depth for depth, count in zip(range(lookahead), counts, strict=True) for _ in range(count))
@@ -47,7 +50,7 @@ class TreeShape:
 
     @property
     def nodes(self) -> int:
-        """W: root and candidates, the rows a sequence verifies."""
+        """W, root and candidates: the rows that a sequence verifies."""
         return len(self.parents) + 1
 
     @cached_property
@@ -65,9 +68,9 @@ class TreeShape:
 
     @cached_property
     def chain(self) -> tuple[int, ...]:
-        """Path from the root to the first deepest node, both included ``[K + 1]``.
+        """Path from the root to the first deepest node, both included: ``[K + 1]``.
 
-        Its keys and values are written in place; every other node's go to scratch slots."""
+        Keys and values of the chain are written in place, those of other nodes to scratch slots."""
         node = self.depths.index(self.depth)
         path = [node]
         while node:
@@ -77,17 +80,17 @@ class TreeShape:
 
     @cached_property
     def is_comb(self) -> bool:
-        """Every node off the chain is a leaf beside it."""
+        """Whether every node off the chain is a leaf beside it."""
         on_chain = set(self.chain)
         return all(parent in on_chain for parent in self.parents)
 
     @cached_property
     def siblings(self) -> tuple[int, ...]:
-        """Of a comb: leaves beside the chain at each depth ``[K]``."""
+        """Leaves beside the chain at each depth ``[K]``, for a comb."""
         return tuple(len(self.children(node)) - 1 for node in self.chain[:-1])
 
     def path(self, node: int) -> tuple[int, ...]:
-        """Nodes from below the root down to ``node`` (empty for the root)."""
+        """Returns the nodes from below the root down to ``node``; none for the root."""
         return self._node_paths[node]
 
     @cached_property
@@ -98,24 +101,25 @@ class TreeShape:
         return tuple(paths)
 
     def children(self, node: int) -> tuple[int, ...]:
+        """Returns the children of ``node``, ascending."""
         return tuple(i for i, parent in enumerate(self.parents, start=1) if parent == node)
 
     def parent_index(self, device: torch.device | str = "cpu") -> Tensor:
-        """``[W]`` int64; the root is its own parent."""
+        """Returns the parents ``[W]`` int64; the root is its own parent."""
         return torch.tensor((0, *self.parents), dtype=torch.int64, device=device)
 
     def depth_index(self, device: torch.device | str = "cpu") -> Tensor:
-        """``[W]`` int64."""
+        """Returns the depths ``[W]`` int64."""
         return torch.tensor(self.depths, dtype=torch.int64, device=device)
 
     def ancestors(self, device: torch.device | str = "cpu") -> Tensor:
-        """``[W, W]`` bool: ``[i, j]`` iff j is i or above it."""
+        """Returns ``[W, W]`` bool: ``[i, j]`` iff j is i or one of its ancestors."""
         seen = torch.eye(self.nodes, dtype=torch.bool)
         for node, parent in enumerate(self.parents, start=1):
             seen[node] |= seen[parent]
         return seen.to(device)
 
     def paths(self, device: torch.device | str = "cpu") -> Tensor:
-        """``[W, K]`` int64: for every node the path from below the root to it, padded with -1."""
+        """Returns ``[W, K]`` int64: the path to every node, without the root, padded with -1."""
         rows = [(*self.path(node), *[-1] * (self.depth - self.depths[node])) for node in range(self.nodes)]
         return torch.tensor(rows, dtype=torch.int64, device=device).reshape(self.nodes, self.depth)

@@ -1,1 +1,1 @@
-"""Verification rules: coupled, rejection and block, and the distributions that the last two compare."""
+"""Verification rules: coupled, rejection and block, and the draft distributions the last two use."""

@@ -1,22 +1,22 @@
-"""Block verification: a chain accepted or rejected as a whole, never shorter on average than
-token by token, with the target's law.
+"""Block verification: decides about whole prefixes of a chain. It accepts at least as many tokens on
+average as token-wise rejection, and keeps the target's distribution.
 
 With ``w_0 = 1`` and ``w_i = min(1, w_(i-1) · target(x_i) / draft(x_i))``, prefix i of K candidates
-is accepted with chance
+is accepted with probability
 
     h_i = R_i / (R_i + 1 - w_i),  R_i = Σ_x max(w_i · target(x | x_1..i) - draft(x | x_1..i), 0),  i < K
     h_K = w_K
 
 independently, and the *longest* accepted prefix counts. After prefix i < K the bonus token is
-drawn from ``max(w_i · target - draft, 0)`` renormalised, after all K from the target's own law.
+drawn from ``max(w_i · target - draft, 0)`` renormalised; after all K, from the target's distribution.
 
 Source: Sun, Mendlovic, Leviathan, Aharoni, Ro, Beirami, Suresh, "Block Verification Accelerates
-Speculative Decoding", 2024, arXiv 2403.10444, Algorithm 2. Chains that end early (a candidate
-after which drafting stopped is still verified) are chains of that length.
+Speculative Decoding", 2024, arXiv 2403.10444, Algorithm 2. A chain that ends early is a chain
+of that length: its last candidate is still verified.
 
-Unlike token-wise rejection the outcome depends on candidates *beyond* the accepted prefix. So the
-draft's noise at a position may not be used again by the next round's candidate there: it is keyed
-by the root's position and the depth (``ssd.pipeline.sampling.rules``).
+Unlike token-wise rejection, the outcome depends on candidates *beyond* the accepted prefix. So the
+next round's candidate at a position must not use the same draft noise: the noise is keyed
+by the root's position and the depth.
 """
 
 from __future__ import annotations
@@ -31,30 +31,28 @@ from .rejection import BonusLaw, chain_length
 
 
 class PrefixLaws(NamedTuple):
-    """The law of a round, before any uniform number is looked at."""
+    """The probabilities of a round's outcomes, before any uniform number is used."""
 
     accept: Tensor
-    """``[B, K]``: h_1 .. h_K; 0 beyond the chain's end."""
+    """``[B, K]``: h_1 ... h_K; 0 beyond the chain's end."""
     bonus: Tensor
-    """``[B, K + 1, V]``: law of the bonus token after each prefix."""
+    """``[B, K + 1, V]``: distribution of the bonus token after each prefix."""
     length: Tensor
-    """``[B]`` int64: candidates there are."""
+    """``[B]`` int64: number of candidates."""
 
 
 def prefix_laws(target_probs: Tensor, tokens: Tensor, draft: DraftProbs) -> PrefixLaws:
-    """Acceptance chances and residuals of every prefix.
+    """Returns acceptance probabilities and residuals of every prefix, in the dtype of ``target_probs``.
 
     Args:
-        target_probs: ``[B, K + 1, V]`` float, the target's law after the root and each candidate.
+        target_probs: ``[B, K + 1, V]`` float, the target's distribution after the root and each candidate.
         tokens: ``[B, K]`` int64 candidates; the chain ends before the first ``ABSENT``.
-        draft: ``[B, K, m]``, the law each candidate was drawn from; a candidate without weight
-            in it is a point mass.
-
-    Sums in the dtype of ``target_probs``.
+        draft: ``[B, K, m]``, the distribution each candidate was drawn from. A candidate without
+            weight in it is a point mass.
     """
     batch, lookahead = tokens.shape
     vocabulary = target_probs.shape[-1]
-    # A candidate that is no token ends the chain too: a draft may send anything.
+    # An invalid token ends the chain too: a draft may send anything.
     tokens = torch.where((tokens >= 0) & (tokens < vocabulary), tokens, -1)
     length = chain_length(tokens)
     chosen = tokens.clamp(min=0)[..., None]
@@ -65,13 +63,13 @@ def prefix_laws(target_probs: Tensor, tokens: Tensor, draft: DraftProbs) -> Pref
     joint = [ratio.new_ones(batch)]
     for depth in range(lookahead):
         joint.append((joint[-1] * ratio[:, depth]).clamp(max=1))
-    w = torch.stack(joint, dim=1)  # w_0 .. w_K
+    w = torch.stack(joint, dim=1)  # w_0 ... w_K
     depths = torch.arange(lookahead + 1, device=tokens.device)
     inside = depths < length[:, None]  # prefixes with a candidate after them
     residual = (w[:, :-1, None] * target_probs[:, :-1] - drawn).clamp(min=0)
     mass = residual.sum(-1)
     left = mass + 1 - w[:, :-1]
-    # 0 / 0: the draft is right so far and right about what follows.
+    # 0 / 0: the two distributions are equal up to here and after this prefix.
     partly = torch.where(left > 0, mass / torch.where(left > 0, left, 1), 1)
     chance = torch.cat([partly, w[:, -1:]], dim=1)
     chance = torch.where(inside, chance, w).masked_fill(depths > length[:, None], 0)
@@ -81,13 +79,16 @@ def prefix_laws(target_probs: Tensor, tokens: Tensor, draft: DraftProbs) -> Pref
 
 
 def verify_block(target_probs: Tensor, tokens: Tensor, draft: DraftProbs, uniforms: Tensor) -> BonusLaw:
-    """Accept the longest prefix that passes, and say what the bonus token is drawn from.
+    """Accepts the longest prefix that passes, and returns the distribution of the bonus token.
 
     Args:
-        target_probs, tokens, draft: as for :func:`prefix_laws`.
+        target_probs: as for :func:`prefix_laws`.
+        tokens: likewise.
+        draft: likewise.
         uniforms: ``[B, K]`` in the open interval (0, 1), independent of the draft and each other.
 
-    Returns: with node i for prefix i, as in a chain-shaped tree.
+    Returns:
+        the law with node i for prefix i, as in a tree that is a chain.
     """
     laws = prefix_laws(target_probs, tokens, draft)
     depths = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)

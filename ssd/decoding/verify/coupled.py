@@ -1,9 +1,10 @@
-"""Verification: candidate tree + the target's choice after every node → outcome.
+"""Coupled verification: from a candidate tree and the target's choice after every node to the outcome.
 
-Coupled rule: draft and target choose with the same noise, so a candidate is accepted iff it
-*is* the target's token. No probability is compared and none crosses the link; the emitted
-tokens are the target's own for the seed, whatever was drafted (Gumbel coupling: Daliri, Musco,
-Suresh 2024, arXiv 2408.07978; trees by matching: DESIGN.md, idea 3).
+Draft and target choose with the same noise, so a candidate is accepted iff it *is* the target's
+token. No probability is compared, and none crosses the link. The emitted tokens are the
+target's own for the seed, whatever was drafted (Gumbel coupling: Daliri, Musco, Suresh 2024,
+arXiv 2408.07978). Matching also verifies trees: at every node, the child that equals the
+target's token is accepted.
 """
 
 from __future__ import annotations
@@ -16,30 +17,31 @@ from ..trees.shape import ABSENT
 
 
 class Outcome(NamedTuple):
-    """What a round decided, per sequence ``[B]`` int64."""
+    """The result of a round, ``[B]`` int64 each."""
 
     node: Tensor
-    """u, the deepest accepted node (0: none accepted)."""
+    """u, the deepest accepted node (0: none is accepted)."""
     bonus: Tensor
     """t, the target's own token after u."""
 
 
 def verify_coupled(tokens: Tensor, chosen: Tensor, parents: Tensor, depths: Tensor, ancestors: Tensor) -> Outcome:
-    """Accept the longest matching path.
+    """Accepts the longest matching path.
 
     Args:
-        tokens: ``[B, W]`` int64, node tokens; column 0 is the root and is taken as accepted.
+        tokens: ``[B, W]`` int64, node tokens. Column 0 is the root, which counts as accepted;
             ``ABSENT`` never matches.
         chosen: ``[B, W]`` int64, the target's token after each node.
-        parents: ``[W]`` int64, ``depths``: ``[W]`` int64, ``ancestors``: ``[W, W]`` bool, of the
-            tree shape.
+        parents: ``[W]`` int64, from the tree shape.
+        depths: ``[W]`` int64, likewise.
+        ancestors: ``[W, W]`` bool, likewise.
 
-    Siblings must differ in token, then at most one child of a node matches and the outcome is
-    unique; if they do not, the first deepest node wins, with the same tokens emitted.
+    If siblings differ in token, at most one child of a node matches and the outcome is unique. If
+    they do not, the first deepest node is taken; the emitted tokens are the same.
     """
     matches = (tokens == chosen[:, parents]) & (tokens != ABSENT)
     matches[:, 0] = True
-    # A node is accepted iff nothing on its path fails to match.
+    # A node is accepted iff every node on its path matches.
     failed_above = ((~matches)[:, None, :] & ancestors).any(-1)
     node = (depths * ~failed_above).argmax(-1)
     return Outcome(node, chosen.gather(1, node[:, None]).squeeze(1))

@@ -1,18 +1,18 @@
-"""Rejection sampling over candidate trees: the emitted tokens have the target's law.
+"""Rejection sampling over candidate trees: the emitted tokens have the target's distribution.
 
 At a node, its children are tried in order. A child x drawn from ``draft_probs`` is accepted with
 probability ``min(1, target_probs(x) / draft_probs(x))``; if it is not, ``target_probs`` becomes
-the residual ``(target_probs - draft_probs)+`` renormalised, x leaves ``draft_probs`` (siblings
-are drawn without replacement), and the next child is tried. If none is accepted, the bonus token
-is drawn from what ``target_probs`` has become.
+the residual ``(target_probs - draft_probs)+`` renormalised, x is removed from ``draft_probs``
+(siblings are drawn without replacement), and the next child is tried. If none is accepted, the bonus
+token is drawn from the ``target_probs`` that remain.
 
 One child: Leviathan, Kalman, Matias 2023 (arXiv 2211.17192) and Chen et al. 2023 (arXiv
 2302.01318). Several: SpecInfer (Miao et al. 2023, arXiv 2305.09781), without replacement as in
 Sequoia (Chen et al. 2024, arXiv 2402.12374).
 
-A child without weight in what is left of ``draft_probs`` was not drawn but named by a rule that
-knows only what is known anyway (n-gram, next rank): a point mass, accepted with probability
-``target_probs(x)``, and x leaves ``target_probs`` otherwise.
+A child without weight in the remaining ``draft_probs`` was not drawn. It was named by a rule without
+randomness of its own (n-gram, next rank), so it is a point mass: accepted with probability
+``target_probs(x)``; otherwise x is removed from ``target_probs``.
 """
 
 from __future__ import annotations
@@ -27,34 +27,37 @@ from .draft_probs import DraftProbs, normalized
 
 
 class BonusLaw(NamedTuple):
-    """What a rule leaves to be drawn, per sequence."""
+    """The accepted node and the distribution of the bonus token, per sequence."""
 
     node: Tensor
     """``[B]`` int64, u: the deepest accepted node."""
     probs: Tensor
-    """``[B, V]``, the law of the bonus token after u."""
+    """``[B, V]``: distribution of the bonus token after u."""
     own: Tensor
-    """``[B]`` bool: it is the target's own law (nothing after u was tried)."""
+    """``[B]`` bool: that is the target's own distribution (no child of u was tried)."""
 
 
 class NodeLaws(NamedTuple):
-    """The law of a round, before any uniform number is looked at."""
+    """The probabilities of a round's outcomes, before any uniform number is used."""
 
     accept: Tensor
-    """``[B, W]``: chance that a node is accepted, given that its parent is and its elder siblings
-    are not. 0 for absent nodes; the root's means nothing."""
+    """``[B, W]``: probability that a node is accepted, given that its parent is and the siblings before it
+    are not. 0 for absent nodes; the root's is meaningless."""
     bonus: Tensor
-    """``[B, I, V]``: law of the bonus token after each inner node if no child of it is accepted."""
+    """``[B, I, V]``: distribution of the bonus token after each inner node if none of its children is accepted."""
     tried: Tensor
-    """``[B, I]`` bool: it has a child to try."""
+    """``[B, I]`` bool: the node has a child to try."""
 
 
 class Siblings:
-    """Who is whose child, as tensors; made once for a tree shape.
+    """The children of a tree shape's nodes as tensors; made once.
 
-    ``inner`` ``[I]`` int64: the nodes with children, ascending; distributions come in this order.
-    ``table`` ``[I, C]`` int64: their children in order, padded with -1. ``index`` ``[W]`` int64:
-    place of a node in ``inner``, -1 for leaves.
+    Attributes:
+        inner: ``[I]`` int64, the nodes with children, ascending; distributions come in this order.
+        table: ``[I, C]`` int64, their children in order, padded with -1.
+        index: ``[W]`` int64, position of a node in ``inner``, -1 for leaves.
+        depths: ``[W]`` int64.
+        ancestors: ``[W, W]`` bool.
     """
 
     def __init__(self, shape: TreeShape, device: torch.device | str = "cpu"):
@@ -70,19 +73,18 @@ class Siblings:
 
 
 def inner_nodes(shape: TreeShape) -> tuple[int, ...]:
-    """Nodes with children, ascending ``[I]``: those a tree carries a draft distribution for."""
+    """Returns the nodes with children, ascending ``[I]``: a tree carries a draft distribution for each."""
     return tuple(sorted(set(shape.parents)))
 
 
 def node_laws(target_probs: Tensor, tokens: Tensor, draft: DraftProbs, siblings: Siblings) -> NodeLaws:
-    """Acceptance chances and residuals of every inner node.
+    """Returns acceptance probabilities and residuals of every inner node, in the dtype of ``target_probs``.
 
     Args:
-        target_probs: ``[B, W, V]`` float, the target's law after each node.
-        tokens: ``[B, W]`` int64 node tokens; what is no token (``ABSENT``) is never accepted.
-        draft: ``[B, I, m]``, the law the children of each inner node were drawn from.
-
-    Sums in the dtype of ``target_probs``.
+        target_probs: ``[B, W, V]`` float, the target's distribution after each node.
+        tokens: ``[B, W]`` int64 node tokens; ``ABSENT`` and invalid tokens are never accepted.
+        draft: ``[B, I, m]``, the distribution that the children of each inner node were drawn from.
+        siblings: of the tree's shape.
     """
     vocabulary = target_probs.shape[-1]
     target = target_probs[:, siblings.inner]
@@ -94,15 +96,15 @@ def node_laws(target_probs: Tensor, tokens: Tensor, draft: DraftProbs, siblings:
         there = (children >= 0) & (token >= 0) & (token < vocabulary)
         token = token.clamp(0, vocabulary - 1)[..., None]
         weight = drawn.gather(-1, token)
-        # Without weight it is a point mass: min(1, target / 1).
+        # A point mass where it has no weight: min(1, target / 1).
         ratio = (target.gather(-1, token) / torch.where(weight > 0, weight, 1)).clamp(max=1).squeeze(-1)
         at = children.clamp(min=0).expand(len(tokens), -1)
-        # Added: padding points at the root, and must not undo anybody's chance.
+        # Added, since padding points at the root.
         accept.scatter_add_(1, at, torch.where(there, ratio, 0))
-        # A rejected x has target < draft (or all of a point mass), hence no residual.
+        # A rejected x has target < draft, or was a point mass: it has no residual.
         residual = torch.where(weight > 0, target - drawn, target).clamp(min=0).scatter(-1, token, 0)
         mass = residual.sum(-1, keepdim=True)
-        # No mass: the two laws are equal, rejection has no chance but that of rounding.
+        # No mass: the two distributions are equal, and only rounding can reject.
         residual = torch.where(mass > 0, residual / torch.where(mass > 0, mass, 1), target)
         target = torch.where(there[..., None], residual, target)
         drawn = torch.where(there[..., None], normalized(drawn.scatter(-1, token, 0)), drawn)
@@ -113,14 +115,17 @@ def node_laws(target_probs: Tensor, tokens: Tensor, draft: DraftProbs, siblings:
 def verify_rejection(
     target_probs: Tensor, tokens: Tensor, draft: DraftProbs, uniforms: Tensor, siblings: Siblings
 ) -> BonusLaw:
-    """Accept a path, and say what the bonus token after it is drawn from.
+    """Accepts a path, and returns the distribution of the bonus token after it.
 
     Args:
-        target_probs, tokens, draft, siblings: as for :func:`node_laws`.
+        target_probs: as for :func:`node_laws`.
+        tokens: likewise.
+        draft: likewise.
+        siblings: likewise.
         uniforms: ``[B, W]`` in the open interval (0, 1), one per node, independent of the draft.
     """
     laws = node_laws(target_probs, tokens, draft, siblings)
-    passed = uniforms < laws.accept  # strictly: at ratio 0 nothing passes
+    passed = uniforms < laws.accept  # strictly: a ratio of 0 never passes
     accepted = torch.zeros_like(passed)
     taken = torch.zeros_like(laws.tried)
     for children in siblings.table.T:
@@ -138,11 +143,11 @@ def verify_rejection(
 
 
 def draw_bonus(law: BonusLaw, noise: Tensor) -> Tensor:
-    """The bonus token ``[B]`` int64: a sample of ``law.probs`` by Gumbel noise ``[B, V]`` that
-    nothing before depended on."""
+    """Returns the bonus token ``[B]`` int64: a sample of ``law.probs`` by Gumbel noise ``[B, V]``, which must be
+    independent of everything used so far."""
     return (law.probs.log() + noise).argmax(-1)
 
 
 def chain_length(tokens: Tensor) -> Tensor:
-    """How many candidates of chains ``[B, K]`` are there ``[B]`` int64: up to the first ``ABSENT``."""
+    """Returns the length ``[B]`` int64 of chains ``[B, K]``: the candidates before the first ``ABSENT``."""
     return (tokens != ABSENT).long().cumprod(-1).sum(-1)

@@ -1,10 +1,10 @@
 """Attention of decode rows over the slot cache, as a transformers attention function.
 
 A row attends main slots below a limit, chosen scratch slots, and itself. Its own key and value
-are a term apart, not read from a slot: a candidate that stands in a scratch slot (a sibling)
-then gets bit for bit the numbers it would get in place, which ``numerics: strict`` rests on.
-Likewise sums over main slots run block by block in one fixed order: a longer context only adds
-exact zeros. Heads that share keys and values (GQA) are rows of one product, nothing is
+are a separate term, not read from a slot. So a candidate in a scratch slot (a sibling)
+gets bit for bit the result it would get in place, which ``numerics: strict`` relies on.
+Likewise, sums over main slots run block by block in a fixed order: a longer context only adds
+exact zeros. Heads that share keys and values (GQA) are rows of one product; keys are not
 repeated.
 """
 
@@ -21,7 +21,7 @@ from ..cache import RowStates
 from ..rows import BLOCK
 
 NAME = "ssd_rows"
-# What stock models may pass and full causal attention may ignore.
+# Arguments that stock models pass and full causal attention may ignore.
 _HARMLESS = {
     "dropout",
     "position_ids",
@@ -43,14 +43,17 @@ def row_attention(
     softcap: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Softmax attention.
+    """Computes softmax attention.
 
     Args:
+        module: ignored.
         query: ``[B, H, R, D]``.
-        key, value: what the rows may attend.
-        attention_mask: ``[B, 1, R, T + X]`` bool, True where a row attends a slot (its own key
-            excluded, it is always attended).
-        scaling: factor on the scores; D^-0.5 by default. softcap: as in Gemma 2.
+        key: keys the rows may attend.
+        value: their values.
+        attention_mask: ``[B, 1, R, T + X]`` bool, True where a row attends a slot. A row's own key is not part of
+            it: it is always attended.
+        scaling: factor on the scores; D^-0.5 by default.
+        softcap: scores become ``softcap · tanh(score / softcap)``, as in Gemma 2.
 
     Returns:
         ``[B, R, H, D]`` and None.
@@ -67,7 +70,7 @@ def row_attention(
     scale = dim**-0.5 if scaling is None else scaling
     query = (query * scale).reshape(batch * shared, group * rows, dim)
 
-    # Scores sum over D, however many slots there are; only the values need the fixed order.
+    # Scores are sums over D, whatever the number of slots; only the sums over values need the fixed order.
     scores = torch.cat([torch.bmm(query, k.flatten(0, 1).transpose(1, 2)) for k in key[:2] if k is not None], dim=-1)
     scores = scores.float()
     own_key = key.own.reshape(batch * shared, 1, rows, dim)
@@ -94,14 +97,18 @@ def row_attention(
 
 
 def refuse_unknown(arguments: dict[str, Any]) -> None:
-    """Raises: ModelError if the model passes what no attention function here knows."""
+    """Checks the further arguments of an attention function.
+
+    Raises:
+        ModelError: the model passes one that no attention function here implements.
+    """
     for name, given in arguments.items():
         if given is not None and name not in _HARMLESS:
             raise ModelError(f"the model's attention uses {name!r}, which this engine does not support")
 
 
 def _blocks(states: RowStates) -> list[Tensor]:
-    """Blocks ``[B·H_kv, n, D]`` in the fixed order of summation: main, then scratch."""
+    """Returns blocks ``[B · H_kv, n, D]`` in the fixed order of summation: main, then scratch."""
     blocks = list(states.main.flatten(0, 1).split(BLOCK, dim=1))
     if states.scratch is not None:
         blocks.append(states.scratch.flatten(0, 1))

@@ -1,13 +1,13 @@
-"""Attention of decode rows in two parts: nothing is repeated, no mask of the whole context is built.
+"""Attention of decode rows in two parts: keys are not repeated, and no mask over the whole context is built.
 
-The prefix part covers the main slots, where a row attends all below its limit; the tree part the
+The prefix part covers the main slots, where a row attends all slots below its limit. The tree part covers the
 scratch slots a row may see, and its own key. Each part gives a normalised output and the logarithm of
-its weights' sum, and parts merge by those (log-sum-exp; Milakov, Gimelshein 2018, arXiv 1805.02867). Heads that
-share keys and values (GQA) are rows of one product. ``row_attention`` is the reference.
+its sum of weights, and parts are merged by those (log-sum-exp; Milakov, Gimelshein 2018, arXiv 1805.02867).
+Heads that share keys and values (GQA) are rows of one product. ``row_attention`` is the reference.
 
-On CUDA the operator ``ssd::tree_attention`` runs the kernels of ``triton_kernels``; on CPUs
-``ssd::rows_attention`` is one loop over what a row attends (``csrc/rows_attention.cpp``); elsewhere the
-two parts in torch.
+On CUDA the operator ``ssd::tree_attention`` runs the kernels of ``triton_kernels``. On CPUs
+``ssd::rows_attention`` is one loop over the keys a row attends (``csrc/rows_attention.cpp``). Everywhere else
+the two parts are computed in torch.
 """
 
 from __future__ import annotations
@@ -16,24 +16,46 @@ import importlib.util
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 
-from ..cache import RowStates
+from ..cache import RowStates, head_dim
 from ..cpu import operators
+from .inputs import SCHEMA, AttentionInputs
 from .row_attention import refuse_unknown
 
 NAME = "ssd_tree"
 SPLIT = 128
-"""Slots of a part of the prefix in the torch path."""
-_SCHEMA = (
-    "(Tensor query, Tensor main_keys, Tensor main_values, Tensor? scratch_keys, Tensor? scratch_values, "
-    "Tensor own_keys, Tensor own_values, Tensor limits, Tensor? mask, float scale, float softcap) -> Tensor"
-)
+"""Slots of one part of the prefix in the torch path."""
+_TRIAL_SLOTS = 64
 
 
 def available() -> bool:
-    """Whether the kernels can be built: triton comes with torch's CUDA wheels."""
+    """Returns whether the kernels can be built: triton comes with torch's CUDA wheels."""
     return importlib.util.find_spec("triton") is not None
+
+
+@torch.no_grad()
+def try_kernels(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Builds and runs the operator once, on random keys of the model's heads, in the largest tile there is.
+
+    Raises:
+        RuntimeError, or ``triton.errors.TritonError``: the device cannot run it (see ``cuda.graphs.refusals``).
+    """
+    text = config.get_text_config()
+    heads, dim = text.num_attention_heads, head_dim(text)
+    shared = getattr(text, "num_key_value_heads", None) or heads
+    rows = max(1, 64 * shared // heads)
+
+    def random(heads: int, count: int) -> Tensor:
+        return torch.randn(1, heads, count, dim, dtype=dtype, device=device)
+
+    slots, own = random(shared, _TRIAL_SLOTS), random(shared, rows)
+    limits = torch.full((1, rows), _TRIAL_SLOTS, device=device)
+    mask = torch.ones(rows, _TRIAL_SLOTS, dtype=torch.bool, device=device)
+    inputs = AttentionInputs(random(heads, rows), slots, slots, slots, slots, own, own, limits, mask, dim**-0.5, 0.0)
+    result = torch.ops.ssd.tree_attention(*inputs)
+    if not result.isfinite().all():
+        raise RuntimeError("its results are not finite")
 
 
 def tree_attention(
@@ -46,7 +68,7 @@ def tree_attention(
     softcap: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """``row_attention``'s arguments and results, but the mask, which the states' limits replace.
+    """Takes and returns what ``row_attention`` does, except that the states' limits replace the mask.
 
     Raises:
         ModelError: the model passes an argument this function does not know.
@@ -54,29 +76,32 @@ def tree_attention(
     refuse_unknown(kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if operators.loaded() and serves(query):
-        arguments = _arguments(query, key, value)
-        return torch.ops.ssd.rows_attention(*arguments, scale, softcap or 0.0, key.sequences), None
-    arguments = _arguments(query, key.picked(), value.picked())
-    return torch.ops.ssd.tree_attention(*arguments, scale, softcap or 0.0), None
+        inputs = _inputs(query, key, value, scale, softcap)
+        return torch.ops.ssd.rows_attention(*inputs, key.sequences), None
+    return torch.ops.ssd.tree_attention(*_inputs(query, key.picked(), value.picked(), scale, softcap)), None
 
 
-def _arguments(query: Tensor, key: RowStates, value: RowStates) -> tuple[Tensor | None, ...]:
+def _inputs(query: Tensor, key: RowStates, value: RowStates, scale: float, softcap: float | None) -> AttentionInputs:
     parts = key.main, value.main, key.scratch, value.scratch, key.own, value.own
-    return query, *parts, key.limits, key.scratch_mask
+    return AttentionInputs(query, *parts, key.limits, key.scratch_mask, scale, softcap or 0.0)
 
 
 def serves(query: Tensor) -> bool:
-    """Whether the CPU's operator takes such heads."""
+    """Returns whether the CPU operator takes heads of this type and size."""
     return query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16) and query.shape[-1] % 8 == 0
 
 
 def partial_attention(
     query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention over some slots.
+    """Computes attention over some slots.
 
     Args:
-        query: ``[P, M, D]``, scaled. keys, values: ``[P, n, D]``. seen: ``[P, M, n]`` bool.
+        query: ``[P, M, D]``, scaled.
+        keys: ``[P, n, D]``.
+        values: ``[P, n, D]``.
+        seen: ``[P, M, n]`` bool.
+        softcap: 0 for none.
 
     Returns:
         output ``[P, M, D]`` and log-sum-exp ``[P, M]`` of the scores: 0 and -inf where nothing is seen.
@@ -91,26 +116,19 @@ def partial_attention(
 
 
 def merged(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Attention over all slots of ``(output [.., D], log-sum-exp [..])``; at least one part sees something."""
+    """Merges parts ``(output [.., D], log-sum-exp [..])`` into attention over all their slots, ``[.., D]``.
+
+    At least one part must see something.
+    """
     outs, lses = torch.stack([out for out, _ in parts]), torch.stack([lse for _, lse in parts])
     return (outs * torch.softmax(lses, dim=0)[..., None]).sum(0)
 
 
-def in_torch(
-    query: Tensor,
-    main_keys: Tensor,
-    main_values: Tensor,
-    scratch_keys: Tensor | None,
-    scratch_values: Tensor | None,
-    own_keys: Tensor,
-    own_values: Tensor,
-    limits: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float,
-) -> Tensor:
+def in_torch(inputs: AttentionInputs) -> Tensor:
+    """Returns ``[B, R, H, D]`` in the query's dtype; sums in float32 or wider."""
+    query, scale, softcap = inputs.query, inputs.scale, inputs.softcap
     batch, heads, rows, dim = query.shape
-    kv_heads = own_keys.shape[1]
+    kv_heads = inputs.own_keys.shape[1]
     group, wide = heads // kv_heads, torch.promote_types(query.dtype, torch.float32)
 
     def packed(each: Tensor) -> Tensor:
@@ -121,19 +139,21 @@ def in_torch(
         return states.flatten(0, 1).to(wide)
 
     scaled = (query.to(wide) * scale).reshape(batch * kv_heads, group * rows, dim)
-    slots = torch.arange(main_keys.shape[2], device=query.device)
-    seen = packed(slots < limits[..., None])
+    slots = torch.arange(inputs.main_keys.shape[2], device=query.device)
+    seen = packed(slots < inputs.limits[..., None])
     parts = []
     for first in range(0, len(slots), SPLIT):
         part = slice(first, first + SPLIT)
-        keys, values = flat(main_keys[:, :, part]), flat(main_values[:, :, part])
+        keys, values = flat(inputs.main_keys[:, :, part]), flat(inputs.main_values[:, :, part])
         parts.append(partial_attention(scaled, keys, values, seen[..., part], softcap))
-    if scratch_keys is not None and scratch_values is not None and mask is not None:
+    if inputs.scratch is not None:
+        keys, values, mask = inputs.scratch
         shown = packed(mask.expand(batch, -1, -1))
-        parts.append(partial_attention(scaled, flat(scratch_keys), flat(scratch_values), shown, softcap))
-    # Not a product of matrices: where in the block a row stands must not matter.
+        parts.append(partial_attention(scaled, flat(keys), flat(values), shown, softcap))
+    # Not a matrix product: a row's result must not depend on its place in the block.
     keys, values = (
-        own[:, :, None].to(wide).expand(-1, -1, group, -1, -1).reshape(scaled.shape) for own in (own_keys, own_values)
+        own[:, :, None].to(wide).expand(-1, -1, group, -1, -1).reshape(scaled.shape)
+        for own in (inputs.own_keys, inputs.own_values)
     )
     score = (scaled * keys).sum(-1)
     parts.append((values, torch.tanh(score / softcap) * softcap if softcap else score))
@@ -141,37 +161,22 @@ def in_torch(
     return out.transpose(1, 2).contiguous()
 
 
-def in_triton(
-    query: Tensor,
-    main_keys: Tensor,
-    main_values: Tensor,
-    scratch_keys: Tensor | None,
-    scratch_values: Tensor | None,
-    own_keys: Tensor,
-    own_values: Tensor,
-    limits: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float,
-) -> Tensor:
+def in_triton(inputs: AttentionInputs) -> Tensor:
+    """Returns ``[B, R, H, D]`` in the query's dtype; sums in float32."""
     from .triton_kernels import attend
 
     def dense(states: Tensor) -> Tensor:
         return states if states.stride(-1) == 1 else states.contiguous()
 
-    scratch = None
-    if scratch_keys is not None and scratch_values is not None and mask is not None:
-        scratch = scratch_keys, scratch_values
-        mask = mask.contiguous().view(torch.uint8)
+    mask = None if inputs.scratch is None else inputs.scratch[2].contiguous().view(torch.uint8)
     return attend(
-        dense(query),
-        (main_keys, main_values),
-        scratch,
-        (dense(own_keys), dense(own_values)),
-        limits.contiguous(),
-        mask,
-        scale,
-        softcap,
+        inputs._replace(
+            query=dense(inputs.query),
+            own_keys=dense(inputs.own_keys),
+            own_values=dense(inputs.own_values),
+            limits=inputs.limits.contiguous(),
+            mask=mask,
+        )
     )
 
 
@@ -180,7 +185,14 @@ def _fake(query: Tensor, *_others: object) -> Tensor:
     return query.new_empty((batch, rows, heads, dim))
 
 
-torch.library.custom_op("ssd::tree_attention", in_torch, mutates_args=(), device_types="cpu", schema=_SCHEMA)
-torch.library.register_kernel("ssd::tree_attention", "cuda", in_triton)
-torch.library.register_fake("ssd::tree_attention", _fake)
+def _register() -> None:
+    name = "ssd::tree_attention"
+    torch.library.custom_op(
+        name, lambda *given: in_torch(AttentionInputs(*given)), mutates_args=(), device_types="cpu", schema=SCHEMA
+    )
+    torch.library.register_kernel(name, "cuda", lambda *given: in_triton(AttentionInputs(*given)))
+    torch.library.register_fake(name, _fake)
+
+
+_register()
 AttentionInterface.register(NAME, tree_attention)

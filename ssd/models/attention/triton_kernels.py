@@ -1,12 +1,12 @@
 """Triton kernels of ``tree_attention``. Imported only where they run.
 
 The prefix part is flash decoding (Dao et al. 2023, https://pytorch.org/blog/flash-decoding/): slots are
-cut into fixed splits, each a program that reads its keys and values once for all rows and all query
+cut into fixed splits. One program per split reads its keys and values once for all rows and all query
 heads that share them (packed as the M rows of one product). A second kernel merges the splits by
-log-sum-exp in their order and adds every row's own key and value.
+log-sum-exp, in order, and adds every row's own key and value.
 
-A row's result is a function of its own query, limit and slots: what other rows need beyond its limit
-multiplies its sums by exactly 1 and adds exactly 0.
+A row's result depends only on its own query, limit and slots: slots beyond its limit that other rows need
+multiply its sums by exactly 1 and add exactly 0.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
@@ -17,12 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_N = 64
+from .inputs import AttentionInputs
+
 MERGED_AT_ONCE = 16
 PROGRAMS = 1024
 """Programs that fill a GPU several times over: slots are split until there are about as many."""
 SHORTEST_SPLIT = 128
-LARGEST_TILE = 64
+LEAST_TILE, LARGEST_TILE = 16, 64
+"""Rows and slots of a tile; matrix products need 16."""
+SHARED_BYTES = 99 << 10
+"""Shared memory that every supported GPU gives a program (compute capability 8.6, 8.9 and 12.0)."""
+QUERY_BYTES, SLOT_BYTES = 32 << 10, 16 << 10
+"""Most bytes of a tile of queries, and of one of keys or values. Two stages of keys and values are loaded at a time."""
 
 
 @triton.jit
@@ -112,10 +118,11 @@ def _merge(
     total = tl.sum(tl.exp(every - peak) * mass, 0) + weight
     out = weight * v
     for first in range(0, splits, AT_ONCE):
-        s = first + tl.arange(0, AT_ONCE)
-        part = tl.load(peaks + base + s, mask=s < splits, other=float("-inf"))
+        # A name of its own: Triton requires that a variable keeps its shape through a loop.
+        some = first + tl.arange(0, AT_ONCE)
+        part = tl.load(peaks + base + some, mask=some < splits, other=float("-inf"))
         # Splits without a slot in reach were not written.
-        at = sums + (base + s)[:, None] * DIM + d[None, :]
+        at = sums + (base + some)[:, None] * DIM + d[None, :]
         share = tl.load(at, mask=(part > float("-inf"))[:, None] & wide[None, :], other=0.0)
         out += tl.sum(tl.exp(part - peak)[:, None] * share, 0)
     place = ((batch * rows + row) * heads + query_head) * DIM + d
@@ -123,45 +130,56 @@ def _merge(
 
 
 def split_slots(slots: int, programs: int) -> int:
-    """Slots of a split: fixed by sizes that never change while an engine runs."""
+    """Returns the slots of a split: a function of sizes that never change while an engine runs."""
     splits = max(1, PROGRAMS // programs)
     return max(SHORTEST_SPLIT, triton.next_power_of_2(triton.cdiv(slots, splits)))
 
 
-def attend(
-    query: Tensor,
-    main: tuple[Tensor, Tensor],
-    scratch: tuple[Tensor, Tensor] | None,
-    own: tuple[Tensor, Tensor],
-    limits: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float,
-) -> Tensor:
-    """``[B, R, H, D]`` of arguments as in ``tree_attention``; last dimensions dense, ``mask`` of uint8."""
+def tile_sizes(packed: int, row_bytes: int) -> tuple[int, int]:
+    """Returns how many query rows and how many slots a program holds at once.
+
+    Args:
+        packed: rows that share keys and values, G · R.
+        row_bytes: bytes of a row of D numbers, D rounded up to a power of two.
+
+    The tiles of query, keys and values fit the smallest shared memory of the supported GPUs (``SHARED_BYTES``).
+    """
+    rows = min(max(LEAST_TILE, triton.next_power_of_2(packed)), LARGEST_TILE, QUERY_BYTES // row_bytes)
+    slots = min(LARGEST_TILE, SLOT_BYTES // row_bytes)
+    return max(LEAST_TILE, rows), max(LEAST_TILE, slots)
+
+
+def attend(inputs: AttentionInputs) -> Tensor:
+    """Returns ``[B, R, H, D]``.
+
+    Last dimensions are dense, ``limits`` and ``mask`` contiguous, ``mask`` uint8.
+    """
+    query, scale, softcap = inputs.query, inputs.scale, inputs.softcap
+    main, own = (inputs.main_keys, inputs.main_values), (inputs.own_keys, inputs.own_values)
     batch, heads, rows, dim = query.shape
     kv_heads = own[0].shape[1]
     group = heads // kv_heads
-    packed = group * rows
-    tile = min(LARGEST_TILE, max(16, triton.next_power_of_2(packed)))
+    packed, width = group * rows, max(LEAST_TILE, triton.next_power_of_2(dim))
+    tile, block = tile_sizes(packed, width * query.element_size())
     tiles = triton.cdiv(packed, tile)
     split = split_slots(main[0].shape[2], batch * kv_heads * tiles)
+    scratch, mask = (None, None) if inputs.scratch is None else (inputs.scratch[:2], inputs.scratch[2])
     parts = [main] if scratch is None or scratch[0].shape[2] == 0 else [main, scratch]
     counts = [triton.cdiv(keys.shape[2], split) for keys, _ in parts]
     splits = sum(counts)
     sums = query.new_empty((batch * kv_heads * packed * splits, dim), dtype=torch.float32)
     peaks, totals = sums.new_empty(len(sums)), sums.new_empty(len(sums))
     result = query.new_empty((batch, rows, heads, dim))
-    width, first_split = max(16, triton.next_power_of_2(dim)), 0
+    first_split = 0
     for (keys, values), count in zip(parts, counts, strict=True):
         masked = first_split > 0
-        shown = mask if masked and mask is not None else limits
+        shown = mask if masked and mask is not None else inputs.limits
         steps = (shown.stride(0) if shown.dim() == 3 else 0, shown.stride(-2)) if masked else (0, 0)
         _partial[(count, batch * kv_heads, tiles)](
-            query, keys, values, limits, shown, sums, peaks, totals,
+            query, keys, values, inputs.limits, shown, sums, peaks, totals,
             *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *steps,
             kv_heads, group, rows, keys.shape[2], splits, first_split, scale, softcap,
-            SPLIT=split, BLOCK_M=tile, BLOCK_N=BLOCK_N, BLOCK_D=width,
+            SPLIT=split, BLOCK_M=tile, BLOCK_N=block, BLOCK_D=width,
             DIM=dim, MASKED=masked, CAPPED=softcap > 0, num_warps=4, num_stages=2,
         )  # fmt: skip
         first_split += count

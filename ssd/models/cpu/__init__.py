@@ -1,1 +1,1 @@
-"""Our operators for CPUs."""
+"""C++ operators for CPUs, and the layers that use them."""

@@ -1,6 +1,6 @@
-"""Our operators in C++ for CPUs (``csrc/``): built on first use, kept in a cache.
+"""The C++ operators for CPUs (``csrc/``), built at first use and kept in the user's cache.
 
-``ssd::pack`` and ``ssd::rows_linear`` (``rows_linear.py``), ``ssd::rows_attention`` (``tree_attention.py``),
+``ssd::pack`` and ``ssd::rows_linear`` (``rows_linear.py``), ``ssd::rows_attention`` (``attention/tree_attention.py``),
 ``ssd::gumbel`` (``decoding/noise.py``), ``ssd::filter_logits`` and ``ssd::scores`` (``decoding/sampling.py``),
 ``ssd::penalize`` (``decoding/processors.py``).
 """
@@ -24,11 +24,15 @@ BUILD_LIMIT_S = 300.0
 
 
 def loaded() -> bool:
+    """Returns whether the operators are loaded into this process."""
     return hasattr(torch.ops.ssd, "rows_linear")
 
 
 def available() -> bool:
-    """Load the operators, building them if need be. False where there is no compiler, or it fails."""
+    """Loads the operators, and builds them if they are not in the cache.
+
+    Returns False where there is no compiler, or building or loading fails.
+    """
     if loaded():
         return True
     compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
@@ -59,7 +63,7 @@ def _like_logits(logits: Tensor, *_others: object) -> Tensor:
 
 
 def _build(compiler: str) -> Path:
-    """The shared library of these sources, these flags, this torch and this processor."""
+    """Returns the shared library for these sources and flags, this torch and this processor."""
     from torch.utils import cpp_extension
 
     what = (
@@ -75,7 +79,7 @@ def _build(compiler: str) -> Path:
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    # Built aside and moved into place: several workers may build it at the same time.
+    # Built in a temporary folder and moved: several workers may build it at the same time.
     with tempfile.TemporaryDirectory(dir=folder) as aside:
         made = Path(aside) / library.name
         includes = [f"-I{path}" for path in cpp_extension.include_paths()]
@@ -86,7 +90,7 @@ def _build(compiler: str) -> Path:
             *FLAGS,
             abi,
             *includes,
-            # One unit: most of the time goes into torch's headers, which are read once then.
+            # One translation unit, so that torch's headers, which take most of the time, are read once.
             *(argument for source in SOURCES for argument in ("-include", str(source))),
             *("-x", "c++", os.devnull),
             "-o",
@@ -101,7 +105,7 @@ def _build(compiler: str) -> Path:
 
 
 def _processor() -> str:
-    """What ``-march=native`` depends on, where the system tells."""
+    """Returns what ``-march=native`` depends on, as far as the system reports it."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor()

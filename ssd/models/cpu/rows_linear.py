@@ -1,10 +1,10 @@
 """Linear layers for a few rows on CPUs (``csrc/rows_linear.cpp``).
 
-A decode forward multiplies one to twenty rows with every weight once; it should take as long as
-reading the weights. Measured on 17.7 M float32 weights: on a shared AVX-512 core 2.7 ms with one row, 2.8
-with five, where ``torch.mm`` takes 2.7 and 4.5 (1.6 and 2.2 where they are bfloat16 numbers and kept as
-such). An AVX2 core multiplies for as long as it reads: there, on a shared Zen 3, such a weight takes 3.2 ms with one
-row, 2.8 to 3.4 with five, 5.1 to 5.3 with ten. A row's result is the same bits however many rows there are.
+A decode forward multiplies one to twenty rows with every weight once, which should take as long as
+reading the weights. Measured with 17.7 M float32 weights on a shared AVX-512 core: 2.7 ms for one row and 2.8 for
+five, where ``torch.mm`` takes 2.7 and 4.5; 1.6 and 2.2 if the weights are bfloat16 numbers, which are stored as
+such. On a shared Zen 3 core (AVX2), where arithmetic takes as long as reading: 3.2 ms for one row, 2.8 to 3.4 for
+five, 5.1 to 5.3 for ten. A row's result has the same bits whatever the number of rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ALIGNED = 64
 
 
 class RowsLinear(nn.Module):
-    """Stands in for a float32 ``nn.Linear`` on the CPU; its weight ``[N, K]`` is kept packed."""
+    """Replaces a float32 ``nn.Linear`` on the CPU; its weight ``[N, K]`` is stored packed."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -26,12 +26,12 @@ class RowsLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, rows: Tensor) -> Tensor:
-        """``[.., K]`` to ``[.., N]``."""
+        """Maps ``[..., K]`` to ``[..., N]``, float32."""
         out = torch.ops.ssd.rows_linear(rows, self.packed, self.out_features)
         return out if self.bias is None else out + self.bias
 
     def move(self, memory: Tensor) -> int:
-        """Keep the weight at the start of ``memory`` (bytes); returns how many it takes."""
+        """Moves the weight to the start of ``memory`` (uint8); returns the number of bytes it takes."""
         packed = self.packed.detach()
         there = memory[: packed.nbytes].view(packed.dtype).view(packed.shape).copy_(packed)
         self.packed = nn.Parameter(there, requires_grad=False)
@@ -39,15 +39,18 @@ class RowsLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Replace every ``nn.Linear`` of a float32 model. Its own weights go, unless something else (a tied
-    embedding) uses them too. The packed ones lie in one piece of memory."""
+    """Replaces every ``nn.Linear`` of a float32 model, in place.
+
+    The packed weights share one block of memory. The original ones are freed, unless something else (a tied
+    embedding) uses them.
+    """
     places = [
         (module, name)
         for module in model.modules()
         for name, child in module.named_children()
         if type(child) is nn.Linear
     ]
-    # As much as they can take; memory that is not written is none.
+    # An upper bound: pages that are never written take no memory.
     memory = torch.ops.ssd.reserve(sum(_most(getattr(*place)) for place in places))
     for module, name in places:
         linear = RowsLinear(getattr(module, name))
@@ -56,5 +59,5 @@ def pack_linears(model: nn.Module) -> None:
 
 
 def _most(linear: nn.Linear) -> int:
-    """Bytes of a weight of which nothing is known: float32, a panel of outputs more."""
+    """Returns an upper bound on a packed weight's size in bytes: float32 plus one padding panel."""
     return (linear.out_features + 64) * linear.in_features * 4 + ALIGNED

@@ -1,1 +1,1 @@
-"""CUDA graphs, streams and buffers."""
+"""CUDA graphs."""

@@ -1,37 +1,39 @@
-"""What a missed row verifies next: a draft made now, which takes time, or an n-gram, which takes none."""
+"""What a missed row verifies next: a draft on demand, which takes time, or an n-gram, which takes none."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from .governor import Mean
+from ...decoding.averages import DecayingRatio
+from .governor import MEMORY
 
 Source = Literal["jit", "ngram"]
 TRY_EVERY = 16
-"""Misses after which the source not chosen is tried once more."""
+"""Number of misses after which the other source is tried once."""
 
 
 class FallbackChoice:
-    """Compares what both bring per second: tokens of the round they serve over its forward and,
-    for a draft made now, the wait for it."""
+    """Compares the two sources by tokens per second: the tokens of the round that they serve over its forward, plus
+    the wait for a draft on demand."""
 
     def __init__(self) -> None:
-        self._tokens: dict[Source, Mean] = {"jit": Mean(), "ngram": Mean()}
-        self._forward_s, self._wait_s = Mean(), Mean()
+        self._tokens: dict[Source, DecayingRatio] = {"jit": DecayingRatio(MEMORY), "ngram": DecayingRatio(MEMORY)}
+        self._forward_s, self._wait_s = DecayingRatio(MEMORY), DecayingRatio(MEMORY)
         self._since = 0
 
     def served(self, source: Source, tokens: int, forward_s: float) -> None:
-        """A round over candidates of this source brought so many tokens."""
-        self._tokens[source].add(tokens, 1.0)
-        self._forward_s.add(forward_s, 1.0)
+        """Take in a round over candidates of this source, and its tokens."""
+        self._tokens[source].observe(tokens, 1.0)
+        self._forward_s.observe(forward_s, 1.0)
         self._since += 1
 
     def waited(self, seconds: float) -> None:
-        self._wait_s.add(seconds, 1.0)
+        """Take in a wait for a draft on demand."""
+        self._wait_s.observe(seconds, 1.0)
 
     @property
     def ngram(self) -> bool:
-        """Whether rows that find an n-gram take it. Decided before each round; the first ones try both."""
+        """Whether rows that find an n-gram take it. The first rounds try both sources."""
         rates = {source: self._rate(source) for source in self._tokens}
         if rates["ngram"] is None or rates["jit"] is None:
             return rates["ngram"] is None

@@ -1,31 +1,33 @@
-"""How far to draft: the lookahead K of most expected tokens per second, from what rounds show.
+"""How far to draft: the lookahead K with the most expected tokens per second, estimated from recent rounds.
 
 With ``a_i`` the chance that depth i is accepted given depth i - 1 was, a round of lookahead K brings
 
     E(K) = 1 + Σ_{i<=K} Π_{j<=i} a_j    tokens in    T(K) = rest + max(forward(K), draft(K)) + wait(K)
 
-seconds (draft and verifier work side by side, then the verifier waits for the rows that missed).
-Measured acceptance by position, not α^i: real acceptance falls with depth (SmartSpec's goodput, arXiv
-2406.14066; SGLang's tiers). What was not seen lately is extrapolated: a position accepts like the one
-above it, drafting takes as long as its steps say.
+seconds. Draft and verifier work side by side, then the verifier waits for the rows that missed. Acceptance is measured
+by position instead of assumed to be α^i, because real acceptance falls with depth (SmartSpec's goodput, arXiv
+2406.14066; SGLang's tiers). What was not observed recently is extrapolated: a position accepts like the one above it,
+and the time of drafting is proportional to its steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ...decoding.averages import DecayingRatio
+
 TIERS = (1, 2, 3, 5, 7, 11, 16)
-"""Lookaheads chosen from: few, since each is a compiled shape of its own."""
+"""Lookaheads to choose from. There are few because each is another compiled shape."""
 START = 3
 """Lookahead before anything is known."""
 MEMORY = 256
 """Rounds after which an observation has lost 1 - 1/e of its weight."""
 PRIOR_ACCEPTANCE, PRIOR_ROUNDS = 0.6, 4.0
-"""What a position is believed to accept before it was seen, and how many observations that is worth."""
+"""Assumed acceptance of a position, and how many observations the assumption is worth."""
 MARGIN = 0.03
-"""Hysteresis: another lookahead must promise so much more."""
+"""Hysteresis: another lookahead must be faster by this share."""
 DWELL = 24
-"""Rounds between two changes."""
+"""Least number of rounds between two changes."""
 
 
 def lookahead_tiers(deepest: int) -> tuple[int, ...]:
@@ -34,35 +36,12 @@ def lookahead_tiers(deepest: int) -> tuple[int, ...]:
 
 
 def first_lookahead(tiers: Sequence[int]) -> int:
-    """Before anything is known."""
+    """The tier to start with."""
     return max((tier for tier in tiers if tier <= START), default=tiers[0])
 
 
-class Evidence:
-    """A mean that forgets, and leans on a guess while it knows little."""
-
-    def __init__(self) -> None:
-        self._sum = self._weight = 0.0
-
-    def fade(self) -> None:
-        """A round has passed."""
-        keep = 1 - 1 / MEMORY
-        self._sum, self._weight = self._sum * keep, self._weight * keep
-
-    def add(self, value: float, weight: float = 1.0) -> None:
-        self._sum += value * weight
-        self._weight += weight
-
-    def value(self, guess: float) -> float:
-        return (self._sum + PRIOR_ROUNDS * guess) / (self._weight + PRIOR_ROUNDS)
-
-    @property
-    def mean(self) -> float:
-        return self._sum / self._weight if self._weight else 0.0
-
-
 class LookaheadChooser:
-    """Chooses among tiers, for a whole batch, by what rounds bring and take.
+    """Chooses one tier for a whole batch.
 
     Args:
         tiers: ascending, as from :func:`lookahead_tiers`.
@@ -73,20 +52,26 @@ class LookaheadChooser:
         self.tiers, self.current = tuple(tiers), first_lookahead(tiers)
         self.changes = 0
         self.forward_ratio = forward_s or dict.fromkeys(tiers, 1.0)
-        self._accepts = [Evidence() for _ in range(self.tiers[-1])]
-        self._forward, self._rest = Evidence(), Evidence()
-        self._draft = {tier: Evidence() for tier in tiers}
-        self._wait = {tier: Evidence() for tier in tiers}
+        self._accepts = [DecayingRatio(MEMORY) for _ in range(self.tiers[-1])]
+        self._forward, self._rest = DecayingRatio(MEMORY), DecayingRatio(MEMORY)
+        self._draft = {tier: DecayingRatio(MEMORY) for tier in tiers}
+        self._wait = {tier: DecayingRatio(MEMORY) for tier in tiers}
         self._since = 0
 
     def learn(self, depth: int, drafted: int) -> None:
-        """A row whose drafted candidates reached ``drafted`` deep accepted ``depth`` of them."""
+        """Take in a row that accepted ``depth`` of its ``drafted`` candidates."""
         for position in range(min(depth + 1, drafted, len(self._accepts))):
             self._accepts[position].add(float(position < depth))
 
     def observe(self, *, seconds: float, forward_s: float, draft_s: float, wait_s: float) -> None:
-        """A round at ``current`` took so long: its forward, the draft's half beside that, the wait for
-        rows that missed, and whatever else. The next lookahead may differ from then on."""
+        """Take in the times of a round at ``current``. ``current`` may change.
+
+        Args:
+            seconds: of the whole round.
+            forward_s: of its forward.
+            draft_s: of the draft's work beside the forward.
+            wait_s: of the wait for rows that missed.
+        """
         self._forward.add(forward_s / self.forward_ratio[self.current])
         self._draft[self.current].add(draft_s)
         self._wait[self.current].add(wait_s)
@@ -98,22 +83,22 @@ class LookaheadChooser:
             if rates[best] > rates[self.current] * (1 + MARGIN):
                 self.current, self._since = best, 0
                 self.changes += 1
-        for evidence in (*self._accepts, self._forward, self._rest, *self._draft.values(), *self._wait.values()):
-            evidence.fade()
+        for each in (*self._accepts, self._forward, self._rest, *self._draft.values(), *self._wait.values()):
+            each.fade()
 
     def rates(self) -> dict[int, float]:
         """Expected tokens per second of a row, by lookahead."""
-        draft_s, wait_s = self._draft[self.current].mean, self._wait[self.current].mean
+        draft_s, wait_s = self._draft[self.current].value or 0.0, self._wait[self.current].value or 0.0
         rates, tokens, reached, acceptance, depth = {}, 1.0, 1.0, PRIOR_ACCEPTANCE, 0
         for tier in self.tiers:
             while depth < tier:
-                acceptance = self._accepts[depth].value(acceptance)
+                acceptance = self._accepts[depth].towards(acceptance, PRIOR_ROUNDS)
                 reached *= acceptance
                 tokens += reached
                 depth += 1
-            # A glue forward and K steps; after a miss K steps.
-            draft = self._draft[tier].value(draft_s * (tier + 1) / (self.current + 1))
-            wait = self._wait[tier].value(wait_s * tier / self.current)
-            forward = self._forward.mean * self.forward_ratio[tier]
-            rates[tier] = tokens / max(self._rest.mean + max(forward, draft) + wait, 1e-9)
+            # Drafting is a glue forward and K steps; after a miss it is K steps.
+            draft = self._draft[tier].towards(draft_s * (tier + 1) / (self.current + 1), PRIOR_ROUNDS)
+            wait = self._wait[tier].towards(wait_s * tier / self.current, PRIOR_ROUNDS)
+            forward = (self._forward.value or 0.0) * self.forward_ratio[tier]
+            rates[tier] = tokens / max((self._rest.value or 0.0) + max(forward, draft) + wait, 1e-9)
         return rates

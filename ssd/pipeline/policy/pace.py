@@ -1,47 +1,50 @@
-"""Whether one row of a batch is drafted for: the others wait for its misses."""
+"""Whether one row of a batch is drafted for. The other rows wait for its misses."""
 
 from __future__ import annotations
 
-from .governor import LONGEST_REST, MARGIN, MEMORY, REST, TRIAL, Mean
+from ...decoding.averages import DecayingRatio
+from .governor import LONGEST_REST, MARGIN, MEMORY, REST, TRIAL
 
 
 class Pace:
     """What drafting brings one sequence, and what it costs its batch.
 
-    By the renewal-reward rule a row is worth drafting for iff the tokens it gains a round are more than
-    those its batch would have decoded in the time that costs: the wait after its misses, in rounds in
-    which nobody else missed.
+    By the renewal-reward rule, a row is worth drafting for if and only if it gains more tokens per round than its
+    batch would have decoded in the time that drafting for it costs. That time is the wait after its misses, in rounds
+    in which no other row missed.
     """
 
     def __init__(self) -> None:
         self.drafted = True
-        """While the batch speculates."""
-        self._tokens, self._misses = Mean(), Mean()
+        """Whether the row is drafted for while its batch speculates."""
+        self._tokens, self._misses = DecayingRatio(MEMORY), DecayingRatio(MEMORY)
         self._left = MEMORY  # rounds until the next decision
         self._rest, self._trial = REST, True
 
     @property
     def misses(self) -> float:
-        """Share of its rounds after which a tree had to be drafted for it."""
+        """Share of its rounds after which candidates had to be drafted for it."""
         return self._misses.value or 0.0
 
     def observe(self, *, tokens: int, missed: bool, others_hit: float, wait_s: float, batch_rate: float) -> None:
-        """A round.
+        """Take in a round.
 
         Args:
-            tokens: of the row. missed: it then waited for a tree drafted for it.
-            others_hit: chance that no other row waits. wait_s: how long such a wait takes.
+            tokens: of the row.
+            missed: whether the row then waited for candidates.
+            others_hit: probability that no other row waits.
+            wait_s: how long such a wait takes.
             batch_rate: tokens per second of all rows together.
         """
         if self.drafted:
-            self._tokens.add(tokens, 1.0)
-            self._misses.add(float(missed), 1.0)
+            self._tokens.observe(tokens, 1.0)
+            self._misses.observe(float(missed), 1.0)
         self._left -= 1
         if self._left > 0:
             return
         if not self.drafted:
             self.drafted = self._trial = True
-            self._tokens, self._misses, self._left = Mean(), Mean(), TRIAL
+            self._tokens, self._misses, self._left = DecayingRatio(MEMORY), DecayingRatio(MEMORY), TRIAL
             return
         gained = (self._tokens.value or 1.0) - 1.0
         costs = self.misses * others_hit * wait_s * batch_rate

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ...decoding.averages import DecayingRatio
 from ...decoding.text.ngram import NgramIndex, NgramRounds
 from ...request.methods import Method
 from ..round.roles import Arm, Roles
 from ..round.round import Round
 from ..round.verdict import Commit, Verdict
 from .fallback import FallbackChoice
-from .governor import NAMED_MEMORY, Governor, Mean
-from .governor import Round as GovernedRound
+from .governor import NGRAM_MEMORY, Governor, RoundResult
 from .lookahead import LookaheadChooser
 from .pace import Pace
 
@@ -45,7 +45,7 @@ class Steering:
     def __init__(self, *, governed: bool, ngram: bool, jit: bool, lookaheads: tuple[int, ...]):
         self._governed, self._jit, self._lookaheads = governed, jit, lookaheads
         self._fallback = FallbackChoice() if ngram else None
-        self._named_means = {method: Mean(NAMED_MEMORY) for method in SPECULATIVE}
+        self._ngram_tokens = {method: DecayingRatio(NGRAM_MEMORY) for method in SPECULATIVE}
         self._governors = self._new_governors()
         self._by_slots = {0: self._governors}
         several = len(lookaheads) > 1
@@ -56,7 +56,7 @@ class Steering:
         self._rows: dict[int, _Row] = {}
 
     def _new_governors(self) -> dict[Method, Governor]:
-        return {method: Governor(method, named=self._named_means[method]) for method in SPECULATIVE}
+        return {method: Governor(method, ngram_tokens=self._ngram_tokens[method]) for method in SPECULATIVE}
 
     def calibrate(self, slots: int, plain_s: float, forward_s: Mapping[int, float]) -> None:
         """Set what forwards cost where plain rounds are not padded.
@@ -146,7 +146,7 @@ class Steering:
                 chooser.learn(commit.depth, commit.drafted)
             if (ngrams := self._rows[commit.request].ngrams) is not None:
                 rounds = ngrams.extend(commit.tokens)
-                self._governors[commit.method].named(len(commit.tokens), rounds)
+                self._governors[commit.method].count_ngrams(len(commit.tokens), rounds)
             if self._fallback is not None and commit.origin in ("jit", "ngram"):
                 self._fallback.served(commit.origin, commit.depth + 1, forward_s)
 
@@ -185,7 +185,7 @@ class Steering:
             row.pace = Pace()  # alone, it costs nobody anything
         wide = any(commit.drafted for commit in commits)
         spent = {"seconds": seconds, "waited_s": waited_s, "missed_s": jit_s}
-        governor.observe(GovernedRound(tokens=tokens, rows=rows, wide=wide, forward_s=verdict.forward_s, **spent))
+        governor.observe(RoundResult(tokens=tokens, rows=rows, wide=wide, forward_s=verdict.forward_s, **spent))
 
     def _set_paces(self, commits: list[Commit], waiting: tuple[int, ...], batch_rate: float, wait_s: float) -> None:
         paces = [self._rows[commit.request].pace for commit in commits]

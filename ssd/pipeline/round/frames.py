@@ -1,4 +1,4 @@
-"""The wire layout of a round, declared once. All frames are flat int32 of fixed size.
+"""The wire layout of a round, declared once. All frames are flat int32 arrays of fixed size.
 
 ::
 
@@ -6,17 +6,16 @@
     speculation frame (draft → verifier)  header(5) · nodes, guesses [B, N] · trees [B, N, W - 1]
     tree frame (draft → verifier, jit)    header(5) · trees [B, W - 1]
 
-Under verification rules that need them (``rejection``, ``block``), the draft's frames end with what
-each inner node's children were drawn from: ``[B, N, I]`` (``[B, I]`` in a tree frame) distributions
-as ``ProbsLayout`` lays them out.
+Under the rules that compare probabilities (``rejection``, ``block``), the draft's frames end with the distributions
+that each inner node's children were drawn from: ``[B, N, I]`` of them (``[B, I]`` in a tree frame), laid out by
+``ProbsLayout``.
 
-The header is magic, the link's epoch, round, and two words of the frame's own: the outcome frame carries how many
-control messages must have been applied and what comes next (with a bit that says whether missed rows
-take n-grams, and how far to draft), the draft's frames carry how long
-drafting took (µs) and 0.
+The header holds magic, the link's epoch, the round, and two words that depend on the frame. In the outcome frame they
+are the number of control messages that must have been applied, and what comes next (with the n-gram bit and the
+lookahead). In the draft's frames they are the time that drafting took (µs) and 0.
 
-Frames and what they carry are numpy arrays and lists, not tensors: they are small and on the critical path of a
-round, and right after a forward has swept the caches a call of torch takes 24 to 77 µs, one of numpy about 20.
+Frames are numpy arrays and lists, not tensors. They are small and on the critical path of a round, and right after a
+forward a call of torch takes 24 to 77 µs where one of numpy takes about 20.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ from ...decoding.verify.rejection import inner_nodes
 from ...errors import LinkError
 
 MAGIC = 0x55D00002
-MAGIC_INT32 = MAGIC - 2**32 if MAGIC >= 2**31 else MAGIC
 HEADER = 5
 NGRAM_BIT = 8
 LOOKAHEAD_SHIFT = 4
@@ -46,11 +44,10 @@ class Next(IntEnum):
     ROUND = 0
     IDLE = 1
     """Nothing speculates any more: wait for control messages."""
-    STOP = 2
 
 
 class RowState(IntEnum):
-    """Of one slot, in the outcome frame."""
+    """The state of a slot in the outcome frame."""
 
     EMPTY = 0
     """No request, or one that does not speculate."""
@@ -58,36 +55,38 @@ class RowState(IntEnum):
     FINISHED = 2
     """The request ended with this round: forget the slot."""
     PREFILL = 3
-    """The prompt is not whole yet: nothing was decided, keep the slot."""
+    """The prompt is not complete yet: nothing was decided, keep the slot."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbsLayout:
-    """How the draft's distributions of a tree travel: per inner node, m token ids and the bits of
-    m float32 weights; of whole rows the weights only."""
+    """How the draft's distributions for one tree travel: for each inner node m token ids and the bits of m float32
+    weights, or the weights alone where m = V."""
 
     inner: int
-    """I, nodes with children."""
+    """I, the number of nodes with children."""
     size: int
     """m <= V."""
     vocabulary: int
+    """V."""
 
     @property
     def whole(self) -> bool:
+        """Whether a distribution covers the whole vocabulary."""
         return self.size == self.vocabulary
 
     @property
     def words(self) -> int:
-        """Of one tree."""
+        """Words of one tree."""
         return self.inner * self.size * (1 if self.whole else 2)
 
     def pack(self, draft: DraftProbs) -> Tensor:
-        """Flat int32 of ``[*R, I, m]``."""
+        """Distributions ``[*R, I, m]`` as flat int32."""
         bits = draft.probs.to(torch.float32).contiguous().view(torch.int32)
         return (bits if self.whole else torch.cat([draft.tokens.to(torch.int32), bits], dim=-1)).flatten()
 
     def unpack(self, raw: Tensor, *shape: int) -> DraftProbs:
-        """``[*shape, I, m]``; checked by ``DraftProbs.dense`` only, since anything may come."""
+        """Distributions ``[*shape, I, m]``. The draft may send anything: ``DraftProbs.dense`` checks them."""
         rows = raw.view(*shape, self.inner, -1)
         bits = rows[..., -self.size :].contiguous().view(torch.float32)
         tokens = torch.arange(self.size).expand(bits.shape) if self.whole else rows[..., : self.size].long()
@@ -96,8 +95,11 @@ class ProbsLayout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutcomeFrame:
+    """What a round decided, for the draft."""
+
     round: int
     control_count: int
+    """Control messages that the draft must have applied first."""
     next: Next
     ngram: bool = False
     """Missed rows verify an n-gram where there is one."""
@@ -113,21 +115,29 @@ class OutcomeFrame:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeculationSet:
-    """A speculation per forecast outcome: branch n prepares for (``nodes[n]``, ``guesses[n]``)."""
+    """A speculation for each forecast outcome: branch n prepares for (``nodes[n]``, ``guesses[n]``)."""
 
     nodes: np.ndarray
-    """``[B, N]`` integer nodes u of the tree under verification."""
+    """``[B, N]``, nodes u of the tree under verification."""
     guesses: np.ndarray
-    """``[B, N]`` bonus tokens; ``ABSENT`` where no branch was prepared."""
+    """``[B, N]``, bonus tokens t; ``ABSENT`` where no branch was prepared."""
     trees: np.ndarray
-    """``[B, N, W - 1]`` node tokens below the bonus; ``ABSENT`` where there is none."""
+    """``[B, N, W - 1]``, node tokens below the bonus token; ``ABSENT`` where there is none."""
     draft: DraftProbs | None = None
-    """``[B, N, I, m]``, what inner nodes' children were drawn from; under rules that need it."""
+    """``[B, N, I, m]``, what the inner nodes' children were drawn from, under rules that need it."""
 
 
 class Frames:
-    """Packs and unpacks the frames of one link: batch B, branches N, tree nodes W; ``probs``: how the
-    draft's distributions go along, if they do; ``epoch``: of the link, frames of others are refused."""
+    """Packs and unpacks the frames of one link. Every ``unpack_*`` raises LinkError if the frame is of another version,
+    epoch or round.
+
+    Args:
+        batch: B.
+        branches: N.
+        nodes: W.
+        probs: how the draft's distributions travel; None under rules that do not need them.
+        epoch: of the link.
+    """
 
     def __init__(self, *, batch: int, branches: int, nodes: int, probs: ProbsLayout | None = None, epoch: int = 0):
         self.batch, self.branches, self.nodes, self.probs, self.epoch = batch, branches, nodes, probs, epoch
@@ -137,6 +147,7 @@ class Frames:
         self.tree_size = HEADER + batch * (nodes - 1 + words)
 
     def new(self, size: int) -> np.ndarray:
+        """An empty frame of ``size`` words."""
         return np.zeros(size, dtype=np.int32)
 
     def pack_outcome(self, frame: OutcomeFrame) -> np.ndarray:
@@ -155,7 +166,7 @@ class Frames:
             if not 0 <= lookahead < self.nodes:
                 raise ValueError
         except ValueError:
-            raise LinkError(f"the verifier announced {word} next, which is nothing known") from None
+            raise LinkError(f"the verifier announced {word} as what comes next, which is unknown") from None
         return OutcomeFrame(
             round=round,
             control_count=control_count,
@@ -172,7 +183,7 @@ class Frames:
         return self._pack(round, spent_us, *parts, *self._packed(speculation.draft))
 
     def unpack_speculation(self, raw: np.ndarray, round: int) -> tuple[SpeculationSet, int]:
-        """The set, which lies in ``raw``, and the draft's time in µs."""
+        """The set, which shares memory with ``raw``, and the draft's time in µs."""
         spent_us, _ = self._check(raw[:HEADER].tolist(), round)
         cut, end = self.batch * self.branches, HEADER + self.batch * self.branches * (self.nodes + 1)
         outcomes = raw[HEADER : HEADER + 2 * cut].reshape(2, self.batch, self.branches)
@@ -186,30 +197,33 @@ class Frames:
     def pack_trees(
         self, trees: list[list[int]], round: int, spent_us: int, draft: DraftProbs | None = None
     ) -> np.ndarray:
-        """``trees`` ``[B, W - 1]``; ``draft`` ``[B, I, m]`` under rules that need it."""
+        """Args:
+        trees: ``[B, W - 1]``.
+        draft: ``[B, I, m]``, under rules that need it.
+        """
         return self._pack(round, spent_us, np.array(trees, dtype=np.int32), *self._packed(draft))
 
     def unpack_trees(self, raw: np.ndarray, round: int) -> tuple[list[list[int]], int]:
-        """``[B, W - 1]`` and the draft's time in µs."""
+        """Trees ``[B, W - 1]``, and the draft's time in µs."""
         spent_us, _ = self._check(raw[:HEADER].tolist(), round)
         end = HEADER + self.batch * (self.nodes - 1)
         return raw[HEADER:end].reshape(self.batch, self.nodes - 1).tolist(), spent_us
 
     def unpack_tree_probs(self, raw: np.ndarray) -> DraftProbs | None:
-        """Of a tree frame: ``[B, I, m]``, under rules that need it."""
+        """The distributions ``[B, I, m]`` of a tree frame, under rules that need them."""
         return self._unpacked(raw[HEADER + self.batch * (self.nodes - 1) :], self.batch)
 
     def _packed(self, draft: DraftProbs | None) -> list[np.ndarray]:
         if self.probs is None:
             return []
-        assert draft is not None, "this rule's trees travel with what they were drawn from"
+        assert draft is not None, "under this rule, trees travel with what they were drawn from"
         return [self.probs.pack(draft).numpy()]
 
     def _unpacked(self, raw: np.ndarray, *shape: int) -> DraftProbs | None:
         return self.probs.unpack(torch.from_numpy(raw), *shape) if self.probs is not None else None
 
     def _header(self, round: int, first: int, second: int) -> list[int]:
-        return [MAGIC_INT32, self.epoch, round & 0x7FFFFFFF, min(first, 2**31 - 1), second]
+        return [MAGIC, self.epoch, round & 0x7FFFFFFF, min(first, 2**31 - 1), second]
 
     def _pack(self, round: int, spent_us: int, *body: np.ndarray) -> np.ndarray:
         parts = [np.array(self._header(round, spent_us, 0), dtype=np.int32), *(part.ravel() for part in body)]
@@ -217,7 +231,7 @@ class Frames:
 
     def _check(self, words: list[int], round: int) -> tuple[int, int]:
         magic, epoch, got, first, second = words[:HEADER]
-        if magic != MAGIC_INT32:
+        if magic != MAGIC:
             raise LinkError("the other side of the link does not speak this version's frames")
         if epoch != self.epoch:
             raise LinkError(f"a frame of epoch {epoch} came on the link of epoch {self.epoch}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from ...config.load import ModelConfig
+from ...config.sections import ModelConfig
 from ...decoding.forecast.share import ForecastShare
 from ...decoding.text.copying import CopyBias
 from ..draft.branches import scratch_slots

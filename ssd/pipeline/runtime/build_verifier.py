@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from ...config.load import ModelConfig
+from ...config.sections import ModelConfig
 from ...models.rows import RowPlan
 from ...models.runner import ForwardRunner
 from ...models.skipping import SkipSet, skipping

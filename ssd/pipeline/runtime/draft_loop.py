@@ -75,8 +75,6 @@ def draft_loop(
             if not apply(message):
                 return
         served = worker.commit(frame, speculation)
-        if frame.next is Next.STOP:
-            return
         idle = frame.next is Next.IDLE
         if not idle:
             missed = worker.waiting(frame.states, served, jit=jit)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ...config.load import Config, ModelConfig, resolve_model_path
+from ...config.load import resolve_model_path
+from ...config.sections import Config, ModelConfig
 from ...decoding.forecast.base import ConfidenceForecast, FanOutForecast, Forecast, fan_out
 from ...decoding.forecast.measured import MeasuredForecast
 from ...decoding.trees.shape import TreeShape

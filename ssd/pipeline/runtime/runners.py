@@ -1,19 +1,20 @@
-"""From a plan to forward runners."""
+"""Forward runners from a plan."""
 
 from __future__ import annotations
 
-from functools import partial
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...config.load import ModelConfig, resolve_model_path
-from ...errors import ConfigError
+from ...config.load import resolve_model_path
+from ...config.sections import ModelConfig
+from ...errors import ConfigError, first_line
 from ...models.attention import tree_attention
 from ...models.cpu import operators, rows_linear
-from ...models.cuda.graphs import Graphs
+from ...models.cuda.graphs import Graphs, refusals
 from ...models.loading import lay_out_for_cpu, load_model
-from ...models.runner import ForwardRunner, can_compile
+from ...models.runner import Attention, ForwardRunner, RunnerOptions, can_compile
 from ...models.sharding import shard
 from ..transport.rank_lanes import Ranks
 from ..verifier.ranks import LeadingRunner
@@ -22,49 +23,82 @@ from .plan import Plan
 if TYPE_CHECKING:
     from ...models.loading import PreTrainedModel
 
+log = logging.getLogger(__name__)
+
 
 def target_runner(plan: Plan, model: PreTrainedModel | None = None, ranks: Ranks | None = None) -> ForwardRunner:
-    """The target's, cold. Raises: UsageError."""
+    """Returns the target's runner, not warmed up. Arguments and errors are those of :func:`make_runner`."""
     return make_runner(plan, plan.config.target, model, scratch=plan.shape.nodes - plan.shape.depth - 1, ranks=ranks)
 
 
 def make_runner(
     plan: Plan, wanted: ModelConfig, model: PreTrainedModel | None, *, scratch: int, ranks: Ranks | None = None
 ) -> ForwardRunner:
+    """Returns a runner, not warmed up.
+
+    Args:
+        plan: sizes of the engine.
+        wanted: the model's section of the configuration.
+        model: the model, if it is loaded already.
+        scratch: scratch slots of a sequence.
+        ranks: the ranks that share the model, if several do.
+
+    Raises:
+        ModelError: the model cannot be loaded or divided.
+        ConfigError: the configuration asks for something the device does not have.
+    """
     engine = plan.config.engine
     if model is None:
         folder = resolve_model_path(wanted.model)
         device = wanted.device if ranks is None else "cpu"  # a rank's device need not hold the whole model
         model = load_model(folder, dtype=wanted.dtype, device=device, max_positions=engine.max_model_len)
-    sharding, make = None, ForwardRunner
+    sharding = None
     if ranks is not None:
         sharding = shard(model, ranks.group)
         model.to(wanted.device)  # pyright: ignore[reportArgumentType]
-        if ranks.group.rank == 0:
-            make = partial(LeadingRunner, lanes=ranks.lanes)
-    on_gpu = model.device.type == "cuda"
-    compile_ = can_compile() if wanted.compile == "auto" else wanted.compile
-    kernels = tree_attention.available() if on_gpu else operators.available() and wanted.dtype != "float16"
-    attention = ("tree" if kernels else "rows") if wanted.attention == "auto" else wanted.attention
-    runner = make(
-        model,
+    options = RunnerOptions(
         batch=engine.max_batch,
         capacity=engine.max_model_len,
         scratch_slots=scratch,
         prefill_chunk=engine.prefill_chunk,
         vocabulary=plan.vocabulary,
-        compile=compile_,
-        # Ranks would have to capture in step; not until that has been seen on hardware.
-        graphs=_graphs(wanted, model) if ranks is None else None,
-        attention=attention,
-        sharding=sharding,
+        compile=_compiles(wanted, model),
+        attention=_attention(wanted, model),
     )
+    if ranks is not None and ranks.group.rank == 0:
+        # Ranks would have to capture in step, which has not been tried on hardware: no graphs.
+        runner = LeadingRunner(model, options, sharding=sharding, lanes=ranks.lanes)
+    else:
+        runner = ForwardRunner(
+            model, options, graphs=_graphs(wanted, model) if ranks is None else None, sharding=sharding
+        )
     if torch.device(wanted.device).type == "cpu" and wanted.dtype == "float32":
         if operators.available():
             rows_linear.pack_linears(model)
         else:
             lay_out_for_cpu(model)
     return runner
+
+
+def _compiles(wanted: ModelConfig, model: PreTrainedModel) -> bool:
+    """On GPUs compilation takes minutes at every first start, and graphs already save the launches."""
+    return can_compile() and model.device.type == "cpu" if wanted.compile == "auto" else wanted.compile
+
+
+def _attention(wanted: ModelConfig, model: PreTrainedModel) -> Attention:
+    if wanted.attention != "auto":
+        return wanted.attention
+    if model.device.type != "cuda":
+        return "tree" if operators.available() and wanted.dtype != "float16" else "rows"
+    if not tree_attention.available():
+        return "rows"
+    try:
+        tree_attention.try_kernels(model.config, model.dtype, model.device)
+    except refusals() as error:
+        why = f"its kernels do not run on {model.device} ({first_line(error)})"
+        log.warning("%s: attention is rows, not tree: %s", wanted.model, why)
+        return "rows"
+    return "tree"
 
 
 def _graphs(wanted: ModelConfig, model: PreTrainedModel) -> Graphs | None:
@@ -75,6 +109,7 @@ def _graphs(wanted: ModelConfig, model: PreTrainedModel) -> Graphs | None:
 
 
 def describe(runner: ForwardRunner, wanted: ModelConfig) -> dict[str, Any]:
+    """Returns the facts about a runner that reports show; ``cache_bytes`` counts the KV cache."""
     return {
         "model": wanted.model,
         "parameters": runner.parameters,

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from ...config.load import ModelConfig, rank_of, section_of
+from ...config.sections import ModelConfig, rank_of, section_of
 from ...errors import LinkError, PipelineError, UsageError, WorkerError
 from ...models.device import own_stream
 from ..draft.ranks import LeadingDraft, RankMeeting, share_loop

@@ -1,24 +1,13 @@
-"""Control messages: what crosses process borders outside the rounds.
-
-Frozen values, encoded as msgpack maps with a ``type`` key, validated on arrival. Lengths are
-bounded before anything is allocated; nothing is pickled.
-"""
+"""Messages of the control lane: everything that crosses process borders outside the rounds."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from operator import attrgetter
-from typing import Any, cast
 
-import msgpack
-
-from ...errors import PipelineError
+from ...errors import PipelineError, RequestError
 from ...request.output import FinishReason, Origin, SpeculationRecord
 from ...request.sampling_params import SamplingParams
+from .codec import Codec
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 
@@ -284,40 +273,17 @@ Message = (
     | Copy
     | Keep
 )
-_TYPES = {cls.__name__: cls for cls in Message.__args__}
-_NESTED = {"params": SamplingParams, "record": SpeculationRecord}
-_packers = threading.local()
-
-
-@functools.cache
-def _names(cls: type[Message]) -> tuple[tuple[str, ...], tuple[str, ...], Callable[[Message], tuple[Any, ...]] | None]:
-    """Of its fields, of those that are messages themselves, and what gets all their values (if there are two)."""
-    names = tuple(field.name for field in dataclasses.fields(cls))
-    nested = tuple(name for name in names if name in _NESTED)
-    return names, nested, attrgetter(*names) if len(names) > 1 else None
+_CODEC = Codec(*Message.__args__, max_bytes=MAX_MESSAGE_BYTES, lane="control lane")
 
 
 def encode(message: Message) -> bytes:
-    names, nested, values = _names(type(message))  # part of every round, as is the packer kept
-    body: dict[str, Any] = {"type": type(message).__name__}
-    body.update(zip(names, values(message), strict=True) if values else ((n, getattr(message, n)) for n in names))
-    for name in nested:
-        body[name] = dataclasses.asdict(body[name])
-    packer = getattr(_packers, "packer", None)
-    if packer is None:
-        packer = _packers.packer = msgpack.Packer()
-    return cast(bytes, packer.pack(body))
+    """Returns the message as bytes. Raises: RequestError: a value is out of the wire's range."""
+    return _CODEC.encode(message)
 
 
 def decode(raw: bytes) -> Message:
-    """Raises: PipelineError on anything that is not one of the messages above."""
-    if len(raw) > MAX_MESSAGE_BYTES:
-        raise PipelineError(f"a control message of {len(raw)} bytes; at most {MAX_MESSAGE_BYTES} are allowed")
+    """Returns the message that the bytes hold. Raises: PipelineError: they hold none of the messages above."""
     try:
-        body: dict[str, Any] = msgpack.unpackb(raw, max_ext_len=0, max_bin_len=0)
-        cls = _TYPES[body.pop("type")]
-        for name in _NESTED.keys() & body.keys():
-            body[name] = _NESTED[name](**body[name])
-        return cls(**body)
-    except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as error:
-        raise PipelineError(f"not a control message: {error}") from error
+        return _CODEC.decode(raw)
+    except RequestError as error:
+        raise PipelineError(f"not a message of the control lane: {error}") from error

@@ -1,11 +1,10 @@
-"""Whether a forward may have fewer rows, or be of fewer slots, without changing a bit.
+"""Whether a forward may have fewer rows, or fewer slots, without changing a bit.
 
-Where sums run in one order however many rows there are (our operators on CPUs, ``models/csrc``), a row's logits and
-keys are the same bits in a plain forward as in a verification, beside others and alone, and strict numerics need no
-padding. What the
-compiler makes of the operations in between is not ours: so this is tried on the very functions that rounds call, with
-every engine, before it is relied on. Which path a row takes through a kernel depends on shapes, not on
-values; another order of summation shows in the last bits of some of the thousands of numbers compared.
+Our CPU operators (``models/cpu/csrc``) sum in one order however many rows there are. A row's logits and keys then have
+the same bits in a plain forward as in a verification, alone and beside other rows, and strict numerics need no padding.
+The compiler decides about the operations in between, so every engine tries this at start, on the functions that rounds
+call, before it relies on it. The path of a row through a kernel depends on shapes, not on values: another order of
+summation shows in the last bits of some of the thousands of numbers compared.
 """
 
 from __future__ import annotations
@@ -19,12 +18,16 @@ from ..sampling.selection import Selection, Selector
 from .decider import Decider
 
 LENGTH = 96
-"""Slots the rows of a trial attend; what stands in them is drawn at random."""
+"""Main slots that the rows of a trial attend. Their contents are random."""
 
 
 def interchangeable(runner: ForwardRunner, decider: Decider, plans: list[RowPlan], selector: Selector) -> bool:
-    """Whether rows have the same bits in forwards of all ``plans`` (whole trees, and their beginnings, the first a
-    single row), of all slots and of some. The slots' contents are lost."""
+    """Whether a row has the same bits in all forwards that rounds may use. The slots' contents are lost.
+
+    Args:
+        plans: a single row, then trees of every lookahead.
+        selector: chooses among the numbers of slots.
+    """
     if not runner.ordered_sums:
         return False
     one, *wider = plans
@@ -42,27 +45,27 @@ def interchangeable(runner: ForwardRunner, decider: Decider, plans: list[RowPlan
 
 
 class _Trial:
-    """The same tokens, above the same length, in several forwards."""
+    """The same tokens after the same length, in several forwards."""
 
     def __init__(self, runner: ForwardRunner, decider: Decider, tokens: Tensor, length: int):
         self._runner, self._decider, self._tokens, self._length = runner, decider, tokens, length
 
     def logits(self, plan: RowPlan, selected: Selection, first: int = 0, ahead: int = 0) -> Tensor:
-        """``[B, R, V]`` of R tokens from the ``first`` on, ``ahead`` of the length."""
+        """Logits ``[B, R, V]`` of the plan's R tokens from ``first`` on, at ``ahead`` positions after the length."""
         self._decider.chooser.select(selected)
         lengths = torch.full((selected.count,), self._length + ahead, dtype=torch.int64)
         fed = self._tokens[list(selected.slots), first : first + plan.rows].tolist()
         return self._decider.decide(plan, self._runner.contexts[0], lengths, fed, slots=selected.index).logits.clone()
 
     def states(self, selected: Selection, count: int) -> Tensor:
-        """Keys and values of the first ``count`` tokens, all layers'."""
+        """Keys and values of the first ``count`` tokens in all layers."""
         slots, places = list(selected.slots), slice(self._length, self._length + count)
         return torch.stack([main[slots, :, places] for part in self._runner.cache.main for main in part])
 
 
 def _same(trial: _Trial, selector: Selector, one: RowPlan, plan: RowPlan) -> bool:
     reference, kept = trial.logits(plan, selector.all), trial.states(selector.all, plan.in_place)
-    # The chain first: a leaf, fed in place, takes the place of the chain's node beside it. Deep ones before others.
+    # The chain first: a leaf that is fed in place overwrites the chain's node beside it. Deep leaves before others.
     leaves = sorted(range(plan.in_place, plan.rows), key=lambda row: -plan.offsets[row])
     for count in selector.counts:
         selected = selector.of(range(selector.all.count - count, selector.all.count))

@@ -1,7 +1,7 @@
-"""Prefix caching: which slots hold the keys and values of a prompt's beginning, and which slot it takes.
+"""Prefix caching: which slots hold the keys and values of a prompt's prefix, and which slot a prompt gets.
 
-A slot keeps what its last sequence left until another one takes it. A new prompt takes over the
-longest prefix found in any slot, busy or free: in place if its own slot has it, as a copy otherwise.
+A slot keeps the keys of its last sequence until another one takes it. A new prompt reuses the longest prefix found in
+any slot, busy or free: in place if its own slot has it, as a copy otherwise.
 """
 
 from __future__ import annotations
@@ -12,26 +12,36 @@ from ...decoding.text.prefix import common_prefix
 
 
 class PrefixCache:
-    """What prefill left in B slots.
+    """The keys that prefill left in B slots.
 
-    Only keys that prefill made are known here, not those of generated tokens: a decode forward has
-    another number of rows, hence other last bits. A prompt shorter than what it has in common with a
-    slot is there as a whole; otherwise the prefix ends at a chunk boundary, so that every chunk that is
-    computed has the rows it would have alone, and the same bits.
+    Only keys that prefill computed count, not those of generated tokens: a decode forward has another number of rows,
+    and so other last bits. If a slot holds the whole prompt, all of it is reused. Otherwise the reused prefix ends at
+    a chunk boundary, so that every chunk that is computed has the rows, and the bits, it would have alone.
 
     Args:
-        batch: B. chunk: tokens of one prefill forward. enabled: False finds nothing.
+        batch: B.
+        chunk: tokens of one prefill forward.
+        enabled: False finds nothing.
     """
 
     def __init__(self, batch: int, chunk: int, *, enabled: bool = True):
         self.held: list[list[int]] = [[] for _ in range(batch)]
-        """Tokens whose keys stand in each slot, from position 0."""
+        """The tokens whose keys each slot holds, from position 0."""
         self._chunk, self._enabled = chunk, enabled
         self._used, self._now = [0] * batch, 0
 
     def place(self, tokens: Sequence[int], free: Sequence[int]) -> tuple[int, int]:
-        """A slot of ``free`` for a prompt, and how many of its tokens it has already: one that loses
-        nothing by it, the one with the longest prefix first, otherwise the least recently used."""
+        """Choose a slot for a prompt.
+
+        Prefers slots that lose no keys by it, and among those the longest prefix; otherwise the least recently used.
+
+        Args:
+            tokens: the prompt.
+            free: slots to choose from, not empty.
+
+        Returns:
+            the slot, and how many of the prompt's tokens it has already.
+        """
         common = {slot: self._common(tokens, slot) for slot in free}
         kept = [slot for slot in free if common[slot] == len(self.held[slot])]
         slot = max(kept or free, key=lambda s: (common[s] if kept else 0, -self._used[s]))
@@ -40,7 +50,7 @@ class PrefixCache:
         return slot, length
 
     def find(self, tokens: Sequence[int]) -> tuple[int, int]:
-        """The slot that has the longest prefix of a prompt, busy or free, and its length."""
+        """The slot with the longest prefix of a prompt, busy or free, and the prefix's length."""
         length, source = max(
             (self._usable(self._common(tokens, slot), len(tokens)), slot) for slot in range(len(self.held))
         )
@@ -49,12 +59,12 @@ class PrefixCache:
         return source, length
 
     def hold(self, slot: int, tokens: Sequence[int]) -> None:
-        """The slot has the keys of ``tokens`` now, and of nothing behind them."""
+        """Note that the slot holds the keys of exactly these tokens."""
         self.held[slot] = list(tokens)
         self.touch(slot)
 
     def touch(self, slot: int) -> None:
-        """It was used just now."""
+        """Note that the slot was used just now."""
         self._now += 1
         self._used[slot] = self._now
 

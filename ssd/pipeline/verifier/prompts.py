@@ -1,4 +1,4 @@
-"""Prompts of the verifier: waiting for a slot, and being computed chunk by chunk between rounds."""
+"""The verifier's prompts: they wait for a slot, and are then computed chunk by chunk between rounds."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from .sequence import TargetSequence
 
 
 class Prompts:
-    """Sequences before their first round, first come, first served."""
+    """Sequences before their first round, first come, first served.
+
+    Args:
+        runner: of the target.
+        prefixes: what the slots hold.
+    """
 
     def __init__(self, runner: ForwardRunner, prefixes: PrefixCache):
         self._runner, self.prefixes = runner, prefixes
         self.waiting: deque[TargetSequence] = deque()
         self.filling: dict[int, TargetSequence] = {}
-        """By slot, in the order they came: those whose prompt is not whole yet."""
+        """Sequences whose prompt is not complete yet, by slot, in the order they came."""
 
     def admit(self, idle: Sequence[int]) -> None:
-        """Give slots to those that wait. ``idle``: slots in which nothing decodes."""
+        """Give slots to waiting sequences. ``idle``: slots in which nothing decodes."""
         free = [slot for slot in idle if slot not in self.filling]
         while self.waiting and free:
             row = self.waiting.popleft()
@@ -31,9 +36,13 @@ class Prompts:
             free.remove(slot)
 
     def compute(self) -> tuple[bool, list[tuple[int, TargetSequence]]]:
-        """One chunk of the prompt that came first. Returns whether there was one to compute, and the
-        sequences whose prompt is whole now: they are no longer here."""
-        computed, whole = False, []
+        """Compute one chunk of the prompt that came first.
+
+        Returns:
+            whether there was a chunk to compute, and the slots and sequences whose prompt is complete now. They are
+            no longer in ``filling``.
+        """
+        computed, complete = False, []
         for slot, row in list(self.filling.items()):
             chunk = row.tokens[row.cached : row.cached + self._runner.chunk]
             if chunk and not computed:
@@ -42,13 +51,13 @@ class Prompts:
                 self.prefixes.hold(slot, row.tokens[: row.cached])
                 computed = True
             if row.cached == len(row.tokens):
-                whole.append((slot, self.filling.pop(slot)))
-                for other, waits in self.filling.items():  # now, for it may be gone when their turn comes
+                complete.append((slot, self.filling.pop(slot)))
+                for other, waits in self.filling.items():  # now: the slot may be given away before their turn
                     self._take_over(other, waits)
-        return computed, whole
+        return computed, complete
 
     def forget(self, request: int) -> TargetSequence | None:
-        """Drop a request that waits for a slot."""
+        """Drop a request that waits for a slot. Returns its sequence; None if it does not wait."""
         for row in self.waiting:
             if row.request == request:
                 self.waiting.remove(row)
@@ -56,12 +65,12 @@ class Prompts:
         return None
 
     def leave(self, slot: int) -> None:
-        """The slot's sequence is gone; what it computed stays."""
+        """Forget the slot's sequence. The keys it computed stay."""
         self.filling.pop(slot, None)
         self.prefixes.touch(slot)
 
     def _take_over(self, slot: int, row: TargetSequence) -> None:
-        """What any slot holds of a prompt, if that is more than it has."""
+        """Copy what another slot holds of a prompt, if that is more than its own slot has."""
         source, length = self.prefixes.find(row.tokens)
         if length > row.cached:
             self._runner.copy(source, slot, length)

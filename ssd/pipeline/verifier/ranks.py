@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import PipelineError, WorkerError
+from ...errors import PipelineError, WorkerError, first_line
 from ...models.rows import RowPlan
 from ...models.runner import ForwardRunner
-from ...models.tensor_group import first_line, lost
+from ...models.tensor_group import lost
 from ..transport.lanes import ControlLane
 from ..transport.messages import Copy, Decode, Keep, Message, Prefill, Shutdown
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...decoding.trees.combs import best_tokens, comb_tokens
 from ...decoding.trees.shape import ABSENT, TreeShape
 from ...models.runner import ForwardRunner
-from ..policy.governor import Governor, Round
+from ..policy.governor import Governor, RoundResult
 from ..round.candidates import CandidateOrigin
 from ..round.verdict import Verdict
 from ..sampling.scorers import LikelyScorer, Requested
@@ -111,7 +111,7 @@ class SelfDraft:
         if self.governor is not None and commits and all(commit.method == "self" for commit in commits):
             tokens, wide = sum(len(commit.tokens) for commit in commits), any(commit.drafted for commit in commits)
             spent = {"seconds": seconds, "waited_s": verdict.self_draft_s, "forward_s": verdict.forward_s}
-            self.governor.observe(Round(tokens=tokens, rows=len(commits), wide=wide, **spent))
+            self.governor.observe(RoundResult(tokens=tokens, rows=len(commits), wide=wide, **spent))
 
     @torch.no_grad()
     def propose(self, roots: Tensor, lengths: Tensor, wanted: Sequence[bool], longest: int) -> Tensor:

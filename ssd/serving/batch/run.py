@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from ... import __version__
-from ...config.load import Config, resolve_model_path
+from ...config.load import resolve_model_path
+from ...config.sections import Config
 from ...engine.async_engine import AHEAD, AsyncEngine
 from ...engine.book import Limits
 from ...errors import PipelineError, RequestError, SSDError, UsageError

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ...config.load import ServerConfig
+from ...config.sections import ServerConfig
 from ...errors import ConfigError
 from .errors import APIError
 

@@ -13,7 +13,7 @@ import zmq
 import zmq.asyncio
 from zmq.auth.asyncio import AsyncioAuthenticator
 
-from ...config.load import ServerConfig
+from ...config.sections import ServerConfig
 from ...engine.async_engine import AsyncEngine
 from ...engine.stream import RequestStream
 from ...errors import ConfigError, PipelineError, SSDError, UsageError

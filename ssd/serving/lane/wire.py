@@ -22,14 +22,12 @@ see ``Hi.repeats``, a request that has tokens fails instead).
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, cast
-
-import msgpack
+from typing import Any
 
 from ...errors import OverloadedError, PipelineError, RequestError, SSDError, UsageError
-from ...request.output import RequestOutput, SpeculationRecord, StreamEvent, TokenLogprob
+from ...pipeline.transport.codec import Codec
+from ...request.output import StreamEvent
 from ...request.sampling_params import SamplingParams
 
 VERSION = 2
@@ -75,6 +73,10 @@ class Drop:
 class Credit:
     number: int
     events: int
+
+    def __post_init__(self) -> None:
+        if self.events < 0:
+            raise ValueError("events must be a count")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,60 +140,21 @@ def raised(message: Refused) -> SSDError:
     return _ERRORS.get(message.kind, PipelineError)(message.message)
 
 
+_CODECS = {
+    union: Codec(*union.__args__, max_bytes=MAX_MESSAGE_BYTES, lane="client lane") for union in (FromClient, FromServer)
+}
+
+
 def encode(message: FromClient | FromServer) -> bytes:
-    return cast(bytes, msgpack.packb({"type": type(message).__name__, **dataclasses.asdict(message)}))
+    """Returns the message as bytes. Raises: RequestError: a value is out of the wire's range."""
+    return _CODECS[FromClient].encode(message)
 
 
 def decode(raw: bytes, expected: Any) -> Any:
-    """One of ``expected`` (``FromClient`` or ``FromServer``).
+    """Returns the message that the bytes hold, one of ``expected`` (``FromClient`` or ``FromServer``).
 
-    Raises: PipelineError on anything else. RequestError: sampling parameters out of range.
+    Raises:
+        PipelineError: the bytes hold no such message.
+        RequestError: sampling parameters are out of range.
     """
-    if len(raw) > MAX_MESSAGE_BYTES:
-        raise PipelineError(f"a message of {len(raw)} bytes; at most {MAX_MESSAGE_BYTES} are allowed")
-    types = {cls.__name__: cls for cls in expected.__args__}
-    try:
-        body: dict[str, Any] = msgpack.unpackb(raw, max_ext_len=0, max_bin_len=0)
-        cls = types[body.pop("type")]
-        if cls is Ask:
-            body["params"] = SamplingParams(**body["params"])
-        elif cls in (Tokens, Done):
-            body["event"] = _event(body["event"])
-        message = cls(**body)
-        _check(message)
-        return message
-    except RequestError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as error:
-        raise PipelineError(f"not a message of the client lane: {error}") from error
-
-
-def _event(fields: dict[str, Any]) -> StreamEvent:
-    output = fields["output"]
-    if output is not None:
-        read = {name: tuple(output[name]) for name in ("prompt_token_ids", "token_ids")}
-        read |= {"speculation": SpeculationRecord(**output["speculation"]), "logprobs": _logprobs(output["logprobs"])}
-        output = RequestOutput(**{**output, **read, "others": ()})  # each completion has its own last event
-    lists = {name: tuple(fields[name]) for name in ("token_ids", "pieces", "provenance")}
-    return StreamEvent(**{**fields, **lists, "output": output, "logprobs": _logprobs(fields["logprobs"])})
-
-
-def _logprobs(fields: list[dict[str, Any]] | None) -> tuple[TokenLogprob, ...] | None:
-    if fields is None:
-        return None
-    return tuple(TokenLogprob(**{**token, "top": tuple(map(tuple, token["top"]))}) for token in fields)
-
-
-def _check(message: Any) -> None:
-    """Field types of what clients send; the rest comes from our own server."""
-    if isinstance(message, Ask):
-        prompt = message.prompt
-        good = isinstance(prompt, str) or (isinstance(prompt, list) and all(type(t) is int for t in prompt))
-        if not good or type(message.number) is not int or type(message.credit) is not int:
-            raise TypeError("prompt must be text or token ids")
-        if type(message.priority) is not int:
-            raise TypeError("priority must be an integer")
-    elif isinstance(message, Drop | Credit | AskStats) and type(message.number) is not int:
-        raise TypeError("number must be an integer")
-    elif isinstance(message, Credit) and (type(message.events) is not int or message.events < 0):
-        raise TypeError("events must be a count")
+    return _CODECS[expected].decode(raw)

@@ -1,4 +1,4 @@
-"""``LLM`` without workers: answers at once with scripted tokens and times. For tests of what measures."""
+"""An ``LLM`` without workers, with scripted tokens and times; for tests of measurements."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from ...config.load import Config, load_config
+from ...config.load import load_config
+from ...config.sections import Config
 from ...pipeline.transport.messages import RoundReport
-from ...request.output import RequestOutput, SpeculationRecord, StreamEvent
+from ...request.output import RequestOutput, SpeculationRecord, StreamEvent, TokenLogprob
 from ...request.sampling_params import SamplingParams
 
 SECONDS = {"none_fast": 2.0, "none": 2.5, "sd": 1.6, "self": 1.8, "ssd": 1.0}
-"""Of decoding, for each prompt."""
+"""Seconds of decoding each prompt, by method."""
 
 
 class ScriptedLLM:
-    """Answers like ``LLM``.
+    """Answers at once, with the methods of ``LLM``.
 
     Args:
-        wrong: methods whose tokens differ. drift: every request takes so many times the one before.
+        wrong: methods whose tokens differ.
+        drift: each request takes this many times as long as the one before.
     """
 
     def __init__(self, *_: object, wrong: tuple[str, ...] = (), drift: float = 1.0, **__: object) -> None:
@@ -29,7 +31,8 @@ class ScriptedLLM:
         self.closed = False
         self.degraded: str | None = None
         self.config = next((one for one in _ if isinstance(one, Config)), load_config("embedded"))
-        self.tokenizer = None
+        self.logprobs: tuple[TokenLogprob, ...] | None = None
+        """Log-probabilities of every output."""
 
     def __enter__(self) -> ScriptedLLM:
         return self
@@ -39,7 +42,7 @@ class ScriptedLLM:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[list[RoundReport]]:
-        """Every second round is a hit, the others are drafted for."""
+        """Yields rounds of one second each; every second one is a hit, the others draft after a miss."""
         yield [
             RoundReport(
                 began_s=9.0 + i,
@@ -86,5 +89,6 @@ class ScriptedLLM:
             token_ids=tuple(tokens),
             finish_reason="length",
             speculation=record,
+            logprobs=self.logprobs,
             decode_s=SECONDS[method] * self.drift ** len(self.calls),
         )

@@ -14,15 +14,17 @@ from typer.testing import CliRunner
 
 from ssd import LLM, SamplingParams
 from ssd.bench.measure import sweep as bench_module
-from ssd.bench.measure.arms import Sample
 from ssd.bench.measure.compare import compare
+from ssd.bench.measure.interleave import Runs, Sample
 from ssd.bench.measure.prompts import Prompt
-from ssd.bench.measure.sweep import Beside, Sweep, bench, parse_beside, parse_sweep
+from ssd.bench.measure.settings import Beside, Sweep, parse_beside, parse_sweep
+from ssd.bench.measure.sweep import BenchOptions, bench
 from ssd.bench.measure.trace import chrome_trace
 from ssd.bench.peers.adapters import Peer, PeerUnavailable, parse_peers
 from ssd.bench.peers.worker import stretched
-from ssd.bench.report.page import bench_page, bench_pictures, rounds_of
-from ssd.cli.app import app
+from ssd.bench.report.bench_page import bench_page, bench_pictures, rounds_of
+from ssd.cli.app import make_app
+from ssd.cli.context import Makers
 from ssd.config.load import load_config, resolve_model_path
 from ssd.errors import ConfigError, RequestError
 from ssd.models.loading import load_tokenizer
@@ -57,7 +59,7 @@ class Twice:
 
 
 def test_peers_take_turns_and_promise_nothing() -> None:
-    comparison = compare(ScriptedLLM(), PROMPTS, max_tokens=20, peers=[Twice()], repeat=2)  # type: ignore[arg-type]
+    comparison = compare(ScriptedLLM(), PROMPTS, Runs(max_tokens=20, repeat=2), peers=[Twice()])  # type: ignore[arg-type]
     data = comparison.to_json()
     assert list(data["methods"]) == ["none_fast", "none", "sd", "ssd", "twice"]
     assert data["methods"]["twice"]["speedup"] == pytest.approx(2.0)
@@ -67,7 +69,7 @@ def test_peers_take_turns_and_promise_nothing() -> None:
 
 
 def test_batches_are_timed_by_their_rounds() -> None:
-    data = compare(ScriptedLLM(), PROMPTS, max_tokens=20, batch=2, methods=("ssd",)).to_json()  # type: ignore[arg-type]
+    data = compare(ScriptedLLM(), PROMPTS, Runs(max_tokens=20, batch=2), methods=("ssd",)).to_json()  # type: ignore[arg-type]
     # Three of each category: a pair and one alone. A pair's six rounds take a second each, whatever the
     # requests say; alone, ssd says 1 second.
     assert data["batch"] == 2
@@ -90,15 +92,12 @@ def test_wrong_sweeps(given: str) -> None:
 @pytest.fixture(scope="module")
 def data() -> dict[str, Any]:
     sweeps = [parse_sweep(text) for text in ("speculation.lookahead=1..2", "speculation.forecast.budget=4,8")]
-    return bench(
-        load_config("embedded"),
-        PROMPTS,
+    options = BenchOptions(
         peers=("vllm",),
         sweeps=[*sweeps, parse_sweep("engine.max_batch=1,2")],
-        max_tokens=20,
-        repeat=2,
-        launch=ScriptedLLM,  # type: ignore[arg-type]
+        runs=Runs(max_tokens=20, repeat=2),
     )
+    return bench(ScriptedLLM, load_config("embedded"), PROMPTS, options)  # type: ignore[arg-type]
 
 
 def test_every_setting_is_measured(data: dict[str, Any]) -> None:
@@ -130,15 +129,8 @@ def test_settings_beside_take_turns() -> None:
     other = parse_beside("speculation.governor=true speculation.fallback=none")
     assert other == Beside(settings=("speculation.governor=true", "speculation.fallback=none"))
     config = load_config("embedded", ["speculation.governor=false"])
-    found = bench(
-        config,
-        PROMPTS,
-        sweeps=[parse_sweep("engine.max_batch=2")],
-        besides=[other],
-        max_tokens=20,
-        repeat=1,
-        launch=launch,  # type: ignore[arg-type]
-    )
+    options = BenchOptions(sweeps=[parse_sweep("engine.max_batch=2")], besides=[other], runs=Runs(max_tokens=20))
+    found = bench(launch, config, PROMPTS, options)  # type: ignore[arg-type]
     assert started == [(False, 1), (True, 1), (False, 2), (True, 2)]
     for setting in found["settings"]:
         assert list(setting["methods"]) == ["none_fast", "none", "sd", "ssd", "governor=true, fallback=none"]
@@ -186,12 +178,11 @@ def test_a_trace_is_chromes(data: dict[str, Any]) -> None:
     assert [(event["ts"], event["dur"]) for event in jit] == [pytest.approx((i * 1e6 + 7e5, 3e5)) for i in (1, 3, 5)]
 
 
-def test_bench_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssd.engine.llm.LLM", ScriptedLLM)
+def test_bench_command(tmp_path: Path) -> None:
     files = {name: tmp_path / name for name in ("b.json", "b.html", "b.trace")}
     command = ["bench", "--max-tokens", "12", "--json", str(files["b.json"]), "--html", str(files["b.html"])]
     command += ["--trace", str(files["b.trace"]), "--pictures", str(tmp_path / "png"), "--repeat", "1"]
-    result = CliRunner().invoke(app, command)
+    result = CliRunner().invoke(make_app(Makers(llm=ScriptedLLM)), command)  # type: ignore[arg-type]
     assert result.exit_code == 0, result.output
     assert "identical: yes" in result.stdout
     assert all(file.stat().st_size > 1000 for file in files.values())
@@ -208,7 +199,7 @@ def test_bench_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_wrong_commands(options: list[str], message: str) -> None:
-    result = CliRunner().invoke(app, ["bench", *options])
+    result = CliRunner().invoke(make_app(), ["bench", *options])
     assert result.exit_code == 2
     assert message in result.stderr
 
@@ -218,7 +209,8 @@ def test_sweeps_are_checked_before_anything_starts() -> None:
         raise AssertionError
 
     with pytest.raises(ConfigError, match="lookahead"):
-        bench(load_config("embedded"), PROMPTS, sweeps=[parse_sweep("speculation.lookahead=4,99")], launch=launch)
+        options = BenchOptions(sweeps=[parse_sweep("speculation.lookahead=4,99")])
+        bench(launch, load_config("embedded"), PROMPTS, options)
 
 
 # Peers.
@@ -280,13 +272,10 @@ def test_a_peer_that_dies_costs_its_own_figures(
 
     monkeypatch.setattr(bench_module, "Peer", Dying)
     data = bench(
+        lambda config: LLM(config, launch=InprocPipeline),
         load_config(tiny_config()),
         [Prompt(name="a", text="one two")],
-        methods=("none", "ssd"),
-        peers=("transformers",),
-        max_tokens=8,
-        repeat=1,
-        launch=lambda config: LLM(config, launch=InprocPipeline),
+        BenchOptions(methods=("none", "ssd"), peers=("transformers",), runs=Runs(max_tokens=8)),
     )
     assert data["peers"] == {} and "its process ended" in data["skipped"]["transformers"]
     assert {"none_fast", "none", "ssd"} == set(data["settings"][0]["methods"])

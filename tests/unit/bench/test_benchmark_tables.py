@@ -1,4 +1,4 @@
-"""benchmarks/tables.py: figures files to Markdown; benchmarks/run_all.py: its commands are commands."""
+"""benchmarks/tables.py makes Markdown from result files; the stages of benchmarks/run_all.py are valid commands."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from ssd.bench.measure.compare import compare
+from ssd.bench.measure.interleave import Runs
 from ssd.bench.measure.prompts import DEMO_PROMPTS
-from ssd.cli.app import app
+from ssd.cli.app import make_app
 from ssd.testing.twins.llm import ScriptedLLM
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -30,22 +32,21 @@ def load(name: str) -> ModuleType:
 
 
 def test_tables_of_every_kind_of_file(tmp_path: Path) -> None:
-    data = compare(ScriptedLLM(), DEMO_PROMPTS, max_tokens=20).to_json()  # type: ignore[arg-type]
+    data = compare(ScriptedLLM(), DEMO_PROMPTS, Runs(max_tokens=20)).to_json()  # type: ignore[arg-type]
     swept = {"sweep": "speculation.lookahead", "value": "2", **data}
     check = {"setting": {"method": "ssd", "lookahead": 3, "budget": 8, "temperature": 0.0}, "measured": 100.0}
     check |= {"simulated": 90.0, "error": -0.1}
     files = {
-        "a/compared.json": data,
-        "b/benched.json": {"settings": [data, swept], "skipped": {"vllm": "not there"}},
-        "b/validated.json": {"checks": [check], "mean_error": 0.1},
-        "b/other.json": {"methods": ["none"]},
-        "b/list.json": [1, 2],
+        "compared.json": data,
+        "benched.json": {"settings": [data, swept], "skipped": {"vllm": "not there"}},
+        "validated.json": {"checks": [check], "mean_error": 0.1},
+        "other.json": {"methods": ["none"]},
+        "list.json": [1, 2],
     }
     for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(content))
     text = load("tables").tables(tmp_path)
-    assert text.index("### b") < text.index("### a")
+    assert text.index("`benched`") < text.index("`compared`") < text.index("`validated`")
     for part in (
         "| ssd | ",
         "Ratios: ssd / sd 1.60, sd / none 1.56",
@@ -83,35 +84,50 @@ def test_the_page_of_exactness_has_a_place_for_every_kind(tmp_path: Path) -> Non
     case = {"case": "embedded float32", "weights": {"target": "a" * 64, "draft": "b" * 64}}
     test = {"split": "all", "samples": 300, "freedom": 9, "p": 0.125}
     files = {
-        "1/rules.json": {"rows": [row | {"rule": "of yesterday"}]},
-        "2/rules.json": {"rows": [row, row | {"rule": "coupled", "speedup": 1.5}]},
-        "1/equality-embedded.json": {"prompts": 26, "of": 4, "groups": [group | {"tokens": 13312}], "cases": [case]},
-        "1/chi_square.json": [{"case": "block", "fallback": "jit", "samples": 300, "seconds": 1, "tests": [test]}],
+        "rules.json": {"rows": [row, row | {"rule": "coupled", "speedup": 1.5}]},
+        "equality-embedded.json": {"prompts": 26, "of": 4, "groups": [group | {"tokens": 13312}], "cases": [case]},
+        "chi_square.json": [{"case": "block", "fallback": "jit", "samples": 300, "seconds": 1, "tests": [test]}],
     }
     for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(content))
     text = module.exactness(page, tmp_path)
     for part in (
         "| 0.7 | rejection, C = 0.5 | 0.50 | 0.75 | 2.50 | 12,345 | 300 | 1.25 | 6.00 | 5.00 |",
         "T = 0.7: coupled has the largest speedup, 1.50.",
-        "`benchmarks/results/2/rules.json`",
+        "`benchmarks/results/rules.json`",
         "| ssd | 0.7 | 52 | 51 | 0 | 1 | 13312 |",
         "bbbbbbbbbbbb.",
         "| block | jit | 0.125 |",
     ):
         assert part in text
-    assert "of yesterday" not in text
     assert module.exactness(text, tmp_path) == text
 
 
 @pytest.mark.parametrize("stage", load("run_all").STAGES, ids=lambda stage: stage.name)
 def test_stages_are_commands(stage, tmp_path: Path) -> None:
-    """Every option exists: with a configuration that does not, that is all there is to complain of."""
-    places = dict.fromkeys(("out", "folder", "wide", "three", "five"), tmp_path / "x")
+    """Every option exists: with a missing configuration, that is the only complaint."""
+    places = dict.fromkeys(("json", "work", "results", "wide", "three", "five"), tmp_path / "x")
     command = shlex.split(stage.command.format(**places, vllm="", wide_options=""))
     if command[0] == "plan" and "--measure" not in command:
         command += ["--profile", "nowhere.json"]
-    result = CliRunner().invoke(app, [*command, "--config", "nowhere"])
+    result = CliRunner().invoke(make_app(), [*command, "--config", "nowhere"])
     assert result.exit_code == 2
     assert "nowhere" in result.stderr
+
+
+def test_stages_write_their_results_flat(tmp_path: Path) -> None:
+    """A stage writes NAME.json into the results folder, and nothing else there; one whose file exists is skipped."""
+    run_all, results, work = load("run_all"), tmp_path / "results", tmp_path / "work"
+    results.mkdir()
+    (results / "batch-t0.json").write_text("{}")
+    app = typer.Typer()
+    app.command()(run_all.main)
+    options = ["--dry-run", "--out", str(results), "--work", str(work)]
+    done = CliRunner().invoke(app, options)
+    assert done.exit_code == 0, done.output
+    assert f"batch-t0: {results / 'batch-t0.json'} exists" in done.output
+    assert f"--json {results / 'embedded-t0.json'} --html {work / 'embedded-t0.html'}" in done.output
+    assert f"--profile {results / 'profile.json'}" in done.output
+    assert [file.name for file in results.iterdir()] == ["batch-t0.json"]
+    again = CliRunner().invoke(app, [*options, "--again", "--only", "batch-t0"])
+    assert f"--json {results / 'batch-t0.json'}" in again.output and "embedded" not in again.output.split("--config")[0]

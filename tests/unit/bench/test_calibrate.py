@@ -10,7 +10,7 @@ import torch
 
 from ssd import LLM, SamplingParams
 from ssd.bench.measure.prompts import Prompt
-from ssd.bench.simulate.calibrate import Size, fit, measure, point, steadied
+from ssd.bench.simulate.calibrate import Calibration, Size, fit, measure, point, steadied
 from ssd.bench.simulate.profile import Point, Replay
 from ssd.bench.simulate.replay import replay
 from ssd.bench.simulate.simulator import Setting, simulate
@@ -55,18 +55,8 @@ def test_a_measured_profile_simulates(tiny_config: Configure) -> None:
     prompts = [Prompt(name="a", text="the cat"), Prompt(name="b", text="a long road")]
     sizes = (Size(lookahead=2, budget=3), Size(lookahead=4, budget=9))
     said: list[str] = []
-    profile = measure(
-        config,
-        prompts,
-        name="tiny",
-        sizes=sizes,
-        lookaheads=(2, 4),
-        rows=(),
-        temperatures=(0.0,),
-        max_tokens=12,
-        launch=lambda c: LLM(c, launch=InprocPipeline),
-        say=said.append,
-    )
+    options = Calibration(sizes=sizes, lookaheads=(2, 4), rows=(), temperatures=(0.0,), max_tokens=12)
+    profile = measure(lambda c: LLM(c, launch=InprocPipeline), config, prompts, options, name="tiny", say=said.append)
     assert len(profile.points) == len(sizes) * 4
     assert set(profile.costs) == set(profile.content) == {"0"}
     assert list(profile.costs["0"].target) == [1, 3, 5]

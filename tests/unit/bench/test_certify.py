@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from click.testing import Result
 from torch import Tensor
 from typer.testing import CliRunner
 
-import ssd
 from ssd import LLM, SamplingParams
 from ssd.bench.exactness.certify import (
     Certificate,
@@ -29,7 +29,8 @@ from ssd.bench.exactness.certify import (
 )
 from ssd.bench.exactness.teacher import Teacher
 from ssd.bench.measure.prompts import Prompt
-from ssd.cli.app import app
+from ssd.cli.app import make_app
+from ssd.cli.context import Makers
 from ssd.config.load import load_config
 from ssd.decoding.verify.coupled import Outcome, verify_coupled
 from ssd.errors import RequestError
@@ -168,7 +169,7 @@ class Cut:
     """An engine whose methods end outputs a token too early."""
 
     def __init__(self, llm: LLM):
-        self._llm, self.config, self.tokenizer, self.degraded = llm, llm.config, llm.tokenizer, None
+        self._llm, self.config, self.degraded = llm, llm.config, None
 
     def generate(self, prompts: Any, params: list[SamplingParams]) -> Any:
         shorter = [p if p.method == "none" else replace(p, max_tokens=p.max_tokens - 1) for p in params]
@@ -235,7 +236,7 @@ def test_the_edge_of_a_filter(teacher: Teacher) -> None:
 def test_refusals(tiny_config: Configure) -> None:
     law = load_config("embedded", ["speculation.verify=rejection"])
     check_promise(law, [0.0])
-    with pytest.raises(RequestError, match=r"law, not its tokens, at temperature 0\.7"):
+    with pytest.raises(RequestError, match=r"distribution, not its tokens, at temperature 0\.7"):
         check_promise(law, [0.0, 0.7])
     for methods, message in ((["sdd"], "'sdd' cannot be certified"), (["none"], "nothing to certify")):
         with pytest.raises(RequestError, match=message):
@@ -244,16 +245,20 @@ def test_refusals(tiny_config: Configure) -> None:
 
 
 @pytest.fixture
-def command(tiny_config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setitem(vars(ssd), "LLM", functools.partial(LLM, launch=InprocPipeline))
+def command(tiny_config: Configure, tmp_path: Path) -> list[str]:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny_config()))
     (tmp_path / "p.jsonl").write_text('{"prompt": "to be or"}\n{"prompt": "hello"}\n')
     files = ["--config", str(tmp_path / "c.yaml"), "--prompts", str(tmp_path / "p.jsonl")]
     return ["certify", *files, "--max-tokens", "12", "--json", str(tmp_path / "out.json")]
 
 
+def run_command(*arguments: str) -> Result:
+    makers = Makers(llm=functools.partial(LLM, launch=InprocPipeline))
+    return CliRunner().invoke(make_app(makers), list(arguments))
+
+
 def test_command(command: list[str], tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, [*command, "--temperature", "0", "--temperature", "0.7", "--methods", "ssd"])
+    result = run_command(*command, "--temperature", "0", "--temperature", "0.7", "--methods", "ssd")
     assert result.exit_code == 0, result.output
     assert "certified: yes" in result.stdout
     data = json.loads((tmp_path / "out.json").read_text())
@@ -261,10 +266,10 @@ def test_command(command: list[str], tmp_path: Path) -> None:
 
 
 def test_command_refuses(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = CliRunner().invoke(app, [*command, "--set", "speculation.verify=block", "--temperature", "1"])
-    assert result.exit_code == 2 and "law, not its tokens" in result.stderr
+    result = run_command(*command, "--set", "speculation.verify=block", "--temperature", "1")
+    assert result.exit_code == 2 and "distribution, not its tokens" in result.stderr
     monkeypatch.setattr(decider, "verify_coupled", accept_a_candidate_too_many)
-    result = CliRunner().invoke(app, command)
+    result = run_command(*command)
     assert result.exit_code == 1, result.output
     for part in ("first structural: ", "numerical band", "certified: no: ", "structural divergence"):
         assert part in result.stdout

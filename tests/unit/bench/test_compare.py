@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
 from rich.console import Console
 from typer.testing import CliRunner
 
-import ssd
-from ssd.bench.measure.arms import count_ngrams
 from ssd.bench.measure.compare import Comparison, Mismatch, compare, first_difference, parse_methods
+from ssd.bench.measure.interleave import Runs, count_ngrams
 from ssd.bench.measure.prompts import DEMO_PROMPTS, Prompt, load_prompts
-from ssd.bench.report.tables import print_comparison
-from ssd.cli.app import app
-from ssd.config.load import Config, load_config
+from ssd.bench.report.comparison_report import print_comparison
+from ssd.cli.app import make_app
+from ssd.cli.context import Makers
+from ssd.config.load import load_config
+from ssd.config.sections import Config
 from ssd.errors import LinkError, RequestError
+from ssd.request.output import TokenLogprob
+from ssd.testing.models.tiny import tiny_tokenizer
 from ssd.testing.twins.llm import ScriptedLLM
 
 PROMPTS = [Prompt(name="f", text="def f", category="code"), Prompt(name="p", text="The", category="prose")]
@@ -55,7 +59,8 @@ TOP_KEYS = {
 
 def run(llm: ScriptedLLM, **options: Any) -> Any:
     options = {"max_tokens": 20, "methods": ("sd", "ssd"), **options}
-    return compare(llm, PROMPTS, **options)  # type: ignore[arg-type]
+    runs = Runs(**{name: options.pop(name) for name in [*options] if name in Runs.__slots__})
+    return compare(llm, PROMPTS, runs, **options)  # type: ignore[arg-type]
 
 
 def test_json_has_the_promised_names() -> None:
@@ -164,21 +169,24 @@ def test_helpers() -> None:
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> ScriptedLLM:
-    llm = ScriptedLLM()
+    monkeypatch.setattr("ssd.config.load.resolve_model_path", lambda name: Path(name))
+    return ScriptedLLM()
+
+
+def ssd(llm: ScriptedLLM, *arguments: str) -> Result:
+    """Runs the command with this LLM."""
 
     def start(config: Config) -> ScriptedLLM:
         llm.config = config
         return llm
 
-    monkeypatch.setitem(vars(ssd), "LLM", start)
-    monkeypatch.setattr("ssd.config.load.resolve_model_path", lambda name: Path(name))
-    return llm
+    return CliRunner().invoke(make_app(Makers(llm=start)), list(arguments))  # type: ignore[arg-type]
 
 
 def test_compare_command(scripted: ScriptedLLM, tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     command = ["compare", "--demo", "--max-tokens", "20", "--json", str(file), "--set", "speculation.lookahead=6"]
-    result = CliRunner().invoke(app, command)
+    result = ssd(scripted, *command)
     assert result.exit_code == 0, result.output
     assert "identical: yes" in result.stdout
     data = json.loads(file.read_text())
@@ -190,13 +198,13 @@ def test_compare_command(scripted: ScriptedLLM, tmp_path: Path) -> None:
 
 def test_compare_command_fails_when_tokens_differ(scripted: ScriptedLLM) -> None:
     scripted.wrong = ("ssd",)
-    result = CliRunner().invoke(app, ["compare", "--max-tokens", "20"])
+    result = ssd(scripted, "compare", "--max-tokens", "20")
     assert result.exit_code == 1
     assert "identical: no" in result.stdout
 
 
 def test_generate_command_streams_and_counts(scripted: ScriptedLLM) -> None:
-    result = CliRunner().invoke(app, ["generate", "def f", "--max-tokens", "20"])
+    result = ssd(scripted, "generate", "def f", "--max-tokens", "20")
     assert result.exit_code == 0, result.output
     assert result.stdout == "one two\n"
     (line,) = result.stderr.strip().splitlines()
@@ -204,10 +212,25 @@ def test_generate_command_streams_and_counts(scripted: ScriptedLLM) -> None:
         assert part in line
 
 
-def test_a_lost_draft_is_told(scripted: ScriptedLLM) -> None:
+def test_generate_lists_log_probabilities_of_any_pipeline(scripted: ScriptedLLM, tmp_path: Path) -> None:
+    """A pipeline in a cluster has no tokenizer here: the command decodes tokens with the configured one."""
+    tiny_tokenizer(128).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    found = TokenLogprob(token_id=7, logprob=-0.5, rank=1, top=((7, -0.5), (9, -1.5)))
+    scripted.logprobs = (found,) * 3
+    command = ("generate", "def f", "--max-tokens", "3", "--set", f"target.model={tmp_path}")
+    assert len(ssd(scripted, *command).stderr.strip().splitlines()) == 1
+    result = ssd(scripted, *command, "--logprobs", "2")
+    assert result.exit_code == 0, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 4
+    assert lines[0].split()[:2] == ["-0.500", "1"] and lines[0].endswith("-1.500")
+
+
+def test_a_lost_draft_is_reported(scripted: ScriptedLLM) -> None:
     scripted.degraded = "the draft worker died"
     for command in (["generate", "x", "--max-tokens", "5"], ["compare", "--max-tokens", "5"]):
-        result = CliRunner().invoke(app, command)
+        result = ssd(scripted, *command)
         assert result.exit_code == 0, result.output
         assert "warning: without a draft: the draft worker died" in result.stderr
 
@@ -220,7 +243,7 @@ def test_failures_are_one_line(
         raise error
 
     monkeypatch.setattr(scripted, "stream", fail)
-    result = CliRunner().invoke(app, ["generate", "x"])
+    result = ssd(scripted, "generate", "x")
     assert result.exit_code == code
     assert result.stdout == ""
     assert len(result.stderr.strip().splitlines()) == 1
@@ -284,8 +307,7 @@ def test_identity_is_counted_where_it_is_promised(verify: str, temperature: floa
     found = Comparison(
         prompts=(),
         methods=(),
-        seed=0,
-        temperature=temperature,
+        runs=Runs(temperature=temperature),
         lookahead=3,
         references={},
         tallies={},

@@ -13,15 +13,17 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
+from ssd.bench.measure.interleave import Runs
 from ssd.bench.measure.prompts import Prompt
 from ssd.bench.report.pictures import spans
 from ssd.bench.report.plan_report import plan_pictures, print_advice, print_checks
 from ssd.bench.simulate.calibrate import Size
-from ssd.bench.simulate.plan import Space, advise, ranked, validate
+from ssd.bench.simulate.plan import Space, Validation, advise, ranked, validate
 from ssd.bench.simulate.profile import Costs, Independent, Line, Profile
 from ssd.bench.simulate.simulator import Setting, Simulator, simulate
 from ssd.bench.simulate.tune import measure_candidates, shortlist, tuned_yaml
-from ssd.cli.app import app
+from ssd.cli.app import make_app
+from ssd.cli.context import Makers
 from ssd.config.load import load_config
 from ssd.testing.twins.llm import ScriptedLLM
 
@@ -94,12 +96,11 @@ def test_tuning_measures_and_writes(tmp_path: Path) -> None:
     config = load_config("embedded")
     candidates = [one for one in shortlist(costly(), 0.0, 4, SPACE) if one.size.lookahead in rates]
     plain, found = measure_candidates(
+        Timed,  # type: ignore[arg-type]
         config,
         candidates,
         PROMPTS,
-        max_tokens=10,
-        repeat=2,
-        launch=Timed,
+        Runs(max_tokens=10, repeat=2),
         progress=lambda d, t, label: seen.append(label),
     )
     assert plain == pytest.approx(10.0)
@@ -123,9 +124,8 @@ def test_validation_compares_rates() -> None:
             return replace(super().answer(prompt, params), decode_s=params.max_tokens / rate / faster)
 
     sizes = (Size(lookahead=2, budget=4), Size(lookahead=4, budget=16))
-    checks = validate(
-        costly(), load_config("embedded"), PROMPTS, sizes=sizes, temperatures=(0.0,), max_tokens=20, launch=Exact
-    )
+    options = Validation(sizes=sizes, temperatures=(0.0,), max_tokens=20)
+    checks = validate(Exact, costly(), load_config("embedded"), PROMPTS, options)  # type: ignore[arg-type]
     assert [(c.setting.method, c.setting.lookahead) for c in checks] == [("sd", 2), ("ssd", 2), ("sd", 4), ("ssd", 4)]
     assert [c.machine for c in checks] == pytest.approx([2.0] * 4)
     assert [c.error for c in checks] == pytest.approx([1 / 1.25 - 1] * 4)
@@ -158,7 +158,7 @@ def made(tmp_path: Path) -> Path:
 def test_plan_command(made: Path, tmp_path: Path) -> None:
     out, folder = tmp_path / "a.json", tmp_path / "pictures"
     command = ["plan", "--profile", str(made), "--temperatures", "0", "--json", str(out), "--pictures", str(folder)]
-    result = CliRunner().invoke(app, command)
+    result = CliRunner().invoke(make_app(), command)
     assert result.exit_code == 0, result.output
     answers = json.loads(out.read_text())
     assert answers["profile"] == "made"
@@ -177,17 +177,16 @@ def test_plan_command(made: Path, tmp_path: Path) -> None:
     ],
 )
 def test_wrong_commands(command: list[str], message: str) -> None:
-    result = CliRunner().invoke(app, command)
+    result = CliRunner().invoke(make_app(), command)
     assert result.exit_code == 2
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_tune_command(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssd.engine.llm.LLM", lambda config: ScriptedLLM())
+def test_tune_command(made: Path, tmp_path: Path) -> None:
     out = tmp_path / "tuned.yaml"
     command = ["tune", "--profile", str(made), "--out", str(out), "--candidates", "2", "--max-tokens", "12"]
-    result = CliRunner().invoke(app, command)
+    result = CliRunner().invoke(make_app(Makers(llm=ScriptedLLM)), command)  # type: ignore[arg-type]
     assert result.exit_code == 0, result.output
     assert "measured tok/s" in result.stdout
     assert load_config(str(out)).speculation.method == "ssd"

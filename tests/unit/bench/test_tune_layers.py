@@ -15,8 +15,10 @@ from ssd import SamplingParams, SpeculationRecord, load_config
 from ssd.bench.drafts import skip_estimate
 from ssd.bench.drafts.skip_estimate import Costs, Estimate, Estimator, measured_costs, replayed
 from ssd.bench.drafts.tune_layers import layers_yaml, measure, patterns, search, shortlist
+from ssd.bench.measure.interleave import Runs
 from ssd.bench.measure.prompts import DEMO_PROMPTS
-from ssd.cli.app import app
+from ssd.cli.app import make_app
+from ssd.cli.context import Makers
 from ssd.models.skipping import SkipSet
 from ssd.pipeline.runtime.build_verifier import build_verifier
 from ssd.pipeline.runtime.plan import Plan
@@ -115,11 +117,10 @@ def test_the_shortlist_has_different_sets() -> None:
     assert [len(one.estimate.skips.mlp) for one in shortlist(seen, 3)] == [8, 2, 7]  # no others are left
 
 
-def test_measured_in_turns_and_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssd.engine.llm.LLM", ScriptedLLM)
+def test_measured_in_turns_and_written(folder: Path) -> None:
     config = load_config("embedded")
     candidate = shortlist([by_distance(SkipSet.of([2], [3], 6))(SkipSet.of([2], [3, 4], 6))], 1)[0]
-    ran = measure(config, candidate, DEMO_PROMPTS[:2], max_tokens=8)
+    ran = measure(ScriptedLLM, config, candidate, DEMO_PROMPTS[:2], Runs(max_tokens=8))  # type: ignore[arg-type]
     assert ran.speedup == pytest.approx(2.0 / 1.8) and ran.identical
     written = load_config(layers_from(layers_yaml(config, ran, "two\nlines"), folder))
     assert written.draft is None and written.speculation.method == "self"
@@ -135,14 +136,14 @@ def layers_from(text: str, folder: Path) -> Path:
 
 
 def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssd.engine.llm.LLM", ScriptedLLM)
     monkeypatch.setattr(skip_estimate, "measured_costs", lambda runner: replace(COSTS, plain=1.0))
     wanted = ["--set", f"target.model={folder}", "--set", "target.compile=false", "--set", "target.cores=null"]
     out = tmp_path / "layers.yaml"
     sizes = ["--candidates", "2", "--tokens", "8", "--max-tokens", "8", "--minutes", "0.1", "--out", str(out)]
+    app = make_app(Makers(llm=ScriptedLLM))  # type: ignore[arg-type]
     result = CliRunner().invoke(app, ["tune", "layers", *wanted, *sizes])
     assert result.exit_code == 0, result.output
     assert "1.11×" in result.output and str(out.name) in result.output.replace("\n", "")
     assert load_config(out).speculation.method == "self"
-    broken = CliRunner().invoke(app, ["tune", "layers", *wanted, "--out", str(tmp_path / "no" / "layers.yaml")])
+    broken = CliRunner().invoke(make_app(), ["tune", "layers", *wanted, "--out", str(tmp_path / "no" / "layers.yaml")])
     assert broken.exit_code == 2 and "does not exist" in broken.output

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import ssd
-from ssd.cli.app import app
+from ssd.cli.app import make_app
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -28,7 +28,7 @@ def models(tmp_path: Path) -> list[str]:
 
 
 def complaint(*arguments: str) -> str:
-    result = CliRunner().invoke(app, list(arguments))
+    result = CliRunner().invoke(make_app(), list(arguments))
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
@@ -102,7 +102,7 @@ def test_missing_model(models: list[str], side: str) -> None:
 
 
 def test_info_shows_missing_models_rather_than_failing() -> None:
-    result = CliRunner().invoke(app, ["info", "--set", "draft.model=/nowhere/model"])
+    result = CliRunner().invoke(make_app(), ["info", "--set", "draft.model=/nowhere/model"])
     assert result.exit_code == 0, result.output
     assert "/nowhere/model, float32 on cpu cores 1, missing on this machine" in result.stdout
     assert ssd.__version__ in result.stdout
@@ -118,7 +118,7 @@ def test_info_counts_parameters(tmp_path: Path) -> None:
         tmp_path / "model.safetensors",
         metadata={"format": "pt"},
     )
-    result = CliRunner().invoke(app, ["info", "--set", f"target.model={tmp_path}"])
+    result = CliRunner().invoke(make_app(), ["info", "--set", f"target.model={tmp_path}"])
     assert "1.5 M parameters" in result.stdout
 
 
@@ -127,7 +127,7 @@ def python(code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("module", ["ssd", "ssd.cli", "ssd.config", "ssd.bench.measure.compare"])
+@pytest.mark.parametrize("module", ["ssd", "ssd.cli.app", "ssd.config.load", "ssd.bench.measure.compare"])
 def test_importing_is_cheap(module: str) -> None:
     heavy = "{'torch', 'transformers', 'ray', 'zmq', 'numpy'}"
     assert python(f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))") == "[]"
@@ -142,10 +142,12 @@ def test_every_public_name_but_the_engines_resolves() -> None:
         _ = ssd.nothing
 
 
-def test_interrupt_ends_cleanly() -> None:
+def test_interrupt_ends_cleanly(models: list[str]) -> None:
     """A real Ctrl-C while the engine streams: exit code 130, the engine closed, no traceback."""
-    code = """
-import sys, time, ssd, ssd.config
+    code = (
+        f"MODELS = {models!r}"
+        + """
+import sys, time
 class Slow:
     degraded = None
     def __init__(self, config): pass
@@ -155,11 +157,11 @@ class Slow:
         print("started", flush=True)
         time.sleep(60)
         yield
-ssd.LLM = Slow
-ssd.config.resolve_model_path = lambda name: name
-from ssd.cli import app
-app(["generate", "x"])
+from ssd.cli.app import make_app
+from ssd.cli.context import Makers
+make_app(Makers(llm=Slow))(["generate", "x", *MODELS])
 """
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

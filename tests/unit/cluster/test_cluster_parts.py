@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from ssd.config.load import Config, load_config
+from ssd.config.load import load_config
+from ssd.config.sections import Config
 from ssd.errors import UsageError, WorkerError
 from ssd.pipeline.runtime.plan import Plan
 from ssd.testing.twins.pipeline import ScriptedPipeline

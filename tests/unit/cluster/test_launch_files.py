@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,40 @@ ray_job.main()
     command = [sys.executable, "-c", code]
     ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 2 and "missing.jsonl" in ran.stderr and "Traceback" not in ran.stderr, ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("launcher", "command"),
+    [*product(["torchrun", "ray_job"], ["bench", "plan", "tune", "serve"]), ("torchrun", "batch")],
+)
+def test_launchers_refuse_what_would_run_without_them(launcher: str, command: str) -> None:
+    """These commands would start pipelines of the launching process; a batch runs in a Ray cluster only."""
+    front = {"torchrun": "launch/front.py", "ray_job": "launch/ray_job.py"}[launcher]
+    own = ["0", "127.0.0.1", "2"] if launcher == "torchrun" else []
+    arguments = [sys.executable, str(ROOT / front), *own, "--config", "embedded", command]
+    ran = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2, ran.stderr
+    (line,) = ran.stderr.splitlines()[-1:]
+    assert line.startswith("error: ") and ("ray_serve" in line or "generate, compare, certify, info" in line)
+
+
+@pytest.mark.parametrize("command", [["--config", "embedded", "generate", "x"], ["compare", "--max-tokens", "4"]])
+def test_launchers_make_the_pipelines(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without changing the package: the command gets what makes pipelines."""
+    from launch.commands import run
+    from ssd.cli.context import Makers
+    from ssd.testing.twins.llm import ScriptedLLM
+
+    made: list[ScriptedLLM] = []
+
+    def make(config: Any) -> Any:
+        made.append(ScriptedLLM(config))
+        return made[-1]
+
+    with pytest.raises(SystemExit) as ended:
+        run(command, program="launcher", commands=("generate", "compare"), makers=Makers(llm=make))
+    assert ended.value.code in (0, None)
+    assert len(made) == 1 and made[0].closed
 
 
 def test_dockerfile() -> None:

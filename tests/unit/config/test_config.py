@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ssd.config.load import Config, config_path, load_config, resolve_model_path, shipped_configs
+from ssd.config.load import config_path, load_config, resolve_model_path, shipped_configs
+from ssd.config.sections import Config
 from ssd.errors import ConfigError, ModelError
 
 PAIR = {"target": {"model": "big"}, "draft": {"model": "small"}}
@@ -91,6 +92,20 @@ def test_plain_decoding_needs_no_draft() -> None:
     assert "draft is missing" in complaint(alone)
 
 
+@pytest.mark.parametrize("method", ["none", "sd", "self", "ssd"])
+def test_lookahead_0_is_plain_decoding(method: str) -> None:
+    config = load_config(PAIR, [f"speculation.method={method}", "speculation.lookahead=0"])
+    assert config == load_config(PAIR, ["speculation.method=none"])
+    assert load_config({"target": {"model": "a"}}, ["speculation.lookahead=0"]).draft is None
+
+
+@pytest.mark.parametrize("given", ["false", "0.0", "'0'", "null"])
+def test_only_the_integer_0_is_plain_decoding(given: str) -> None:
+    assert "speculation.lookahead must be an integer from 0 to 16 or auto" in complaint(
+        PAIR, (f"speculation.lookahead={given}",)
+    )
+
+
 @pytest.mark.parametrize(
     ("override", "nearest"),
     [
@@ -120,7 +135,8 @@ def test_unknown_key_in_a_file_names_file_key_and_nearest(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("speculation.lookahead=99", ("speculation.lookahead", "99", "from 1 to 16")),
+        ("speculation.lookahead=99", ("speculation.lookahead", "99", "from 0 to 16")),
+        ("speculation.lookahead=-1", ("speculation.lookahead", "-1", "from 0 to 16")),
         ("speculation.lookahead=true", ("speculation.lookahead", "True", "an integer")),
         ("speculation.lookahead=2.5", ("speculation.lookahead", "2.5", "an integer")),
         ("speculation.siblings=-1", ("speculation.siblings", "-1", "from 0 to 8")),
@@ -146,8 +162,8 @@ def test_wrong_value_says_key_value_and_what_is_allowed(override: str, parts: tu
     assert "unknown key" not in text
 
 
-def test_all_wrong_values_are_told_at_once() -> None:
-    text = complaint(PAIR, ("speculation.lookahead=0", "numerics=exact"))
+def test_all_wrong_values_are_reported_at_once() -> None:
+    text = complaint(PAIR, ("speculation.lookahead=-1", "numerics=exact"))
     assert "speculation.lookahead" in text
     assert "numerics" in text
 

@@ -1,4 +1,4 @@
-"""Real models, real workers: the sampled tokens have the target's joint law, whatever happened.
+"""Real models and workers: the sampled tokens have the target's joint distribution.
 
 How it is measured stands in ``ssd.testing.laws.chi_square``. The seeds are fixed, so these tests pass
 always or never.
@@ -57,7 +57,7 @@ def test_joint_law_of_many(case: str, fallback: str, pair: Pair) -> None:
 
 
 def careless_bonus() -> tuple[str, Any]:
-    """The bonus token drawn from the target's law after a rejection too."""
+    """The bonus token is drawn from the target's distribution after a rejection too."""
     verify = judge.verify_rejection
 
     def careless(target_probs: torch.Tensor, *rest: Any) -> Any:
@@ -68,7 +68,7 @@ def careless_bonus() -> tuple[str, Any]:
 
 
 def another_story() -> tuple[str, Any]:
-    """One row is drawn from; another one is sent."""
+    """One distribution is drawn from, and another one is sent."""
     stacked = sampler.stacked
 
     def lying(steps: list[Any], depth: int) -> Any:
@@ -80,7 +80,7 @@ def another_story() -> tuple[str, Any]:
 
 @pytest.mark.parametrize("mistake", [careless_bonus, another_story], ids=lambda m: m.__name__)
 def test_mistakes_show(mistake: Callable[[], tuple[str, Any]], pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests above can fail: as many samples of a pipeline with one mistake."""
+    """The tests above can fail: as many samples of a pipeline with one mistake do."""
     name, wrong = mistake()
     for module in (judge, sampler, drafting):
         if name in vars(module):

@@ -1,4 +1,4 @@
-"""Combs whose siblings stand where they are likeliest accepted: the allotment, and equality with plain decoding."""
+"""Combs with siblings where they are most likely accepted: the allocation, and equality with plain decoding."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_the_same_tokens(
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_siblings_are_accepted_and_keep_their_keys(temperature: float, tiny_config: Configure) -> None:
-    """In fewer rounds than the chain alone, with the same tokens: what follows an accepted sibling is right."""
+    """In fewer rounds than the chain alone, with the same tokens, also after accepted siblings."""
     params = [replace(GREEDY, temperature=temperature, seed=seed, max_tokens=40) for seed in range(3)]
     taken, tokens = {}, {}
     for name, tree in {"chain": {}, "comb": {"siblings": [4, 1, 2]}, "rows": {"rows": 11}}.items():

@@ -1,5 +1,5 @@
-"""The mistakes one makes with verification rules, each shown to fail the laws: a harness that passes
-everything proves nothing."""
+"""Typical mistakes with verification rules, each shown to fail the laws: otherwise passing them would
+prove nothing."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_bonus_from_the_target_after_a_rejection(kind: type[Rule]) -> None:
 
 @pytest.mark.parametrize("kind", [RejectionRule, BlockRule])
 def test_temperature_on_one_side(kind: type[Rule]) -> None:
-    """Drawn at one temperature, judged by the probabilities at another."""
+    """Drawn at one temperature, verified with the probabilities of another."""
     world = WORLDS["V=3"]
 
     def at_half(prefix: Prefix) -> Weights:
@@ -74,7 +74,7 @@ def test_temperature_on_one_side(kind: type[Rule]) -> None:
 
 @pytest.mark.parametrize("kind", [RejectionRule, BlockRule])
 def test_the_scaled_row_stays_at_home(kind: type[Rule]) -> None:
-    """Saguaro's scaled row is drawn from, and the verifier is told the unscaled one."""
+    """Drawn from Saguaro's scaled row, verified with the unscaled one."""
     world = WORLDS["V=3"]
     scaled, plain = distribution(world, scale=0.3, count=1), distribution(world)
     assert law_error(kind(CHAIN2), world, 2, first=laws.drawn_trees(CHAIN2, scaled, judged_by=plain)) > WRONG
@@ -82,7 +82,7 @@ def test_the_scaled_row_stays_at_home(kind: type[Rule]) -> None:
 
 @pytest.mark.parametrize("kind", [RejectionRule, BlockRule])
 def test_the_support_is_not_renormalised(kind: type[Rule]) -> None:
-    """Drawn from the top m, judged by the whole row."""
+    """Drawn from the m best, verified with the whole row."""
     world = WORLDS["V=4"]
     compact, whole = distribution(world, support=2), distribution(world)
     assert law_error(kind(CHAIN2), world, 2, first=laws.drawn_trees(CHAIN2, compact, judged_by=whole)) > WRONG
@@ -90,7 +90,7 @@ def test_the_support_is_not_renormalised(kind: type[Rule]) -> None:
 
 @pytest.mark.parametrize("kind", [RejectionRule, BlockRule])
 def test_the_unlikely_token_is_thrown_away(kind: type[Rule]) -> None:
-    """Stopping *before* a token because of which it is: what is left was selected."""
+    """Stopping *before* a token because of its identity: the remaining tokens are a selection."""
     world, shape = WORLDS["V=3"], CHAIN2
     honest = laws.drawn_trees(shape, distribution(world))
 
@@ -110,7 +110,7 @@ def test_the_unlikely_token_is_thrown_away(kind: type[Rule]) -> None:
 
 
 def test_named_siblings_judged_as_drawn() -> None:
-    """The draft's top ranks at a node, judged by its soft probabilities."""
+    """The draft's best ranks at a node, verified with its probabilities."""
     world, soft = WORLDS["V=3"], distribution(WORLDS["V=3"])
     named = laws.named_trees(COMB, world.ranked)
 

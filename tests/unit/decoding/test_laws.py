@@ -1,4 +1,4 @@
-"""Laws, not samples: what the rules emit has the target's joint law, by exact enumeration.
+"""Laws by exact enumeration: the tokens that rules emit have the target's joint distribution.
 
 The cases stand in ``ssd.testing.laws.cases``; the mistakes one makes here, each shown to fail, in
 ``test_law_mistakes.py`` and ``test_noise_mistakes.py``.
@@ -40,7 +40,7 @@ def test_law(case: Case) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_hits_and_misses_under_coupled(shape: str) -> None:
-    """Noise that can be counted is coarse: not every case has both, every tree has."""
+    """Enumerable noise is coarse: not every case has hits and misses, but every tree has."""
     runs = [c.run()[1] for c in cases() if (c.rule, c.shape) == ("coupled", shape) and c.name.startswith("hit and")]
     assert set.union(*runs) == {"hit", "miss"}
 
@@ -89,7 +89,7 @@ def test_block_accepts_more_somewhere() -> None:
 
 
 def test_saguaro_moves_the_bonus_onto_the_forecast() -> None:
-    """More hits after a rejection; of a draft that is right, fewer acceptances: what it is for."""
+    """More hits after a rejection, and fewer acceptances of a draft that is right: its purpose and its price."""
     world, shape = WORLDS["V=4"], TreeShape.comb(1)
     best = world.ranked(START)[0]
     for target, right in ((world.target, False), (world.draft, True)):
@@ -104,7 +104,7 @@ def test_saguaro_moves_the_bonus_onto_the_forecast() -> None:
             assert taken[0] == pytest.approx(1) and taken == sorted(taken, reverse=True) and taken[-1] < 0.95
 
 
-def test_a_repeated_sibling_is_a_waste_and_no_mistake() -> None:
+def test_a_repeated_sibling_is_useless_but_correct() -> None:
     """Two draws with replacement: the second of two equal ones has nothing left to be accepted by,
     and one that differs has the law of a draw without replacement."""
     world, shape = WORLDS["V=3"], TreeShape.comb(1, siblings=1)
@@ -121,7 +121,7 @@ def test_a_repeated_sibling_is_a_waste_and_no_mistake() -> None:
 
 
 def test_nothing_passes_at_ratio_zero() -> None:
-    """The smallest uniform there is stays above 0, and is compared strictly besides."""
+    """The smallest uniform number is above 0, and comparisons are strict."""
     shape = TreeShape.comb(1)
     rows = torch.tensor([[[0.0, 1.0], [0.5, 0.5]]], dtype=torch.float64)
     drawn = DraftProbs(torch.arange(2)[None, None], torch.tensor([[[0.5, 0.5]]], dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""The forecast by measurement: what it believes, where it spends, and that it finds out."""
+"""The measured forecast: its estimates, its allocation, and that it learns."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_weights_are_a_law() -> None:
             assert all(w == 0.0 for w, depth in zip(weights, shape.depths, strict=True) if depth > deepest)
 
 
-def test_it_finds_where_outcomes_fall() -> None:
+def test_it_learns_where_outcomes_fall() -> None:
     ranks = [0.5, 0.2, 0.1, 0.1, 0.05, 0.05]
     for accepts, node in ((0.02, 0), (0.98, 3)):
         curves = OutcomeCurves(CHAIN, 16)
@@ -75,8 +75,8 @@ def test_it_finds_where_outcomes_fall() -> None:
         assert {at for at, _ in plan} < {0, 1, 2, 3}  # F_u = 0 is allowed
 
 
-def test_near_the_best_allocation_known() -> None:
-    """Against the greedy allocation of the true law, and against the even one."""
+def test_close_to_the_best_known_allocation() -> None:
+    """Against the greedy allocation for the true distribution, and against the uniform one."""
     accepts, ranks = 0.8, [0.45, 0.2, 0.12, 0.08, 0.06, 0.05, 0.04]
     weights = [accepts**k * (1 - accepts if k < 3 else 1) for k in range(4)]
     worth = sorted((w * m for w in weights for m in ranks), reverse=True)
@@ -96,8 +96,8 @@ def test_it_follows_a_change() -> None:
     assert before <= 1 < sum(node == 0 for node, _ in curves.plan(6, 3))
 
 
-def test_slots_have_states_of_their_own() -> None:
-    """What is prepared for a slot is learned by its state alone; a sequence admitted since is nothing to learn from."""
+def test_each_slot_has_its_own_state() -> None:
+    """A slot's results are learned by its state alone, and not at all if another sequence was admitted since."""
     forecast = MeasuredForecast(CHAIN, 6, batch=3)
     trees = torch.tensor([[1, 2, 3, 4]] * 3)
     scores = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(0))

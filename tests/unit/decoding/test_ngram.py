@@ -1,4 +1,4 @@
-"""Candidates from the sequence itself: what is proposed, and that rows which take them decode the same tokens."""
+"""Candidates from the sequence itself: what is proposed, and that rows with them decode the same tokens."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def test_proposes_what_followed_last_time(tokens: list[int], count: int, cut: in
     assert index.propose(count) == searched(tokens, count)
 
 
-def test_a_loop_goes_on() -> None:
+def test_a_repetition_is_continued() -> None:
     assert NgramIndex([9, 1, 2, 3, 1, 2, 3, 1, 2]).propose(7) == [3, 1, 2, 3, 1, 2, 3]
     assert NgramIndex([1, 2, 3, 4]).propose(3) == []
 
 
-def test_the_choice_follows_what_each_brings() -> None:
+def test_the_choice_follows_the_measured_rates() -> None:
     choice = FallbackChoice()
 
     def miss(ngram_tokens: int) -> str:

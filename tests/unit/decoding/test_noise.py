@@ -1,4 +1,4 @@
-"""Gumbel noise: never changes, depends on nothing but (seed, position, token), and is noise."""
+"""Gumbel noise: it never changes, depends only on (seed, position, token), and is random."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def many(count: int, value: int) -> torch.Tensor:
 
 
 def test_golden_values():
-    """If this fails, every seed means something else: outputs users have seen are not reproducible."""
+    """If this fails, every seed has another meaning, and earlier outputs cannot be reproduced."""
     bits = uniform_bits(ints(0, 1, 42, 2**63 - 1), ints(0, 7, 1000, 3), 5)
     assert bits.tolist() == [
         [1646526323, 1986078737, 1551258645, 17185132, 1785113093],
@@ -296,8 +296,8 @@ def test_same_noise_couples_two_distributions():
     assert agree > 3 * (p * q).sum()
 
 
-def test_prepared_noise_is_that_of_the_round() -> None:
-    """Unless the lengths, the requests or whoever else asked for noise came between."""
+def test_prepared_noise_equals_the_rounds_noise() -> None:
+    """Unless lengths, requests or another caller for noise changed in between."""
     chooser = SlotSampling(2, 50, "cpu", horizon=3)
     warm = SamplingParams(temperature=1.0, seed=4)
     chooser.set(0, warm)

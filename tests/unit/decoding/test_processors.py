@@ -1,4 +1,4 @@
-"""Penalties, biases and bans: what transformers and vLLM's formulas say, at every node of a tree."""
+"""Penalties, biases and bans: equal to transformers and vLLM's formulas, at every node of a tree."""
 
 from __future__ import annotations
 
@@ -127,8 +127,8 @@ def test_the_operator_gives_the_same_bits(name: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_a_path_is_as_good_as_committed(name: str) -> None:
-    """Bit for bit: what plain decoding has in its history, a verified row has on its path."""
+def test_a_path_equals_committed_tokens(name: str) -> None:
+    """Bit for bit: tokens on a verified row's path count as those in the history of plain decoding."""
     history = [2, 7, 11, 7, 7, 11, 2, 5]
     logits = logits_of(2, 1, V)
     for split in range(len(history) + 1):
@@ -142,25 +142,25 @@ def test_a_path_is_as_good_as_committed(name: str) -> None:
             assert torch.equal(other.apply(logits, padded), at_once.apply(logits))
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("built", [True, False])
 @pytest.mark.parametrize("name", EACH)
-def test_a_draft_processes_every_row_as_after_the_certain_tokens(
-    name: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_draft_processes_every_row_as_after_the_committed_tokens(
+    name: str, built: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compiled drafting; but for bad words of several tokens."""
-    if not fused:
+    """Compiled drafting, except for bad words of several tokens."""
+    if not built:
         monkeypatch.setattr(operators, "available", lambda: False)
     given = EACH[name] | {"bad_words": tuple(word for word in EACH[name].get("bad_words", ()) if len(word) == 1)}
     chooser, logits = SlotSampling(2, V, "cpu", horizon=1), logits_of(2, 3, V)
     shape = TreeShape.comb(2)
     tensors = RequestTensors(chooser, shape, 2, V, torch.device("cpu"))
-    assert chooser.filters == fused
+    assert chooser.filters == built
     chooser.processors.set(1, ProcessorSettings(**given), prompt=PROMPT, output=OUTPUT)
 
     def scored() -> Tensor:
         nothing = torch.zeros(2, 3, dtype=torch.int64)
         requested = tensors.requested(nothing, nothing[:, 0])
-        assert (requested.adjustments is None) == (chooser.plain and not fused)
+        assert (requested.adjustments is None) == (chooser.plain and not built)
         rows = Rows(RowPlan.tree("glue", shape), 0, nothing, in_tree=True)
         return LikelyScorer(chooser, 1, requested).score(logits, rows)
 
@@ -223,15 +223,15 @@ def test_rows_do_not_see_each_other() -> None:
     assert torch.equal(after[2], fresh.apply(logits[2:3], paths[:1])[0])
 
 
-def test_candidates_that_are_no_tokens() -> None:
-    """A hostile draft: rows that will not be accepted, whatever they hold, do not disturb others."""
+def test_invalid_candidates() -> None:
+    """A hostile draft: rows that cannot be accepted do not disturb others, whatever they hold."""
     made = processors(EACH["all"])
     logits = logits_of(1, 3, V)
     paths = torch.tensor([[[ABSENT, 7], [V, 7], [2**31 - 1, -(2**31)]]])
     assert torch.equal(made.apply(logits, paths)[0, 0], made.apply(logits[:, :1], paths[:, :1])[0, 0])
 
 
-def test_nothing_asked_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slots_without_settings_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     chooser = SlotSampling(2, V, "cpu", horizon=3)
     chooser.set(0, params := SamplingParams(temperature=1.0, top_k=3, stop_token_ids=(3,), logprobs=4))
     chooser.process(0, params, prompt=PROMPT, output=[], ends=[0])

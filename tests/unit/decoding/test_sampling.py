@@ -164,7 +164,7 @@ def same_but_at_the_edge(ours: Tensor, theirs: Tensor, probs: Tensor, top_p: flo
 @pytest.mark.parametrize("way", ["operators"], indirect=True)
 @pytest.mark.parametrize("vocabulary", [1, 5, 8, 1003, 20_000])
 @pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 30.0])
-def test_operator_keeps_what_sorting_keeps(vocabulary: int, spread: float):
+def test_the_operator_keeps_the_same_tokens_as_sorting(vocabulary: int, spread: float):
     """Flat, steep and usual rows; edges in any bucket, on ties (bfloat16 logits have many), with excluded tokens."""
     logits = random_logits(2, 3, vocabulary, seed=vocabulary) * spread
     logits[1] = logits[1].bfloat16().float()
@@ -182,7 +182,7 @@ def test_operator_keeps_what_sorting_keeps(vocabulary: int, spread: float):
 @pytest.mark.parametrize("way", ["torch"], indirect=True)
 @pytest.mark.parametrize("vocabulary", [1, 5, LIKELY, 1003])
 @pytest.mark.parametrize("spread", [0.01, 1.0, 30.0])
-def test_a_draft_keeps_nearly_what_sorting_keeps(vocabulary: int, spread: float):
+def test_a_draft_keeps_nearly_the_same_tokens_as_sorting(vocabulary: int, spread: float):
     """The same where that is no more than it looks at; else more."""
     logits = random_logits(2, 3, vocabulary, seed=vocabulary) * spread
     alike = 0
@@ -219,8 +219,8 @@ def test_a_rounds_scores_are_those_of_scores():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_operators_survive_logits_that_are_no_numbers(value: float):
-    """A broken model decodes nonsense; it takes no process with it."""
+def test_operators_survive_logits_that_are_not_numbers(value: float):
+    """A broken model decodes nonsense, but crashes no process."""
     for spoilt in (slice(None), slice(0, 90), slice(5, 6)):
         logits = random_logits(1, 2, 100)
         logits[..., spoilt] = value
@@ -322,7 +322,7 @@ def test_one_graph(rows: list[dict[str, Any]]):
 
 @pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
 def test_perturbed_is_the_same_compiled() -> None:
-    """A round's compiled choice and the eager one (filters, processors) meet in one batch: same bits."""
+    """One batch may mix a compiled choice and an eager one (filters, processors): they need the same bits."""
 
     def body(logits: Tensor, noise: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
         scores = perturbed(logits, noise, temperature)

@@ -57,7 +57,7 @@ def test_comb_counts(lookahead: int, siblings: int) -> None:
         assert shape.depths.count(depth) == 1 + siblings
 
 
-def test_what_is_not_a_comb() -> None:
+def test_shapes_that_are_not_combs() -> None:
     assert not TreeShape((0, 1, 0, 3)).is_comb  # 4 hangs below the leaf 3
     assert TreeShape((0, 0)).is_comb
 
@@ -69,7 +69,7 @@ def test_only_a_root() -> None:
 
 
 @pytest.mark.parametrize("parents", [(1,), (0, 2), (-1,)])
-def test_parents_stand_before_children(parents: tuple[int, ...]) -> None:
+def test_parents_must_precede_children(parents: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="parents stand before"):
         TreeShape(parents)
 

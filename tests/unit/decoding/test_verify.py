@@ -77,6 +77,6 @@ def test_nothing_below_an_absent_node_counts() -> None:
     assert verify(shape, [[9, ABSENT, 6]], [[5, 6, 1]]) == [(0, 5)]
 
 
-def test_the_root_is_certain_whatever_it_is() -> None:
+def test_the_root_is_always_accepted() -> None:
     shape = TreeShape.comb(1)
     assert verify(shape, [[ABSENT, ABSENT], [3, 4]], [[7, 1], [4, 2]]) == [(0, 7), (1, 2)]

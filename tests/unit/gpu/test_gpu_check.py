@@ -1,9 +1,11 @@
-"""``scripts/gpu_check.py`` on tiny models and the CPU: every stage runs, resumes, and says what is wrong."""
+"""``scripts/gpu_check.py`` on tiny models and the CPU: every stage runs, resumes, and reports what is wrong."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +45,29 @@ def test_a_stage_runs_and_resumes(stage: str, tmp_path: Path, capsys: pytest.Cap
     assert f"] {stage}:" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("first", "runs"),
+    [
+        (lambda: {"ok": True}, 1),
+        (lambda: {"ms": 3.0}, 1),
+        (lambda: {"ok": False, "why": "numbers"}, 2),
+        (lambda: 1 / 0, 2),
+    ],
+)
+def test_parts_run_again_unless_they_succeeded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: Callable[[], Any], runs: int
+) -> None:
+    results = [first, lambda: {"ok": True}]
+    monkeypatch.setattr(
+        gpu_check, "STAGES", {"correctness": lambda bench: bench.part("part", lambda: results.pop(0)())}
+    )
+    arguments = ["--stage", "1", "--tiny", "--out", str(tmp_path)]
+    monkeypatch.setattr(gpu_check.report, "print_table", lambda *_: None)
+    assert gpu_check.main(arguments) == runs - 1
+    assert gpu_check.main(arguments) == 0
+    assert 2 - len(results) == runs
+
+
 def test_what_is_wrong_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stage(bench: Bench) -> None:
         bench.part("wrong", lambda: {"ok": False, "why": "numbers"})
@@ -71,7 +96,7 @@ def test_the_row_check_sees_attention_that_depends_on_mates(monkeypatch: pytest.
     assert not found["ok"] and not found["rows"]["whatever the mates"]
 
 
-def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_it_reports_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(SystemExit):

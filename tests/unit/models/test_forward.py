@@ -1,4 +1,4 @@
-"""Forwards over the slot cache: transformers' own numbers, and the same bits wherever a row stands."""
+"""Forwards over the slot cache: equal to transformers, and a row has the same bits in every place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ssd.decoding.trees.shape import TreeShape
 from ssd.errors import RequestError
 from ssd.models.loading import lay_out_for_cpu
 from ssd.models.rows import BLOCK, RowPlan
-from ssd.models.runner import ForwardRunner, can_compile
+from ssd.models.runner import ForwardRunner, RunnerOptions, can_compile
 from ssd.testing.models.tiny import ARCHITECTURES, tiny_model
 
 VOCABULARY = 128
@@ -32,7 +32,7 @@ def reference(architecture: str, dtype: torch.dtype) -> torch.nn.Module:
 
 @functools.cache
 def unrounded(architecture: str) -> torch.nn.Module:
-    """The bf16 model's weights, computed with in fp32."""
+    """The bfloat16 model's weights, computed in float32."""
     model = tiny_model(architecture, vocab_size=VOCABULARY)
     model.load_state_dict(reference(architecture, BF16).state_dict())
     return model
@@ -48,15 +48,14 @@ def random_tokens(count: int, seed: int = 0) -> list[int]:
 
 
 class Slots:
-    """A runner of its own, and rounds in it by hand."""
+    """A runner, and rounds made by hand."""
 
     def __init__(
         self, architecture: str, dtype: torch.dtype, *, batch: int = 2, capacity: int = 200, scratch: int = 6, **more
     ):
         model = tiny_model(architecture, vocab_size=VOCABULARY, dtype=dtype)
         lay_out_for_cpu(model)
-        self.runner = ForwardRunner(
-            model,
+        options = RunnerOptions(
             batch=batch,
             capacity=capacity,
             scratch_slots=scratch,
@@ -64,6 +63,7 @@ class Slots:
             vocabulary=VOCABULARY,
             **more,
         )
+        self.runner = ForwardRunner(model, options)
         self.batch = batch
 
     def forward(self, shape: TreeShape, trees: dict[int, tuple[int, list[int]]], longest: int | None = None) -> Tensor:
@@ -134,7 +134,7 @@ def test_a_sibling_has_the_bits_it_would_have_in_place(architecture: str, dtype:
 @each_dtype
 @each_shape
 @each_model
-def test_same_bits_wherever_a_block_begins(architecture: str, dtype: torch.dtype, shape: TreeShape) -> None:
+def test_same_bits_from_every_start_of_a_block(architecture: str, dtype: torch.dtype, shape: TreeShape) -> None:
     """One token a round (plain decoding, padded) against blocks of every length, over a block border."""
     start = BLOCK - 18
     sequence = random_tokens(start + 24)
@@ -153,8 +153,8 @@ def test_same_bits_wherever_a_block_begins(architecture: str, dtype: torch.dtype
 
 @each_dtype
 @each_model
-def test_same_bits_whoever_stands_beside(architecture: str, dtype: torch.dtype) -> None:
-    """Other rows: absent, or long and changing; another slot; other padding in its own block."""
+def test_same_bits_beside_other_sequences(architecture: str, dtype: torch.dtype) -> None:
+    """Other rows absent, or long and changing; another slot; other padding in the row's block."""
     start, sequence = 30, random_tokens(30 + 10)
     alone, crowded = Slots(architecture, dtype, batch=3), Slots(architecture, dtype, batch=3)
     alone.runner.prefill(0, sequence[:start])
@@ -170,7 +170,7 @@ def test_same_bits_whoever_stands_beside(architecture: str, dtype: torch.dtype) 
 @each_dtype
 @each_model
 def test_same_bits_at_every_context(architecture: str, dtype: torch.dtype) -> None:
-    """A longer context only adds exact zeros, whatever lies in the slots beyond."""
+    """A longer context only adds exact zeros, whatever the further slots hold."""
     prompt, nodes = random_tokens(40), random_tokens(COMB.nodes, seed=1)
     small = Slots(architecture, dtype)
     small.runner.prefill(0, prompt)
@@ -198,7 +198,7 @@ def test_rejected_rows_leave_no_trace(architecture: str, dtype: torch.dtype) -> 
 
 @each_dtype
 @each_model
-def test_a_kept_leaf_goes_on_like_a_chain(architecture: str, dtype: torch.dtype) -> None:
+def test_a_kept_leaf_continues_like_a_chain(architecture: str, dtype: torch.dtype) -> None:
     prompt, nodes = random_tokens(30), random_tokens(COMB.nodes, seed=1)
     after = random_tokens(2, seed=5)
     leaf = 6  # beside node 2, scratch slot 2
@@ -219,7 +219,8 @@ def test_a_kept_leaf_goes_on_like_a_chain(architecture: str, dtype: torch.dtype)
 @each_model
 def test_padding_of_the_head_is_cut_off(architecture: str) -> None:
     model = tiny_model(architecture, vocab_size=VOCABULARY)
-    runner = ForwardRunner(model, batch=1, capacity=50, scratch_slots=0, prefill_chunk=CHUNK, vocabulary=100)
+    options = RunnerOptions(batch=1, capacity=50, scratch_slots=0, prefill_chunk=CHUNK, vocabulary=100)
+    runner = ForwardRunner(model, options)
     logits = runner.forward(plan_of(CHAIN), torch.full((1, 5), 7), torch.zeros(1, dtype=torch.int64), longest=0)
     assert logits.shape == (1, 5, 100)
     whole = Slots(architecture, FP32, batch=1).forward(CHAIN, {0: (0, [7] * 5)})
@@ -227,7 +228,7 @@ def test_padding_of_the_head_is_cut_off(architecture: str) -> None:
 
 
 def test_prefill_in_two_parts_is_one() -> None:
-    """As the draft catches up: from where it stands, however that falls into chunks."""
+    """As a draft that catches up: from any length, however it divides into chunks."""
     prompt, nodes = random_tokens(60), random_tokens(CHAIN.nodes, seed=1)
     once, parts = Slots("llama", FP32), Slots("llama", FP32)
     once.runner.prefill(0, prompt)
@@ -236,15 +237,15 @@ def test_prefill_in_two_parts_is_one() -> None:
     assert relative(parts.forward(CHAIN, {0: (60, nodes)})[0], once.forward(CHAIN, {0: (60, nodes)})[0]) < 1e-5
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_sizes_that_do_not_fit_are_refused() -> None:
     slots = Slots("llama", FP32, capacity=100)
     with pytest.raises(RequestError, match="do not fit"):
         slots.runner.prefill(0, [5] * 1000)
 
 
 @pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
-def test_a_compiled_forward_takes_tokens_that_do_not_lie_side_by_side() -> None:
-    """The first tokens of a comb's candidates do not, and compiled code does not look."""
+def test_a_compiled_forward_takes_strided_tokens() -> None:
+    """The first tokens of a comb's candidates are strided, and compiled code does not check strides."""
     slots = Slots("llama", FP32, compile=True)
     plan, tokens = RowPlan.sequential("jit", 1), torch.tensor([[[7, 8]], [[9, 10]]])
     lengths = torch.zeros(2, dtype=torch.int64)

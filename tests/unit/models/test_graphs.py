@@ -1,4 +1,4 @@
-"""Captured bodies, with a twin of CUDA's capture: what is copied, what is read where it lies, what happens
+"""Captured bodies, with a twin of CUDA's capture: which arguments are copied or read in place, what happens
 when a body cannot be captured; and whole rounds over captured forwards."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def twin(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """As CUDA: a replay reads the addresses of the capture and fills the very tensors it returned."""
+    """As CUDA does: a replay reads the addresses of the capture and fills the tensors it returned."""
     outputs, _ = tree_flatten(work())
     kept = work()
     filled, _ = tree_flatten(kept)
@@ -46,7 +46,7 @@ def twin(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
 
 @pytest.fixture
 def as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bodies are captured, and none of our operators there."""
+    """Bodies are captured, and the CPU's operators are absent."""
     monkeypatch.setattr(operators, "available", lambda: False)
     monkeypatch.setattr(runners, "_graphs", lambda *_: Graphs(CPU, twin))
     monkeypatch.setattr(StepByStep, "grow", lambda *_: pytest.fail("not captured"))
@@ -76,7 +76,7 @@ def test_replays_with_new_arguments_into_the_same_tensor() -> None:
     assert all(one is calls[0] for one in calls)  # always the graph's own buffer
 
 
-def test_another_place_of_a_large_argument_is_another_graph_until_there_are_too_many(
+def test_each_address_of_a_large_argument_has_a_graph_up_to_a_limit(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     run, zero = Graphs(CPU, twin).of(add, "add"), torch.zeros(2)
@@ -90,7 +90,7 @@ def test_another_place_of_a_large_argument_is_another_graph_until_there_are_too_
     assert "add runs without a CUDA graph" in caplog.text
 
 
-def test_what_cannot_be_captured_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_body_that_cannot_be_captured_runs_uncaptured(caplog: pytest.LogCaptureFixture) -> None:
     run = Graphs(CPU, refusing).of(add, "verify")
     with caplog.at_level(logging.WARNING):
         for value in (1.0, 2.0):
@@ -101,7 +101,7 @@ def test_what_cannot_be_captured_runs_as_it_is(caplog: pytest.LogCaptureFixture)
 
 @pytest.mark.parametrize("attention", ["rows", "tree"])
 @pytest.mark.parametrize("siblings", [0, 2])
-def test_rounds_over_captured_forwards_are_those_of_plain_ones(
+def test_captured_forwards_decode_the_same_tokens(
     attention: str, siblings: int, tiny_config: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(speculation={"lookahead": 3, "siblings": siblings}, engine={"max_batch": 2})
@@ -125,11 +125,11 @@ def test_rounds_over_captured_forwards_are_those_of_plain_ones(
 
 @pytest.mark.usefixtures("as_on_gpus")
 @pytest.mark.parametrize("asked", [{"top_p": 0.7}, {"top_k": 5, "min_p": 0.1}, {"presence_penalty": 1.0}])
-def test_drafts_are_captured_with_what_requests_ask_for(
+def test_drafts_with_filters_and_penalties_are_captured(
     asked: dict[str, Any], tiny_config: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on GPUs, where no operator of ours filters: in graphs of their own, beside those of plainer requests. A draft
-    that is the target is right wherever it is told all."""
+    """As on GPUs, where filters are torch code: in separate graphs, beside those of requests without filters. A draft
+    that is the target is always right if it applies everything."""
     made = load_config(tiny_config(draft="target", speculation={"lookahead": 3, "forecast": {"budget": 12}}))
     plan = Plan(config=made, vocabulary=128, ends=(0,))
     verifier, draft = build_verifier(plan)[0], build_draft(plan)[0]
@@ -148,13 +148,13 @@ def test_drafts_are_captured_with_what_requests_ask_for(
     assert histories[0].tokens != histories[1].tokens
 
 
-def test_graphs_need_a_gpu(tiny_config: Callable[..., dict[str, Any]]) -> None:
+def test_graphs_on_a_cpu_are_refused(tiny_config: Callable[..., dict[str, Any]]) -> None:
     config = load_config(tiny_config(draft=None, speculation={"method": "none"}), ["target.graphs=true"])
     with pytest.raises(ConfigError, match="graphs: true needs a CUDA device, not cpu"):
         build_verifier(Plan(config=config, vocabulary=128, ends=(0,)))
 
 
-def test_a_cache_too_large_says_what_would_fit(
+def test_a_cache_that_does_not_fit_names_the_tokens_that_would(
     tiny_config: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ssd.models.device.free_bytes", lambda device: 100_000)
@@ -173,7 +173,7 @@ def test_a_cache_too_large_says_what_would_fit(
         (["target.device=cuda:0", "draft.device=cuda:1"], False),
     ],
 )
-def test_two_models_on_one_gpu_are_threads(
+def test_two_models_on_one_gpu_run_as_threads(
     overrides: list[str], threads: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("InprocPipeline", "LocalPipeline"):

@@ -34,7 +34,7 @@ def test_sequential_rows() -> None:
 
 
 def test_comb_rows() -> None:
-    """The chain in place, leaves in scratch; each attends what stands below its own position."""
+    """The chain in place, leaves in scratch slots; each attends the slots below its own position."""
     plan = RowPlan.tree("verify", TreeShape.comb(2, siblings=2))
     assert plan.offsets == plan.limits == (0, 1, 2, 1, 1, 2, 2)
     assert (plan.in_place, plan.scratch_start, plan.scratch_mask) == (3, 0, None)
@@ -180,7 +180,7 @@ def test_damaged_folders_give_one_line(damage: str, folder_of: Callable[..., Pat
 
 
 def test_missing_tensors_are_refused(folder_of: Callable[..., Path], tmp_path: Path) -> None:
-    """transformers would draw them at random: other tokens at every start."""
+    """transformers would initialise them at random: other tokens at every start."""
     from safetensors.torch import load_file, save_file
 
     folder = copy(folder_of("llama"), tmp_path)

@@ -1,4 +1,4 @@
-"""The packed product: what ``nn.Linear`` gives, and the same bits for a row whatever stands beside it."""
+"""The packed product: equal to ``nn.Linear``, and a row has the same bits beside any other rows."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_model_with_its_layers_replaced(architecture: str) -> None:
         torch.testing.assert_close(packed(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_sizes_that_do_not_fit_are_refused() -> None:
     packed = torch.ops.ssd.pack(torch.randn(8, 16))
     with pytest.raises(RuntimeError, match="float32"):
         torch.ops.ssd.rows_linear(torch.randn(3, 15), packed, 8)

@@ -1,4 +1,4 @@
-"""What a start must not cost: models' code in a process that runs none, compiling what was compiled before."""
+"""What a start must not cost: importing models in a process that runs none, and compiling again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ssd.pipeline.runtime.plan import Plan
 
 
 def test_fronts_and_clients_import_no_models() -> None:
-    """It takes as long as all else they import."""
+    """That import takes as long as all their others."""
     fronts = "ssd.engine.llm, ssd.engine.async_engine, ssd.serving.run, ssd.serving.batch.run, ssd.cluster.batch"
     heavy = "{'transformers.modeling_utils', 'torch._dynamo'}"
     command = [sys.executable, "-c", f"import sys, {fronts}; print({heavy} & {{*sys.modules}})"]
@@ -27,10 +27,10 @@ def test_fronts_and_clients_import_no_models() -> None:
 
 
 @pytest.mark.parametrize("draft", ["noisy", None])
-def test_what_is_compiled_is_found_again(
+def test_compiled_code_is_found_in_the_cache(
     draft: str | None, tiny_config: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch's cache takes every graph: it passes over one with a call that it does not know, without a word."""
+    """torch's cache silently skips a graph that contains a call it does not know."""
     names: list[str] = []
     compile_ = torch.compile
 

@@ -38,7 +38,7 @@ def test_greedy_text_wanders_and_gaps_are_wide(architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_position_matters(architecture):
-    """The first of 20 tokens changes the last one's logits: no window hides it."""
+    """The first of 20 tokens changes the last one's logits."""
     model = tiny_model(architecture)
     ids = torch.arange(20).unsqueeze(0) + 5
     other = ids.clone()

@@ -18,7 +18,7 @@ from ssd.models.attention import tree_attention
 from ssd.models.cpu import operators
 from ssd.models.loading import lay_out_for_cpu
 from ssd.models.rows import RowPlan
-from ssd.models.runner import ForwardRunner, can_compile
+from ssd.models.runner import ForwardRunner, RunnerOptions, can_compile
 from ssd.testing.attention import CASES, TOLERANCE, Case, error
 from ssd.testing.models.tiny import ARCHITECTURES, tiny_model
 
@@ -36,7 +36,7 @@ def test_against_float64(case: Case, dtype: str) -> None:
 @needs_compiler
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", [Case(rows=8, scratch=70), *CASES], ids=lambda case: f"{case.slots}+{case.scratch}")
-def test_the_cpus_operator_against_float64(case: Case, dtype: str) -> None:
+def test_the_cpu_operator_against_float64(case: Case, dtype: str) -> None:
     assert operators.available()
     case = replace(case, dtype=dtype)
     inputs = case.inputs()
@@ -45,7 +45,7 @@ def test_the_cpus_operator_against_float64(case: Case, dtype: str) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_cpus_operator_gives_a_row_the_same_bits_wherever_its_keys_stand(dtype: str) -> None:
+def test_the_cpu_operator_gives_a_row_the_same_bits_in_place_and_in_scratch(dtype: str) -> None:
     """Alone or beside other rows; the last slots it attends in place or in scratch."""
     assert operators.available()
     inputs = Case(batch=1, rows=6, slots=100, scratch=5, dtype=dtype).inputs()
@@ -63,7 +63,7 @@ def test_the_cpus_operator_gives_a_row_the_same_bits_wherever_its_keys_stand(dty
     assert torch.equal(torch.ops.ssd.rows_attention(**inputs, sequences=None)[:, 1], together[:, 1])
 
 
-def test_parts_merge_to_the_whole_whatever_the_cuts() -> None:
+def test_parts_merge_to_the_whole_for_all_cuts() -> None:
     generator = torch.Generator().manual_seed(3)
     query, keys, values = (torch.randn(2, n, 16, generator=generator, dtype=torch.float64) for n in (3, 50, 50))
     seen = torch.rand(2, 3, 50, generator=generator) < 0.5
@@ -79,7 +79,7 @@ def test_parts_merge_to_the_whole_whatever_the_cuts() -> None:
         assert (torch.stack([part[1] for part in parts]).logsumexp(0) - lse).abs().max() < 1e-14
 
 
-def test_the_check_sees_a_wrong_mask() -> None:
+def test_the_check_detects_a_wrong_mask() -> None:
     inputs = Case(dtype="float32").inputs()
     assert error(torch.ops.ssd.tree_attention(**{**inputs, "limits": inputs["limits"] + 1}), inputs) > 1e-3  # pyright: ignore
 
@@ -87,7 +87,7 @@ def test_the_check_sees_a_wrong_mask() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.timeout(280)
 def test_kernels_in_the_interpreter() -> None:
-    """In a process of its own: triton decides at its import whether it interprets."""
+    """In a separate process: triton decides at import whether it interprets."""
     ran = subprocess.run(
         [sys.executable, "-m", "ssd.testing.attention", "cpu"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -103,7 +103,7 @@ def test_kernels_in_the_interpreter() -> None:
 
 @pytest.mark.parametrize("operator", ["torch", pytest.param("cpu", marks=needs_compiler)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_model_says_the_same_with_either_attention(
+def test_a_model_gives_the_same_logits_with_either_attention(
     architecture: str, operator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert operators.available() or operator == "torch"
@@ -114,15 +114,10 @@ def test_a_model_says_the_same_with_either_attention(
     for attention in ("rows", "tree"):
         model = tiny_model(architecture, vocab_size=128)
         lay_out_for_cpu(model)
-        runner = ForwardRunner(
-            model,
-            batch=2,
-            capacity=300,
-            scratch_slots=6,
-            prefill_chunk=16,
-            vocabulary=128,
-            attention=attention,
+        options = RunnerOptions(
+            batch=2, capacity=300, scratch_slots=6, prefill_chunk=16, vocabulary=128, attention=attention
         )
+        runner = ForwardRunner(model, options)
         runner.prefill(0, list(range(4, 44)))
         runner.prefill(1, list(range(40, 120)) * 3)
         logits.append(runner.forward(plan, tokens, torch.tensor([40, 240]), longest=240))

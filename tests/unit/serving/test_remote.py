@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ssd.cli.app import app
+from ssd.cli.app import make_app
 from ssd.serving.remote import Rates, Sample, rates, read_metrics
 from ssd.testing.twins.served import Served
 
 KEY = "a-key-of-at-least-16"
+app = make_app()
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ....errors import LinkError
-from ....models.tensor_group import first_line
+from ....errors import LinkError, first_line
 from .base import Link
 
 

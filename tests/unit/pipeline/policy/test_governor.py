@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from ssd.pipeline.policy.governor import LONGEST_REST, Arm, Governor, Round
+from ssd.pipeline.policy.governor import LONGEST_REST, Arm, Governor, RoundResult
 from ssd.pipeline.policy.pace import Pace
 
 PLAIN_S = 0.005
@@ -30,11 +30,11 @@ def run(governor: Governor, rounds: int, *, tokens: float, wait_s: float, rows: 
         if governor.speculating:
             made = sum(int(tokens) + (noise.random() < tokens % 1) for _ in range(rows))
             waited = wait_s * noise.uniform(0.5, 1.5)
-            governor.observe(Round(tokens=made, rows=rows, seconds=plain + waited, waited_s=waited))
+            governor.observe(RoundResult(tokens=made, rows=rows, seconds=plain + waited, waited_s=waited))
             spent += plain + waited
         else:
             made = rows
-            governor.observe(Round(tokens=rows, rows=rows, seconds=plain))
+            governor.observe(RoundResult(tokens=rows, rows=rows, seconds=plain))
             spent += plain
         total += made / rows
     return total / (spent / (PLAIN_S * 1.05))
@@ -74,9 +74,9 @@ def test_a_wider_forward_counts() -> None:
         governor = governor_of(wide_s=wide_s)
         for _ in range(200):
             if governor.speculating:
-                governor.observe(Round(tokens=3, rows=2, seconds=PLAIN_S + wide_s, forward_s=FORWARD_S + wide_s))
+                governor.observe(RoundResult(tokens=3, rows=2, seconds=PLAIN_S + wide_s, forward_s=FORWARD_S + wide_s))
             else:
-                governor.observe(Round(tokens=2, rows=2, seconds=PLAIN_S, forward_s=FORWARD_S))
+                governor.observe(RoundResult(tokens=2, rows=2, seconds=PLAIN_S, forward_s=FORWARD_S))
         assert governor.speculating == kept
 
 
@@ -139,9 +139,9 @@ class Machine:
             took = PLAIN_S * draw.uniform(0.95, 1.15) + self.wide_s * (arm != "none") + waited_s
             forward_s = FORWARD_S * draw.uniform(0.95, 1.05) + self.wide_s * (arm != "none")
             told = {"waited_s": waited_s, "missed_s": missed_s, "wide": arm != "none", "forward_s": forward_s}
-            governor.observe(Round(tokens=tokens, rows=self.rows, seconds=took, **told))
+            governor.observe(RoundResult(tokens=tokens, rows=self.rows, seconds=took, **told))
             for _ in range(self.rows):  # what n-grams would have brought over the same text
-                governor.named(
+                governor.count_ngrams(
                     tokens // self.rows, sum(draw.random() < 1 / self.named for _ in range(tokens // self.rows))
                 )
             total, seconds = total + tokens / self.rows, seconds + took

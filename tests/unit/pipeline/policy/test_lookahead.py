@@ -96,7 +96,7 @@ def test_auto_needs_a_forecast_that_follows() -> None:
     config = load_config("embedded", ["speculation.lookahead=auto", "speculation.lookahead_max=6"])
     assert config.speculation.depth == 6
     assert load_config("embedded", ["speculation.lookahead=2"]).speculation.depth == 2
-    with pytest.raises(ConfigError, match="lookahead must be an integer from 1 to 16 or auto"):
+    with pytest.raises(ConfigError, match="lookahead must be an integer from 0 to 16 or auto"):
         load_config("embedded", ["speculation.lookahead=17"])
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ssd import LLM, SamplingParams
-from ssd.pipeline.policy.governor import ARMS, Arm, Governor, Round
+from ssd.pipeline.policy.governor import ARMS, Arm, Governor, RoundResult
 from ssd.pipeline.policy.pace import Pace
 from ssd.pipeline.policy.steering import Steering
 from ssd.pipeline.runtime.launch import InprocPipeline
@@ -22,7 +22,7 @@ def wandering(monkeypatch: pytest.MonkeyPatch) -> set[Arm]:
     taken: set[Arm] = set()
     draw = random.Random(4)
 
-    def observe(self: Governor, round: Round) -> None:
+    def observe(self: Governor, round: RoundResult) -> None:
         taken.add(self.arm)
         if draw.random() < 0.5:
             self.arm = draw.choice(ARMS[ARMS.index(self.method) :])
@@ -91,6 +91,6 @@ def test_each_number_of_slots_has_governors_of_its_own() -> None:
     for slots, arm in ((4, "none"), (1, "ssd")):
         steering.learn([], slots=slots, forward_s=0.01)
         assert steering.roles([(0, "ssd"), None], drafting=True).arms == (arm, "none")
-    four.named(6, 2)
-    one.observe(Round(tokens=1, rows=1, seconds=0.012, forward_s=0.010))
+    four.count_ngrams(6, 2)
+    one.observe(RoundResult(tokens=1, rows=1, seconds=0.012, forward_s=0.010))
     assert one.rates()["ngram"] == pytest.approx(3 / 0.012)

@@ -222,7 +222,7 @@ def test_errors(configure: Callable[..., dict[str, Any]]) -> None:
     odd = tiny_model("llama")
     odd.get_decoder().layers[0].other = torch.nn.Sequential()
     odd.get_decoder().layers[0].other.__class__ = type("OtherMLP", (torch.nn.Sequential,), {})
-    with pytest.raises(ModelError, match="the MLP of a layer cannot be told"):
+    with pytest.raises(ModelError, match="the MLP of a layer cannot be identified"):
         skipping(odd, SkipSet.of([], [0], 2))
 
 
