@@ -1,4 +1,4 @@
-"""A draft that lies, breaks or speaks out of turn costs speed, never a token."""
+"""A draft that lies, fails or breaks the protocol costs speed, never a token."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def check(config: dict[str, Any], method: str = "ssd") -> tuple[str | None, int]
 
 @pytest.mark.parametrize("method", ["sd", "ssd"])
 @pytest.mark.parametrize("low_high", [(-1, 128), (-(2**31), 2**31 - 1), (7, 8)], ids=["tokens", "any int32", "one"])
-def test_tokens_out_of_the_air(
+def test_random_tokens(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, low_high: tuple[int, int], method: str
 ) -> None:
-    """Random tokens, ids that are none, children of absent nodes, siblings of one token."""
+    """Random tokens, invalid ids, children of absent nodes, siblings with one token."""
     generator = torch.Generator().manual_seed(1)
 
     def random(low: int, high: int, *shape: int) -> np.ndarray:
@@ -75,7 +75,7 @@ def test_tokens_out_of_the_air(
 
 
 def test_trees_of_another_outcome(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Good speculations, each handed out for its neighbour's outcome."""
+    """Good speculations, each for its neighbour's outcome."""
     speculate = DraftWorker.speculate
 
     def shifted(self: DraftWorker, bell: Any) -> SpeculationSet:
@@ -102,7 +102,7 @@ def test_short_branches(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
 
 
 def test_other_noise(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A draft of another seed guesses badly, that is all."""
+    """A draft with another seed only guesses badly."""
 
     class Other(SlotSampling):
         def set(self, slot: int, params: SamplingParams) -> None:
@@ -113,7 +113,7 @@ def test_other_noise(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("after", [0, 1, 5])
-def test_breaks_down(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+def test_fails(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     speculate, calls = DraftWorker.speculate, iter(range(1000))
 
     def breaking(self: DraftWorker, bell: Any) -> SpeculationSet:
@@ -125,7 +125,7 @@ def test_breaks_down(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, af
     assert check(config)[0]
 
 
-def test_breaks_down_while_it_is_waited_for(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fails_while_the_verifier_waits(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DraftWorker, "draft_now", lambda _self, _missed: 1 / 0)
     assert check(config, "sd")[0]
 
