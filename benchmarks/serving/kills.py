@@ -80,7 +80,7 @@ def models(folder: Path) -> dict[str, Any]:
         "engine": {
             "max_batch": 2,
             "max_model_len": 480,
-            "draft_restarts": 1000,
+            "draft_restarts": 100,
             "draft_restart_delay_s": 0.05,
             "link_timeout_s": 5.0,
             "start_timeout_s": RESTART_S,

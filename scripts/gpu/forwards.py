@@ -10,13 +10,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssd.decoding.forecast.base import ConfidenceForecast
+from ssd.decoding.text.copying import CopyBias
 from ssd.decoding.trees.shape import TreeShape
 from ssd.models.attention import tree_attention
 from ssd.models.cuda.graphs import Graphs
 from ssd.models.rows import RowPlan
 from ssd.models.runner import Attention, ForwardRunner, RunnerOptions
 from ssd.pipeline.draft.branches import scratch_slots
-from ssd.pipeline.draft.worker import DraftWorker
+from ssd.pipeline.draft.drafting import Drafting
+from ssd.pipeline.draft.executors import DraftBatch, DraftModel
+from ssd.pipeline.sampling.slots import SlotSampling
 from ssd.testing.attention import Case
 
 from .bench import Bench, Size
@@ -146,14 +149,23 @@ def _draft(bench: Bench, size: Size, way: str) -> dict[str, Any]:
     model, shape = bench.draft(size), TreeShape.comb(2 if bench.tiny else LOOKAHEAD)
     slots = 64 if bench.tiny else 1024
     runner = _made(bench, model, way, batch=1, capacity=slots + 64, scratch=scratch_slots(shape, BUDGET))
-    worker = DraftWorker(runner, shape=shape, forecast=ConfidenceForecast(shape, BUDGET, 1.4, bench.device))
+    draft = DraftModel(
+        runner=runner,
+        shape=shape,
+        forecast=ConfidenceForecast(shape, BUDGET, 1.4, bench.device),
+        sampling=SlotSampling(
+            1, runner.vocabulary, runner.device, horizon=2 * shape.depth + 1, compiled=runner.compiled
+        ),
+        copying=CopyBias((), shape, batch=1, capacity=0, device=runner.device),
+    )
+    drafting = Drafting(draft, lookaheads=(shape.depth,), anytime=False)
     lengths = torch.full((1,), slots, device=bench.device)
     tree = torch.randint(4, runner.vocabulary, (1, shape.nodes), device=bench.device)
     nodes = torch.zeros(1, BUDGET, dtype=torch.int64, device=bench.device)
     guesses = torch.randint(4, runner.vocabulary, (1, BUDGET), device=bench.device)
-    plan, layout = worker.drafting.branches.plans[0], worker.drafting.branches.layout(0, nodes)
-    step = bench.seconds(lambda: runner.forward(plan, guesses, lengths, longest=slots, layout=layout))
-    whole = bench.seconds(lambda: worker.drafting.grow_at_once(tree, lengths))
+    rows, batch = drafting.branches.rows(0, nodes), DraftBatch(tree, lengths)
+    step = bench.seconds(lambda: runner.forward(rows.plan, guesses, lengths, longest=slots, layout=rows.layout))
+    whole = bench.seconds(lambda: drafting.fused.grow(batch, slots, shape.depth))
     floor = sum(w.nbytes for w in model.parameters()) / bench.results["bandwidth"]["bytes_per_s"]
     return {
         "parameters": runner.parameters,

@@ -117,8 +117,8 @@ def with_gains(logits: torch.Tensor, ids: torch.Tensor, gains: Sequence[float]) 
     steps = []
     for step in range(tokens):
         root = length - tokens + step
-        trail = bias.trail(ids[:, root : root + 1], torch.full((rows,), root))
-        steps.append(trail.add(logits[:, step : step + 1]))
+        source, row = bias.source(torch.full((rows,), root)), logits[:, step : step + 1]
+        steps.append(row if source is None else source.biased(row, source.endings(ids[:, root : root + 1])))
     return torch.cat(steps, dim=1)
 
 

@@ -16,7 +16,7 @@ from ...decoding.trees.shape import ABSENT
 from ...pipeline.runtime.build_draft import build_draft
 from ...pipeline.runtime.plan import Plan
 from ...request.sampling_params import SamplingParams
-from ..simulate.replay import Walk, deepest_node, draft_plan, with_speculation
+from ..simulate.replay import DraftAlongText, deepest_node, draft_plan, with_speculation
 
 
 def hit_rates(
@@ -48,16 +48,16 @@ def hit_rates(
     }
     hits, rounds = dict.fromkeys(forecasts, 0), 0
     for number, (prompt, answer) in enumerate(texts):
-        walk = Walk(worker, tree, [*prompt, *answer], params)
+        text = DraftAlongText(worker, [*prompt, *answer], params)
         for forecast in forecasts.values():
             forecast.admit(0, params.temperature)
         root, last, first = len(prompt) - 1, len(prompt) + len(answer) - tree.depth - 2, True
         while root < last:
-            tokens, scores = walk.at(root)
+            tokens, scores = text.at(root)
             tokens = tokens[None].clone()
             if first:  # the first round of a sequence has no candidates
                 tokens[:, 1:], first = ABSENT, False
-            ahead = torch.tensor([walk.ids[root + 1 : root + tree.depth + 2]])
+            ahead = torch.tensor([text.ids[root + 1 : root + tree.depth + 2]])
             node, depth = deepest_node(tree, tokens, ahead)
             bonus = ahead.gather(1, depth[:, None])[:, 0]
             for key, forecast in forecasts.items():

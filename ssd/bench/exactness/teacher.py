@@ -20,7 +20,7 @@ from ...decoding.sampling import scores
 from ...engine.front import make_plan
 from ...engine.resolve import resolve
 from ...models.loading import load_model
-from ...pipeline.sampling.slots import Chooser
+from ...pipeline.sampling.slots import SlotSampling
 from ...request.output import RequestOutput
 from ...request.sampling_params import SamplingParams
 
@@ -115,13 +115,13 @@ class Teacher:
         """Turns raw logits ``[1, R, V]`` of R variants of one row into scores, whose argmax is the choice."""
         plan, device = self._plan, logits.device
         params = resolve(params, self.tokenizer, vocabulary=plan.vocabulary, ends=plan.ends)
-        chooser = Chooser(1, plan.vocabulary, device, horizon=1)
-        chooser.set(0, params)
+        sampling = SlotSampling(1, plan.vocabulary, device, horizon=1)
+        sampling.set(0, params)
         ends = {*params.stop_token_ids, *plan.ends} if params.min_tokens else set()
-        chooser.process(0, params, prompt=prompt, output=output, ends=sorted(ends))
+        sampling.process(0, params, prompt=prompt, output=output, ends=sorted(ends))
         position = torch.tensor([len(prompt) + len(output)], device=device)
         noise = gumbel(torch.tensor([params.seed], device=device), position, plan.vocabulary)
-        return scores(chooser.processed(logits, None), chooser.params, noise.expand_as(logits[0])[None])
+        return scores(sampling.processed(logits, None), sampling.params, noise.expand_as(logits[0])[None])
 
 
 def _ids(token: object) -> list[int]:

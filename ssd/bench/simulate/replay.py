@@ -13,13 +13,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...decoding.sampling import scores
+from ...decoding.processors import TreePaths
+from ...decoding.trees.combs import comb_tokens
 from ...decoding.trees.shape import ABSENT, TreeShape
 from ...decoding.trees.widths import siblings_within
 from ...errors import ConfigError
 from ...models.rows import RowPlan
+from ...pipeline.draft.worker import DraftWorker
 from ...pipeline.runtime.build_draft import build_draft
 from ...pipeline.runtime.plan import Plan
+from ...pipeline.sampling.scorers import ExactScorer
+from ...pipeline.sampling.walk import ChainSteps, Rows, Walk, single_forward, walked
 from ...pipeline.transport.messages import Admit
 from ...request.sampling_params import SamplingParams
 from .profile import NEVER, ROOT, Replay
@@ -80,12 +84,12 @@ def replay(
     needed: dict[str, list[list[int]]] = {name: [[] for _ in texts] for name in trees}
     chunk = max(1, CHUNK_BYTES // (4 * whole.nodes * plan.vocabulary))
     for number, (prompt, answer) in enumerate(texts):
-        walk = Walk(worker, whole, [*prompt, *answer], params)
+        text = DraftAlongText(worker, [*prompt, *answer], params)
         roots = range(len(prompt) - 1, len(prompt) + len(answer) - deepest - 2)
         for start in range(0, len(roots), chunk):
-            seen = [walk.at(root) for root in roots[start : start + chunk]]
+            seen = [text.at(root) for root in roots[start : start + chunk]]
             tokens, marks = torch.stack([t for t, _ in seen]), torch.stack([s for _, s in seen])
-            ahead = torch.tensor([walk.ids[root + 1 : root + deepest + 2] for root in roots[start : start + chunk]])
+            ahead = torch.tensor([text.ids[root + 1 : root + deepest + 2] for root in roots[start : start + chunk]])
             for name, (shape, nodes) in trees.items():
                 part, scored = tokens[:, nodes].clone(), marks[:, nodes]
                 if name == ROOT:
@@ -103,39 +107,40 @@ def replay(
     return Replay(accepted=accepted, needed=needed)
 
 
-class Walk:
-    """The draft on one text. Roots are visited in order; each yields the whole tree and its scores."""
+class DraftAlongText:
+    """The draft on one text: at any root, in ascending order, the whole tree and its scores.
 
-    def __init__(self, worker, shape: TreeShape, ids: list[int], params: SamplingParams):
-        self.worker, self.shape, self.ids = worker, shape, ids
+    Args:
+        worker: of one slot; its tree is drafted.
+        ids: the text.
+        params: the text was written under.
+    """
+
+    def __init__(self, worker: DraftWorker, ids: list[int], params: SamplingParams):
+        self.ids, self._worker, shape = ids, worker, worker.shape
         worker.admit(Admit(slot=0, tokens=ids, params=params, forecasts=True))
-        self._glue, self._step = RowPlan.tree("replay", shape), RowPlan.sequential("step", 1)
-        self._depths = shape.depth_index()
+        worker.sampling.processors.clear(0)  # they would count the whole text, not the part before a root
+        self._chain, self._paths = ChainSteps("step"), TreePaths(shape, worker.runner.device)
+        depths = shape.depth_index(worker.runner.device)[None]
+        self._tree = Rows(RowPlan.tree("replay", shape), 0, depths)
         self._ready = False
 
     @torch.no_grad()
     def at(self, root: int) -> tuple[Tensor, Tensor]:
         """Returns tokens ``[W]`` and draft scores ``[W, V]`` (float32, on the CPU) of the tree below ``root``."""
-        runner, chooser = self.worker.runner, self.worker.chooser
+        runner, sampling, shape = self._worker.runner, self._worker.sampling, self._worker.shape
         if not self._ready and root:
-            runner.prefill(0, self.ids[:root])  # later positions are written by the walk
+            runner.prefill(0, self.ids[:root])  # later positions are written on the way
         self._ready = True
-        length = torch.tensor([root], device=runner.device)
-        noise, copying = chooser.noise(length), self.worker.drafting.copying
-        fed, ranked = torch.tensor([[self.ids[root]]], device=runner.device), []
-        trail = copying.trail(fed, length)
-        for step in range(self.shape.depth):
-            logits = trail.add(runner.forward(self._step, fed, length + step, longest=root + step))
-            ahead = None if noise is None else noise[:, step : step + 1]
-            ranked.append(scores(logits, chooser.params, ahead)[0, 0].topk(1 + self.shape.siblings[step]).indices)
-            fed = ranked[-1][None, :1]
-            trail.feed(fed)
-        chain, beside = [best[:1] for best in ranked], [best[1:] for best in ranked]
-        tokens = torch.cat([torch.tensor([self.ids[root]], device=runner.device), *chain, *beside])
-        trail = copying.trail(tokens[None], length)
-        logits = trail.add(runner.forward(self._glue, tokens[None], length, longest=root))
-        ahead = None if noise is None else noise[:, self._depths.to(noise.device)]
-        return tokens.cpu(), scores(logits, chooser.params, ahead)[0].cpu()
+        length, roots = (torch.tensor(value, device=runner.device) for value in ([root], [[self.ids[root]]]))
+        scorer = ExactScorer(sampling, 1 + max(shape.siblings), sampling.noise(length), self._paths)
+        forward, source = single_forward(runner, length, root, None), self._worker.copying.source(length)
+        walk = Walk(self._chain.rows, forward, scorer, source)
+        ranked = walked(walk.step, walk.below(roots), shape.depth)
+        tokens = torch.cat([roots, comb_tokens(ranked, shape.siblings)[:, 0]], dim=1)
+        logits = walk.logits(self._tree, tokens, walk.endings(tokens))
+        scores, _ = scorer.outcomes(logits, self._tree, scorer.paths(tokens))
+        return tokens[0].cpu(), scores[0].cpu()
 
 
 def deepest_node(shape: TreeShape, tokens: Tensor, ahead: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,25 +1,28 @@
-"""The steps that advance all branches of a draft's tree, as row plans."""
+"""The forwards of a tree's walk: the tree under verification, and the steps that advance all its branches."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ...decoding.forecast.base import Forecast
 from ...decoding.trees.shape import TreeShape
 from ...models.rows import RowPlan
 from ...models.runner import Layout
+from ..sampling.walk import Frontier, Rows, Walk, after
 
 
 class BranchSteps:
     """The K steps of all N branches. Step s feeds every branch its s-th token.
 
-    A branch that continues node u attends the main slots of u's chain part, u's scratch slot if
-    u is a leaf off the chain, and the branch's own earlier steps. Scratch slots: leaves of the
-    tree first (as ``RowPlan.tree`` places them), then N for each step. Which nodes the branches
-    continue is data: shapes, and compiled code, are the same in every round.
+    A branch that continues node u attends the main slots of u's chain part, u's scratch slot if u is a leaf off the
+    chain, and the branch's own earlier steps. Scratch slots are the leaves of the tree first (as ``RowPlan.tree``
+    places them), then N for each step. The nodes that branches continue are data, so that shapes and compiled code are
+    the same in every round.
     """
 
     def __init__(self, shape: TreeShape, budget: int, device: torch.device):
+        self.glue = RowPlan.tree("glue", shape)
         self._chain, self._leaves = shape.depth + 1, shape.nodes - shape.depth - 1
         self._depths = shape.depth_index(device)
         slots, deepest = self._leaves + budget * shape.depth, shape.depth
@@ -45,16 +48,35 @@ class BranchSteps:
             torch.arange(plan.scratch_start, plan.scratch_start + budget, device=device) for plan in self.plans
         ]
 
-    def layout(self, step: int, nodes: Tensor) -> Layout:
-        """Of step ``step`` for branches that continue ``nodes [B, N]``."""
+    def tree(self, batch: int) -> Rows:
+        """Returns the rows of the trees under verification."""
+        return Rows(self.glue, 0, self._depths.expand(batch, -1), in_tree=True)
+
+    def rows(self, step: int, nodes: Tensor) -> Rows:
+        """Returns the rows of one step of branches that continue ``nodes [B, N]``."""
         depths, leaf = self._depths[nodes], nodes >= self._chain
         mask = self._own[step].expand(len(nodes), -1, -1)
         if self._leaves:
             mask = mask | (leaf[..., None] & (self._slots == (nodes - self._chain)[..., None]))
-        # A leaf's own key stands in scratch, so main ends before its position.
-        return Layout(depths + 1 + step, depths + (~leaf).long(), self._places[step], mask)
+        # A leaf's own key is in scratch, so main ends before its position.
+        ahead, limits = depths + 1 + step, depths + (~leaf).long()
+        return Rows(self.plans[step], step, ahead, Layout(ahead, limits, self._places[step], mask))
+
+
+def branched(walk: Walk, steps: BranchSteps, forecast: Forecast, tokens: Tensor) -> Frontier:
+    """Runs the draft over the trees under verification ``tokens [B, W]``. Returns the frontier of branches for the
+    outcomes of the forecast: each continues a node and feeds its guess of the bonus token."""
+    rows, source = steps.tree(len(tokens)), walk.source
+    endings, paths = walk.endings(tokens), walk.scorer.paths(tokens)
+    scores, noiseless = walk.scorer.outcomes(walk.logits(rows, tokens, endings), rows, paths)
+    nodes, guesses = forecast.outcomes(scores, tokens, noiseless)
+    if source is not None and endings is not None:
+        endings = source.continued(endings, nodes)
+    if paths is not None:
+        paths = paths.gather(1, nodes[..., None].expand(-1, -1, paths.shape[2]))
+    return after(Frontier(guesses, nodes, endings, paths), guesses, source)
 
 
 def scratch_slots(shape: TreeShape, budget: int) -> int:
-    """Scratch slots the draft's cache needs per sequence."""
+    """Returns the scratch slots per sequence that the draft's cache needs for N = ``budget`` branches."""
     return shape.nodes - shape.depth - 1 + budget * shape.depth

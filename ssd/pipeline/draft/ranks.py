@@ -23,11 +23,11 @@ from ...decoding.trees.shape import ABSENT
 from ...decoding.verify.draft_probs import DraftProbs
 from ...errors import PipelineError
 from ..round.frames import Frames, OutcomeFrame, SpeculationSet
+from ..sampling.walk import never
 from ..transport.lanes import ControlLane, ZmqLane
 from ..transport.links.base import Link, Pending
 from ..transport.messages import Admit, Decided, Message, Prepare, Shutdown
-from .drafting import Drafting
-from .worker import DraftWorker
+from .worker import DraftedTrees, DraftWorker
 
 IDLE_POLL_S = 0.5
 
@@ -81,20 +81,16 @@ class LeadingDraft:
         self._roles = [rank.role for rank in ranks]
         self._present = list(ranks)
 
-    @property
-    def drafting(self) -> Drafting:
-        return self._worker.drafting
-
     def admit(self, message: Admit) -> None:
         """Starts a sequence in every rank."""
         self._tell(message)
         self._worker.admit(message)
 
-    def speculate(self) -> SpeculationSet:
+    def speculate(self, bell: Callable[[], bool] = never) -> SpeculationSet:
         """Returns the union of all ranks' shares. Shares of lost ranks are empty."""
         self._round += 1
         self._tell(Prepare(round=self._round, trees=self._worker.trees))
-        own = self._worker.speculate()
+        own = self._worker.speculate(bell)
         # All shares are posted at once, so that several silent ranks cost no more than one deadline.
         pending: dict[DraftRank, Pending] = {}
         for rank in [*self._present]:
@@ -115,7 +111,7 @@ class LeadingDraft:
         """As ``DraftWorker.waiting``."""
         return self._worker.waiting(states, served, jit=jit)
 
-    def draft_now(self, missed: Sequence[bool]) -> list[list[int]]:
+    def draft_now(self, missed: Sequence[bool]) -> DraftedTrees:
         """Drafts in the first rank alone; as ``DraftWorker.draft_now``."""
         return self._worker.draft_now(missed)
 

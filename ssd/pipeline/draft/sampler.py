@@ -1,7 +1,9 @@
-"""Candidates drawn from a distribution that travels with them (``verify: rejection | block``). The verifier's half is
-``verifier.judge``."""
+"""Candidates drawn from a distribution that travels with them (``verify: rejection | block``). ``verifier.judge`` is
+the verifier's half."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +15,18 @@ from ...decoding.trees.shape import ABSENT, TreeShape
 from ...decoding.verify.draft_probs import DraftProbs, scaled_logits
 from ...decoding.verify.saguaro import downscale
 from ..round.frames import ProbsLayout
+from ..sampling.scorers import ExactScorer
+from ..sampling.walk import Rows
 
 
 class CandidateSampler:
-    """The draft's half: candidates drawn from a distribution that goes along with them.
+    """Draws candidates, and returns the distributions they were drawn from.
 
     Args:
-        shape: a comb. forecast: whose fan-out says how many tokens are scaled. probs: how many
-            tokens a distribution keeps, and how it travels. scale: C of Saguaro sampling.
+        shape: a comb.
+        forecast: its fan-out is the number of tokens that Saguaro sampling scales down.
+        probs: how many tokens a distribution keeps, and how it travels.
+        scale: C of Saguaro sampling.
     """
 
     def __init__(self, shape: TreeShape, forecast: Forecast, probs: ProbsLayout, *, scale: float = 1.0):
@@ -28,37 +34,67 @@ class CandidateSampler:
         self._width = 1 + max(shape.siblings)
         self._fan_out = [forecast.fan_out[node] for node in shape.chain]
 
-    def nothing(self, *shape: int) -> DraftProbs:
-        """For ``shape`` trees: they were not drawn."""
+    def undrawn(self, *shape: int) -> DraftProbs:
+        """Returns the distributions ``[*shape, I, m]`` of trees that were not drawn: no weight on any token."""
         return DraftProbs.nothing(*shape, self.probs.inner, self.probs.size)
 
     def children(self, logits: Tensor, params: SamplingTensors, roots: Tensor, depth: int) -> tuple[Tensor, DraftProbs]:
-        """Candidates below chain nodes of one depth.
+        """Draws the candidates below chain nodes of one depth.
 
         Args:
-            logits: ``[B, R, V]`` of the draft after them. roots: ``[B, R]`` int64, position of each
-                tree's root. depth: of the nodes the candidates continue.
+            logits: ``[B, R, V]`` of the draft after the nodes.
+            roots: ``[B, R]`` int64, the position of each tree's root.
 
         Returns:
-            tokens ``[B, R, n]``, the chain's first, as many as the widest depth has, and what they were drawn from
-            ``[B, R, m]``. In rows of temperature 0: the best tokens, drawn from nothing.
+            tokens ``[B, R, n]``, the chain's first, the widest depth's number of them, and the distributions
+            ``[B, R, m]`` they were drawn from. In rows of temperature 0: the best tokens, drawn from nothing.
         """
         best = logits.topk(self._width, dim=-1)
-        named = best.indices.masked_fill(best.values == -torch.inf, ABSENT)
+        greedy = best.indices.masked_fill(best.values == -torch.inf, ABSENT)
         scaled = downscale(scaled_logits(logits, params), self._fan_out[depth], self._scale)
         draft = DraftProbs.of_logits(scaled, self.probs.size)
         seeds = derive(params.seed[:, None], DRAFT_STREAM, roots)
         noise = gumbel_at(seeds, torch.full_like(roots, depth), draft.tokens)
         sampled = (params.temperature > 0)[:, None, None]
-        tokens = torch.where(sampled, draft.draw(noise, self._width), named)
+        tokens = torch.where(sampled, draft.draw(noise, self._width), greedy)
         return tokens, DraftProbs(draft.tokens, draft.probs * sampled)
 
 
+class DrawingScorer(ExactScorer):
+    """Draws the candidates of one walk. Bonus tokens are guessed with plain decoding's noise under every rule, because
+    the verifier draws them with it.
+
+    Args:
+        sampler: draws.
+        lengths: L ``[B]``.
+    """
+
+    def __init__(self, *given: Any, sampler: CandidateSampler, lengths: Tensor):
+        super().__init__(*given)
+        self._sampler, self._lengths = sampler, lengths
+        self._drawn: list[DraftProbs] = []
+
+    def outcomes(self, logits: Tensor, rows: Rows, paths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        noiseless, scores = self._sampling.exact(logits, self._noise, rows.ahead, paths)
+        return scores, noiseless
+
+    def children(self, logits: Tensor, rows: Rows, paths: Tensor | None) -> Tensor:
+        logits = self._sampling.processed(logits, paths)
+        roots = self._lengths[:, None] + rows.ahead - rows.step
+        tokens, drawn = self._sampler.children(logits, self._sampling.params, roots, rows.step)
+        self._drawn.append(drawn)
+        return tokens
+
+    def drawn(self, depth: int) -> DraftProbs:
+        return stacked(self._drawn, depth)
+
+
 def stacked(steps: list[DraftProbs], depth: int) -> DraftProbs:
-    """The distributions of each depth drafted ``[B, R, m]`` as those of combs of ``depth``
-    ``[B, R, I, m]``, on the host, ready to be sent. Nothing was drawn below."""
+    """Joins the distributions of each depth drafted ``[B, R, m]`` to those of combs of ``depth`` ``[B, R, I, m]``, on
+    the host, ready to be sent. Depths below have no weight."""
     last = steps[-1]
-    steps = [*steps, *[DraftProbs(torch.zeros_like(last.tokens), torch.zeros_like(last.probs))] * (depth - len(steps))]
+    empty = DraftProbs(torch.zeros_like(last.tokens), torch.zeros_like(last.probs))
+    steps = [*steps, *[empty] * (depth - len(steps))]
     return DraftProbs(
         torch.stack([step.tokens for step in steps], dim=2).cpu(),
         torch.stack([step.probs for step in steps], dim=2).cpu(),

@@ -8,24 +8,24 @@ from ...decoding.processors import Constraint
 from ...decoding.text.ngram import NgramIndex
 
 
-@dataclass(slots=True)
+@dataclass(kw_only=True, slots=True)
 class DraftRow:
     """One sequence inside the draft."""
 
     tokens: list[int]
-    """Committed, the root excluded."""
+    """Committed tokens without the root."""
     cached: int
     """How many of them have keys and values here."""
     forecasts: bool
-    """Whether outcomes are prepared for it (``ssd``), or only misses served (``sd``)."""
+    """Whether outcomes are prepared for it (``ssd``), or only misses are served (``sd``)."""
     number: int
-    """How many came before it."""
+    """How many sequences came before it."""
     ngrams: NgramIndex | None = None
-    """Of its tokens, where missed rows may take candidates from it."""
+    """Of its tokens; None unless missed rows may take candidates from it."""
     constraint: Constraint | None = None
-    """The grammar of its output, after the certain tokens, the root among them."""
+    """The grammar of its output, after the certain tokens, the root included."""
 
     @property
     def whole(self) -> bool:
-        """Whether the next forward may take it along."""
+        """Whether all its keys are here, so that the next forward may include it."""
         return self.cached == len(self.tokens)

@@ -1,151 +1,166 @@
-"""The draft worker: what it knows of every sequence, and what it prepares while the verifier
-checks. Decisions only; ``loops`` moves the frames."""
+"""The draft worker: knows every sequence, and prepares speculations while the verifier checks. It only decides;
+``runtime.draft_loop`` moves the frames."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ...decoding.forecast.base import Forecast
-from ...decoding.text.copying import CopyBias
 from ...decoding.text.ngram import NgramIndex
 from ...decoding.text.prefix import common_prefix
-from ...decoding.trees.shape import ABSENT, TreeShape
+from ...decoding.trees.shape import ABSENT
+from ...decoding.verify.draft_probs import DraftProbs
 from ...models.device import Courier, Written
-from ...models.runner import ForwardRunner
 from ..round.frames import OutcomeFrame, RowState, SpeculationSet
 from ..round.lookup import lookup
 from ..sampling.selection import Selection, Selector
-from ..sampling.slots import Chooser
+from ..sampling.walk import never
 from ..transport.messages import Admit
 from .drafting import Drafting
+from .executors import DraftBatch, DraftModel
 from .sequence import DraftRow
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DraftOptions:
+    """How a draft works."""
+
+    lookaheads: tuple[int, ...]
+    """Depths that the verifier may ask for, ascending; the last is that of the candidate tree."""
+    lookahead: int
+    """K until the verifier asks for another one."""
+    ngram: bool = False
+    """Whether missed rows may take n-grams; the verifier says when."""
+    prefix_caching: bool = True
+    """Whether a sequence takes over the keys that other slots hold of it."""
+    anytime: bool = False
+    """Whether a tree ends when the verifier waits for it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DraftedTrees:
+    """Trees drafted while the verifier waits."""
+
+    trees: list[list[int]]
+    """``[B][W - 1]``; ``ABSENT`` in rows that decode without candidates."""
+    draft: DraftProbs | None
+    """``[B, I, m]``, the distributions they were drawn from; under rules that need it."""
 
 
 class DraftWorker:
     """Prepares a speculation set per round for the trees under verification.
 
     Args:
-        runner: of the draft model, over the same slots as the verifier's.
-        shape: the candidate tree. forecast: which outcomes get a branch. ngram: whether missed rows
-            may take n-grams (the verifier says when). prefix_caching: take over what other slots hold
-            of a sequence. lookaheads: how far the verifier may tell it to draft, the shape's depth last. anytime:
-            end a tree when the verifier waits for it. copying: what its scores gain by the sequences' own text.
+        model: the draft, over the same slots as the verifier's.
+        options: how it works.
     """
 
-    def __init__(
-        self,
-        runner: ForwardRunner,
-        *,
-        shape: TreeShape,
-        forecast: Forecast,
-        ngram: bool = False,
-        prefix_caching: bool = True,
-        lookaheads: tuple[int, ...] = (),
-        anytime: bool = False,
-        copying: CopyBias | None = None,
-    ):
-        self.ngram = ngram
-        self.runner, self.shape, self.forecast = runner, shape, forecast
-        batch, device = runner.batch, runner.device
+    def __init__(self, model: DraftModel, options: DraftOptions):
+        self.runner, self.shape, self.forecast = model.runner, model.shape, model.forecast
+        self.sampling, self.copying, self.options = model.sampling, model.copying, options
+        batch, device, runner, nodes = model.runner.batch, model.runner.device, model.runner, model.shape.nodes
         self.rows: list[DraftRow | None] = [None] * batch
         self._left: list[list[int]] = [[] for _ in range(batch)]
         """Tokens whose keys and values the slot's last sequence left behind."""
-        self._prefix_caching, self._came, self._prefilled = prefix_caching, 0, False
-        self._absent = [ABSENT] * (shape.nodes - 1)
+        self._admitted, self._prefilled, self._lookahead = 0, False, options.lookahead
+        self._absent = [ABSENT] * (nodes - 1)
         self.trees = [[ABSENT, *self._absent] for _ in range(batch)]
         """Tokens ``[B][W]`` of the trees under verification."""
-        # What a forecast learns is of all slots together; and compiling a tree takes a minute and a half for each
+        # A learning forecast looks at all slots together. And a compiled tree takes a minute and a half for each
         # count, and again for each lookahead.
-        few = not runner.compile or len(lookaheads) < 2
-        counts = runner.counts if forecast.by_row and few else (batch,)
+        several = self.forecast.by_row and (not runner.compile or len(options.lookaheads) < 2)
+        counts = runner.counts if several else (batch,)
         self._selector = Selector(batch, counts, device)
         self._written = {
-            (count, width): Written(count, width, device=device) for count in counts for width in {1, shape.nodes}
+            (count, width): Written(count, width, device=device) for count in counts for width in (1, nodes)
         }
         self._lengths_written = {count: Written(count, device=device) for count in counts}
         self._courier = Courier(device)
-        horizon, compiled = 2 * shape.depth + 1, runner.compiled
-        self.chooser = Chooser(batch, runner.vocabulary, device, horizon=horizon, compiled=compiled)
-        self.drafting = Drafting(
-            runner,
-            self.chooser,
-            shape=shape,
-            forecast=forecast,
-            lookaheads=lookaheads,
-            anytime=anytime,
-            copying=copying,
-        )
+        self.drafting = Drafting(model, lookaheads=options.lookaheads, anytime=options.anytime)
+        self._sampler = model.sampler
         self._in_glue: set[int] = set()
+        """Slots whose trees were in this round's glue forward."""
 
     def warm_up(self) -> None:
-        """Compile every form a round needs."""
+        """Compiles every form that a round needs."""
         self.drafting.warm_up(self._selector)
-        self.chooser.warm_up(self._selector.counts)
+        self.sampling.warm_up(self._selector.counts)
 
     def admit(self, message: Admit) -> None:
-        self.release(message.slot)
+        """Starts a sequence in its slot, or starts it again with other parameters."""
+        slot, params = message.slot, message.params
+        self.release(slot)
         tokens = list(message.tokens[:-1])
-        # A sequence that comes back finds its keys where they were, generated tokens' too.
-        known = common_prefix(tokens, self._left[message.slot])
-        ngrams = NgramIndex(message.tokens) if self.ngram else None
-        row = self.rows[message.slot] = DraftRow(tokens, known, message.forecasts, self._came, ngrams)
-        self._take_over(message.slot, row)
-        self._came += 1
-        self._in_glue.discard(message.slot)
-        self.trees[message.slot] = [message.tokens[-1], *self._absent]
-        self.drafting.copying.write(message.slot, 0, message.tokens)
-        self.chooser.set(message.slot, message.params)
-        self.forecast.admit(message.slot, message.params.temperature)
+        # A sequence that comes back finds its keys where they were, those of generated tokens too.
+        row = self.rows[slot] = DraftRow(
+            tokens=tokens,
+            cached=common_prefix(tokens, self._left[slot]),
+            forecasts=message.forecasts,
+            number=self._admitted,
+            ngrams=NgramIndex(message.tokens) if self.options.ngram else None,
+        )
+        self._take_over(slot, row)
+        self._admitted += 1
+        self._in_glue.discard(slot)
+        self.trees[slot] = [message.tokens[-1], *self._absent]
+        self.copying.write(slot, 0, message.tokens)
+        self.sampling.set(slot, params)
+        self.forecast.admit(slot, params.temperature)
         length = len(message.tokens) if message.prompt_length is None else message.prompt_length
         prompt, output = message.tokens[:length], message.tokens[length:]
-        self.chooser.processors.clear(message.slot)
-        row.constraint = self.chooser.steer(
-            message.slot, message.params, prompt=prompt, output=output, ends=message.ends
-        )
+        self.sampling.processors.clear(slot)
+        row.constraint = self.sampling.process_leniently(slot, params, prompt=prompt, output=output, ends=message.ends)
 
     def release(self, slot: int) -> None:
+        """Frees a slot. Its keys stay until they are overwritten."""
         if (row := self.rows[slot]) is not None:
             self._left[slot] = row.tokens[: row.cached]
             self.rows[slot] = None
             self.trees[slot] = [ABSENT, *self._absent]
-            self.chooser.clear(slot)
+            self.sampling.clear(slot)
 
-    def speculate(self) -> SpeculationSet:
-        """Glue, forecast and branch steps for the trees now under verification."""
+    def speculate(self, bell: Callable[[], bool] = never) -> SpeculationSet:
+        """Runs glue, forecast and branch steps for the trees now under verification.
+
+        Args:
+            bell: whether the verifier waits for the set; ends the branches early in an anytime draft.
+        """
         self._catch_up()
         batch, branches = len(self.rows), self.forecast.budget
         self._in_glue = {slot for slot, row in enumerate(self.rows) if row is not None and row.whole}
         forecasting = [row is not None and row.forecasts and row.whole for row in self.rows]
-        selected, lengths, longest = self._select(self._in_glue if any(forecasting) else ())
-        tokens = self._write(selected, self.shape.nodes, self.trees)
+        selected, given, longest = self._batch(self._in_glue if any(forecasting) else (), self.shape.nodes)
         if not any(forecasting):
-            if self._in_glue:  # the accepted part of the tree will be needed all the same
-                self.drafting.glue(tokens, lengths, longest, selected.index)
-            nodes = guesses = np.full((batch, branches), ABSENT)
+            if self._in_glue:  # the keys of the accepted path are needed all the same
+                self.drafting.glue(given, longest)
+            outcomes = np.full((batch, branches), ABSENT)
             trees = np.full((batch, branches, self.shape.nodes - 1), ABSENT)
-            return SpeculationSet(nodes=nodes, guesses=guesses, trees=trees, draft=self.drafting.nothing(branches))
+            return SpeculationSet(nodes=outcomes, guesses=outcomes, trees=trees, draft=self._undrawn(branches))
         self.forecast.prepare(self.trees)
-        nodes, guesses, trees, drawn = self.drafting.grow(tokens, lengths, longest, selected.index)
-        draft = self.drafting.nothing(branches) if drawn is None else drawn
-        at, guessed, below = (part.numpy() for part in self._courier.fetch(nodes, guesses, trees))
-        if selected.index is not None:
-            at, guessed, below = (_of_all(part, selected.slots, batch) for part in (at, guessed, below))
+        grown = self.drafting.grow(given, longest, self._lookahead, bell)
+        parts = (part.numpy() for part in self._courier.fetch(grown.nodes, grown.guesses, grown.trees))
+        nodes, guesses, trees = (
+            part if selected.index is None else _scattered(part, selected.slots, batch) for part in parts
+        )
         if not all(forecasting):
-            silent = [slot for slot, forecasts in enumerate(forecasting) if not forecasts]
-            guessed[silent], below[silent] = ABSENT, ABSENT
-        self._mend(at, guessed, below)
-        return SpeculationSet(nodes=at, guesses=guessed, trees=below, draft=draft)
+            others = [slot for slot, forecasts in enumerate(forecasting) if not forecasts]
+            guesses[others], trees[others] = ABSENT, ABSENT
+        self._mend(nodes, guesses, trees)
+        draft = self._undrawn(branches) if grown.drawn is None else grown.drawn
+        return SpeculationSet(nodes=nodes, guesses=guesses, trees=trees, draft=draft)
 
     def commit(self, frame: OutcomeFrame, speculation: SpeculationSet) -> list[bool]:
-        """Take in an outcome; the next trees are then those of the hits, and n-grams where missed
-        rows take them. Returns which rows have a tree ``[B]``."""
+        """Applies an outcome. The next trees are those of the hits, and n-grams where missed rows take them.
+
+        Returns:
+            the rows ``[B]`` that have a tree.
+        """
         moves: list[tuple[int, int, int]] = []
-        self._prefilled, self.drafting.lookahead = False, frame.lookahead or self.shape.depth
+        self._prefilled, self._lookahead = False, frame.lookahead or self.shape.depth
         found, served = lookup(frame.nodes, frame.bonus, speculation), [False] * len(self.rows)
         self.forecast.learn(
             [state == RowState.ACTIVE and there for state, there in zip(frame.states, found.prepared, strict=True)],
@@ -160,69 +175,65 @@ class DraftWorker:
                 self.release(slot)
                 continue
             node, tree = frame.nodes[slot], self.trees[slot]
-            path = [0, *self.shape.path(node)]
             start = len(row.tokens)
-            row.tokens.extend(tree[n] for n in path)
+            row.tokens.extend(tree[n] for n in (0, *self.shape.path(node)))
             certain = [*row.tokens[start + 1 :], frame.bonus[slot]]
-            if self.chooser.processors.active:
-                self.chooser.processors.commit(slot, certain)
+            self.sampling.processors.commit(slot, certain)
             if row.constraint is not None:
                 for token in certain:
                     row.constraint.advance(token)
-            self.drafting.copying.write(slot, start + 1, certain)
+            self.copying.write(slot, start + 1, certain)
             if slot in self._in_glue:
                 row.cached = len(row.tokens)
-                if node > self.shape.depth:  # off the chain: its keys stand in scratch
+                if node > self.shape.depth:  # a leaf off the chain: its keys are in scratch
                     moves.append((slot, node - self.shape.depth - 1, start + self.shape.depths[node]))
             self.trees[slot], served[slot] = found.trees[slot], found.branches[slot] is not None
-            self._take_ngram(slot, row, frame, certain, served)
+            if row.ngrams is not None:
+                row.ngrams.extend(certain)
+                if frame.ngram and row.forecasts and not served[slot]:
+                    served[slot] = self._take_ngram(slot, row.ngrams)
         if moves:
             slots, scratch, positions = (torch.tensor(column) for column in zip(*moves, strict=True))
             self.runner.cache.keep(slots, scratch, positions)
         return served
 
-    def _take_ngram(
-        self, slot: int, row: DraftRow, frame: OutcomeFrame, certain: list[int], served: list[bool]
-    ) -> None:
-        """What the verifier does too: candidates of a missed row from its own text."""
-        if row.ngrams is None:
-            return
-        row.ngrams.extend(certain)
-        if frame.ngram and row.forecasts and not served[slot] and (found := row.ngrams.propose(self.shape.depth)):
-            self.trees[slot][1:] = [*found, *self._absent[len(found) :]]
-            served[slot] = True
+    def _take_ngram(self, slot: int, ngrams: NgramIndex) -> bool:
+        """Gives a missed row candidates from its own text, as the verifier does too. Returns whether there are any."""
+        if proposed := ngrams.propose(self.shape.depth):
+            self.trees[slot][1:] = [*proposed, *self._absent[len(proposed) :]]
+        return bool(proposed)
 
     def waiting(self, states: Sequence[int], served: Sequence[bool], *, jit: bool) -> list[bool]:
-        """Rows ``[B]`` that wait for ``draft_now``: active ones without a tree, unless their fallback
-        is to go on plainly."""
+        """Returns the rows ``[B]`` that wait for ``draft_now``: active ones without a tree, except ``ssd`` rows whose
+        fallback is not ``jit``."""
         return [
             state == RowState.ACTIVE and not has and row is not None and (jit or not row.forecasts)
             for state, has, row in zip(states, served, self.rows, strict=True)
         ]
 
-    def draft_now(self, missed: Sequence[bool]) -> list[list[int]]:
-        """Draft for the rows that missed, while the verifier waits (fallback ``jit``).
-
-        Args: missed ``[B]``. Returns: trees ``[B][W - 1]``, ``ABSENT`` in other rows and in those
-        whose keys are not all there yet: they go on plainly.
-        """
+    def draft_now(self, missed: Sequence[bool]) -> DraftedTrees:
+        """Drafts for the rows ``missed [B]`` while the verifier waits (fallback ``jit``). A row whose keys are not all
+        here yet gets no candidates."""
         self._catch_up()
         waits = [slot for slot, row in enumerate(self.rows) if missed[slot] and row is not None and row.whole]
-        drafted = [self._absent] * len(self.rows)
+        trees = [self._absent] * len(self.rows)
         if not waits:
-            self.drafting.drafted_from = self.drafting.nothing()
-            return drafted
-        selected, lengths, longest = self._select(waits)
-        roots = self._write(selected, 1, [[max(tree[0], 0)] for tree in self.trees])
-        chains = self.drafting.chains(roots, lengths, longest, selected.index).tolist()
-        for slot, chain in zip(selected.slots, chains, strict=True):
+            return DraftedTrees(trees=trees, draft=self._undrawn())
+        selected, given, longest = self._batch(waits, 1)
+        chains, drawn = self.drafting.chains(given, longest, self._lookahead)
+        for slot, chain in zip(selected.slots, chains.tolist(), strict=True):
             if slot in waits:
-                drafted[slot] = self.trees[slot][1:] = self._mended(slot, [], chain)
-        return drafted
+                trees[slot] = self.trees[slot][1:] = self._mended(slot, [], chain)
+        return DraftedTrees(trees=trees, draft=self._undrawn() if drawn is None else drawn)
+
+    def _undrawn(self, *branches: int) -> DraftProbs | None:
+        """Returns the distributions ``[B, *branches, I, m]`` of trees that were not drawn, under rules that need
+        them."""
+        return None if self._sampler is None else self._sampler.undrawn(len(self.rows), *branches)
 
     def _mend(self, nodes: np.ndarray, guesses: np.ndarray, trees: np.ndarray) -> None:
-        """In place, the branches ``[B, N]`` of rows whose output follows a grammar: what is drafted at once has none
-        below the guesses."""
+        """Mends in place the branches ``[B, N]`` of rows with a grammar: compiled functions do not apply it below the
+        guesses."""
         for slot, row in enumerate(self.rows):
             if row is None or row.constraint is None:
                 continue
@@ -232,33 +243,36 @@ class DraftWorker:
                     trees[slot, branch] = self._mended(slot, path, trees[slot, branch].tolist())
 
     def _mended(self, slot: int, path: list[int], tree: list[int]) -> list[int]:
-        """A comb below ``path``, its chain mended where the row has a grammar and candidates are not drawn."""
+        """Returns a comb below ``path``, its chain mended if the row has a grammar and candidates are not drawn."""
         row, depth = self.rows[slot], self.shape.depth
         if row is None or row.constraint is None or self.drafting.samples:
             return tree
         chain = list(takewhile(lambda token: token >= 0, tree[:depth]))
         return [*row.constraint.mended(path, chain), *tree[len(chain) :]]
 
-    def _select(self, used: Collection[int]) -> tuple[Selection, Tensor, int]:
-        """Slots of a forward, L of each, and the longest in use. Rows of a slot that is empty or not whole are
-        computed and mean nothing: they land behind what it holds."""
+    def _batch(self, used: Collection[int], width: int) -> tuple[Selection, DraftBatch, int]:
+        """Selects the slots of a forward, ``used`` among them, with their whole trees or (``width`` 1) roots. Returns
+        the greatest L in use, too.
+
+        Slots that are empty or not whole are computed too. Their output is ignored, and their keys are written past the
+        slot's valid prefix.
+        """
         lengths = [len(left) if row is None else row.cached for row, left in zip(self.rows, self._left, strict=True)]
         longest = max((len(row.tokens) for row in self.rows if row is not None and row.whole), default=0)
-        alike = not self.chooser.processors.active and self.drafting.sampler is None
-        # What is compiled step by step is compiled for all slots.
-        compiled = not self.runner.compile or self.drafting.at_once(longest)
-        selected = self._selector.of(used) if alike and compiled and used else self._selector.all
-        self.chooser.select(selected)
-        self.drafting.copying.flush()
-        return selected, self._lengths_written[selected.count].write([lengths[s] for s in selected.slots]), longest
-
-    def _write(self, selected: Selection, width: int, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Of the rows of all slots, the selected ones as a tensor."""
-        return self._written[selected.count, width].write([rows[slot] for slot in selected.slots])
+        alike = self._sampler is None and not self.sampling.processors.active
+        # Forwards that are compiled by themselves exist for all slots only.
+        free = not self.runner.compile or self.drafting.fuses(longest)
+        selected = self._selector.of(used) if alike and free and used else self._selector.all
+        self.sampling.select(selected)
+        self.copying.flush()
+        rows = [[max(self.trees[slot][0], 0)] if width == 1 else self.trees[slot] for slot in selected.slots]
+        tokens = self._written[selected.count, width].write(rows)
+        above = self._lengths_written[selected.count].write([lengths[slot] for slot in selected.slots])
+        return selected, DraftBatch(tokens, above, selected.index), longest
 
     def _catch_up(self) -> None:
-        """Prefill what was committed without going through here: one chunk a round, of the sequence that
-        came first, for the verifier waits no longer than that."""
+        """Prefills committed tokens that have no keys here: one chunk per round, of the sequence that came first, so
+        that the verifier waits no longer than that."""
         behind = [(row.number, slot, row) for slot, row in enumerate(self.rows) if row is not None and not row.whole]
         if self._prefilled or not behind:
             return
@@ -270,8 +284,8 @@ class DraftWorker:
         self._prefilled = True
 
     def _take_over(self, slot: int, row: DraftRow) -> None:
-        """What any slot holds of a sequence, if that is more than it has."""
-        if not self._prefix_caching:
+        """Copies the keys that another slot holds of the sequence, if they reach further than its own."""
+        if not self.options.prefix_caching:
             return
         for source, (other, left) in enumerate(zip(self.rows, self._left, strict=True)):
             known = common_prefix(row.tokens, left if other is None else other.tokens[: other.cached])
@@ -280,8 +294,8 @@ class DraftWorker:
                 row.cached = known
 
 
-def _of_all(part: np.ndarray, slots: Sequence[int], batch: int) -> np.ndarray:
-    """Rows of some slots among those of all; ``ABSENT`` in the others."""
+def _scattered(part: np.ndarray, slots: Sequence[int], batch: int) -> np.ndarray:
+    """Returns the rows of some slots in an array for all ``batch`` slots; ``ABSENT`` in the others."""
     whole = np.full((batch, *part.shape[1:]), ABSENT, dtype=part.dtype)
     whole[list(slots)] = part
     return whole

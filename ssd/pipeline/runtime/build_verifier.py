@@ -9,7 +9,7 @@ from ...config.sections import ModelConfig
 from ...models.rows import RowPlan
 from ...models.runner import ForwardRunner
 from ...models.skipping import SkipSet, skipping
-from ..sampling.slots import Chooser
+from ..sampling.slots import SlotSampling
 from ..transport.rank_lanes import Ranks
 from ..verifier.decider import Decider
 from ..verifier.judge import Judge
@@ -49,14 +49,14 @@ def build_verifier(
         max_model_len=config.engine.max_model_len,
         prefix_caching=config.engine.prefix_caching,
     )
-    chooser = Chooser(
+    chooser = SlotSampling(
         runner.batch,
         runner.vocabulary,
         runner.device,
         horizon=shape.depth + 1,
         compiled=runner.compiled,
+        grammars=plan.grammars(config.target),
     )
-    chooser.grammars = plan.grammars(config.target)
     judge = None if plan.probs is None else Judge(speculation.verify, shape, plan.probs, runner.device)
     decider = Decider(runner, shape, chooser, judge)
     self_draft = None

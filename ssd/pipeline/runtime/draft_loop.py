@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 from ...errors import PipelineError
 from ..draft.ranks import LeadingDraft
@@ -52,7 +53,6 @@ def draft_loop(
             applied += 1
         return not isinstance(message, Shutdown)
 
-    worker.drafting.bell = lambda: inbox.rung(round_number)
     idle = True
     while True:
         if idle:
@@ -65,7 +65,7 @@ def draft_loop(
                 return
             idle = False
         began = time.perf_counter()
-        speculation = worker.speculate()
+        speculation = worker.speculate(bell=partial(inbox.rung, round_number))
         spent_us = int((time.perf_counter() - began) * 1e6)
         link.exchange(frames.pack_speculation(speculation, round_number, spent_us), incoming)
         frame = frames.unpack_outcome(incoming, round_number)
@@ -83,5 +83,5 @@ def draft_loop(
                 began = time.perf_counter()
                 drafted = worker.draft_now(missed)
                 spent_us = int((time.perf_counter() - began) * 1e6)
-                link.send(frames.pack_trees(drafted, round_number, spent_us, worker.drafting.drafted_from))
+                link.send(frames.pack_trees(drafted.trees, round_number, spent_us, drafted.draft))
         round_number += 1

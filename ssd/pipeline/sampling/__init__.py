@@ -1,1 +1,1 @@
-"""What the requests in the slots ask of sampling."""
+"""What the slots' requests ask for in sampling, and the drafting walk that chooses tokens by it."""

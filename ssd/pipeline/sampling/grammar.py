@@ -1,8 +1,8 @@
 """Grammars for structured output, compiled and matched by ``llguidance`` (the only file that imports it).
 
-A worker compiles a grammar once and copies its matcher for every request. A matcher stands after the
-certain tokens of its sequence; for a candidate's row a copy takes in its path.
-Draft and verifier have one each, so that what is drafted is what the target may choose.
+A worker compiles a grammar once and copies its matcher for every request. A matcher's state is that after the certain
+tokens of its sequence; for the row of a candidate a copy consumes the candidate's path. Draft and verifier have one
+each, so that the draft proposes what the target may choose.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from ...errors import RequestError
 from ...request.structured import StructuredOutputsParams
 
 KEPT = 64
-"""Compiled grammars a worker keeps, the latest used."""
+"""Compiled grammars that a worker keeps, those used last."""
 
 
 class GrammarMatcher:
-    """Where one output stands in its grammar (a ``decoding.processors.Constraint``).
+    """The state of one output in its grammar (a ``decoding.processors.Constraint``).
 
     Args:
-        matcher: ``llguidance.LLMatcher``. vocabulary: V.
+        matcher: ``llguidance.LLMatcher``.
+        vocabulary: V.
     """
 
     def __init__(self, matcher: Any, vocabulary: int):
@@ -34,23 +35,23 @@ class GrammarMatcher:
 
     @property
     def complete(self) -> bool:
-        """Whether the output is whole and nothing may follow."""
+        """Whether the output is complete, so that nothing may follow."""
         return bool(self._matcher.is_stopped() and self._matcher.is_accepting())
 
     @property
     def error(self) -> str | None:
-        """Why the library gave up (its limits), if it did."""
+        """Why the library gave up, for example at one of its limits; None if it did not."""
         return _problem(self._matcher)
 
     def advance(self, token: int) -> bool:
-        """Take in a certain token; False, and nothing changes, if the grammar does not allow it."""
+        """Consumes a certain token. Returns False, and changes nothing, if the grammar does not allow it."""
         return self._matcher.try_consume_tokens([token]) == 1
 
     def allowed(self, paths: Sequence[Sequence[int]]) -> Tensor:
-        """What may follow the certain tokens and each path, ``[R, V]`` bool on the host.
+        """Returns what may follow the certain tokens and each path, ``[R, V]`` bool on the host.
 
-        End-of-text ids may where the output may end, and nothing else may once it is whole. After a
-        path the grammar does not allow, everything: such a row is never reached.
+        End-of-text ids may follow where the output may end, and nothing else once it is complete. Everything may follow
+        a path that the grammar does not allow, because such a row is never reached.
         """
         masks: dict[tuple[int, ...], np.ndarray] = {}
         rows = [tuple(path) for path in paths]
@@ -60,8 +61,8 @@ class GrammarMatcher:
         return torch.from_numpy(np.stack([masks[path] for path in rows]))
 
     def mended(self, path: Sequence[int], chain: Sequence[int]) -> list[int]:
-        """The chain after the certain tokens and ``path``; from its first token that is not allowed on, what the
-        grammar leaves no choice about."""
+        """Returns the chain after the certain tokens and ``path``. From its first token that is not allowed, the tokens
+        that the grammar forces replace its own."""
         matcher, forced = self._matcher.deep_copy(), []
         if matcher.try_consume_tokens(list(path)) == len(path):
             taken = matcher.try_consume_tokens(list(chain))
@@ -71,7 +72,7 @@ class GrammarMatcher:
 
     def _mask(self, path: tuple[int, ...]) -> np.ndarray:
         """``[V]`` bool."""
-        # A copy: what goes wrong on a candidate's path must not touch the sequence.
+        # A copy: an error on a candidate's path must not affect the sequence.
         matcher = self._matcher.deep_copy() if path else self._matcher
         taken = matcher.try_consume_tokens(list(path)) if path else 0
         if taken < len(path) and not matcher.is_stopped():
@@ -81,10 +82,12 @@ class GrammarMatcher:
 
 
 class Grammars:
-    """Compiles grammars for one vocabulary, when the first request asks for one.
+    """Compiles grammars for one vocabulary.
 
     Args:
-        tokenizer: called once, then; a fast tokenizer of transformers. vocabulary: V. ends: end-of-text ids.
+        tokenizer: returns a fast tokenizer of transformers; called once, at the first request that needs it.
+        vocabulary: V.
+        ends: end-of-text ids.
     """
 
     def __init__(self, tokenizer: Callable[[], Any], *, vocabulary: int, ends: Iterable[int]):
@@ -92,9 +95,10 @@ class Grammars:
         self._compiled = lru_cache(KEPT)(self._compile)
 
     def matcher(self, wanted: StructuredOutputsParams) -> GrammarMatcher:
-        """At the beginning of an output.
+        """Returns a matcher at the beginning of an output.
 
-        Raises: RequestError: it cannot be compiled; the message says why in one line.
+        Raises:
+            RequestError: the grammar cannot be compiled; the message says why in one line.
         """
         return GrammarMatcher(self._compiled(wanted).deep_copy(), self._vocabulary)
 
@@ -124,7 +128,7 @@ class Grammars:
 
 
 def _grammar(wanted: StructuredOutputsParams) -> str:
-    """In llguidance's own notation. Raises: ValueError."""
+    """Returns the grammar in llguidance's notation. Raises: ValueError."""
     import json
 
     from llguidance import LLMatcher
@@ -146,7 +150,7 @@ def _grammar(wanted: StructuredOutputsParams) -> str:
     if wanted.whitespace_pattern:
         options["whitespace_pattern"] = wanted.whitespace_pattern
     assert isinstance(schema, str)
-    json.loads(schema)  # llguidance's own message points into its notation
+    json.loads(schema)  # its error message refers to the schema; llguidance's refers to its own notation
     return LLMatcher.grammar_from_json_schema(schema, overrides=options or None)
 
 
@@ -155,11 +159,11 @@ def _refused(wanted: StructuredOutputsParams, why: str) -> RequestError:
 
 
 def _problem(matcher: Any) -> str | None:
-    """What is wrong with a matcher, if anything is; that no token fits is no fault of its own."""
+    """Returns a matcher's error, if any. That no token fits is not one."""
     message = _one_line(matcher.get_error()) if matcher.is_error() else ""
     return None if message in ("", "NoExtensionBias") else message
 
 
 def _one_line(message: str) -> str:
-    """Of llguidance's, which go on about the parser's state."""
+    """Returns llguidance's message without the parser's state."""
     return " ".join(message.split("<state>")[0].split())[:300]

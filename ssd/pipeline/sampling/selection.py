@@ -1,4 +1,4 @@
-"""Which slots a forward is of: those in use, and as many others as make up a compiled shape."""
+"""The slots that a forward covers: those in use, and others up to a compiled shape."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Selection(NamedTuple):
     slots: tuple[int, ...]
     """Of the rows of a forward, ascending."""
     index: Tensor | None
-    """The same ``[n]`` int64 on the device; None: all there are."""
+    """The same ``[n]`` int64 on the device; None: all slots."""
 
     @property
     def count(self) -> int:
@@ -24,10 +24,12 @@ class Selection(NamedTuple):
 
 
 class Selector:
-    """Of one worker.
+    """Selects the slots of one worker's forwards.
 
     Args:
-        batch: B slots. counts: of how many a forward may be, ascending, B the last.
+        batch: B, the number of slots.
+        counts: how many slots a forward may cover, ascending; the last is B.
+        device: of the worker.
     """
 
     def __init__(self, batch: int, counts: Sequence[int], device: torch.device):
@@ -36,7 +38,7 @@ class Selector:
         self._made: dict[tuple[int, ...], Selection] = {self.all.slots: self.all}
 
     def of(self, used: Iterable[int]) -> Selection:
-        """Of the fewest slots with ``used`` among them; those of last time, if they do."""
+        """Returns the smallest selection that contains ``used``; the previous one if it still fits."""
         if len(self.counts) == 1:
             return self.all
         wanted = set(used)
@@ -47,7 +49,7 @@ class Selector:
         return self._last
 
     def first(self, count: int) -> Selection:
-        """Of the first slots: for warming up."""
+        """Returns the selection of the first slots, for warming up."""
         return self._selection(self.all.slots[:count])
 
     def _selection(self, slots: tuple[int, ...]) -> Selection:

@@ -1,4 +1,4 @@
-"""Choosing tokens for the rows of a batch whose requests sample differently."""
+"""The sampling state of slots whose requests ask for different things."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...decoding.noise import gumbel
-from ...decoding.processors import Constraint, Processors, ProcessorSettings
-from ...decoding.sampling import SamplingTensors, perturbed
+from ...decoding.processors import Constraint, Processors, ProcessorSettings, processed_alike
+from ...decoding.sampling import SamplingTensors, likely, perturbed, scores
 from ...decoding.trees.combs import noise_at
 from ...errors import RequestError
 from ...models.cpu import operators
@@ -20,16 +20,17 @@ from .grammar import Grammars
 from .selection import Selection
 
 
-class Chooser:
-    """Sampling parameters of B slots, and the scores whose argmax is the token.
+class SlotSampling:
+    """Sampling parameters of B slots, and the scores whose argmax is the chosen token.
 
-    Draft and verifier hold one each and come to the same noise for the same request and
-    position: the coupling verification rests on.
+    Draft and verifier hold one each. Both compute the same noise for the same request and position, which is what
+    coupled verification rests on.
 
     Args:
-        horizon: how many positions ahead noise is made for. One shape, so that whatever is
-            decoded and however, a position's noise comes out of the same code.
-        compiled: makes the noise one function, like ``ForwardRunner.compiled``, where it is not our operator.
+        horizon: H, how many positions ahead noise is computed for. One fixed shape, so that the noise of a position
+            always comes from the same code.
+        compiled: ``ForwardRunner.compiled``, for the noise where it is not one operator already.
+        grammars: compiles the grammars of structured outputs; without it such requests are refused.
     """
 
     def __init__(
@@ -40,23 +41,22 @@ class Chooser:
         *,
         horizon: int,
         compiled: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda body: body,
+        grammars: Grammars | None = None,
     ):
         self.params = self._all = SamplingTensors.empty(batch, device)
-        """Of the selected slots."""
+        """Parameters of the selected slots."""
         self.packed = self.params.packed()
-        """The same for ``score``."""
+        """The same as one tensor ``[B, 4]``, for ``score``."""
         self._selected: Selection | None = None
         self._taken: dict[tuple[int, ...], tuple[SamplingTensors, Tensor]] = {}
         self.processors = Processors(batch, vocabulary, device)
-        self.grammars: Grammars | None = None
-        """Needed by requests with structured output."""
-        self._vocabulary = vocabulary
+        self.grammars, self._vocabulary = grammars, vocabulary
         self._prepared: tuple[Selection | None, list[int], Tensor | None] | None = None
         self.filters = torch.device(device).type == "cpu" and operators.available()
-        """Whether ``score`` knows top-k, top-p and min-p: where they are no sort."""
+        """Whether ``score`` applies top-k, top-p and min-p exactly: true where that needs no sort."""
         ahead, draw = torch.arange(1, horizon + 1, device=device), gumbel
         if self.filters:
-            draw, compiled = torch.ops.ssd.gumbel, lambda body: body  # one function as it is
+            draw, compiled = torch.ops.ssd.gumbel, lambda body: body  # one operator already
         self._compiled, self._noises = compiled, dict[int, Callable[..., Tensor]]()
 
         def noise(seeds: Tensor, lengths: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class Chooser:
         self._noise = noise
 
     def select(self, selection: Selection | None) -> None:
-        """Whose rows ``params``, ``noise`` and what follows from them are of from now on; None: of all slots."""
+        """Makes ``params``, ``packed`` and ``noise`` those of the selected slots; None selects all slots."""
         if selection is not None and selection.index is None:
             selection = None
         if selection is not self._selected:
@@ -81,6 +81,7 @@ class Chooser:
         self.params, self.packed = self._taken[slots]
 
     def set(self, slot: int, params: SamplingParams) -> None:
+        """Gives the slot a request's parameters. Its processors are set by ``process``."""
         self._prepared = None
         self._all = self._all.with_row(
             slot,
@@ -93,14 +94,20 @@ class Chooser:
         self._taken.clear()
         self._take()
 
+    def clear(self, slot: int) -> None:
+        """Frees the slot: greedy, without processors."""
+        self.set(slot, SamplingParams())
+        self.processors.clear(slot)
+
     def process(
         self, slot: int, params: SamplingParams, *, prompt: Sequence[int], output: Sequence[int], ends: Iterable[int]
     ) -> Constraint | None:
-        """Set the slot's logits processors, if its request asks for any. ``prompt`` and ``output``:
-        all its certain tokens. ``ends``: what ``min_tokens`` holds off. Returns the grammar of its
-        output, to be advanced by every token that becomes certain from now on.
+        """Sets the slot's logits processors, if its request asks for any. ``prompt`` and ``output`` are all its certain
+        tokens, ``ends`` the end-of-text ids that ``min_tokens`` excludes. Returns the grammar of the output, to be
+        advanced by every token that becomes certain from now on.
 
-        Raises: RequestError: the grammar cannot be compiled; nothing is set.
+        Raises:
+            RequestError: the grammar cannot be compiled; nothing is set.
         """
         if not params.processed:
             return None
@@ -121,10 +128,10 @@ class Chooser:
         self.processors.set(slot, settings, prompt=prompt, output=output, constraint=constraint)
         return constraint
 
-    def steer(
+    def process_leniently(
         self, slot: int, params: SamplingParams, *, prompt: Sequence[int], output: Sequence[int], ends: Iterable[int]
     ) -> Constraint | None:
-        """``process`` for a draft: a grammar that fails here costs guesses, no request."""
+        """``process`` for a draft. If the grammar cannot be compiled the slot has none: worse guesses, no error."""
         process = partial(self.process, slot, prompt=prompt, output=output, ends=ends)
         try:
             return process(params)
@@ -142,19 +149,15 @@ class Chooser:
         return matcher
 
     def warm_up(self, counts: Sequence[int] | None = None) -> None:
-        """Compile the noise before a request needs it: of so many slots, of all by default."""
+        """Compiles the noise for these numbers of slots, or for all slots."""
         for count in counts or (len(self._all.seed),):
             seeds = self._all.seed[:count]
             self._noise_of(seeds, torch.zeros_like(seeds))
 
-    def clear(self, slot: int) -> None:
-        self.set(slot, SamplingParams())
-        self.processors.clear(slot)
-
     def noise(self, lengths: Tensor) -> Tensor | None:
-        """Noise ``[B, horizon, V]`` for the tokens at positions L + 1, L + 2, .. of every selected slot;
-        None while nothing samples. ``lengths`` ``[B]``."""
-        self._prepared = None  # graphs write where they wrote before
+        """Returns the noise ``[B, H, V]`` of the positions L + 1, L + 2, ... of the selected slots, or None if no slot
+        samples. ``lengths``: L ``[B]``."""
+        self._prepared = None  # a captured graph overwrites its last result
         if not self.params.random:
             return None
         return self._noise_of(self.params.seed, lengths)
@@ -165,35 +168,60 @@ class Chooser:
         return self._noises[len(seeds)](seeds, lengths)
 
     def prepare(self, known: list[int], lengths: Tensor) -> None:
-        """Make the noise of ``lengths`` now; ``known`` is the same on the host."""
+        """Computes ``noise(lengths)`` now, for ``prepared``. ``known``: the lengths on the host."""
         noise = self.noise(lengths)
         self._prepared = self._selected, known, noise
 
     def prepared(self, known: list[int], lengths: Tensor) -> Tensor | None:
-        """``noise(lengths)``: made before, if nothing has changed since, or now."""
+        """``noise(lengths)``: the prepared one if nothing has changed since, else computed now."""
         found = self._prepared
         if found is not None and found[0] is self._selected and found[1] == known:
             return found[2]
         return self.noise(lengths)
 
-    def score(self, logits: Tensor, noise: Tensor, ahead: Tensor, packed: Tensor) -> Tensor:
-        """Scores ``[B, R, V]`` whose argmax is the token, for bodies that are compiled. Temperature 0 goes with any
-        noise; filters apply if ``filters``.
+    def score(
+        self,
+        logits: Tensor,
+        noise: Tensor,
+        ahead: Tensor | int,
+        packed: Tensor,
+        adjustments: Tensor | None = None,
+        allowed: Tensor | None = None,
+    ) -> Tensor:
+        """Scores ``[B, R, V]`` whose argmax is the token, for compiled functions: everything is an argument.
+
+        Exact without ``adjustments`` if ``plain``. With them likely, which is enough for a draft's guesses: processors
+        are those after the certain tokens, and filters that need a sort consider the most probable tokens only.
 
         Args:
-            logits: float32 ``[B, R, V]``. noise: ``[B, H, V]``, of which row b, r takes ``ahead[b, r]``. packed:
-                ``[B, 4]``, ``self.packed`` when the body runs.
+            logits: float32 ``[B, R, V]``.
+            noise: ``[B, H, V]``, anything at temperature 0. ``ahead`` is each row's place in it, as for ``noise_at``.
+            packed: ``[B, 4]``, ``self.packed`` when the function runs.
+            adjustments: ``[B, 3, V]``, ``Processors.fixed``. Without it, filters that need a sort are left out.
+            allowed: bool ``[B, R, V]``, ``Processors.allowed``.
         """
         if self.filters:
-            return torch.ops.ssd.scores(logits, noise, ahead, packed, None, None)
+            if isinstance(ahead, int):
+                ahead = torch.full(logits.shape[:2], ahead, dtype=torch.int64, device=logits.device)
+            return torch.ops.ssd.scores(logits, noise, ahead, packed, adjustments, allowed)
+        if adjustments is not None:
+            logits = likely(processed_alike(logits, adjustments, allowed), packed)
         return perturbed(logits, noise_at(noise, ahead), packed[:, 0])
 
     @property
     def plain(self) -> bool:
-        """Whether ``score`` is all that choosing takes now."""
+        """Whether ``score`` is exact now without adjustments."""
         return not self.processors.active and (self.filters or not self.params.filtered)
 
+    def exact(
+        self, logits: Tensor, noise: Tensor | None, ahead: Tensor | int, paths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Processed logits and scores of the selected slots, ``[B, R, V]`` each, with everything their requests ask
+        for. Arguments as for ``score``, ``noise`` None if no slot samples, and ``paths`` as for ``processed``."""
+        logits = self.processed(logits, paths)
+        return logits, scores(logits, self.params, None if noise is None else noise_at(noise, ahead))
+
     def processed(self, logits: Tensor, paths: Tensor | None) -> Tensor:
-        """``[B, R, V]`` with the requests' processors applied. ``paths`` as for ``Processors.apply``:
+        """Returns ``logits [B, R, V]`` with the requests' processors applied. ``paths``: as for ``Processors.apply``,
         needed only while ``processors.active``."""
         return self.processors.apply(logits, paths) if self.processors.active else logits

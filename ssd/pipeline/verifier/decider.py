@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from ...decoding.processors import TreePaths
-from ...decoding.sampling import scores
+from ...decoding.trees.combs import noise_at
 from ...decoding.trees.shape import TreeShape
 from ...decoding.verify.coupled import Outcome, verify_coupled
 from ...decoding.verify.draft_probs import DraftProbs
 from ...models.device import Courier, Written
 from ...models.rows import RowPlan
 from ...models.runner import ForwardRunner
-from ..sampling.slots import Chooser
+from ..sampling.slots import SlotSampling
 from .judge import Judge
 
 
@@ -57,7 +57,7 @@ class Decider:
         self,
         runner: ForwardRunner,
         shape: TreeShape,
-        chooser: Chooser,
+        chooser: SlotSampling,
         judge: Judge | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
@@ -132,16 +132,16 @@ class Decider:
     ) -> Outcome:
         """The outcomes ``[B]`` on the host with processors, filters and the rule. ``drawn_from``: None unless the rule
         applies. Other arguments as for ``decide``; ``tokens`` are the plan's rows of ``trees``."""
+        paths, ahead = None, self._depths[: plan.rows].expand(len(tokens), -1)
         if self.chooser.processors.active:
-            paths = self._paths.of(torch.tensor(trees, device=tokens.device))
-            logits = self.chooser.processed(logits, paths[:, : plan.rows])
-        ahead = None if noise is None else noise[:, self._depths[: plan.rows]]
-        chosen = scores(logits, self.chooser.params, ahead).argmax(-1)
+            paths = self._paths.of(torch.tensor(trees, device=tokens.device))[:, : plan.rows]
+        logits, scores = self.chooser.exact(logits, noise, ahead, paths)
+        chosen = scores.argmax(-1)
         matched = Outcome(*self._courier.fetch(*self._verify(tokens, chosen)))
-        if self.judge is None or drawn_from is None or ahead is None:
+        if self.judge is None or drawn_from is None or noise is None:
             return matched
-        draft, params = self.judge.stacked(drawn_from), self.chooser.params
-        return self.judge.decide(matched, chosen.cpu(), tokens.cpu(), logits, lengths, ahead, params, draft)
+        draft, params, row_noise = self.judge.stacked(drawn_from), self.chooser.params, noise_at(noise, ahead)
+        return self.judge.decide(matched, chosen.cpu(), tokens.cpu(), logits, lengths, row_noise, params, draft)
 
     def _form(self, plan: RowPlan, context: int, count: int) -> _Form:
         runner, verify, chooser = self._runner, self._verify, self.chooser

@@ -12,7 +12,7 @@ from ...models.device import Written
 from ...models.rows import RowPlan, verify_plans
 from ...models.runner import ForwardRunner
 from ..sampling.selection import Selection, Selector
-from ..sampling.slots import Chooser
+from ..sampling.slots import SlotSampling
 from .decider import Decider
 from .invariance import interchangeable
 from .options import VerifierOptions
@@ -48,7 +48,13 @@ class ForwardRows:
     """
 
     def __init__(
-        self, runner: ForwardRunner, options: VerifierOptions, chooser: Chooser, decider: Decider, *, self_draft: bool
+        self,
+        runner: ForwardRunner,
+        options: VerifierOptions,
+        chooser: SlotSampling,
+        decider: Decider,
+        *,
+        self_draft: bool,
     ):
         self._runner, self._chooser, self._decider = runner, chooser, decider
         self.padded = options.strict

@@ -1,13 +1,13 @@
 """Method ``self``: the target with sublayers skipped drafts for its own verification (``models.skipping``).
 
-It runs over the verifier's own slots. A step at position P attends the slots below P (verified keys up to L,
-its own from there on) and writes slot P in the layers it runs. Nothing it writes outlives the round: verification
-runs the root and all K chain rows, and so writes the slots L .. L+K of every layer before any row attends them.
+It runs over the verifier's own slots. A step at position P attends the slots below P (verified keys up to L, its own
+from there on) and writes slot P in the layers it runs. Nothing it writes outlives the round: verification runs the root
+and all K chain rows, and so writes the slots L to L + K of every layer before any row attends them.
 
-Nothing of a step is kept for verification, not even after an early exit, where the layers before the exit see
-what they will see again. Where forwards are padded, a kept key would have to come from one of the verification's own
-rows; K + 1 such steps cost more than the K narrow ones and the layers once more, and elsewhere next to nothing
-is saved (docs/self_speculation.md has the sums).
+No result of a step is kept for verification, not even after an early exit, where verification repeats the layers before
+the exit on the same inputs. Where forwards are padded, a kept key would have to come from a forward of verification's
+width, and K + 1 such steps cost more than the K narrow ones and the repeated layers. Elsewhere it would save next to
+nothing (docs/self_speculation.md has the sums).
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ...decoding.sampling import scores
 from ...decoding.trees.combs import best_tokens, comb_tokens
 from ...decoding.trees.shape import ABSENT, TreeShape
-from ...models.rows import RowPlan
 from ...models.runner import ForwardRunner
 from ..policy.governor import Governor, RoundResult
 from ..round.candidates import CandidateOrigin
 from ..round.verdict import Verdict
-from ..sampling.slots import Chooser
+from ..sampling.scorers import LikelyScorer, Requested
+from ..sampling.slots import SlotSampling
+from ..sampling.walk import ChainSteps, Frontier, Walk, after, fused_forward, walked
 from .judge import Judge
 from .sequence import TargetSequence
+
+Step = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 class SelfDraft:
@@ -36,11 +38,13 @@ class SelfDraft:
 
     Args:
         runner: of the target with sublayers skipped, over the verifier's slots.
-        chooser: the verifier's. confidence: a chain ends with the first token whose probability, by the draft,
-            is below it; that token is still verified (Draft & Verify, arXiv 2309.08168).
-        judge: under ``rejection`` and ``block``. Candidates take the target's noise without one; with one they
-            are the draft's best tokens, named by a rule that looks at certain tokens alone: point masses.
-        governed: decode plainly while this does not pay.
+        shape: the candidate tree.
+        chooser: the verifier's sampling state.
+        confidence: a chain ends with the first token whose probability, by the draft, is below this; that token is
+            still verified (Draft & Verify, arXiv 2309.08168).
+        judge: under ``rejection`` and ``block``. Candidates take the target's noise without a judge. With one they are
+            the draft's best tokens, which depend on certain tokens alone: point masses.
+        governed: whether to decode plainly while this draft is not profitable.
     """
 
     def __init__(
@@ -48,27 +52,27 @@ class SelfDraft:
         runner: ForwardRunner,
         *,
         shape: TreeShape,
-        chooser: Chooser,
+        chooser: SlotSampling,
         confidence: float,
         judge: Judge | None = None,
         governed: bool = False,
     ):
-        self.runner, self.shape, self._chooser = runner, shape, chooser
+        self.runner, self.shape, self._sampling = runner, shape, chooser
         self._confidence, self._judge = confidence, judge
         self.governor = Governor() if governed else None
-        self._plan = RowPlan.sequential("self", 1)
-        self._width = 1 + max(shape.siblings)
-        self._steps: dict[int, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
-        self._silence = torch.zeros(runner.batch, 1, runner.vocabulary, device=runner.device)
+        self._chain, self._width = ChainSteps("self"), 1 + max(shape.siblings)
+        self._steps: dict[int, Step] = {}
+        self._zero_noise = torch.zeros(runner.batch, 1, runner.vocabulary, device=runner.device)
 
     def warm_up(self) -> None:
-        """Compile the step at every context."""
-        nothing = torch.zeros(self.runner.batch, dtype=torch.int64, device=self.runner.device)
+        """Compiles the step for every context tier."""
+        lengths = torch.zeros(self.runner.batch, dtype=torch.int64, device=self.runner.device)
+        requested = Requested(self._sampling.packed, self._zero_noise)
         for context in self.runner.contexts:
-            self._step(context, nothing[:, None], nothing, None)
+            self._step(context)(lengths[:, None], lengths, requested)
 
     def calibrate(self, plain_s: float, verify_s: float) -> None:
-        """Set what a plain forward costs, and one that verifies."""
+        """Sets the seconds of a plain forward and of one that verifies."""
         if self.governor is not None:
             self.governor.share = min(1.0, plain_s / verify_s)
 
@@ -79,9 +83,16 @@ class SelfDraft:
         origins: list[CandidateOrigin],
         lengths: Tensor,
     ) -> float:
-        """Put candidates below the roots of ``trees [B][W]`` (in place) in the rows of method ``self``.
+        """Puts candidates below the roots of the rows of method ``self``.
 
-        Args: lengths: ``[B]``, L of every slot. Returns: the seconds it took.
+        Args:
+            rows: ``[B]``, those that decode.
+            trees: ``[B][W]``, filled in place.
+            origins: ``[B]``, of the candidates, filled in place.
+            lengths: ``[B]``, L of every slot.
+
+        Returns:
+            the seconds it took.
         """
         wanted = [row is not None and row.method == "self" for row in rows]
         if not any(wanted) or (self.governor is not None and not self.governor.speculating):
@@ -89,13 +100,13 @@ class SelfDraft:
         began = time.perf_counter()
         longest = max(len(row.tokens) for row in rows if row is not None)
         roots = torch.tensor([[max(tree[0], 0)] for tree in trees]).to(lengths.device)
-        found = self.propose(roots, lengths, wanted, longest).tolist()
-        for slot in (slot for slot, own in enumerate(wanted) if own):
-            trees[slot][1:], origins[slot] = found[slot], "self"
+        proposed = self.propose(roots, lengths, wanted, longest).tolist()
+        for slot in (slot for slot, drafts in enumerate(wanted) if drafts):
+            trees[slot][1:], origins[slot] = proposed[slot], "self"
         return time.perf_counter() - began
 
     def observe(self, verdict: Verdict, seconds: float) -> None:
-        """Show the governor how a round went that took so long."""
+        """Shows the governor a round and the seconds it took."""
         commits = verdict.commits
         if self.governor is not None and commits and all(commit.method == "self" for commit in commits):
             tokens, wide = sum(len(commit.tokens) for commit in commits), any(commit.drafted for commit in commits)
@@ -104,53 +115,62 @@ class SelfDraft:
 
     @torch.no_grad()
     def propose(self, roots: Tensor, lengths: Tensor, wanted: Sequence[bool], longest: int) -> Tensor:
-        """Candidates for the rows that want them.
+        """Drafts a chain per row, with siblings.
 
         Args:
-            roots: ``[B, 1]`` int64, the root of every slot. lengths: ``[B]`` int64, L. longest: the greatest L of
-                a row that decodes.
+            roots: ``[B, 1]`` int64, the root of every slot.
+            lengths: ``[B]`` int64, L.
+            wanted: ``[B]``, the rows that get candidates.
+            longest: the greatest L of a row that decodes.
 
         Returns:
-            trees ``[B, W - 1]`` on the host, ``ABSENT`` in other rows and after the end of a chain.
+            trees ``[B, W - 1]`` on the host, ``ABSENT`` in other rows and below the end of a chain.
         """
-        chooser, ranked = self._chooser, []
-        noise = chooser.noise(lengths) if self._judge is None else None
-        anew = chooser.processors.active or (noise is not None and not chooser.plain)
-        fed, going = roots, torch.tensor(wanted, device=roots.device)
-        paths = fed.new_empty(len(fed), 1, 0)
-        for step in range(self.shape.depth):
-            ahead = None if noise is None else noise[:, step : step + 1]
-            logits, found, sure = self._step(self.runner.context_for(longest + step + 1), fed, lengths + step, ahead)
-            if anew:
-                logits = chooser.processed(logits, paths)
-                scored = logits if noise is None else scores(logits, chooser.params, ahead)
-                found = best_tokens(scored, self._width)
-                sure = _confidence(logits, found)
-                paths = torch.cat([paths, found[..., 0][..., None]], dim=-1)
-            ranked.append(found.masked_fill(~going[:, None, None], ABSENT))
-            fed, going = found[..., 0].clamp(min=0), going & (sure >= self._confidence)
-            if not going.any():
-                break
+        sampling = self._sampling
+        noise = sampling.noise(lengths) if self._judge is None else None
+        exact = sampling.processors.active or (noise is not None and not sampling.plain)
+        going = torch.tensor(wanted, device=roots.device)
+
+        def step(number: int, frontier: Frontier) -> tuple[Tensor, Frontier]:
+            nonlocal going
+            own_noise = self._zero_noise if noise is None else noise[:, number : number + 1]
+            run = self._step(self.runner.context_for(longest + number + 1))
+            logits, children, sure = run(frontier.fed, lengths + number, Requested(sampling.packed, own_noise))
+            if exact:
+                if noise is None:
+                    processed = scores = sampling.processed(logits, frontier.paths)
+                else:
+                    processed, scores = sampling.exact(logits, noise, number, frontier.paths)
+                children = best_tokens(scores, self._width)
+                sure = _confidence(processed, children)
+            shown = children.masked_fill(~going[:, None, None], ABSENT)
+            going = going & (sure >= self._confidence)
+            return shown, after(frontier, children[..., 0])
+
+        paths = roots.new_empty(len(roots), 1, 0) if exact else None
+        frontier = Frontier(roots, torch.zeros_like(roots), paths=paths)
+        ranked = walked(step, frontier, self.shape.depth, lambda: not going.any())
         return comb_tokens(ranked, self.shape.siblings)[:, 0].cpu()
 
-    def _step(self, context: int, fed: Tensor, lengths: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits ``[B, 1, V]``, the best tokens ``[B, 1, 1 + s]`` and the confidence in the first ``[B]``."""
-        step = self._steps.get(context)
-        if step is None:
-            runner, plan, width, chooser = self.runner, self._plan, self._width, self._chooser
+    def _step(self, context: int) -> Step:
+        """Returns the compiled step at one context tier: from fed tokens ``[B, 1]``, lengths ``[B]`` and ``Requested``
+        (noise ``[B, 1, V]``) to logits ``[B, 1, V]``, candidates ``[B, 1, n]`` and the confidence ``[B]`` in the
+        first."""
+        if context not in self._steps:
+            runner, sampling, chain, width = self.runner, self._sampling, self._chain, self._width
 
-            def skipped_step(
-                fed: Tensor, lengths: Tensor, packed: Tensor, noise: Tensor
-            ) -> tuple[Tensor, Tensor, Tensor]:
-                logits = runner.logits(plan, fed, lengths, context)
-                found = best_tokens(chooser.score(logits, noise, torch.zeros_like(fed), packed), width)
-                return logits, found, _confidence(logits, found)
+            def skipped_step(fed: Tensor, lengths: Tensor, requested: Requested) -> tuple[Tensor, Tensor, Tensor]:
+                scorer = LikelyScorer(sampling, width, requested)
+                walk = Walk(chain.rows, fused_forward(runner, lengths, context, None), scorer)
+                rows = chain.rows(0, fed)
+                logits = walk.logits(rows, fed, None)
+                children = scorer.children(logits, rows, None)
+                return logits, children, _confidence(logits, children)
 
-            step = self._steps[context] = runner.compiled(skipped_step)
-        quiet = self._silence if noise is None else noise
-        return step(fed, lengths, self._chooser.packed, quiet)
+            self._steps[context] = runner.compiled(skipped_step)
+        return self._steps[context]
 
 
-def _confidence(logits: Tensor, found: Tensor) -> Tensor:
-    """Probability ``[B]`` of the chain's token ``found[:, 0, 0]``, before temperature."""
-    return logits[:, 0].softmax(-1).gather(-1, found[:, 0, :1].clamp(min=0)).squeeze(-1)
+def _confidence(logits: Tensor, children: Tensor) -> Tensor:
+    """Returns the probability ``[B]`` of the chain's token ``children[:, 0, 0]``, before temperature."""
+    return logits[:, 0].softmax(-1).gather(-1, children[:, 0, :1].clamp(min=0)).squeeze(-1)

@@ -28,7 +28,7 @@ from ..round.round import Round
 from ..round.times import RoundTimes
 from ..round.verdict import Commit, Verdict
 from ..sampling.selection import Selection
-from ..sampling.slots import Chooser
+from ..sampling.slots import SlotSampling
 from ..transport.messages import Admit, Submit
 from .decider import Decider, Decision
 from .forward_rows import ForwardRows
@@ -64,7 +64,7 @@ class VerifierWorker:
         runner: ForwardRunner,
         options: VerifierOptions,
         *,
-        chooser: Chooser,
+        chooser: SlotSampling,
         decider: Decider,
         self_draft: SelfDraft | None = None,
         clock: Callable[[], float] = time.perf_counter,

@@ -16,9 +16,10 @@ from ...decoding.text import copying
 from ...decoding.trees.shape import ABSENT
 from ...engine.detokenize import Detokenizer
 from ...models.cache import CacheView, SlotCache
-from ...pipeline.draft import drafting
+from ...pipeline.draft import branches
 from ...pipeline.draft import worker as draft
 from ...pipeline.round import lookup
+from ...pipeline.runtime import build_draft, build_verifier
 from ...pipeline.runtime import draft_main as _draft_main  # noqa: F401
 from ...pipeline.runtime import launch as _launch  # noqa: F401  so that nothing is imported, and bound, while seeded
 from ...pipeline.runtime import verifier_main as _verifier_main  # noqa: F401
@@ -37,45 +38,45 @@ __all__ = ["MUTANTS"]
 def _shifted(seeding: Seeding) -> None:
     """Coupled: a row of the tree has the noise of the row before."""
 
-    class Shifted(verifier.Chooser):
-        def score(self, logits: Tensor, noise: Tensor, ahead: Tensor, *rest: Any) -> Tensor:
+    class Shifted(build_verifier.SlotSampling):
+        def score(self, logits: Tensor, noise: Tensor, ahead: Any, *rest: Any) -> Tensor:
             return super().score(logits, noise, ahead.roll(1, dims=1), *rest)
 
-    seeding.put(verifier, "Chooser", Shifted)
+    seeding.put(build_verifier, "SlotSampling", Shifted)
 
 
 @mutant("noise position shifted in the draft", RIGHT)
 def _shifted_draft(seeding: Seeding) -> None:
     """The draft chooses each token with the noise of the next position. Costs speed only."""
 
-    class Shifted(draft.Chooser):
+    class Shifted(build_draft.SlotSampling):
         def noise(self, lengths: Tensor) -> Tensor | None:
             return super().noise(lengths + 1)
 
-    seeding.put(draft, "Chooser", Shifted)
+    seeding.put(build_draft, "SlotSampling", Shifted)
 
 
 @mutant("swapped rows: noise", EQUAL)
 def _swapped_noise(seeding: Seeding) -> None:
     """A row of the batch gets its neighbour's noise."""
 
-    class Swapped(verifier.Chooser):
+    class Swapped(build_verifier.SlotSampling):
         def noise(self, lengths: Tensor) -> Tensor | None:
             noise = super().noise(lengths)
             return None if noise is None else noise.roll(1, dims=0)
 
-    seeding.put(verifier, "Chooser", Swapped)
+    seeding.put(build_verifier, "SlotSampling", Swapped)
 
 
 @mutant("temperature ignored by the draft", RIGHT)
 def _cold_draft(seeding: Seeding) -> None:
     """The draft's guesses have temperature 0. Costs speed only."""
 
-    class Cold(draft.Chooser):
+    class Cold(build_draft.SlotSampling):
         def set(self, slot: int, params: SamplingParams) -> None:
             super().set(slot, replace(params, temperature=0.0))
 
-    seeding.put(draft, "Chooser", Cold)
+    seeding.put(build_draft, "SlotSampling", Cold)
 
 
 # Keys and values.
@@ -108,13 +109,13 @@ def _not_kept(seeding: Seeding) -> None:
 @mutant("stale branch keys", RIGHT)
 def _stale_branch(seeding: Seeding) -> None:
     """A branch attends what its neighbour fed. Costs speed only."""
-    honest = drafting.BranchSteps.__init__
+    honest = branches.BranchSteps.__init__
 
-    def wrong(self: drafting.BranchSteps, *given: Any) -> None:
+    def wrong(self: branches.BranchSteps, *given: Any) -> None:
         honest(self, *given)
         self._own = self._own.roll(1, dims=1)
 
-    seeding.put(drafting.BranchSteps, "__init__", wrong)
+    seeding.put(branches.BranchSteps, "__init__", wrong)
 
 
 @mutant("a slot's last keys taken for the next request's", RIGHT)
@@ -126,7 +127,7 @@ def _stale_slot(seeding: Seeding) -> None:
 @mutant("the copy bias forgets what was fed", "decoding/test_copying.py::test_tree_branches_and_chain[chain]")
 def _forgotten(seeding: Seeding) -> None:
     """A branch's endings stay those of its node. Costs speed only."""
-    seeding.put(copying.Trail, "feed", lambda *_given: None)
+    seeding.put(copying.CopySource, "fed", lambda _self, endings, _tokens: endings)
 
 
 # Forecast, lookup, admission.
@@ -156,8 +157,8 @@ def _other_branch(seeding: Seeding) -> None:
     """The tree looked up is the one beside it. Costs speed only."""
     honest = draft.DraftWorker.speculate
 
-    def wrong(self: draft.DraftWorker) -> Any:
-        found = honest(self)
+    def wrong(self: draft.DraftWorker, *given: Any, **named: Any) -> Any:
+        found = honest(self, *given, **named)
         return replace(found, trees=np.roll(found.trees, 1, axis=1))
 
     seeding.put(draft.DraftWorker, "speculate", wrong)

@@ -226,18 +226,18 @@ def _discarded(seeding: Seeding) -> None:
         chance = torch.where(drawn.tokens == trees[..., None], drawn.probs, 0).sum(-1)
         return trees.masked_fill((chance < 0.3) & (drawn.probs.sum(-1) > 0), ABSENT)
 
-    def wrong(self: draft.DraftWorker) -> Any:
-        found = speculate(self)
+    def wrong(self: draft.DraftWorker, *given: Any, **named: Any) -> Any:
+        found = speculate(self, *given, **named)
         assert found.draft is not None
         return replace(found, trees=kept(torch.from_numpy(found.trees), found.draft).numpy())
 
-    def wrong_now(self: draft.DraftWorker, missed: list[bool]) -> list[list[int]]:
+    def wrong_now(self: draft.DraftWorker, missed: list[bool]) -> draft.DraftedTrees:
         drafted = draft_now(self, missed)
-        assert self.drafting.drafted_from is not None
-        drafted = kept(torch.tensor(drafted), self.drafting.drafted_from).tolist()
+        assert drafted.draft is not None
+        trees = kept(torch.tensor(drafted.trees), drafted.draft).tolist()
         for slot in (slot for slot, waits in enumerate(missed) if waits):
-            self.trees[slot][1:] = drafted[slot]
-        return drafted
+            self.trees[slot][1:] = trees[slot]
+        return replace(drafted, trees=trees)
 
     seeding.put(draft.DraftWorker, "speculate", wrong)
     seeding.put(draft.DraftWorker, "draft_now", wrong_now)

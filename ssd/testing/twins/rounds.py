@@ -106,7 +106,7 @@ def play(
             raise RuntimeError("draft and verifier disagree about who missed")
         if any(waits):
             drafted = draft.draft_now(waits)
-            raw = frames.pack_trees(drafted, number, 0, draft.drafting.drafted_from)
+            raw = frames.pack_trees(drafted.trees, number, 0, drafted.draft)
             trees, drafted_from = frames.unpack_trees(raw, number)[0], frames.unpack_tree_probs(raw)
             round = verifier.fill(round, trees, drafted_from, waited_s=0.0)
         number += 1

@@ -37,7 +37,7 @@ from ssd.errors import RequestError
 from ssd.models.rows import RowPlan
 from ssd.models.runner import ForwardRunner
 from ssd.pipeline.runtime.launch import InprocPipeline
-from ssd.pipeline.sampling.slots import Chooser
+from ssd.pipeline.sampling.slots import SlotSampling
 from ssd.pipeline.verifier import decider
 from ssd.request.output import SpeculationRecord
 from ssd.testing.models.tiny import tiny_model, tiny_tokenizer
@@ -77,7 +77,9 @@ def accept_a_candidate_too_many(tokens: Tensor, chosen: Tensor, *tree: Tensor) -
     return Outcome(node, chosen.gather(1, node[:, None]).squeeze(1))
 
 
-def noise_of_the_position_before(self: Chooser, lengths: Tensor, _noise: Any = Chooser.noise) -> Tensor | None:
+def noise_of_the_position_before(
+    self: SlotSampling, lengths: Tensor, _noise: Any = SlotSampling.noise
+) -> Tensor | None:
     made = _noise(self, lengths)
     return None if made is None else made[:, [0, *range(made.shape[1] - 1)]]
 
@@ -86,7 +88,7 @@ def noise_of_the_position_before(self: Chooser, lengths: Tensor, _noise: Any = C
     ("place", "name", "mutant", "numerics"),
     [
         (decider, "verify_coupled", accept_a_candidate_too_many, "strict"),
-        (Chooser, "noise", noise_of_the_position_before, "fast"),
+        (SlotSampling, "noise", noise_of_the_position_before, "fast"),
     ],
 )
 def test_refused_to_a_broken_engine(

@@ -1,4 +1,4 @@
-"""The draft's copy bias, against a search written down token by token."""
+"""The draft's copy bias, against a search written out token by token."""
 
 from __future__ import annotations
 
@@ -46,26 +46,28 @@ def test_tree_branches_and_chain(shape: TreeShape) -> None:
             bias.write(slot, 0, row)
         trees = [[row[-1], *[rng.randrange(3) for _ in range(shape.nodes - 1)]] for row in rows]
         lengths = torch.tensor([len(row) - 1 for row in rows])
-        trail = bias.trail(torch.tensor(trees), lengths)
-        found = trail.add(torch.zeros(3, shape.nodes, VOCABULARY))
+        source = bias.source(lengths)
+        assert source is not None
+        endings = source.endings(torch.tensor(trees))
+        found = source.biased(torch.zeros(3, shape.nodes, VOCABULARY), endings)
         for row, tree, got in zip(rows, trees, found, strict=True):
             for node in range(shape.nodes):
                 assert gained(got[node]) == expected(row, [tree[n] for n in shape.path(node)])
         nodes = torch.tensor([[rng.randrange(shape.nodes) for _ in range(4)] for _ in rows])
-        trail.follow(nodes)
+        endings = source.continued(endings, nodes)
         paths = [
             [[tree[n] for n in shape.path(node)] for node in some]
             for tree, some in zip(trees, nodes.tolist(), strict=True)
         ]
         for _ in range(3):
             fed = torch.tensor([[rng.randrange(3) for _ in range(4)] for _ in rows])
-            trail.feed(fed)
-            found = trail.add(torch.zeros(3, 4, VOCABULARY))
+            endings = source.fed(endings, fed)
+            found = source.biased(torch.zeros(3, 4, VOCABULARY), endings)
             for row, some, tokens, got in zip(rows, paths, fed.tolist(), found, strict=True):
                 for path, token, one in zip(some, tokens, got, strict=True):
                     path.append(token)
                     assert gained(one) == expected(row, path)
-        alone = bias.trail(torch.tensor(trees)[:, :1], lengths).add(torch.zeros(3, 1, VOCABULARY))
+        alone = source.biased(torch.zeros(3, 1, VOCABULARY), source.endings(torch.tensor(trees)[:, :1]))
         for row, got in zip(rows, alone, strict=True):
             assert gained(got[0]) == expected(row, [])
 
@@ -76,22 +78,22 @@ def test_sequences_grow() -> None:
     bias.write(0, 0, text[:3])
     for at in range(3, len(text)):
         bias.write(0, at, text[at : at + 1])
-    trail = bias.trail(torch.tensor([[2]]), torch.tensor([len(text) - 1]))
-    assert gained(trail.add(torch.zeros(1, 1, VOCABULARY))[0, 0]) == (4, 1.0)  # the later of 3 and 4
+    source = bias.source(torch.tensor([len(text) - 1]))
+    assert source is not None
+    found = source.biased(torch.zeros(1, 1, VOCABULARY), source.endings(torch.tensor([[2]])))
+    assert gained(found[0, 0]) == (4, 1.0)  # the later of 3 and 4
 
 
-def test_what_does_not_fit_is_left_out() -> None:
+def test_tokens_beyond_the_capacity_are_ignored() -> None:
     bias = CopyBias(GAINS, TreeShape.comb(2), batch=1, capacity=4)
     bias.write(0, 2, [5, 6, 5, 6])
-    trail = bias.trail(torch.tensor([[5]]), torch.tensor([4]))
-    assert trail.add(torch.zeros(1, 1, VOCABULARY)).shape == (1, 1, VOCABULARY)
+    source = bias.source(torch.tensor([4]))
+    assert source is not None
+    found = source.biased(torch.zeros(1, 1, VOCABULARY), source.endings(torch.tensor([[5]])))
+    assert found.shape == (1, 1, VOCABULARY)
 
 
 def test_no_gains_no_bias() -> None:
     bias = CopyBias((), TreeShape.comb(2), batch=1, capacity=8)
     bias.write(0, 0, [1, 1, 1])
-    trail, logits = bias.trail(torch.tensor([[1, 1, 1]]), torch.tensor([2])), torch.randn(1, 3, VOCABULARY)
-    assert trail.add(logits) is logits
-    trail.follow(torch.tensor([[0, 2]]))
-    trail.feed(torch.tensor([[1, 1]]))
-    assert trail.add(logits) is logits
+    assert bias.source(torch.tensor([2])) is None

@@ -14,7 +14,7 @@ from ssd import SamplingParams
 from ssd.decoding.noise import BITS, gumbel, uniform_bits
 from ssd.models.cpu import operators
 from ssd.pipeline.sampling.selection import Selector
-from ssd.pipeline.sampling.slots import Chooser
+from ssd.pipeline.sampling.slots import SlotSampling
 
 M32, M64 = 2**32 - 1, 2**64 - 1
 int63 = st.integers(0, 2**63 - 1)
@@ -298,7 +298,7 @@ def test_same_noise_couples_two_distributions():
 
 def test_prepared_noise_equals_the_rounds_noise() -> None:
     """Unless lengths, requests or another caller for noise changed in between."""
-    chooser = Chooser(2, 50, "cpu", horizon=3)
+    chooser = SlotSampling(2, 50, "cpu", horizon=3)
     warm = SamplingParams(temperature=1.0, seed=4)
     chooser.set(0, warm)
     known, lengths = [5, 9], torch.tensor([5, 9])

@@ -25,8 +25,10 @@ from ssd.decoding.sampling import scores
 from ssd.decoding.trees.shape import ABSENT, TreeShape
 from ssd.engine.resolve import resolve
 from ssd.models.cpu import operators
-from ssd.pipeline.draft.scores import DraftScores
-from ssd.pipeline.sampling.slots import Chooser
+from ssd.models.rows import RowPlan
+from ssd.pipeline.sampling.scorers import LikelyScorer, RequestTensors
+from ssd.pipeline.sampling.slots import SlotSampling
+from ssd.pipeline.sampling.walk import Rows
 from ssd.request.sampling_params import completion_seed
 from ssd.testing.models.tiny import tiny_tokenizer
 
@@ -149,16 +151,18 @@ def test_a_draft_processes_every_row_as_after_the_committed_tokens(
     if not built:
         monkeypatch.setattr(operators, "available", lambda: False)
     given = EACH[name] | {"bad_words": tuple(word for word in EACH[name].get("bad_words", ()) if len(word) == 1)}
-    chooser, logits = Chooser(2, V, "cpu", horizon=1), logits_of(2, 3, V)
-    draft_scores = DraftScores(chooser, TreeShape.comb(2), 2, V, torch.device("cpu"))
+    chooser, logits = SlotSampling(2, V, "cpu", horizon=1), logits_of(2, 3, V)
+    shape = TreeShape.comb(2)
+    tensors = RequestTensors(chooser, shape, 2, V, torch.device("cpu"))
     assert chooser.filters == built
     chooser.processors.set(1, ProcessorSettings(**given), prompt=PROMPT, output=OUTPUT)
 
     def scored() -> Tensor:
         nothing = torch.zeros(2, 3, dtype=torch.int64)
-        asked = draft_scores.asked(nothing, nothing[:, 0])
-        assert (asked.fixed is None) == (chooser.plain and not built)
-        return draft_scores(logits, nothing, asked, asked.allowed)
+        requested = tensors.requested(nothing, nothing[:, 0])
+        assert (requested.adjustments is None) == (chooser.plain and not built)
+        rows = Rows(RowPlan.tree("glue", shape), 0, nothing, in_tree=True)
+        return LikelyScorer(chooser, 1, requested).score(logits, rows)
 
     for tokens in ([], [7, 5], [7, 30, 2]):
         chooser.processors.commit(1, tokens)
@@ -228,7 +232,7 @@ def test_invalid_candidates() -> None:
 
 
 def test_slots_without_settings_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    chooser = Chooser(2, V, "cpu", horizon=3)
+    chooser = SlotSampling(2, V, "cpu", horizon=3)
     chooser.set(0, params := SamplingParams(temperature=1.0, top_k=3, stop_token_ids=(3,), logprobs=4))
     chooser.process(0, params, prompt=PROMPT, output=[], ends=[0])
     monkeypatch.setattr(Processors, "apply", lambda *_: pytest.fail("processed"))

@@ -30,7 +30,7 @@ from ssd.decoding.sampling import (
 )
 from ssd.models.cpu import operators
 from ssd.models.runner import can_compile
-from ssd.pipeline.sampling.slots import Chooser
+from ssd.pipeline.sampling.slots import SlotSampling
 
 PLAIN: dict[str, Any] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
 
@@ -204,7 +204,7 @@ def test_a_draft_keeps_nearly_the_same_tokens_as_sorting(vocabulary: int, spread
 @pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
 def test_a_rounds_scores_are_those_of_scores():
     """Compiled as a round's bodies are, and with the rows of noise they take."""
-    chooser, logits = Chooser(len(MIX), 1003, "cpu", horizon=5), random_logits(len(MIX), 3, 1003)
+    chooser, logits = SlotSampling(len(MIX), 1003, "cpu", horizon=5), random_logits(len(MIX), 3, 1003)
     assert chooser.filters
     params = tensors(*MIX)
     noise = gumbel(params.seed[:, None], torch.arange(5)[None], 1003)

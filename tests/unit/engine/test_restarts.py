@@ -151,12 +151,12 @@ class Breaking:
             worker.number = len(self.rounds)  # type: ignore[attr-defined]
             self.rounds.append(0)
 
-        def breaking(worker: DraftWorker) -> SpeculationSet:
+        def breaking(worker: DraftWorker, *given: Any) -> SpeculationSet:
             self.rounds[worker.number] += 1  # type: ignore[attr-defined]
             if self.now.is_set():
                 self.now.clear()
                 self.how()
-            return speculate(worker)
+            return speculate(worker, *given)
 
         verify = VerifierWorker.verify
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.generation.logits_process import (
     MinNewTokensLengthLogitsProcessor,
@@ -22,8 +21,8 @@ from transformers.generation.logits_process import (
 
 from ssd import LLM, SamplingParams
 from ssd.decoding.noise import gumbel
-from ssd.pipeline.draft.drafting import Drafting
-from ssd.pipeline.draft.worker import DraftWorker
+from ssd.models.runner import ForwardRunner
+from ssd.pipeline.draft.executors import StepByStep, Whole
 from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.request.sampling_params import completion_seed
 from tests.unit.models.test_graphs import as_on_gpus  # noqa: F401  a fixture
@@ -62,7 +61,7 @@ def step_by_step(model: Any, prompt: list[int], params: SamplingParams) -> list[
     while len(output) < params.max_tokens:
         ids = torch.tensor([prompt + output])
         with torch.no_grad():
-            logits: Tensor = model(ids).logits[:, -1].float()
+            logits: torch.Tensor = model(ids).logits[:, -1].float()
         if params.allowed_token_ids is not None:
             dropped = sorted(set(range(VOCABULARY)) - set(params.allowed_token_ids))
             logits = SuppressTokensLogitsProcessor(dropped)(ids, logits)  # type: ignore[arg-type]
@@ -165,44 +164,31 @@ def test_a_draft_that_is_the_target_is_always_right(tiny_config: Configure, case
 
 @pytest.mark.parametrize("rule", ["coupled", "rejection"])
 def test_when_a_tree_is_drafted_at_once(tiny_config: Configure, monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
-    """Unless candidates are drawn. Which way is taken follows the batch, round by round."""
-    drawn = "grow_at_once" if rule == "coupled" else "_grow_stepwise"
+    """Unless candidates are drawn. The executor is chosen by the batch, round by round."""
+    drawn = "Whole" if rule == "coupled" else "StepByStep"
     taken: dict[int, set[str]] = defaultdict(set)
-    stepwise = Drafting._grow_stepwise
-    for name in ("_grow_stepwise", "grow_at_once"):
+    for executor in (Whole, StepByStep):
 
-        def noting(self: Drafting, tokens: Tensor, lengths: Tensor, *rest: Any, name: str = name) -> Any:
-            # By seed: the draft's last round may run on after the front has its answer.
-            taken[int(self.chooser.params.seed[0])].add(name)
-            self.runner.compile = False  # only the choice is of interest
-            longest = rest[0] if name == "_grow_stepwise" else 0
-            grown = stepwise(self, tokens, lengths, longest, rest[-1])
-            return grown if name == "_grow_stepwise" else grown[:3]
+        def noting(self: Any, *given: Any, grow: Any = executor.grow, name: str = executor.__name__) -> Any:
+            # By seed: the draft's last round may outlast the front's answer.
+            taken[int(self._model.sampling.params.seed[0])].add(name)
+            return grow(self, *given)
 
-        monkeypatch.setattr(Drafting, name, noting)
-
-    speculate = DraftWorker.speculate
-
-    def as_if_compiled(self: DraftWorker) -> Any:
-        self.runner.compile = True
-        try:
-            return speculate(self)
-        finally:
-            self.runner.compile = False
-
-    monkeypatch.setattr(DraftWorker, "speculate", as_if_compiled)
+        monkeypatch.setattr(executor, "grow", noting)
+    monkeypatch.setattr(ForwardRunner, "fuses", True)  # as if it compiled: only the choice is of interest
     ways: list[tuple[dict[str, Any], str]] = [
-        ({}, "grow_at_once"),
-        ({"presence_penalty": 1.0}, "grow_at_once"),
-        ({"min_tokens": 16}, "grow_at_once"),
+        ({}, "Whole"),
+        ({"presence_penalty": 1.0}, "Whole"),
+        ({"min_tokens": 16}, "Whole"),
         ({"temperature": 1.0, "logprobs": 2}, drawn),
         ({"temperature": 1.0, "top_k": 9}, drawn),
-        ({"logprobs": 1}, "grow_at_once"),
+        ({"logprobs": 1}, "Whole"),
     ]
     with LLM(tiny_config(speculation={"verify": rule}), launch=InprocPipeline) as llm:
         for seed, (given, _) in enumerate(ways, start=1):
             llm.generate([[9, 30]], replace(BASE, seed=seed, **given))
         assert llm.degraded is None
+    assert taken.pop(0) == {"Whole"}  # the warm-up
     assert taken == {seed: {way} for seed, (_, way) in enumerate(ways, start=1)}
 
 

@@ -19,7 +19,7 @@ from ssd.pipeline.draft.worker import DraftWorker
 from ssd.pipeline.round.round import Round
 from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.pipeline.sampling.grammar import GrammarMatcher, Grammars
-from ssd.pipeline.sampling.slots import Chooser
+from ssd.pipeline.sampling.slots import SlotSampling
 from ssd.pipeline.verifier.worker import VerifierWorker
 from ssd.testing.models.tiny import tiny_model, tiny_tokenizer
 from tests.unit.models.test_graphs import as_on_gpus  # noqa: F401  a fixture
@@ -198,7 +198,7 @@ def test_the_draft_is_steered(configure: Callable[..., dict[str, Any]], monkeypa
     with LLM(configure(4, siblings=1), launch=InprocPipeline) as llm:
         steered = generated(llm, "ssd", some)
     assert not broken
-    monkeypatch.setattr(Chooser, "steer", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr(SlotSampling, "process_leniently", lambda *_args, **_kwargs: None)
     with LLM(configure(4, siblings=1), launch=InprocPipeline) as llm:
         loose = generated(llm, "ssd", some)
     assert broken
@@ -215,9 +215,9 @@ def test_guesses_are_allowed_and_chains_mended(
     seen = 0
     speculate = DraftWorker.speculate
 
-    def watched(self: DraftWorker) -> Any:
+    def watched(self: DraftWorker, bell: Any) -> Any:
         nonlocal seen
-        found = speculate(self)
+        found = speculate(self, bell)
         for slot, row in enumerate(self.rows):
             if row is None or row.constraint is None or not row.forecasts or not row.whole:
                 continue
@@ -299,13 +299,13 @@ def test_a_worker_that_cannot_compile_fails_that_request_only(
     plain = replace(BASE, max_tokens=8)
     with LLM(configure(2), launch=InprocPipeline) as llm:
         (good,) = llm.generate([[5]], wanted)
-        monkeypatch.setattr(Chooser, "_constraint", _fails)
+        monkeypatch.setattr(SlotSampling, "_constraint", _fails)
         failed, fine = llm.generate([[5], [5]], [wanted, plain])
         assert (failed.finish_reason, failed.error, failed.token_ids) == ("error", "structured_outputs: no", ())
         assert fine.finish_reason == "length" and len(fine.token_ids) == 8
         monkeypatch.undo()
         # A draft that cannot goes on without: fewer guesses fit, the tokens are the same.
-        monkeypatch.setattr(Chooser, "steer", lambda self, slot, params, **kwargs: None)
+        monkeypatch.setattr(SlotSampling, "process_leniently", lambda self, slot, params, **kwargs: None)
         (again,) = llm.generate([[5]], replace(wanted, method="ssd"))
         assert again.token_ids == good.token_ids
 
@@ -339,6 +339,6 @@ def test_masks_do_not_depend_on_what_was_tried() -> None:
                 assert torch.equal(tried.allowed([()]), fresh.allowed([()]))
 
 
-def _fails(self: Chooser, params: SamplingParams, output: Any) -> Any:
+def _fails(self: SlotSampling, params: SamplingParams, output: Any) -> Any:
     if params.structured_outputs is not None:
         raise RequestError("structured_outputs: no")

@@ -17,7 +17,7 @@ from ssd.config.load import load_config
 from ssd.errors import ConfigError
 from ssd.models.cpu import operators
 from ssd.models.cuda.graphs import LARGE_BYTES, PLACES, Graphs
-from ssd.pipeline.draft.drafting import Drafting
+from ssd.pipeline.draft.executors import StepByStep
 from ssd.pipeline.runtime import launch, runners
 from ssd.pipeline.runtime.build_draft import build_draft
 from ssd.pipeline.runtime.build_verifier import build_verifier
@@ -49,7 +49,7 @@ def as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bodies are captured, and the CPU's operators are absent."""
     monkeypatch.setattr(operators, "available", lambda: False)
     monkeypatch.setattr(runners, "_graphs", lambda *_: Graphs(CPU, twin))
-    monkeypatch.setattr(Drafting, "_grow_stepwise", lambda *_: pytest.fail("not captured"))
+    monkeypatch.setattr(StepByStep, "grow", lambda *_: pytest.fail("not captured"))
 
 
 def refusing(_work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
@@ -133,7 +133,7 @@ def test_drafts_with_filters_and_penalties_are_captured(
     made = load_config(tiny_config(draft="target", speculation={"lookahead": 3, "forecast": {"budget": 12}}))
     plan = Plan(config=made, vocabulary=128, ends=(0,))
     verifier, draft = build_verifier(plan)[0], build_draft(plan)[0]
-    assert not draft.chooser.filters
+    assert not draft.sampling.filters
     plain = SamplingParams(max_tokens=20, ignore_eos=True, seed=3, temperature=0.9, method="ssd")
     params = [plain, replace(plain, **asked), replace(plain, temperature=0.0)]
     histories = play(verifier, draft, plan, [[9, 8, 7]] * len(params), params)

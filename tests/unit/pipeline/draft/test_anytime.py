@@ -1,4 +1,4 @@
-"""Trees that end when the verifier waits for them: shorter, and otherwise the same."""
+"""Trees that end when the verifier waits for them are shorter and otherwise the same."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from ssd import ConfigError
 from ssd.config.load import load_config
 from ssd.decoding.trees.shape import ABSENT
+from ssd.pipeline.draft.executors import InParts, Whole
 from ssd.pipeline.runtime.build_draft import build_draft
 from ssd.pipeline.runtime.plan import Plan
 from ssd.pipeline.transport.inbox import Inbox
@@ -42,10 +43,8 @@ def test_rules_that_send_probabilities(fickle: None, tiny_config: Configure, ver
     same_as_plain(tiny_config(speculation=TREE | {"verify": verify, "siblings": 0}), [GREEDY])
 
 
-def test_without_a_bell_that_rings_it_is_the_whole_tree(
-    tiny_config: Configure, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And one that rings at once leaves a single token."""
+def test_without_a_ringing_bell_trees_are_whole(tiny_config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bell that rings at once leaves a single token."""
     accepted = {}
     for name, rung in (("never", False), ("always", True)):
         monkeypatch.setattr(Inbox, "rung", lambda self, round, rung=rung: rung)
@@ -59,7 +58,9 @@ def test_without_a_bell_that_rings_it_is_the_whole_tree(
 
 @pytest.mark.parametrize("params", [GREEDY, WARM], ids=["greedy", "warm"])
 @pytest.mark.parametrize("copy_bias", [[], [1.0, 2.0]], ids=["", "copying"])
-def test_a_tree_cut_short_is_the_head_of_the_whole(tiny_config: Configure, params: Any, copy_bias: list[float]) -> None:
+def test_a_tree_that_ends_early_is_the_beginning_of_the_whole(
+    tiny_config: Configure, params: Any, copy_bias: list[float]
+) -> None:
     """In one function, in parts, and step by step."""
     config = load_config(tiny_config(speculation=TREE | {"copy_bias": copy_bias}))
     worker, _ = build_draft(Plan(config=config, vocabulary=128, ends=()))
@@ -68,9 +69,10 @@ def test_a_tree_cut_short_is_the_head_of_the_whole(tiny_config: Configure, param
         worker._prefilled = False
         worker._catch_up()
     worker.trees = [[6, 7, 5, 6, 7, *[ABSENT] * 4]]
-    _, lengths, longest = worker._select([0])
-    tokens, drafting = torch.tensor(worker.trees), worker.drafting
-    nodes, guesses, whole = drafting.grow_at_once(tokens, lengths)
+    _, batch, longest = worker._batch([0], worker.shape.nodes)
+    parts, stepwise = worker.drafting.fused, worker.drafting.stepwise
+    assert isinstance(parts, InParts)
+    nodes, guesses, whole, _ = Whole.grow(parts, batch, longest, 4)
     assert (whole != ABSENT).all()
     for steps in (1, 2, 3, 4):
         asked = 0
@@ -80,21 +82,17 @@ def test_a_tree_cut_short_is_the_head_of_the_whole(tiny_config: Configure, param
             asked += 1
             return asked == steps
 
-        drafting.bell = bell
-        absent = torch.tensor([depth > steps for depth in drafting.shape.depths[1:]])
+        absent = torch.tensor([depth > steps for depth in worker.shape.depths[1:]])
         wanted = whole.masked_fill(absent, ABSENT)
-        for grow in (
-            lambda: drafting._grow_in_parts(tokens, lengths),
-            lambda: drafting._grow_stepwise(tokens, lengths, longest, None)[:3],
-        ):
+        for executor in (parts, stepwise):
             asked = 0
-            found = grow()
+            found = executor.grow(batch, longest, 4, bell)
             assert asked == min(steps, 3)
-            assert all(torch.equal(one, other) for one, other in zip(found, (nodes, guesses, wanted), strict=True))
+            assert all(torch.equal(one, other) for one, other in zip(found[:3], (nodes, guesses, wanted), strict=True))
 
 
 class Mute(InprocLink):
-    """As gloo and NCCL: only receiving tells."""
+    """Like gloo and NCCL: only receiving shows whether a frame has arrived."""
 
     @property
     def arrived(self) -> bool | None:
@@ -108,13 +106,13 @@ def test_a_bell_on_the_lane_keeps_the_order_of_what_comes_with_it() -> None:
     told = [Cancel(request=number) for number in range(3)]
     for message in (Bell(round=0), told[0], Bell(round=1), told[1], told[2]):
         verifier.send(message)
-    assert not inbox.rung(2)  # those of rounds before say nothing
+    assert not inbox.rung(2)  # bells of earlier rounds do not count
     verifier.send(Bell(round=2))
     assert inbox.rung(2) and inbox.rung(2)
     assert [inbox.receive(0) for _ in range(4)] == [*told, None]
 
 
-def test_a_late_bell_is_no_message() -> None:
+def test_a_late_bell_is_skipped() -> None:
     verifier, draft = InprocLane.pair()
     inbox = Inbox(draft, Mute.pair()[1])
     verifier.send(Bell(round=0))
@@ -131,10 +129,10 @@ def test_the_frame_is_the_bell_where_it_can_be_seen() -> None:
     assert inbox.rung(0)
 
 
-def test_several_drafts_end_no_tree() -> None:
+def test_anytime_needs_a_single_draft() -> None:
     with pytest.raises(ConfigError, match="anytime ends the tree of one draft"):
         load_config("embedded", ["speculation.anytime=true", "draft.data_parallel=2", "draft.cores=[0,1]"])
 
 
-def test_hot_rows_too(fickle: None, tiny_config: Configure) -> None:
+def test_hot_rows(fickle: None, tiny_config: Configure) -> None:
     same_as_plain(tiny_config(speculation=TREE), [HOT])

@@ -118,13 +118,13 @@ class Rounds:
         self.victims: set[str] = set()
         speculate = DraftWorker.speculate
 
-        def counted(worker: DraftWorker) -> SpeculationSet:
+        def counted(worker: DraftWorker, *given: Any) -> SpeculationSet:
             role = threading.current_thread().name.removeprefix("ssd-")
             self.at[role] = self.at.get(role, 0) + 1
             if role in self.victims:
                 self.victims.remove(role)
                 self.how()
-            return speculate(worker)
+            return speculate(worker, *given)
 
         monkeypatch.setattr(DraftWorker, "speculate", counted)
 

@@ -1,4 +1,4 @@
-"""A draft that lies, breaks or speaks out of turn costs speed, never a token."""
+"""A draft that lies, fails or breaks the protocol costs speed, never a token."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from ssd import LLM, SamplingParams
-from ssd.pipeline.draft import worker as draft_module
-from ssd.pipeline.draft.worker import DraftWorker
+from ssd.pipeline.draft.worker import DraftedTrees, DraftWorker
 from ssd.pipeline.round.frames import Frames, SpeculationSet
+from ssd.pipeline.runtime import build_draft
 from ssd.pipeline.runtime.launch import InprocPipeline
+from ssd.pipeline.sampling.slots import SlotSampling
 
 Configure = Callable[..., dict[str, Any]]
 
@@ -45,27 +46,27 @@ def check(config: dict[str, Any], method: str = "ssd") -> tuple[str | None, int]
 
 @pytest.mark.parametrize("method", ["sd", "ssd"])
 @pytest.mark.parametrize("low_high", [(-1, 128), (-(2**31), 2**31 - 1), (7, 8)], ids=["tokens", "any int32", "one"])
-def test_tokens_out_of_the_air(
+def test_random_tokens(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, low_high: tuple[int, int], method: str
 ) -> None:
-    """Random tokens, ids that are none, children of absent nodes, siblings of one token."""
+    """Random tokens, invalid ids, children of absent nodes, siblings with one token."""
     generator = torch.Generator().manual_seed(1)
 
     def random(low: int, high: int, *shape: int) -> np.ndarray:
         return torch.randint(low, high, shape, generator=generator).numpy()
 
-    def speculate(self: DraftWorker) -> SpeculationSet:
+    def speculate(self: DraftWorker, bell: Any) -> SpeculationSet:
         batch, branches, below = len(self.rows), self.forecast.budget, self.shape.nodes - 1
         # Guesses over the whole vocabulary, so that some hit and the trees are verified.
         guesses = random(0, 128, batch, branches)
         nodes = random(-1, self.shape.nodes + 1, batch, branches)
         return SpeculationSet(nodes=nodes, guesses=guesses, trees=random(*low_high, batch, branches, below))
 
-    def draft_now(self: DraftWorker, missed: list[bool]) -> list[list[int]]:
+    def draft_now(self: DraftWorker, missed: list[bool]) -> DraftedTrees:
         trees = random(*low_high, len(self.rows), self.shape.nodes - 1).tolist()
         for slot in (slot for slot, waits in enumerate(missed) if waits):
             self.trees[slot][1:] = trees[slot]
-        return trees
+        return DraftedTrees(trees=trees, draft=None)
 
     monkeypatch.setattr(DraftWorker, "speculate", speculate)
     monkeypatch.setattr(DraftWorker, "draft_now", draft_now)
@@ -74,11 +75,11 @@ def test_tokens_out_of_the_air(
 
 
 def test_trees_of_another_outcome(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Good speculations, each handed out for its neighbour's outcome."""
+    """Good speculations, each for its neighbour's outcome."""
     speculate = DraftWorker.speculate
 
-    def shifted(self: DraftWorker) -> SpeculationSet:
-        honest = speculate(self)
+    def shifted(self: DraftWorker, bell: Any) -> SpeculationSet:
+        honest = speculate(self, bell)
         return replace(honest, trees=np.roll(honest.trees, 1, axis=1))
 
     monkeypatch.setattr(DraftWorker, "speculate", shifted)
@@ -89,8 +90,8 @@ def test_short_branches(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
     """Trees with nodes missing, at any depth."""
     speculate, generator = DraftWorker.speculate, np.random.default_rng(2)
 
-    def holey(self: DraftWorker) -> SpeculationSet:
-        honest = speculate(self)
+    def holey(self: DraftWorker, bell: Any) -> SpeculationSet:
+        honest = speculate(self, bell)
         holes = generator.random(honest.trees.shape) < 0.3
         return replace(honest, trees=np.where(holes, -1, honest.trees))
 
@@ -101,31 +102,30 @@ def test_short_branches(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
 
 
 def test_other_noise(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A draft of another seed guesses badly, that is all."""
-    chooser = draft_module.Chooser
+    """A draft with another seed only guesses badly."""
 
-    class Other(chooser):  # type: ignore[valid-type,misc]
+    class Other(SlotSampling):
         def set(self, slot: int, params: SamplingParams) -> None:
             super().set(slot, replace(params, seed=params.seed + 1))
 
-    monkeypatch.setattr(draft_module, "Chooser", Other)
+    monkeypatch.setattr(build_draft, "SlotSampling", Other)
     assert check(config)[0] is None
 
 
 @pytest.mark.parametrize("after", [0, 1, 5])
-def test_breaks_down(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+def test_fails(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     speculate, calls = DraftWorker.speculate, iter(range(1000))
 
-    def breaking(self: DraftWorker) -> SpeculationSet:
+    def breaking(self: DraftWorker, bell: Any) -> SpeculationSet:
         if next(calls) >= after:
             raise ZeroDivisionError("out of ideas")
-        return speculate(self)
+        return speculate(self, bell)
 
     monkeypatch.setattr(DraftWorker, "speculate", breaking)
     assert check(config)[0]
 
 
-def test_breaks_down_while_it_is_waited_for(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fails_while_the_verifier_waits(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DraftWorker, "draft_now", lambda _self, _missed: 1 / 0)
     assert check(config, "sd")[0]
 

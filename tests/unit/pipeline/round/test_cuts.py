@@ -31,7 +31,7 @@ from ssd.pipeline.round.verdict import Verdict
 from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.pipeline.runtime.plan import Plan
 from ssd.pipeline.runtime.verifier_loop import verifier_loop
-from ssd.pipeline.sampling.slots import Chooser
+from ssd.pipeline.sampling.slots import SlotSampling
 from ssd.pipeline.transport.lanes import InprocLane
 from ssd.pipeline.transport.messages import Committed, Finished, Ready, Shutdown
 from ssd.pipeline.verifier.decider import Decider
@@ -143,7 +143,7 @@ class ScriptedPipeline:
             ends=frozenset(plan.ends),
             max_model_len=plan.config.engine.max_model_len,
         )
-        chooser = Chooser(runner.batch, SIZE, runner.device, horizon=plan.shape.depth + 1)
+        chooser = SlotSampling(runner.batch, SIZE, runner.device, horizon=plan.shape.depth + 1)
         decider = Decider(runner, plan.shape, chooser)
         self.worker = ScriptedVerifier(runner, options, chooser=chooser, decider=decider)
         self.worker.right, self.worker.cancelled_at = right, []

@@ -1,4 +1,4 @@
-"""What the rules are made of: streams of noise, distributions and their frames, greedy rows."""
+"""Parts of the verification rules: streams of noise, distributions and their frames, greedy rows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SEEDS = st.integers(0, 2**63 - 1)
 
 
 @given(SEEDS, st.integers(0, 2**40), st.lists(st.integers(0, 299), min_size=1, max_size=6))
-def test_noise_of_some_tokens_is_that_of_all(seed: int, position: int, tokens: list[int]) -> None:
+def test_noise_of_some_tokens_equals_that_of_all(seed: int, position: int, tokens: list[int]) -> None:
     seeds, positions, at = torch.tensor([seed]), torch.tensor([position]), torch.tensor([tokens])
     assert torch.equal(gumbel_at(seeds, positions, at), gumbel(seeds, positions, 300).gather(1, at))
 
@@ -104,7 +104,7 @@ def test_draws_are_without_replacement_and_have_the_law() -> None:
     assert statistic < 20.5  # 5 degrees: p = 0.001
 
 
-def test_what_cannot_be_drawn_is_absent() -> None:
+def test_candidates_without_weight_are_absent() -> None:
     draft = DraftProbs(torch.tensor([[4, 9]]), torch.tensor([[1.0, 0.0]]))
     assert draft.draw(torch.zeros(1, 2), 3).tolist() == [[4, ABSENT, ABSENT]]
 
@@ -119,7 +119,7 @@ def test_the_support_is_the_most_probable_and_renormalised() -> None:
     assert torch.allclose(whole.dense(4), logits.softmax(-1))
 
 
-def test_what_is_no_distribution_counts_as_nothing() -> None:
+def test_invalid_weights_count_as_zero() -> None:
     nan, inf = float("nan"), float("inf")
     tokens = torch.tensor([[0, 1, 2, -5, 2**31 - 1], [3, 3, 1, 0, 0]])
     probs = torch.tensor([[nan, inf, -1.0, 0.5, 0.5], [0.25, 0.25, 0.5, 0.0, 1e30]])
@@ -313,8 +313,8 @@ def test_a_lying_draft_cannot_break_it(tiny_config: Configure, monkeypatch: pyte
     """Any bits for tokens and probabilities: greedy rows stay right, sampled ones run to their end."""
     speculate, generator = DraftWorker.speculate, torch.Generator().manual_seed(1)
 
-    def lying(self: DraftWorker) -> SpeculationSet:
-        honest = speculate(self)
+    def lying(self: DraftWorker, bell: Any) -> SpeculationSet:
+        honest = speculate(self, bell)
         assert honest.draft is not None
         shape = honest.draft.probs.shape
         bits = torch.randint(-(2**31), 2**31 - 1, shape, generator=generator, dtype=torch.int32).view(torch.float32)

@@ -1,4 +1,4 @@
-"""Forwards of the slots in use: which those are, and that nobody's tokens depend on it."""
+"""Forwards cover the slots in use: their selection, and tokens that do not depend on it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PARAMS = [
 ]
 
 
-def test_the_fewest_slots_with_those_in_use() -> None:
+def test_the_smallest_selection_that_contains_the_slots_in_use() -> None:
     selector = Selector(9, (1, 4, 9), torch.device("cpu"))
     assert selector.of([6]).slots == (6,)
     four = selector.of([6, 2])
@@ -42,8 +42,8 @@ def test_the_fewest_slots_with_those_in_use() -> None:
     assert selector.of([]).count == 1
 
 
-def test_slots_stay_while_they_serve() -> None:
-    """The noise made ahead is of these slots."""
+def test_a_selection_stays_while_it_fits() -> None:
+    """Noise that was prepared is that of these slots."""
     selector = Selector(9, (1, 4, 9), torch.device("cpu"))
     four = selector.of([1, 3, 5, 7])
     assert selector.of([3, 7]) is four
@@ -70,7 +70,7 @@ def answers(config: dict[str, Any], method: str) -> list[RequestOutput]:
 
 @pytest.mark.parametrize("siblings", [0, [2, 0, 1]])
 @pytest.mark.parametrize("method", ["none", "sd", "ssd"])
-def test_the_same_tokens_whoever_runs_beside(method: str, siblings: int | list[int], tiny_config: Configure) -> None:
+def test_tokens_do_not_depend_on_other_slots(method: str, siblings: int | list[int], tiny_config: Configure) -> None:
     """Seven requests that come and go, of all kinds, in one, five or seven slots; log-probabilities to the last bit."""
     speculation = {"lookahead": 3, "siblings": siblings, "fallback": "auto", "forecast": {"budget": 6}}
     found = [answers(tiny_config(engine={"max_batch": batch}, speculation=speculation), method) for batch in (1, 5, 7)]
@@ -83,7 +83,7 @@ def test_the_same_tokens_whoever_runs_beside(method: str, siblings: int | list[i
 @pytest.mark.parametrize(
     "options", [{"governor": True, "lookahead": "auto"}, {"anytime": True}, {"verify": "rejection"}], ids=str
 )
-def test_with_everything_else(options: dict[str, Any], tiny_config: Configure) -> None:
+def test_with_other_options(options: dict[str, Any], tiny_config: Configure) -> None:
     speculation = {"lookahead": 3, "fallback": "auto", "forecast": {"budget": 6}, **options}
     config = tiny_config(engine={"max_batch": 6}, speculation=speculation)
     found, alone = answers(config, "ssd"), answers(config, "none")
@@ -91,7 +91,7 @@ def test_with_everything_else(options: dict[str, Any], tiny_config: Configure) -
     assert [found[number].token_ids for number in greedy] == [alone[number].token_ids for number in greedy]
 
 
-def test_a_request_alone_pays_for_itself(tiny_config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_request_costs_its_own_slot_only(tiny_config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[int] = set()
     logits = ForwardRunner._logits
 

@@ -153,7 +153,7 @@ def test_the_draft_computes_one_chunk_a_round(tiny_config: Configure) -> None:
     for chunk in range(6):
         draft._prefilled = False  # as an exchange leaves it
         speculation = draft.speculate()
-        drafted = draft.draft_now(waits)
+        drafted = draft.draft_now(waits).trees
         assert len(counted) == chunk + 1  # one for both
         assert (speculation.guesses[0] != ABSENT).all()
         assert ABSENT not in drafted[0]

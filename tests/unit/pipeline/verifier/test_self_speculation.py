@@ -123,7 +123,7 @@ def test_tokens_are_plain_decodings(
 ) -> None:
     draft = {**skips, "confidence": confidence}
     drafted, accepted = check(configure(dtype=dtype, batch=batch, lookahead=lookahead, siblings=siblings, self=draft))
-    # It had something to be wrong about. A draft without any layer repeats its token for ever.
+    # Some candidates are wrong. A draft without any layer repeats one token forever.
     assert drafted > accepted and (accepted > 0 or len(skips.get("skip_mlp", [])) == LAYERS)
 
 
@@ -134,7 +134,7 @@ def test_architectures(architecture: str, configure: Callable[..., dict[str, Any
 
 
 def test_numerics_fast(configure: Callable[..., dict[str, Any]]) -> None:
-    """In float32 these models' logits are too far apart for the last bit to matter."""
+    """In float32 the logits of these models differ by far more than the last bit."""
     check(configure() | {"numerics": "fast"})
 
 
@@ -163,7 +163,7 @@ def test_rules_that_compare_probabilities(rule: str, configure: Callable[..., di
     assert plain[0] == own[0] and RECORDS[0].accepted > 0
 
 
-def test_the_governor_stops_a_draft_that_does_not_pay(configure: Callable[..., dict[str, Any]]) -> None:
+def test_the_governor_stops_an_unprofitable_draft(configure: Callable[..., dict[str, Any]]) -> None:
     worker = verifier_of(configure(governor=True))
     draft = worker._self_draft
     assert draft is not None and draft.governor is not None
@@ -196,7 +196,7 @@ def test_skipped_sublayers_add_nothing(architecture: str) -> None:
         assert torch.equal(model(input_ids=ids, use_cache=False).logits, whole)  # untouched
 
 
-def test_no_memory_of_its_own(configure: Callable[..., dict[str, Any]]) -> None:
+def test_it_shares_weights_and_cache_with_the_target(configure: Callable[..., dict[str, Any]]) -> None:
     worker = verifier_of(configure())
     assert worker._self_draft is not None
     whole = {weight.data_ptr() for weight in worker.runner.model.parameters()}
