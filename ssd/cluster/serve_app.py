@@ -28,6 +28,7 @@ from ..errors import UsageError, WorkerError
 from ..pipeline.runtime.launch import Pipeline
 from ..pipeline.runtime.plan import Plan
 from ..serving.http.app import build_app
+from ..serving.http.jobs import model_name
 from ..serving.metrics import Metrics
 from .actors import RayPipeline
 from .placement import Placement, Strategy, bundles
@@ -79,7 +80,7 @@ class Replica:
         await self.engine.start()
         self.tasks = [asyncio.create_task(self._end_with_pipeline()), asyncio.create_task(publish(self.metrics))]
         config = self.engine.config
-        model = config.server.model_name or config.target.model.rstrip("/").rpartition("/")[2]
+        model = model_name(config)
         return build_app(self.engine, self.metrics, model=model)
 
     def check_health(self) -> None:

@@ -37,8 +37,8 @@ from functools import partial
 from pathlib import Path
 from ssd.cluster import connect
 from ssd.cluster.batch import RayBatch
-from ssd.config import load_config
-from ssd.testing.scripted import ScriptedPipeline
+from ssd.config.load import load_config
+from ssd.testing.twins.pipeline import ScriptedPipeline
 connect("auto")
 config = load_config("embedded", {SCRIPTED!r})
 launch = partial(ScriptedPipeline, round_s=0.1)

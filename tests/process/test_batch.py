@@ -30,9 +30,9 @@ RUN = f"""
 import asyncio, sys
 from functools import partial
 from pathlib import Path
-from ssd.config import load_config
-from ssd.serving.batch import Batch
-from ssd.testing.scripted import ScriptedPipeline
+from ssd.config.load import load_config
+from ssd.serving.batch.run import Batch
+from ssd.testing.twins.pipeline import ScriptedPipeline
 config = load_config("embedded", ["engine.max_batch=3"])
 job = Batch(config, Path(sys.argv[1]), Path(sys.argv[2]), launch=partial(ScriptedPipeline, round_s={SLOW_S}))
 asyncio.run(job.run())

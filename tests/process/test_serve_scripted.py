@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SOON_S = 250.0
 RUN = """
 import asyncio, sys, threading, time
-from ssd.config import load_config
+from ssd.config.load import load_config
 from ssd.errors import SSDError
 from ssd.serving.run import serve
-from ssd.testing.scripted import ScriptedPipeline
+from ssd.testing.twins.pipeline import ScriptedPipeline
 def launch(plan):
     pipeline = ScriptedPipeline(plan, round_s=0.05)
     if "die" in sys.argv:
