@@ -14,25 +14,28 @@ MIN_INTEGER, MAX_INTEGER = -(2**63), 2**64 - 1
 """What 64 bits hold, signed or not. Fields that are numbers have narrower bounds."""
 
 
-def parse(raw: bytes) -> Any:
+def parse(raw: bytes, what: str = "the body") -> Any:
     """Parses JSON.
+
+    Args:
+        what: what messages call it.
 
     Raises:
         APIError: 400: not UTF-8, not JSON, a key twice in an object, ``NaN`` or ``Infinity``, a number of too
             many digits, too deep nesting. Values are not checked: see ``check``.
     """
     if not raw.strip():
-        raise APIError(400, "the body is empty; send a JSON object")
+        raise APIError(400, f"{what} is empty; send a JSON object")
     try:
         return json.loads(raw.decode(), object_pairs_hook=_object, parse_constant=_constant)
     except UnicodeDecodeError as error:
-        raise APIError(400, f"the body is not UTF-8 (byte {error.start})") from None
+        raise APIError(400, f"{what} is not UTF-8 (byte {error.start})") from None
     except json.JSONDecodeError as error:
-        raise APIError(400, f"the body is not valid JSON: {error}") from None
+        raise APIError(400, f"{what} is not valid JSON: {error}") from None
     except RecursionError:
-        raise APIError(400, f"the body is nested deeper than {MAX_DEPTH} levels") from None
+        raise APIError(400, f"{what} is nested deeper than {MAX_DEPTH} levels") from None
     except ValueError:  # Python's limit on the digits of an integer
-        raise APIError(400, "the body has a number of too many digits") from None
+        raise APIError(400, f"{what} has a number of too many digits") from None
 
 
 def check(value: Any) -> None:
@@ -90,4 +93,4 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(name: str) -> NoReturn:
-    raise APIError(400, f"the body has {name}, which is not valid JSON")
+    raise APIError(400, f"{name} is not valid JSON")
