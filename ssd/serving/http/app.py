@@ -69,7 +69,6 @@ def build_app(engine: AsyncEngine, metrics: Metrics, *, model: str) -> App:
         tokens_in_flight=lambda: engine.tokens_in_flight,
         draft_lost=lambda: float(engine.degraded is not None),
     )
-    engine.on_draft(lambda news: metrics.draft_events.labels(news).inc())
 
     async def run(request: Request, make: Callable[[Any], Job]) -> Response:
         if not engine.ready:
