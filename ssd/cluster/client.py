@@ -15,7 +15,9 @@ import ray
 from ..config.load import Config, load_config
 from ..errors import PipelineError, UsageError, WorkerError
 from ..pipeline.runtime.launch import LEAVE_S
-from ..request.output import RequestOutput, SpeculationRecord, StreamEvent, TokenLogprob
+from ..request import prompts as asked
+from ..request.output import RequestOutput, StreamEvent
+from ..request.prompts import Prompt, Prompts
 from ..request.sampling_params import SamplingParams
 from .actors import PipelineActor
 from .placement import reason, release_abandoned
@@ -73,21 +75,20 @@ class PipelineClient:
 
     def generate(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        prompts: Prompts,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """As ``LLM.generate``."""
-        single = params is None or isinstance(params, SamplingParams)
-        fields = dataclasses.asdict(params or SamplingParams()) if single else [dataclasses.asdict(p) for p in params]
-        return [read_output(output) for output in self._call("generate", prompts, fields)]
+        pairs = asked.pair(prompts, params)
+        fields = [dataclasses.asdict(one.params) for one in pairs]
+        outputs = self._call("generate", [one.prompt for one in pairs], fields)
+        return [RequestOutput.from_dict(output) for output in outputs]
 
-    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[StreamEvent]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamEvent]:
         """As ``LLM.stream``; closing the iterator early leaves the request to run to its end."""
-        fields = dataclasses.asdict(params or SamplingParams())
-        for ref in self._running().stream.remote(prompt, fields):
-            event = _get(ref)
-            output, logprobs = event["output"], read_logprobs(event["logprobs"])
-            yield StreamEvent(**{**event, "output": output and read_output(output), "logprobs": logprobs})
+        one = asked.one(prompt, params)
+        for ref in self._running().stream.remote(one.prompt, dataclasses.asdict(one.params)):
+            yield StreamEvent.from_dict(_get(ref))
 
     def timings(self, *, reset: bool = False) -> dict[str, float | None]:
         """As ``LLM.timings``."""
@@ -171,21 +172,6 @@ def end(actor: Any, room: str) -> None:
 
 def _room(name: str) -> str:
     return f"ssd-standing-{name}"
-
-
-def read_output(fields: dict[str, Any]) -> RequestOutput:
-    """Returns a ``RequestOutput`` from the plain data that a ``PipelineActor`` returns."""
-    read = {
-        "speculation": SpeculationRecord(**fields["speculation"]),
-        "logprobs": read_logprobs(fields["logprobs"]),
-        "others": tuple(read_output(other) for other in fields["others"]),
-    }
-    return RequestOutput(**{**fields, **read})
-
-
-def read_logprobs(fields: Sequence[dict[str, Any]] | None) -> tuple[TokenLogprob, ...] | None:
-    """Returns log-probabilities from the plain data that a ``PipelineActor`` returns."""
-    return None if fields is None else tuple(TokenLogprob(**token) for token in fields)
 
 
 def _get(ref: ray.ObjectRef) -> Any:

@@ -35,7 +35,8 @@ class LineWorker:
             if line.error is not None:
                 raise APIError(400, line.error)
             read = self._jobs.completion if line.url == URLS[0] else self._jobs.chat
-            answer = await Generation(self._engine, read(line.body), "").whole()
+            generation = await Generation.start(self._engine, read(line.body), client="")
+            answer = await generation.whole()
             tokens = answer["usage"]["completion_tokens"]
             return {"line": line.number, "ok": True, "result": _success(line, answer), "tokens": tokens}
         return {"line": line.number, "ok": False, "result": _failure(line, failures[0]), "tokens": 0}

@@ -19,10 +19,8 @@ from starlette.types import Receive, Scope, Send
 
 from ... import __version__
 from ...config.load import Config
-from ...engine.async_engine import AHEAD as ENGINE_AHEAD
-from ...engine.async_engine import AsyncEngine
-from ...engine.book import Limits
-from ...errors import ConfigError, SSDError
+from ...engine.async_engine import AsyncEngine, server_limits
+from ...errors import ConfigError, PipelineError, SSDError
 from ..metrics import Metrics
 from .answers import sse
 from .border import App, Border
@@ -72,15 +70,15 @@ def build_app(engine: AsyncEngine, metrics: Metrics, *, model: str) -> App:
         ConfigError: API keys, the chat template or a limit are wrong.
     """
     config = engine.config
+    check_limits(config)
     metrics.gauges(
         num_requests_running=lambda: engine.running,
         num_requests_waiting=lambda: engine.queued,
         tokens_in_flight=lambda: engine.tokens_in_flight,
         draft_lost=lambda: float(engine.degraded is not None),
     )
-    engine.on_draft(lambda news: metrics.draft_events.labels(news).inc())
     app = FastAPI(title="ssd", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    _add_generation(app, engine, JobReader(engine, model=model, limits=limits_of(config)))
+    _add_generation(app, engine, JobReader(engine, model=model, limits=server_limits(config)))
     _add_models(app, Models(model, config))
     _add_state(app, engine, metrics, model)
 
@@ -101,34 +99,27 @@ def build_app(engine: AsyncEngine, metrics: Metrics, *, model: str) -> App:
     return Border(Guard(app, config.server), count=lambda status: metrics.refused.labels(status).inc())
 
 
-def limits_of(config: Config) -> Limits:
-    """Returns what the engine takes at once.
-
-    Raises:
-        ConfigError: a request as long as the context would never fit.
-    """
-    server, length = config.server, config.engine.max_model_len
-    if server.max_tokens_in_flight < length:
+def check_limits(config: Config) -> None:
+    """Raises: ConfigError: a request as long as the context would never fit."""
+    held, length = config.server.max_tokens_in_flight, config.engine.max_model_len
+    if held < length:
         raise ConfigError(
-            f"server.max_tokens_in_flight={server.max_tokens_in_flight} is below engine.max_model_len={length}, so a "
-            "request of full length would never fit; raise the former or lower the latter"
+            f"server.max_tokens_in_flight={held} is below engine.max_model_len={length}, so a request of full length "
+            "would never fit; raise the former or lower the latter"
         )
-    return Limits(
-        queue=server.max_queue, tokens=server.max_tokens_in_flight, sent=config.engine.max_batch + ENGINE_AHEAD
-    )
 
 
 def _add_generation(app: FastAPI, engine: AsyncEngine, jobs: JobReader) -> None:
     async def run(request: Request, read: Callable[[bytes], Job], *, aside: int) -> Response:
         """Args: aside: bodies of more bytes are read in a thread."""
         if not engine.ready:
-            raise APIError(503, str(engine.failure or "the models are still loading"), code="engine_unavailable")
+            raise as_api_error(PipelineError(str(engine.failure or "the models are still loading")))
         try:
             raw = await request.body()
         except ClientDisconnect:
             return Response(status_code=CLIENT_GONE)
         job = await asyncio.to_thread(read, raw) if len(raw) > aside else read(raw)
-        generation = Generation(engine, job, request.scope.get("ssd.client", ""))
+        generation = await Generation.start(engine, job, request.scope.get("ssd.client", ""))
         return EventStream(generation) if job.stream else await _unless_gone(request, generation)
 
     @app.post("/v1/completions")
@@ -216,7 +207,7 @@ def _add_state(app: FastAPI, engine: AsyncEngine, metrics: Metrics, model: str) 
     @app.get("/ssd/rounds")
     async def rounds() -> Response:
         if not engine.ready:
-            raise APIError(503, "the models are still loading", code="engine_unavailable")
+            raise as_api_error(PipelineError(str(engine.failure or "the models are still loading")))
         return StreamingResponse(
             _round_events(engine), media_type="text/event-stream", headers={"cache-control": "no-cache"}
         )

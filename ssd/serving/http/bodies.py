@@ -177,22 +177,8 @@ def read_body(cls: type[Body], raw: Any) -> Body:
     if not isinstance(raw, dict):
         raise APIError(400, "the body must be a JSON object")
     strict_json.check(raw)
-    given: dict[str, Any] = {}
-    for name, value in raw.items():
-        if name in cls.model_fields:
-            given[name] = value
-        elif name in REPLACED:
-            raise APIError(400, f"{name} is now {REPLACED[name]}", param=name, code="unknown_parameter")
-        elif name not in UNSUPPORTED:
-            near = get_close_matches(name[:MAX_NAME], [*cls.model_fields, *UNSUPPORTED], n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise APIError(400, f"unknown parameter '{shown(name)}'{hint}", param=name, code="unknown_parameter")
-        elif not any(value == neutral and type(value) is type(neutral) for neutral in UNSUPPORTED[name]) and not (
-            isinstance(value, float) and value in UNSUPPORTED[name]
-        ):
-            raise APIError(400, f"{name} is not supported by this server", param=name, code="unsupported_parameter")
     try:
-        body = cls.model_validate(given)
+        body = cls.model_validate(_supported(cls, raw))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         parts = [str(part) for part in first["loc"]]
@@ -203,6 +189,28 @@ def read_body(cls: type[Body], raw: Any) -> Body:
     if getattr(body, "top_logprobs", None) and body.top_count is None:
         raise APIError(400, "top_logprobs is only allowed when logprobs is true", param="top_logprobs")
     return body
+
+
+def _supported(cls: type[Common], raw: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields without those that ask for nothing. Raises: APIError: a field that is not supported."""
+    given: dict[str, Any] = {}
+    for name, value in raw.items():
+        if name in cls.model_fields:
+            given[name] = value
+        elif name in REPLACED:
+            raise APIError(400, f"{name} is now {REPLACED[name]}", param=name, code="unknown_parameter")
+        elif name not in UNSUPPORTED:
+            near = get_close_matches(name[:MAX_NAME], [*cls.model_fields, *UNSUPPORTED], n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise APIError(400, f"unknown parameter '{shown(name)}'{hint}", param=name, code="unknown_parameter")
+        elif not any(_same(value, neutral) for neutral in UNSUPPORTED[name]):
+            raise APIError(400, f"{name} is not supported by this server", param=name, code="unsupported_parameter")
+    return given
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Whether a value is a neutral one, where 1.0 counts as 1 but true does not."""
+    return value == neutral and (type(value) is type(neutral) or isinstance(value, float))
 
 
 def sampling_params(body: Common, *, max_tokens: int, seed: int) -> SamplingParams:

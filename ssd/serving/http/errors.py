@@ -56,8 +56,8 @@ def as_api_error(error: Exception) -> APIError:
         return APIError(400, str(error), code=code)
     if isinstance(error, OverloadedError):
         return APIError(429, str(error), code="rate_limit_exceeded", kind="rate_limit_error")
-    if isinstance(error, PipelineError):
-        return APIError(503, str(error), code="engine_unavailable")
+    if isinstance(error, PipelineError):  # a worker's traceback may follow the first line
+        return APIError(503, str(error).partition("\n")[0], code="engine_unavailable")
     return APIError(500, f"internal error ({type(error).__name__})", code="internal_error")
 
 

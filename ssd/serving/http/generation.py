@@ -20,31 +20,45 @@ from .logprobs import TokenBytes
 
 
 class Generation:
-    """The requests of a job, one for each choice. If one of them is refused, none runs.
+    """The requests of a job, one for each choice.
 
-    Raises:
-        APIError: the engine refuses a parameter.
-        OverloadedError, PipelineError: as ``AsyncEngine.submit``.
+    Args:
+        streams: the events of each choice.
     """
 
-    def __init__(self, engine: AsyncEngine, job: Job, client: str):
-        self.job = job
+    def __init__(self, engine: AsyncEngine, job: Job, streams: Sequence[RequestStream]):
+        self.job, self.streams = job, streams
         self._lookahead = engine.config.speculation.depth if engine.config.draft is not None else 0
         self._texts = TokenBytes(engine.tokenizer)
         self._characters: Counter[int] = Counter()
         """By choice: characters of the tokens whose log-probabilities were sent."""
-        self.streams: list[RequestStream] = []
+
+    @classmethod
+    async def start(cls, engine: AsyncEngine, job: Job, client: str) -> Generation:
+        """Starts all requests of a job. If one of them is refused, none runs.
+
+        Raises:
+            APIError: the engine refuses a parameter.
+            OverloadedError, PipelineError: as ``AsyncEngine.open``.
+        """
+        streams: list[RequestStream] = []
+        generation = cls(engine, job, streams)
         try:
             for prompt, params in job.choices:
                 ids = job.prompts[prompt]
-                self.streams.append(engine.submit(ids, params, client=client, priority=job.priority))
-                self.streams[-1].request.label = job.head["id"]
+                if params.structured_outputs is not None:  # compiled in a thread
+                    stream = await engine.open(ids, params, client=client, priority=job.priority)
+                else:
+                    stream = engine.submit(ids, params, client=client, priority=job.priority)
+                stream.request.label = job.head["id"]
+                streams.append(stream)
         except RequestError as error:
-            self.cancel()
+            generation.cancel()
             raise refused(error, job.structured_by) from None
         except BaseException:
-            self.cancel()
+            generation.cancel()
             raise
+        return generation
 
     def cancel(self) -> None:
         """Gives all requests up. Those that are over are left alone."""

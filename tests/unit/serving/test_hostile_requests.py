@@ -12,8 +12,13 @@ from typing import Any
 
 import pytest
 
-from ssd.errors import ConfigError
+from ssd.config.load import load_config
+from ssd.engine.async_engine import AsyncEngine
+from ssd.errors import ConfigError, PipelineError
+from ssd.serving.http.app import build_app
+from ssd.serving.http.errors import as_api_error
 from ssd.serving.http.generation import Generation
+from ssd.serving.metrics import Metrics
 from ssd.testing.twins.served import Served
 
 SURROGATE = "a\ud800b"
@@ -257,6 +262,11 @@ def test_an_unexpected_error_within_a_stream(
     served.until(lambda: served.engine.running == served.engine.queued == 0)
 
 
+def test_a_worker_s_traceback_stays_inside() -> None:
+    told = as_api_error(PipelineError("the verifier worker failed: x\nTraceback (most recent call last):\n  File"))
+    assert (told.status, told.message) == (503, "the verifier worker failed: x")
+
+
 def test_a_completion_is_not_refused_for_what_it_did_not_ask() -> None:
     """Without ``max_tokens`` an answer is as long as there is room for."""
     server = Served("engine.max_model_len=64")
@@ -293,16 +303,9 @@ def test_a_request_that_never_fits_is_400() -> None:
 
 
 def test_a_limit_below_the_context_is_refused_at_start() -> None:
-    from ssd.config.load import load_config
-    from ssd.serving.http.app import build_app
-    from ssd.serving.metrics import Metrics
-    from ssd.serving.shadow import observed_engine
-
-    config = load_config("embedded", ["server.max_tokens_in_flight=16"])
-    metrics = Metrics()
-    engine, _ = observed_engine(config, metrics)
+    engine = AsyncEngine(load_config("embedded", ["server.max_tokens_in_flight=16"]))
     with pytest.raises(ConfigError, match="max_tokens_in_flight"):
-        build_app(engine, metrics, model="tiny")
+        build_app(engine, Metrics(), model="tiny")
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
