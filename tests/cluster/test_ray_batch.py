@@ -1,4 +1,4 @@
-"""Batch files through Ray Data: the same results, whoever is killed."""
+"""Batch files through Ray Data: the same results, whichever process is killed."""
 
 from __future__ import annotations
 

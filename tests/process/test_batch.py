@@ -269,7 +269,7 @@ def check_hostile(out: Path) -> None:
         assert said in message and "\n" not in message and len(message) <= 600, (raw[:80], message)
 
 
-def test_any_line_whatsoever_goes_to_the_error_file(tmp_path: Path) -> None:
+def test_bad_lines_go_to_the_error_file(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     progress = perform(hostile_file(tmp_path / "in.jsonl"), out)
     assert (progress.total, progress.failed) == (2 * len(HOSTILE), len(HOSTILE))

@@ -1,6 +1,6 @@
 """``ssd batch``: decodes a file of requests into a file of results.
 
-A line that cannot work goes to the error file with its number; the run goes on.
+A line that cannot work goes to the error file with its number, and the run continues.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class LineWorker:
     async def record(self, line: Line) -> dict[str, Any]:
         """Returns the journal's record of a line (``line``, ``ok``, ``result``) and the number of ``tokens``.
 
-        A line that cannot work, for whatever reason, gives a record that is not ``ok``.
+        A line that fails gives a record that is not ``ok``.
 
         Raises:
             PipelineError: the pipeline broke.

@@ -36,7 +36,7 @@ PAGE_POLICY = (
 )
 KEEP_ALIVE_S = 10.0
 INLINE_BYTES = 16 * 1024
-"""A completion's body of at most so many bytes is read on the event loop: that takes less than a thread's turn."""
+"""Largest completion body, in bytes, that is read on the event loop: handing it to a thread would take longer."""
 CLIENT_GONE = 499
 """nginx's status for a client that left; nobody reads it."""
 
@@ -124,12 +124,12 @@ def _add_generation(app: FastAPI, engine: AsyncEngine, jobs: JobReader) -> None:
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await run(request, jobs.parsed_completion, aside=INLINE_BYTES)
+        return await run(request, jobs.read_completion, aside=INLINE_BYTES)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         # How long a template takes does not depend on the body's size alone.
-        return await run(request, jobs.parsed_chat, aside=0)
+        return await run(request, jobs.read_chat, aside=0)
 
 
 class Models:

@@ -43,7 +43,7 @@ class APIError(Exception):
     @property
     def response(self) -> Response:
         headers = {"retry-after": "1"} if self.status in (429, 503) else {}
-        # ASCII: whatever the texts hold, they can be encoded.
+        # ASCII output, so that any text can be encoded.
         return Response(json.dumps(self.body), self.status, headers, media_type="application/json")
 
 

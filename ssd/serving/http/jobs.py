@@ -74,11 +74,11 @@ class JobReader:
         self._context = engine.config.engine.max_model_len
         self._template = ChatTemplate(engine.tokenizer, engine.config.server.chat_template)
 
-    def parsed_completion(self, raw: bytes) -> Job:
+    def read_completion(self, raw: bytes) -> Job:
         """Reads the bytes of a /v1/completions body. Raises: APIError."""
         return self.completion(strict_json.parse(raw))
 
-    def parsed_chat(self, raw: bytes) -> Job:
+    def read_chat(self, raw: bytes) -> Job:
         """Reads the bytes of a /v1/chat/completions body. Raises: APIError."""
         return self.chat(strict_json.parse(raw))
 

@@ -1,4 +1,4 @@
-"""Requests that are broken or hostile: each gets an OpenAI error of one line, and the server goes on."""
+"""Broken and hostile requests: each gets an OpenAI error of one line, and the server keeps working."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ NUMBERS = (10**39, -(10**39), 1e39, -1e39, 2**64, -(2**64), 10**400)
         "priority",
     ],
 )
-def test_numbers_beyond_what_models_hold(served: Served, name: str, number: Any) -> None:
+def test_numbers_out_of_range(served: Served, name: str, number: Any) -> None:
     check_refused(served, COMPLETIONS, {**VALID, name: number}, name)
 
 
@@ -139,7 +139,7 @@ def test_numbers_beyond_what_models_hold(served: Served, name: str, number: Any)
     ],
     ids=str,
 )
-def test_numbers_beyond_what_models_hold_in_lists(served: Served, name: str, wrapped: Any, number: Any) -> None:
+def test_numbers_out_of_range_within_lists(served: Served, name: str, wrapped: Any, number: Any) -> None:
     check_refused(served, COMPLETIONS, {**VALID, name: wrapped(number)}, name)
 
 
@@ -179,7 +179,7 @@ def with_field(field: str) -> bytes:
     ],
     ids=lambda value: ascii(value)[:40],
 )
-def test_bodies_that_are_no_request(served: Served, raw: bytes, param: str | None, said: str) -> None:
+def test_bodies_that_are_not_requests(served: Served, raw: bytes, param: str | None, said: str) -> None:
     assert said in check_refused(served, COMPLETIONS, raw, param)
 
 
@@ -189,12 +189,12 @@ def test_wrong_content_types(served: Served, kind: str) -> None:
 
 
 @pytest.mark.parametrize("origin", ["http://[", "http://[::1", "//", "\xff", "http://a b"])
-def test_origins_that_are_no_address(served: Served, origin: str) -> None:
+def test_origins_that_are_not_addresses(served: Served, origin: str) -> None:
     check_refused(served, COMPLETIONS, VALID, None, 403, origin=origin)
 
 
 @pytest.mark.parametrize("path", ["/v1/models/%ff%fe", "/v1/models/%ED%A0%80", "/v1/models/a%0Ab", "/nowhere"])
-def test_paths_that_are_no_text(served: Served, path: str) -> None:
+def test_paths_that_are_not_text(served: Served, path: str) -> None:
     status, _, text = served.ask("GET", path)
     assert status == 404
     error_of(text)
@@ -262,7 +262,7 @@ def test_an_unexpected_error_within_a_stream(
     served.until(lambda: served.engine.running == served.engine.queued == 0)
 
 
-def test_a_worker_s_traceback_stays_inside() -> None:
+def test_a_traceback_of_a_worker_is_not_sent() -> None:
     told = as_api_error(PipelineError("the verifier worker failed: x\nTraceback (most recent call last):\n  File"))
     assert (told.status, told.message) == (503, "the verifier worker failed: x")
 
@@ -337,7 +337,7 @@ def test_the_loop_is_not_held_by_a_large_body(served: Served, path: str, monkeyp
     assert answers == [200]
 
 
-def test_a_client_that_leaves_within_its_body(served: Served) -> None:
+def test_a_client_that_disconnects_while_sending(served: Served) -> None:
     import socket
 
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
