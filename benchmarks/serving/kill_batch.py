@@ -1,10 +1,10 @@
-"""A batch file killed (SIGKILL) at random moments and taken up again gives what an unkilled run gives.
+"""Checks that a batch run killed (SIGKILL) at random moments and resumed gives the results of an uninterrupted run.
 
     python benchmarks/serving/kill_batch.py --lines 10000 --kills 5 --json out.json
 
-The moments are random places of the file and a random fraction of a second after each; some kills also
-take the workers. Every id must be in the output once, with the text, the reason and the token counts of
-the unkilled run; what the draft did for it and how long it took may differ.
+Each kill comes a random fraction of a second after a random number of results; some kills take the workers too.
+Every id must be in the output once, with the text, finish reason and token counts of the uninterrupted run.
+Timing and speculation may differ.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def start(config: Path, source: Path, out: Path) -> subprocess.Popen[bytes]:
 
 
 def done(out: Path) -> int:
-    """Results on disk."""
+    """Returns the number of results on disk."""
     return sum(shard.read_bytes().count(b"\n") for shard in out.with_name(out.name + ".parts").glob("shard-*.jsonl"))
 
 
 def results(out: Path) -> list[dict[str, Any]]:
-    """What must not depend on kills, in order."""
+    """Returns what must not depend on kills, in order."""
     records = [json.loads(line) for line in out.read_text().splitlines()]
     counts = ("prompt_tokens", "completion_tokens", "total_tokens")
     return [
@@ -55,7 +55,7 @@ def results(out: Path) -> list[dict[str, Any]]:
 
 
 def kill_at(process: subprocess.Popen[bytes], out: Path, lines: int, rng: random.Random) -> dict[str, Any]:
-    """Wait for so many results and a little longer, then kill. Raises: RuntimeError: it ended before."""
+    """Waits for ``lines`` results and up to a second longer, then kills. Raises: RuntimeError: the run ended first."""
     while done(out) < lines:
         if process.poll() is not None:
             raise RuntimeError(f"the run ended with {process.returncode} before {lines} results were there")
@@ -80,19 +80,19 @@ def kill_at(process: subprocess.Popen[bytes], out: Path, lines: int, rng: random
 
 
 def check(lines: int, kills: int, config: Path, folder: Path, seed: int) -> dict[str, Any]:
-    """Both runs, and what came of them. ``equal``, ``complete`` and ``unique`` must be true."""
+    """Makes both runs and compares them. ``equal``, ``complete`` and ``unique`` must be true."""
     rng = random.Random(seed)
     source, whole, killed = (folder / name for name in ("in.jsonl", "whole.jsonl", "killed.jsonl"))
     write_requests(source, lines)
     began = time.monotonic()
     if start(config, source, whole).wait():
-        raise RuntimeError("the unkilled run failed")
+        raise RuntimeError("the uninterrupted run failed")
     unkilled_s = time.monotonic() - began
     moments = sorted(rng.sample(range(lines // 50, lines * 9 // 10), kills))
     log = [kill_at(start(config, source, killed), killed, moment, rng) for moment in moments]
     resumed = done(killed)
     if start(config, source, killed).wait():
-        raise RuntimeError("the run that was taken up again failed")
+        raise RuntimeError("the resumed run failed")
     expected, got = results(whole), results(killed)
     ids = [r["id"] for r in got]
     return {

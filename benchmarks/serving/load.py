@@ -1,13 +1,13 @@
-"""Load on ``ssd serve`` through its public API, after the manner of ``vllm bench serve``.
+"""Measures ``ssd serve`` under load through its public API, like ``vllm bench serve``.
 
-For every concurrency, that many clients stream completions, one after the other each, until all requests
-are done; every method in turn, repeated, so that a machine that changes its mind changes it for all.
+At each concurrency, that many clients stream one completion after another until all requests are done. Methods take
+turns within each repetition, so that changes in the machine's speed affect all of them.
 
     python benchmarks/serving/load.py --json out.json --table out.md
 
-TTFT: from sending to the first text. TPOT: time after the first text over the tokens after the first
-one. ITL: between two chunks with text (a round brings several tokens at once, so ITL is the time of a
-round, not of a token). Throughput: output tokens of all clients over wall time.
+TTFT: time from sending to the first text. TPOT: time after the first text, divided by the tokens after the first.
+ITL: time between two chunks with text (a round yields several tokens at once, so this is the time of a round).
+Throughput: output tokens of all clients per second of wall time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PROMPTS = ROOT / "benchmarks" / "prompts" / "heldout-code.jsonl"
 
 @dataclass(kw_only=True, slots=True)
 class Answer:
-    """What one request saw. Seconds."""
+    """Measurements of one request. Times are in seconds."""
 
     sent_s: float
     first_s: float | None = None
@@ -43,6 +43,7 @@ class Answer:
 
 
 async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
+    """Streams one completion."""
     answer = Answer(sent_s=time.perf_counter())
     try:
         async with client.stream("POST", "/v1/completions", json=body) as response:
@@ -73,7 +74,7 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
 
 
 async def load(url: str, bodies: list[dict[str, Any]], concurrency: int) -> tuple[list[Answer], float]:
-    """All of them, ``concurrency`` at a time, and how long it took."""
+    """Sends all bodies, ``concurrency`` at a time. Returns the answers and the seconds it took."""
     left, answers = deque(bodies), list[Answer]()
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     async with httpx.AsyncClient(base_url=url, timeout=600.0, limits=limits) as client:
@@ -88,7 +89,7 @@ async def load(url: str, bodies: list[dict[str, Any]], concurrency: int) -> tupl
 
 
 def spread(values: list[float]) -> dict[str, float] | None:
-    """In ms."""
+    """Returns mean and percentiles in ms of values in seconds."""
     if len(values) < 2:
         return {"mean": values[0] * 1e3, **dict.fromkeys(("p50", "p95", "p99"), values[0] * 1e3)} if values else None
     cuts = statistics.quantiles(values, n=100, method="inclusive")
@@ -177,7 +178,7 @@ def main() -> None:
             overrides = [f"engine.max_batch={given.batch}", *given.overrides]
             url = stack.enter_context(Server(given.config, overrides)).url
         model = httpx.get(url + "/v1/models", timeout=60).json()["data"][0]["id"]
-        for method in methods:  # nothing is cold for anybody
+        for method in methods:  # warms everything up for every method
             asyncio.run(load(url, bodies(method, 2, 0), 2))
         runs: dict[tuple[str, int], list[tuple[list[Answer], float]]] = {}
         for repeat in range(given.repeats):

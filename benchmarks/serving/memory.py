@@ -1,11 +1,11 @@
-"""Memory over thousands of requests, and what is left when the server is told to stop.
+"""Measures memory over thousands of requests, and checks that a stopped server leaves nothing behind.
 
     python benchmarks/serving/memory.py --requests 2000 --json out.json
 
-Streams of every kind through the public API, some of them broken off; the resident memory of the front
-and its workers is read all along. Flat: between the first quarter and the end, no process grew by more
-than ``--growth-mib``. Then SIGTERM, and once more a server and SIGINT (Ctrl-C) in the middle of
-streams: no process, no listening socket, no file in /dev/shm or in the server's folder may be left.
+Streams of every method go through the public API, and some clients disconnect early. The resident memory of the
+front and its workers is sampled throughout. It is flat if no process grows by more than ``--growth-mib`` between
+the first quarter and the end. Then the server gets SIGTERM, and a second server gets SIGINT (Ctrl-C) in the middle
+of streams. No process, listening socket, or file in /dev/shm or in the server's folder may be left.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def body(model: str, n: int) -> dict[str, Any]:
 
 
 async def broken_off(client: httpx.AsyncClient, wanted: dict[str, Any]) -> None:
-    """A client that goes away after the first line."""
+    """A client that disconnects after the first line."""
     async with client.stream("POST", "/v1/completions", json={**wanted, "max_tokens": 60}) as response:
         async for _ in response.aiter_lines():
             return
 
 
 async def traffic(server: Server, model: str, first: int, count: int, clients: int) -> int:
-    """Errors."""
+    """Sends requests ``first`` to ``first + count - 1``. Returns the number of errors."""
     numbers, errors = iter(range(first, first + count)), 0
     async with httpx.AsyncClient(base_url=server.url, timeout=600.0) as client:
 
@@ -67,12 +67,12 @@ async def traffic(server: Server, model: str, first: int, count: int, clients: i
 
 
 def resident(server: Server) -> dict[str, float]:
-    """MiB by process."""
+    """Returns the resident memory of each process in MiB."""
     return {name: round(p.memory_info().rss / 2**20, 2) for name, p in server.processes().items()}
 
 
 def left_behind(server: Server, shared_before: set[str], processes: list[psutil.Process], stop: signal.Signals) -> Any:
-    """What remains of a server after a signal."""
+    """Sends a signal. Returns what remains of the server."""
     port = urlsplit(server.url).port
     code = server.stop(stop)
     _, alive = psutil.wait_procs(processes, timeout=60)

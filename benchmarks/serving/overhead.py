@@ -1,7 +1,7 @@
-"""What the server adds to a token: ``ssd serve`` at concurrency 1 against ``LLM`` in this process.
+"""Measures the server's overhead per token: ``ssd serve`` at concurrency 1 against ``LLM`` in this process.
 
-Both decode the same prompts with the same parameters, in turn; both pipelines are up all the time, and
-the idle one sleeps. Tokens per second over whole requests, prompt included.
+Both decode the same prompts with the same parameters in turn. Both pipelines are up all the time, and the idle one
+sleeps. Rates are tokens per second over whole requests, prompt included.
 
     python benchmarks/serving/overhead.py --json out.json
 """
@@ -36,7 +36,7 @@ def main() -> None:
     texts = [json.loads(line)["prompt"] for line in lines]
 
     def served(text: str, method: str) -> float:
-        """Seconds."""
+        """Returns the seconds a request takes."""
         body: dict[str, Any] = {
             "model": model,
             "prompt": text,
@@ -68,9 +68,9 @@ def main() -> None:
                     ways = [("server", served), ("llm", inside)]
                     for name, way in ways if repeat % 2 else reversed(ways):
                         seconds = way(text, method)
-                        if repeat:  # the first time around warms both
+                        if repeat:  # the first repetition warms both up
                             spent[name].append(seconds)
-            # Pairs ran side by side: what slowed the machine down slowed both.
+            # The two of a pair ran one after the other, so changes in the machine's speed affect both.
             ratios = [s / i for s, i in zip(spent["server"], spent["llm"], strict=True)]
             rates = {name: round(given.max_tokens * len(seconds) / sum(seconds), 2) for name, seconds in spent.items()}
             result = {

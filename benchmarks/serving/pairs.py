@@ -1,5 +1,5 @@
-"""What the scripts share that check counts and not speed: an uncompiled pair small enough for thousands of
-requests, their options, and how they say what came out."""
+"""Shared by the scripts that check behaviour, not speed: a small uncompiled pair for thousands of requests, options,
+and the report."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ from ssd.testing.models.tiny import save_tiny, tiny_model
 
 
 def uncompiled(pair: str, folder: Path, batch: int) -> Path:
-    """A configuration file. ``embedded``: the shipped pair; ``tiny``: two random models, made in
-    ``folder``, of which the draft is the target with disturbed weights."""
+    """Writes a configuration file and returns its path.
+
+    Args:
+        pair: ``embedded``: the shipped pair; ``tiny``: a random target, and a draft that is the target with noise
+            on its weights, both saved in ``folder``.
+        batch: ``engine.max_batch``.
+    """
     if pair == "embedded":
         models = {"target": "embedded/target", "draft": "embedded/draft"}
     else:
@@ -42,7 +47,7 @@ def uncompiled(pair: str, folder: Path, batch: int) -> Path:
 
 
 def options(about: str | None, *, batch: int) -> argparse.ArgumentParser:
-    """``--pair``, ``--batch`` and ``--json``; a script adds its own."""
+    """Returns a parser with ``--pair``, ``--batch`` and ``--json``; scripts add their own options."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=["tiny", "embedded"], default="tiny")
     parser.add_argument("--batch", type=int, default=batch)
@@ -51,7 +56,7 @@ def options(about: str | None, *, batch: int) -> argparse.ArgumentParser:
 
 
 def report(result: dict[str, Any], path: Path | None, *, good: bool) -> None:
-    """Print it, keep it. Raises: SystemExit(1) if it is not good."""
+    """Prints the result and writes it to a file. Raises: SystemExit: with code 1 unless the result is good."""
     text = json.dumps(result, indent=1) + "\n"
     print(text, end="")
     if path is not None:

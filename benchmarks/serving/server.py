@@ -1,4 +1,4 @@
-"""``ssd serve`` and its processes, for the scripts beside this file."""
+"""``ssd serve`` as a process, for the scripts beside this file."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Server:
-    """A server process of its own on a free port, ready when the block begins; told to stop (SIGTERM)
-    when it ends, if it still runs.
+    """A server process on a free port. It is ready when the ``with`` block begins and gets SIGTERM when the block ends,
+    if it still runs.
 
     Args:
-        config: a shipped name or a YAML file. overrides: ``a.b=c``. start_s: how long it may take to start.
+        config: a shipped name or a YAML file.
+        overrides: ``a.b=c`` each.
+        start_s: seconds it may take to start.
 
     Raises:
-        RuntimeError: it did not start; what it said is part of the message.
+        RuntimeError: it did not start; the message has its output.
     """
 
     def __init__(self, config: str, overrides: Sequence[str], *, start_s: float = 900.0):
@@ -56,16 +58,17 @@ class Server:
             self.stop(signal.SIGTERM)
 
     def said(self) -> str:
+        """Returns what the server has written to stderr."""
         self._log.seek(0)
         return self._log.read()
 
     def stop(self, number: signal.Signals, *, wait_s: float = 120.0) -> int:
-        """Send a signal and wait for the end; the exit code."""
+        """Sends a signal, waits for the end and returns the exit code."""
         self.process.send_signal(number)
         return self.process.wait(wait_s)
 
     def processes(self) -> dict[str, psutil.Process]:
-        """The front and its workers, by role."""
+        """Returns the front and its workers by role."""
         front = psutil.Process(self.process.pid)
         found = {"front": front}
         for child in front.children(recursive=True):
@@ -75,5 +78,6 @@ class Server:
         return found
 
     def get(self, path: str) -> str:
+        """Returns the text at a path."""
         with urllib.request.urlopen(self.url + path, timeout=60) as answer:
             return answer.read().decode()

@@ -1,8 +1,7 @@
 """Pipelines in a Ray cluster.
 
-Ray decides where workers run, keeps them alive and says when they die. Not one token of a round
-goes through it: the front speaks to the workers over control lanes, and draft and verifier meet
-at a link of their own.
+Ray places workers, keeps them alive and reports when they die. It carries no token of a round: the front
+reaches the workers over control lanes, and draft and verifier exchange frames over their own link.
 
 ::
 

@@ -1,7 +1,7 @@
-"""Workers as Ray actors, the pipeline made of them, and the actor that owns a whole pipeline."""
+"""Workers as Ray actors, a pipeline of such workers, and the actor that owns a whole pipeline."""
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
-# (Ray's remote classes and exceptions are made at run time.)
+# (Ray creates remote classes and exceptions at run time.)
 from __future__ import annotations
 
 import dataclasses
@@ -41,21 +41,23 @@ PLACEMENT_TIMEOUT_S = 60.0
 
 @ray.remote(max_restarts=0)
 class WorkerActor:
-    """A process for one worker. Ray ends it when whoever made it is gone."""
+    """The process of one worker. Ray ends it when its owner is gone."""
 
     def pid(self) -> int:
         return os.getpid()
 
     def run(self, role: str, plan: dict[str, Any], front: str, *, one_node: bool, replica: bool) -> None:
-        """The worker's whole life; that this call returns, however it does, is the sign of its end.
+        """Runs the worker until it ends. Whether this call has returned tells whether the worker has ended.
 
         Args:
+            role: for example ``verifier`` or ``draft-1``.
+            plan: as ``Plan.to_dict`` gives it.
             front: endpoint of the front's end of the control lane.
-            one_node: draft and verifier share a node: what they open stays on it.
-            replica: other pipelines of this configuration may share the node: its cores are only
-                a number of cores.
+            one_node: draft and verifier share a node, so they listen on loopback only.
+            replica: other pipelines of this configuration may share the node. The worker then takes as many
+                free cores as are configured, not necessarily the configured ones.
         """
-        from ..pipeline.runtime.worker_main import run_worker  # models' code, which clients and fronts go without
+        from ..pipeline.runtime.worker_main import run_worker  # imports models, which clients and fronts do not need
 
         read = Plan.from_dict(plan).for_role(role)
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
@@ -76,16 +78,17 @@ class RayPipeline:
     """Workers as actors in a placement group of the cluster this process has joined.
 
     Args:
-        address: of this process, for the workers to connect to; found by itself if None.
+        address: of this process, for the workers to connect to; detected if None.
         strategy: ``STRICT_PACK`` puts draft and verifier on one node.
-        timeout_s: how long to wait for the cluster to have room.
+        timeout_s: how long to wait for room in the cluster.
         name: of the placement group; see ``release_abandoned``.
-        resources: what a role asks for beside its cores and GPU, by role: ``{"draft": {"small": 1}}``.
-        placement: bundles reserved by somebody else, instead of those four.
+        resources: custom resources that a role needs beside its cores and GPU, by role:
+            ``{"draft": {"small": 1}}``.
+        placement: reserved bundles to use. Strategy, timeout, name and resources are ignored then.
 
     Raises:
-        WorkerError: there was no room in time, or a worker's process did not come up in it.
-        UsageError: no cluster was joined, or the address means every interface.
+        WorkerError: the cluster had no room in time, or a worker's process did not start.
+        UsageError: this process has not joined a cluster, or the address means every interface.
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class RayPipeline:
     ):
         self.lanes: dict[str, ControlLane] = {}
         self.actors: dict[str, Any] = {}
-        """Handles by role."""
+        """Actor handles by role."""
         self._runs: dict[str, ray.ObjectRef] = {}
         self._plan, self._replica = plan, placement is not None
         wanted = bundles(plan.config, resources)
@@ -127,7 +130,11 @@ class RayPipeline:
         )
 
     def restart(self, role: str) -> None:
-        """Another actor in the same bundle. That it may not come up is for whoever waits for its worker."""
+        """Starts a new actor in the same bundle. Does not wait for its worker.
+
+        Raises:
+            WorkerError: Ray could not start it.
+        """
         try:
             ray.kill(self.actors[role])
             self.lanes[role].close()
@@ -146,10 +153,10 @@ class RayPipeline:
                 raise WorkerError(f"the {role}'s actor did not start: {reason(error)}") from error
 
     def check(self) -> list[str]:
-        """Roles whose worker is gone.
+        """Returns the roles whose worker has ended.
 
         Raises:
-            WorkerError: the verifier is, and Ray knows why.
+            WorkerError: the verifier has ended and Ray knows why.
         """
         gone = self._ended()
         if "verifier" in gone:
@@ -160,9 +167,9 @@ class RayPipeline:
         return gone
 
     def close(self) -> None:
-        """Ask the workers to leave, see that they do, and give their room back."""
+        """Stops the workers, waits until they have ended, and releases their resources."""
         for role in set(self._runs) - set(self._ended()):
-            with suppress(PipelineError):  # gone in this moment
+            with suppress(PipelineError):  # it ended just now
                 self.lanes[role].send(Shutdown())
         ray.wait(list(self._runs.values()), num_returns=len(self._runs), timeout=LEAVE_S)
         self._dismantle()
@@ -185,17 +192,18 @@ class RayPipeline:
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class PipelineActor:
-    """An ``LLM`` over a ``RayPipeline``, for any process of the cluster to call. It asks for no
-    resources itself: it only waits for its workers. One call runs at a time.
+    """An ``LLM`` over a ``RayPipeline`` that any process of the cluster can call.
 
-    The pipeline is started by the first call, so that the caller sees why it cannot be. A call that
-    breaks it raises; the next one starts another.
+    The actor itself needs no resources, because it only waits for its workers. One call runs at a time. The
+    first call starts the pipeline, so that its caller gets any error. A call during which the pipeline breaks
+    raises, and the next call starts a new pipeline.
 
     Args:
         config, overrides: as for ``LLM``; files and models are looked up where the actor runs.
         strategy, timeout_s, name, resources: as for ``RayPipeline``.
 
-    Raises (every method): UsageError, WorkerError, PipelineError as ``LLM`` does.
+    Raises:
+        UsageError, WorkerError, PipelineError: every method, as ``LLM`` does.
     """
 
     def __init__(
@@ -208,7 +216,7 @@ class PipelineActor:
         name: str = "",
         resources: Mapping[str, Bundle] | None = None,
     ):
-        # The front needs no GPU, and one that Ray did not give must not be touched.
+        # The front needs no GPU and must not touch one that Ray did not assign.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         launch = partial(RayPipeline, strategy=strategy, timeout_s=timeout_s, name=name, resources=resources)
         self._config = load_config(config, overrides)
@@ -216,11 +224,11 @@ class PipelineActor:
         self._llm: LLM | None = None
 
     def describe(self) -> dict[str, Any]:
-        """The configuration, as plain data."""
+        """Returns the configuration as plain data."""
         return self._config.model_dump()
 
     def start(self) -> dict[str, Any]:
-        """Bring the workers up if they are not yet; what they say of themselves, by role."""
+        """Starts the workers unless they run. Returns what each reported when it was ready, by role."""
         with self._running() as llm:
             return llm.info()
 
@@ -229,13 +237,14 @@ class PipelineActor:
         prompts: str | Sequence[str] | Sequence[Sequence[int]],
         params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     ) -> list[dict[str, Any]]:
-        """Complete every prompt, in order.
+        """Completes every prompt.
 
         Args:
-            params: fields of ``SamplingParams``, for all prompts or for each.
+            prompts: one text, or texts or token ids.
+            params: fields of ``SamplingParams``, for all prompts or one mapping for each.
 
         Returns:
-            The fields of a ``RequestOutput`` for each prompt, as plain data.
+            The fields of a ``RequestOutput`` for each prompt, in order, as plain data.
         """
         given = params if params is None or isinstance(params, Mapping) else list(params)
         read = [_params(one) for one in given] if isinstance(given, list) else _params(given)
@@ -243,26 +252,30 @@ class PipelineActor:
             return [dataclasses.asdict(output) for output in llm.generate(prompts, read)]
 
     def stream(self, prompt: str | Sequence[int], params: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-        """The fields of each ``StreamEvent``, as tokens commit."""
+        """Yields the fields of each ``StreamEvent`` as tokens commit."""
         with self._running() as llm:
             for event in llm.stream(prompt, _params(params)):
                 yield dataclasses.asdict(event)
 
     def stats(self, *, reset: bool = False) -> dict[str, Any]:
-        """``workers`` (what they say of themselves, by role), ``timings`` (medians in ms; ``reset``
-        starts a new window) and ``degraded`` (why the draft is gone, or None)."""
+        """Returns ``workers`` (what each reported when it was ready, by role), ``timings`` (medians in ms) and
+        ``degraded`` (why the draft is gone, or None).
+
+        Args:
+            reset: start a new window for the timings.
+        """
         with self._running() as llm:
             return {"workers": llm.info(), "timings": llm.timings(reset=reset), "degraded": llm.degraded}
 
     def close(self) -> None:
-        """Stop the workers. Another call would start new ones."""
+        """Stops the workers. The next call starts new ones."""
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.close()
 
     @contextmanager
     def _running(self) -> Iterator[LLM]:
-        """The pipeline. One that breaks is taken down, so that the next call starts another."""
+        """Yields the running pipeline. If it breaks it is closed, so that the next call starts a new one."""
         if self._llm is None:
             self._llm = self._make()
         try:
@@ -273,7 +286,7 @@ class PipelineActor:
 
 
 def _params(fields: Mapping[str, Any] | None) -> SamplingParams:
-    """Raises: RequestError if one is unknown or out of range."""
+    """Raises: RequestError: a parameter is unknown or out of range."""
     fields = dict(fields or {})
     known = [field.name for field in dataclasses.fields(SamplingParams)]
     for name in fields:

@@ -1,12 +1,12 @@
-"""``ssd batch`` on a cluster: Ray Data hands out the lines, an actor pool of pipelines decodes them.
+"""``ssd batch`` on a cluster: Ray Data distributes the lines, a pool of pipelines in actors decodes them.
 
-Formats, journal and resume are those of ``ssd.serving.batch.run``: the driver writes what comes back to
-the same synced shards, so a run may be begun on one machine and finished on a cluster. What a kill
-costs is the lines in flight: a few times ``engine.max_batch`` for every replica.
+Formats, journal and resuming are those of ``ssd.serving.batch``: the driver writes results to the same synced
+shards, so a run may begin on one machine and finish on a cluster. A kill costs the lines in flight: a few times
+``engine.max_batch`` for every replica.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
-# (Ray's exceptions are made at run time.)
+# (Ray creates exceptions at run time.)
 from __future__ import annotations
 
 import asyncio
@@ -28,30 +28,33 @@ from ..engine.book import Limits
 from ..errors import PipelineError, SSDError, UsageError, WorkerError
 from ..pipeline.runtime.launch import Pipeline
 from ..pipeline.runtime.plan import Plan
-from ..serving.batch.run import Batch, Line, LineWorker, Progress, model_name
+from ..serving.batch.lines import Line
+from ..serving.batch.run import Batch, Progress
+from ..serving.batch.worker import LineWorker
+from ..serving.http.jobs import model_name
 from .actors import PLACEMENT_TIMEOUT_S
 from .cores import CoreLease
 from .placement import Bundle, Placement, bundles, on_gpu, reason
 
 TASKS = 3
-"""Chunks a replica has at a time: while one runs out, others fill its slots."""
+"""Chunks that a replica has at a time: while one runs out, the others keep its slots busy."""
 CHUNK_SLOTS = 2
-"""Lines of a chunk, times slots."""
+"""Lines of a chunk for each slot of a replica."""
 MAX_CHUNKS = 5_000
-"""Beyond, chunks get longer: Ray Data keeps a block for each."""
+"""Chunks of a run, for each of which Ray Data keeps a block. Larger runs have longer chunks instead."""
 TRIES = 3
-"""Pipelines that may break over one chunk before the run gives up."""
+"""Pipelines that may break over one chunk before the run ends."""
 
 
 class BatchReplica:
-    """A pipeline in an actor, which has the room of its workers: they are local processes of it.
+    """A pipeline in an actor. Its workers are local processes that use the actor's resources.
 
-    Ray restarts an actor that dies and gives its chunks out again. A pipeline that breaks, or that
-    lost its draft and has nothing to do, is replaced here.
+    Ray restarts an actor that dies and assigns its chunks again. The replica itself replaces a pipeline that
+    broke, and an idle one that lost its draft.
     """
 
     def __init__(self, config: Config, launch: Callable[[Plan], Pipeline]):
-        self._lease = CoreLease()  # for as long as this process lives
+        self._lease = CoreLease()  # held until this process ends
         self._config = with_own_gpus(self._lease.leased(config, "target", "draft"))
         self._launch = launch
         self._engine: AsyncEngine | None = None
@@ -59,8 +62,15 @@ class BatchReplica:
         self._busy = 0
 
     async def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Args: batch: ``lines``, one chunk as JSON. Returns: ``records``, as JSON, or what is wrong
-        (an exception would come out of Ray Data as a traceback)."""
+        """Decodes one chunk.
+
+        Args:
+            batch: ``lines``: one chunk as JSON.
+
+        Returns:
+            ``records``: the chunk's records as JSON, or an object with the ``error`` that ended it (Ray Data
+            would turn an exception into a traceback).
+        """
         [chunk] = batch["lines"]
         lines = [Line(**fields) for fields in json.loads(chunk)]
         try:
@@ -101,12 +111,13 @@ class RayBatch(Batch):
     """Runs a file through replicas in the cluster this process has joined.
 
     Args:
-        replicas: pipelines at a time; as many of them as there is room for.
-        timeout_s: how long to wait for room for the first. Others: as for ``Batch``.
+        replicas: the largest number of pipelines; fewer run if the cluster has less room.
+        timeout_s: how long to wait for room for the first one.
+        args, more: as for ``Batch``.
 
     Raises:
-        UsageError: the files or the configuration.
-        WorkerError (running): there was no room in time.
+        UsageError: a file or the configuration cannot work.
+        WorkerError: from ``run``: there was no room in time, or a replica failed.
     """
 
     def __init__(
@@ -122,10 +133,10 @@ class RayBatch(Batch):
                 self._count(record)
             self.journal.add(records)
             report(self.progress)
-            await asyncio.sleep(0)  # where Ctrl-C gets in
+            await asyncio.sleep(0)  # lets Ctrl-C through
 
     def _records(self) -> Iterator[list[dict[str, Any]]]:
-        """Of each chunk, as they come. Raises: SSDError: what a replica raised; WorkerError."""
+        """Yields the records of each chunk as it finishes. Raises: UsageError, WorkerError: a replica failed."""
         room = one_bundle(self._config)
         Placement.reserve({"pipeline": room}, strategy="STRICT_PACK", timeout_s=self._timeout_s).release()
         left = self.progress.total - self.progress.done
@@ -160,7 +171,7 @@ class RayBatch(Batch):
 
 
 def one_bundle(config: Config) -> Bundle:
-    """What all workers of a pipeline ask for together."""
+    """Returns the resources of all workers of a pipeline together."""
     total: Counter[str] = Counter()
     for bundle in bundles(config).values():
         total.update(bundle)
@@ -168,7 +179,7 @@ def one_bundle(config: Config) -> Bundle:
 
 
 def with_own_gpus(config: Config) -> Config:
-    """The configuration with GPUs as an actor sees those Ray gave it: numbered from 0, the verifier's first."""
+    """Returns the configuration with the GPUs that Ray assigned to an actor: numbered from 0, the verifier's first."""
     changed, number = {}, 0
     for name in ("target", "draft"):
         model = getattr(config, name)
@@ -179,7 +190,7 @@ def with_own_gpus(config: Config) -> Config:
 
 
 def _quiet() -> None:
-    """Progress is told by whoever runs the batch."""
+    """Turns Ray Data's own progress output off: the batch reports its progress."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -1,7 +1,7 @@
-"""A pipeline actor, called as if it were an ``LLM`` of this process."""
+"""A client of a pipeline actor with the methods of ``LLM``."""
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalIterable=false
-# (Ray's remote classes and exceptions are made at run time.)
+# (Ray creates remote classes and exceptions at run time.)
 from __future__ import annotations
 
 import dataclasses
@@ -16,22 +16,24 @@ from ..config.load import load_config
 from ..config.sections import Config
 from ..errors import PipelineError, UsageError, WorkerError
 from ..pipeline.runtime.launch import LEAVE_S
-from ..request.output import RequestOutput, SpeculationRecord, StreamEvent, TokenLogprob
+from ..request import prompts as asked
+from ..request.output import RequestOutput, StreamEvent
+from ..request.prompts import Prompt, Prompts
 from ..request.sampling_params import SamplingParams
 from .actors import PipelineActor
 from .placement import reason, release_abandoned
 
 NAMESPACE = "ssd"
-"""Where standing actors' names live."""
+"""Ray namespace of standing actors."""
 
 
 class PipelineClient:
-    """Makes a ``PipelineActor`` in the cluster this process has joined, and speaks for it: the
-    methods of ``LLM``, by actor calls.
+    """Starts a ``PipelineActor`` in the cluster this process has joined and offers the methods of ``LLM`` by
+    calling it.
 
     Args:
         config, overrides: as for ``LLM``; models are looked up where the actor runs.
-        options: strategy and timeout_s of ``PipelineActor``.
+        options: ``strategy``, ``timeout_s`` and ``resources`` of ``PipelineActor``.
 
     Raises:
         UsageError, WorkerError: as ``LLM`` and ``RayPipeline`` do.
@@ -55,9 +57,10 @@ class PipelineClient:
 
     @classmethod
     def attach(cls, name: str) -> PipelineClient:
-        """Speak for a standing actor (``stand``), which ``close`` then leaves as it is.
+        """Returns a client of a standing actor (``stand``). Closing the client leaves the actor running.
 
-        Raises: UsageError: there is none of that name in the cluster.
+        Raises:
+            UsageError: the cluster has no actor of that name.
         """
         client = cls.__new__(cls)
         client.actor, client._room = standing(name), None
@@ -73,37 +76,36 @@ class PipelineClient:
 
     def generate(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        prompts: Prompts,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """As ``LLM.generate``."""
-        single = params is None or isinstance(params, SamplingParams)
-        fields = dataclasses.asdict(params or SamplingParams()) if single else [dataclasses.asdict(p) for p in params]
-        return [read_output(output) for output in self._call("generate", prompts, fields)]
+        pairs = asked.pair(prompts, params)
+        fields = [dataclasses.asdict(one.params) for one in pairs]
+        outputs = self._call("generate", [one.prompt for one in pairs], fields)
+        return [RequestOutput.from_dict(output) for output in outputs]
 
-    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[StreamEvent]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamEvent]:
         """As ``LLM.stream``; closing the iterator early leaves the request to run to its end."""
-        fields = dataclasses.asdict(params or SamplingParams())
-        for ref in self._running().stream.remote(prompt, fields):
-            event = _get(ref)
-            output, logprobs = event["output"], read_logprobs(event["logprobs"])
-            yield StreamEvent(**{**event, "output": output and read_output(output), "logprobs": logprobs})
+        one = asked.one(prompt, params)
+        for ref in self._running().stream.remote(one.prompt, dataclasses.asdict(one.params)):
+            yield StreamEvent.from_dict(_get(ref))
 
     def timings(self, *, reset: bool = False) -> dict[str, float | None]:
         """As ``LLM.timings``."""
         return self._call("stats", reset=reset)["timings"]
 
     def info(self) -> dict[str, Any]:
-        """What the workers said of themselves, by role."""
+        """Returns what each worker reported when it was ready, by role."""
         return dict(self._workers)
 
     @property
     def degraded(self) -> str | None:
-        """Why the draft is no longer there, if it is not."""
+        """Why the draft is gone; None while it is there."""
         return self._call("stats")["degraded"]
 
     def close(self) -> None:
-        """Stop the workers and the actor, if they are this client's own. Safe to call twice."""
+        """Stops the actor and its workers if this client started them. Safe to call twice."""
         actor, self.actor = self.actor, None
         if actor is not None and self._room is not None:
             end(actor, self._room)
@@ -124,20 +126,22 @@ def stand(
     overrides: Sequence[str] = (),
     **options: Any,
 ) -> None:
-    """Make a ``PipelineActor`` that outlives this process and its job, for ``PipelineClient.attach``.
+    """Starts a ``PipelineActor`` that outlives this process and its job, for ``PipelineClient.attach``.
 
     Args:
-        name: by which it is found. Others: as for ``PipelineClient``.
+        name: the name for ``attach`` and ``stop``.
+        config, overrides, options: as for ``PipelineClient``.
 
     Raises:
-        UsageError: the name is taken, or as ``PipelineClient``; WorkerError: as ``PipelineClient``.
+        UsageError: the name is taken, or as ``PipelineClient``.
+        WorkerError: as ``PipelineClient``.
     """
     settings = load_config(config, overrides)
     where = {"name": name, "namespace": NAMESPACE, "lifetime": "detached"}
     try:
         actor = PipelineActor.options(**where).remote(settings, name=_room(name), **options)
     except ValueError:
-        raise UsageError(f"there is a pipeline named {name!r} already; stop it first, or choose another name") from None
+        raise UsageError(f"a pipeline named {name!r} exists already; stop it first, or choose another name") from None
     try:
         _get(actor.start.remote())
     except BaseException:
@@ -146,7 +150,7 @@ def stand(
 
 
 def standing(name: str) -> Any:
-    """The actor of that name. Raises: UsageError: there is none."""
+    """Returns the standing actor of that name. Raises: UsageError: there is none."""
     try:
         return ray.get_actor(name, namespace=NAMESPACE)
     except ValueError:
@@ -154,13 +158,13 @@ def standing(name: str) -> Any:
 
 
 def stop(name: str) -> None:
-    """End a standing actor and its workers. Raises: UsageError: there is none of that name."""
+    """Stops a standing actor and its workers. Raises: UsageError: there is none of that name."""
     end(standing(name), _room(name))
 
 
 def end(actor: Any, room: str) -> None:
-    """Stop a pipeline actor and see that its workers leave."""
-    # Three waits of the pipeline's own: for the runs, for their processes, for a slow round.
+    """Stops a pipeline actor and its workers, and releases their resources."""
+    # The pipeline itself waits up to three times: for the runs, for their processes, for a slow round.
     ray.wait([actor.close.remote()], timeout=3 * LEAVE_S)
     ray.wait([actor.__ray_terminate__.remote()], timeout=LEAVE_S)
     ray.kill(actor)
@@ -171,26 +175,12 @@ def _room(name: str) -> str:
     return f"ssd-standing-{name}"
 
 
-def read_output(fields: dict[str, Any]) -> RequestOutput:
-    """A ``RequestOutput`` from the plain data a ``PipelineActor`` answers with."""
-    read = {
-        "speculation": SpeculationRecord(**fields["speculation"]),
-        "logprobs": read_logprobs(fields["logprobs"]),
-        "others": tuple(read_output(other) for other in fields["others"]),
-    }
-    return RequestOutput(**{**fields, **read})
-
-
-def read_logprobs(fields: Sequence[dict[str, Any]] | None) -> tuple[TokenLogprob, ...] | None:
-    return None if fields is None else tuple(TokenLogprob(**token) for token in fields)
-
-
 def _get(ref: ray.ObjectRef) -> Any:
-    """Raises: what the actor's method raised, or WorkerError if the actor is gone."""
+    """Waits for a call's result. Raises: what the actor's method raised; WorkerError: the actor is gone."""
     try:
         return ray.get(ref)
     except ray.exceptions.RayTaskError as error:
-        # Ray wraps what the method raised in a class derived from it.
+        # Ray raises a subclass of the method's exception, with the original as its cause.
         raise error.cause if isinstance(error.cause, Exception) else error from None
     except ray.exceptions.RayActorError as error:
         raise WorkerError(f"the pipeline's actor is gone: {reason(error)}") from error

@@ -1,4 +1,4 @@
-"""Which cores a replica's workers take, where several replicas may share a node."""
+"""Cores for the workers of replicas that may share a node."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from ..config.sections import Config
 
 @dataclass(slots=True)
 class CoreLease:
-    """Cores of this node that nobody else who asks here has, kept until ``close`` or the process ends.
+    """Exclusive cores of this node, held until ``close`` or the end of the process.
 
-    A core is a locked file in a folder of this user's; the kernel unlocks it whoever dies how.
+    Each core is a locked file in a folder of this user. The kernel unlocks it however the process ends.
     """
 
     folder: Path = field(default_factory=lambda: Path(tempfile.gettempdir()) / f"ssd-cores-{os.getuid()}")
     _held: list[BinaryIO] = field(default_factory=list)
 
     def take(self, wanted: list[int] | None) -> list[int] | None:
-        """As many cores as wanted, those themselves where they are free. If too few are free the
-        wanted ones are shared: slower, but it works. None stays None."""
+        """Takes as many cores as ``wanted`` has, those cores themselves where they are free.
+
+        Returns:
+            The cores taken. ``wanted`` itself if too few are free: the cores are shared then, which is slower.
+            None for None.
+        """
         if wanted is None or not hasattr(os, "sched_getaffinity"):
             return wanted
         self.folder.mkdir(mode=0o700, exist_ok=True)
@@ -42,7 +46,7 @@ class CoreLease:
         return sorted(taken)
 
     def leased(self, config: Config, *sections: str) -> Config:
-        """The configuration with cores of this lease for ``target`` and ``draft``, whichever are named."""
+        """Returns the configuration with cores of this lease in the named sections (``target``, ``draft``)."""
         changed = {}
         for name in sections:
             model = getattr(config, name)
@@ -51,6 +55,7 @@ class CoreLease:
         return config.model_copy(update=changed)
 
     def close(self) -> None:
+        """Gives all cores back."""
         while self._held:
             self._held.pop().close()
 

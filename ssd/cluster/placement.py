@@ -1,5 +1,4 @@
-"""Where workers run in a Ray cluster: what they ask for, the bundles they get, and the addresses
-at which they are reached."""
+"""Where workers run in a Ray cluster: the resources they request, their bundles, and their addresses."""
 
 from __future__ import annotations
 
@@ -31,11 +30,15 @@ LOOPBACK = "127.0.0.1"
 
 
 def connect(address: str | None = None, *, cpus: int | None = None) -> None:
-    """Join the Ray cluster at ``address`` (``auto``: the one this machine belongs to), or start
-    one of this machine alone, with ``cpus`` CPUs, which ends with this process.
+    """Joins a Ray cluster.
+
+    Args:
+        address: of the cluster; ``auto``: the one this machine belongs to. None starts a cluster of this machine
+            alone, which ends with this process.
+        cpus: CPUs of a cluster that is started.
 
     Raises:
-        PipelineError: there is no such cluster, or it does not let us in.
+        PipelineError: there is no such cluster, or it refuses the connection.
     """
     own = {"num_cpus": cpus, "include_dashboard": False} if address is None else {}
     try:
@@ -46,10 +49,14 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> None:
 
 
 def bundles(config: Config, resources: Mapping[str, Bundle] | None = None) -> dict[str, Bundle]:
-    """What each role asks for: a CPU for every core it is pinned to (one if it is not), a GPU of
-    its own where its device is one, and what ``resources`` adds, by role.
+    """Returns the resources of each role: a CPU for every core it is pinned to (one if it is not pinned), a GPU if
+    its device is one, and what ``resources`` adds.
 
-    Raises: UsageError: ``resources`` names no role of this configuration, or no amount above 0.
+    Args:
+        resources: custom resources by role.
+
+    Raises:
+        UsageError: ``resources`` has an unknown role or an amount that is not above 0.
     """
 
     def bundle(model: ModelConfig) -> Bundle:
@@ -62,7 +69,7 @@ def bundles(config: Config, resources: Mapping[str, Bundle] | None = None) -> di
     wanted = {role: bundle(model(role)) for role in config.roles}
     for role, more in (resources or {}).items():
         if role not in wanted:
-            raise UsageError(f"resources are asked for {role!r}; the roles are {', '.join(wanted)}")
+            raise UsageError(f"resources has the role {role!r}; the roles are {', '.join(wanted)}")
         for name, amount in more.items():
             if not amount > 0:
                 raise UsageError(f"the {role}'s resource {name!r} must be above 0, not {amount}")
@@ -74,8 +81,10 @@ class Placement:
     """Bundles of a placement group, one for each role.
 
     Args:
-        wanted: by role. group: a ready one. first: index of the first role's bundle in it.
-        owned: ``release`` gives the group back.
+        wanted: resources by role.
+        group: a placement group that is ready.
+        first: index of the first role's bundle in the group.
+        owned: whether ``release`` removes the group.
     """
 
     def __init__(self, wanted: Mapping[str, Bundle], group: PlacementGroup, *, first: int = 0, owned: bool = True):
@@ -87,18 +96,17 @@ class Placement:
     def reserve(
         cls, wanted: Mapping[str, Bundle], *, strategy: Strategy, timeout_s: float, name: str = ""
     ) -> Placement:
-        """A group of its own.
+        """Creates a placement group and waits until it is ready.
 
         Args:
             name: by which ``release_abandoned`` finds the group.
 
         Raises:
-            WorkerError: the cluster did not have the room in time; names what was asked for and
-                what there was.
-            UsageError: this process is in no Ray cluster.
+            WorkerError: the cluster had no room in time; the message compares the request with what there is.
+            UsageError: this process has not joined a Ray cluster.
         """
         if not ray.is_initialized():
-            raise UsageError("this process is in no Ray cluster; call ssd.cluster.connect() first")
+            raise UsageError("this process has not joined a Ray cluster; call ssd.cluster.connect() first")
         group = placement_group(list(wanted.values()), strategy=strategy, name=name)
         try:
             if not group.wait(math.ceil(timeout_s)):
@@ -110,9 +118,11 @@ class Placement:
 
     @classmethod
     def around(cls, wanted: Mapping[str, Bundle]) -> Placement:
-        """The group this actor was put in: the first bundle is its own, the workers' follow, in order.
+        """Returns the placement group that this actor runs in. The first bundle is the actor's, the workers' bundles
+        follow in order.
 
-        Raises: UsageError: this process is in no such group.
+        Raises:
+            UsageError: this process does not run in such a group.
         """
         group = get_current_placement_group()
         if group is None or group.bundle_count != 1 + len(wanted):
@@ -120,11 +130,11 @@ class Placement:
         return cls(wanted, group, first=1, owned=False)
 
     def options(self, role: str) -> dict[str, Any]:
-        """Actor options that put the role's worker into its bundle."""
+        """Returns the actor options that put a role's worker into its bundle."""
         bundle = self._wanted[role]
         return {
             "num_cpus": bundle["CPU"],
-            # Always said: without it an actor in a group's GPU bundle is given no GPU.
+            # Always set: without it Ray assigns no GPU to an actor in a GPU bundle.
             "num_gpus": bundle.get("GPU", 0),
             "resources": {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")},
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
@@ -143,7 +153,7 @@ class Placement:
         return set(self._nodes.values()) == {ray.get_runtime_context().get_node_id()}
 
     def release(self) -> None:
-        """Give the bundles back, if they are ours; what still runs in them is killed."""
+        """Removes the group if it is owned. Ray kills what still runs in it."""
         if self._owned:
             remove_placement_group(self._group)
 
@@ -160,18 +170,18 @@ def _refusal(wanted: Mapping[str, Bundle], strategy: Strategy, timeout_s: float)
 
 
 def release_abandoned(name: str) -> None:
-    """Give back the room of a pipeline whose owner was killed: Ray itself keeps it for as long as
-    the job runs. Nothing happens if there is none of that name."""
+    """Removes the placement group of a pipeline whose owner was killed, which Ray keeps until the job ends. Does
+    nothing if there is no group of that name."""
     with suppress(ValueError):
         remove_placement_group(get_placement_group(name))
 
 
 def front_address(placement: Placement, address: str | None) -> str:
-    """The address of this process that the workers connect to: loopback when they are all on its
-    node, otherwise the node's own, unless the caller names another.
+    """Returns the address of this process for the workers to connect to: the given one, or loopback if all workers
+    are on this node, or the node's address.
 
     Raises:
-        UsageError: the address means every interface, or is not one.
+        UsageError: the address means every interface, or is not an address.
     """
     if address is None:
         return LOOPBACK if placement.here else node_address()
@@ -179,15 +189,16 @@ def front_address(placement: Placement, address: str | None) -> str:
 
 
 def node_address() -> str:
-    """This node's address, as Ray knows it. Raises: UsageError as ``checked_address``."""
+    """Returns this node's address as Ray knows it. Raises: UsageError: as ``checked_address``."""
     return checked_address(get_node_ip_address())
 
 
 def checked_address(address: str) -> str:
-    """``address``, if it is one interface's.
+    """Returns the address of one interface unchanged.
 
     Raises:
-        UsageError: it is not; lanes are not protected, and must not be open to every network.
+        UsageError: it is not a numeric address, or means every interface. Lanes are not encrypted and must not be
+            open to every network.
     """
     try:
         parsed = ipaddress.ip_address(address)
@@ -199,19 +210,19 @@ def checked_address(address: str) -> str:
 
 
 def on_gpu(model: ModelConfig) -> bool:
+    """Whether a model runs on a GPU."""
     return model.device.partition(":")[0] == "cuda"
 
 
 def with_visible_gpu(config: Config, role: str, gpu_ids: list[str], visible: str | None) -> Config:
-    """The configuration as the role's worker must read it: GPUs by the numbers it sees.
+    """Returns the configuration for a role's worker, with GPUs numbered as the worker sees them.
 
-    Ray hands out GPUs itself, so a configured index says only that there shall be one. A worker
-    usually sees its own GPU alone, as number 0; the partner's then gets any other number, so that
-    the two still tell that they are distinct.
+    Ray assigns GPUs itself, so a configured index only means that the role needs one. A worker usually sees its
+    own GPU alone, as number 0. Its partner's GPU gets another number, so that the two remain distinct.
 
     Args:
-        gpu_ids: the GPUs Ray gave the worker.
-        visible: what CUDA shows the worker (``CUDA_VISIBLE_DEVICES``); None means all.
+        gpu_ids: the GPUs that Ray assigned to the worker.
+        visible: the GPUs that CUDA shows the worker (``CUDA_VISIBLE_DEVICES``); None means all.
     """
     if not gpu_ids:
         return config
@@ -227,7 +238,7 @@ def with_visible_gpu(config: Config, role: str, gpu_ids: list[str], visible: str
 
 
 def reason(error: BaseException) -> str:
-    """The line of Ray's that says what happened; it ends a traceback of several processes."""
+    """Returns the last line of a Ray error, which says what happened; a traceback of several processes precedes it."""
     lines = str(error).strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__
 
@@ -240,6 +251,6 @@ def _amounts(resources: Mapping[str, float]) -> str:
 
 
 def _internal(name: str) -> bool:
-    """Resources Ray counts for itself."""
+    """Whether a resource is one of Ray's own."""
     own = ("memory", "object_store_memory", "node:", "accelerator_type:", "bundle_")
     return name.startswith(own) or "_group_" in name

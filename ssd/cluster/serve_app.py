@@ -1,8 +1,8 @@
 """Ray Serve: replicas of a pipeline behind the OpenAI server.
 
-A replica is the server of ``ssd serve`` and the pipeline it owns, in one placement group: the
-replica's own process in the first bundle, verifier and draft in the others. Requests go from
-Serve's proxy to the replica with the fewest ongoing ones and from there straight into the engine.
+A replica is the server of ``ssd serve`` with its pipeline, in one placement group: the replica's process runs in
+the first bundle, verifier and draft in the others. Serve's proxy sends each request to the replica with the fewest
+ongoing requests.
 
 ::
 
@@ -11,7 +11,7 @@ Serve's proxy to the replica with the fewest ongoing ones and from there straigh
 """
 
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
-# (Serve's deployments are made at run time.)
+# (Serve creates deployments at run time.)
 from __future__ import annotations
 
 import asyncio
@@ -29,6 +29,7 @@ from ..errors import UsageError, WorkerError
 from ..pipeline.runtime.launch import Pipeline
 from ..pipeline.runtime.plan import Plan
 from ..serving.http.app import build_app
+from ..serving.http.jobs import model_name
 from ..serving.metrics import Metrics
 from .actors import RayPipeline
 from .placement import Placement, Strategy, bundles
@@ -36,11 +37,11 @@ from .serve_metrics import publish
 
 DEPLOYMENT = "Pipeline"
 OWN_CPUS = 1.0
-"""What a replica's own process asks for: HTTP, tokenizing and detokenizing."""
+"""CPUs of a replica's own process: HTTP, tokenizing and detokenizing."""
 DRAIN_S = 600.0
-"""How long a replica that is to go may take for what it has begun."""
+"""Seconds that a replica being removed has to finish its requests."""
 LAST_WORDS_S = 1.0
-"""Between a pipeline's end and its replica's: for the answers that say so."""
+"""Seconds between the end of a pipeline and that of its replica, for the error answers."""
 
 
 class ServeArgs(BaseModel):
@@ -49,12 +50,12 @@ class ServeArgs(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     config: str | dict[str, Any] = "embedded"
-    """As for ``LLM``; looked up where the application is built, models where replicas run."""
+    """As for ``LLM``. Files are looked up where the application is built, models where replicas run."""
     overrides: list[str] = []
     """``a.b=c`` each."""
     min_replicas: int = Field(default=1, ge=1)
     max_replicas: int | None = Field(default=None, ge=1)
-    """More than ``min_replicas``: as many as the ongoing requests ask for."""
+    """If above ``min_replicas``, the number of replicas follows the ongoing requests."""
     strategy: Strategy = "STRICT_PACK"
     resources: dict[str, dict[str, float]] = {}
     """As for ``RayPipeline``."""
@@ -62,25 +63,25 @@ class ServeArgs(BaseModel):
 
 @serve.ingress()
 class Replica:
-    """The OpenAI server over a pipeline of its own.
+    """The OpenAI server with its pipeline.
 
-    A pipeline that breaks ends its replica, and Serve starts another. One that lost its draft for good
-    goes on plainly, but is not healthy: Serve replaces it, letting it finish what it has.
+    A replica whose pipeline breaks ends, and Serve starts another. One that has lost its draft for good decodes
+    without speculation but is unhealthy: Serve lets it finish its requests and replaces it.
     """
 
     def __init__(self, config: dict[str, Any], launch: Callable[[Plan], Pipeline]):
-        # The server's process needs no GPU, and one that Ray did not give must not be touched.
+        # The server's process needs no GPU and must not touch one that Ray did not assign.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self.metrics = Metrics()
         self.engine = AsyncEngine(config, launch=launch, observer=self.metrics)
         self.tasks: list[asyncio.Task[None]] = []
 
     async def __serve_build_asgi_app__(self) -> Any:
-        """The application, once the pipeline can decode. Raises: UsageError, WorkerError."""
+        """Returns the application once the pipeline can decode. Raises: UsageError, WorkerError."""
         await self.engine.start()
         self.tasks = [asyncio.create_task(self._end_with_pipeline()), asyncio.create_task(publish(self.metrics))]
         config = self.engine.config
-        model = config.server.model_name or config.target.model.rstrip("/").rpartition("/")[2]
+        model = model_name(config)
         return build_app(self.engine, self.metrics, model=model)
 
     def check_health(self) -> None:
@@ -93,7 +94,7 @@ class Replica:
     async def _end_with_pipeline(self) -> None:
         await self.engine.failed()
         await asyncio.sleep(LAST_WORDS_S)
-        # Serve hears of it at once and sends nothing more; a failed health check takes three periods.
+        # Serve notices at once and sends nothing more. Failing health checks would take three periods.
         os._exit(1)
 
     async def __del__(self) -> None:
@@ -103,13 +104,13 @@ class Replica:
 
 
 def app(args: Mapping[str, Any]) -> serve.Application:
-    """A Serve application builder.
+    """Builds the Serve application.
 
     Args:
         args: fields of ``ServeArgs``.
 
     Raises:
-        UsageError: the arguments or the configuration.
+        UsageError: an argument or the configuration cannot work.
     """
     try:
         read = ServeArgs.model_validate(dict(args))
@@ -132,7 +133,7 @@ def app(args: Mapping[str, Any]) -> serve.Application:
 
 
 def in_replicas_group(resources: Mapping[str, Mapping[str, float]]) -> Callable[[Plan], Pipeline]:
-    """A launch whose workers go into the bundles beside the replica's own."""
+    """Returns a launch function that puts workers into the bundles that follow the replica's own."""
 
     def launch(plan: Plan) -> Pipeline:
         placement = Placement.around(bundles(plan.config, {role: dict(more) for role, more in resources.items()}))
@@ -149,10 +150,14 @@ def deployment(
     max_replicas: int,
     **where: Any,
 ) -> serve.Application:
-    """Replicas of ``config``.
+    """Returns the Serve deployment of a configuration.
 
-    Serve gives a replica what its slots and the next of them hold, and keeps the rest: a request is
-    not stuck at one replica when another gets free, and a replica that is to go has little to finish.
+    Serve sends a replica at most enough requests to fill its slots twice and keeps the rest. So no request waits at
+    one replica while another is free, and a replica being removed has little to finish.
+
+    Args:
+        launch: makes a running pipeline from a plan.
+        where: resources and placement, as ``serve.deployment`` takes them.
     """
     slots = config.engine.max_batch
     replicas: dict[str, Any] = {"num_replicas": min_replicas}

@@ -1,4 +1,4 @@
-"""A replica's Prometheus metrics, given to Ray: its agents tell them for all replicas."""
+"""A replica's Prometheus metrics as Ray metrics, which Ray's agents export for all replicas."""
 
 # pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
@@ -14,14 +14,15 @@ PERIOD_S = 5.0
 
 
 class Bridge:
-    """Counters and gauges of a registry as gauges of Ray, with the replica's name; ``ssd:rounds_total``
-    is ``ray_ssd_rounds_total`` there. Histograms give their sums and counts."""
+    """Copies the counters and gauges of a registry to Ray gauges with the replica's name. ``ssd:rounds_total`` becomes
+    ``ray_ssd_rounds_total``. Of histograms it copies sums and counts."""
 
     def __init__(self, metrics: Metrics, replica: str):
         self._registry, self._replica = metrics.registry, replica
         self._gauges: dict[str, Gauge] = {}
 
     def update(self) -> None:
+        """Copies the current values."""
         for family in self._registry.collect():
             for sample in family.samples:
                 if sample.name.endswith(("_bucket", "_created")):
@@ -35,7 +36,7 @@ class Bridge:
 
 
 async def publish(metrics: Metrics) -> None:
-    """Until cancelled, from within a replica."""
+    """Updates Ray's metrics every ``PERIOD_S`` seconds until cancelled. Must run within a replica."""
     bridge = Bridge(metrics, get_replica_context().replica_id.unique_id)
     while True:
         bridge.update()

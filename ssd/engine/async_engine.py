@@ -6,36 +6,33 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from ..config.load import load_config
 from ..config.sections import Config
-from ..errors import OverloadedError, PipelineError, SSDError, WorkerError
+from ..errors import PipelineError, SSDError, WorkerError
 from ..pipeline.runtime.launch import Pipeline, Restartable, launch_here
 from ..pipeline.runtime.plan import Plan
 from ..pipeline.transport.async_lane import AsyncLane
 from ..pipeline.transport.messages import Message, RoundReport, Watch
-from ..request.output import RequestOutput, StreamEvent
+from ..request.output import RequestOutput
+from ..request.prompts import Prompt
 from ..request.sampling_params import SamplingParams
-from .book import Limits, Request
-from .front import Front, Taken, taken
+from .book import VERIFIER, Limits, Step
+from .front import Front
+from .observing import Observer, Watchers
+from .request import Request
 from .restarts import News
 from .stream import RequestStream
 
 CHECK_S = 0.5
-"""How often to see whether the workers live."""
+"""Time between two looks at whether the workers live."""
 AHEAD = 1
-"""Requests the verifier knows beyond its slots, so that none stays empty for a message's way."""
-ROUNDS_KEPT = 1024
-"""Round reports kept for a watcher that does not keep up; older ones are dropped."""
-
-
-class Observer(Protocol):
-    """Is told what happens, on the loop; must be quick."""
-
-    def event(self, request: Request, event: StreamEvent) -> None: ...
-
-    def round(self, report: RoundReport) -> None: ...
+"""Requests the verifier has beyond its slots, so that no slot is empty while a message travels."""
+PREPARING_THREADS = 4
+"""Requests that are tokenized, and whose grammars are compiled, at once."""
 
 
 class AsyncEngine:
@@ -44,15 +41,19 @@ class AsyncEngine:
     ::
 
         async with AsyncEngine("embedded") as engine:
-            async for event in engine.submit("def main():", SamplingParams(max_tokens=32)):
+            stream = await engine.open("def main():", SamplingParams(max_tokens=32))
+            async for event in stream:
                 print(event.text)
 
     Args:
-        config, overrides, launch: as for ``LLM``.
-        limits: what may be in flight; by default those of the configuration's ``server`` section.
+        config: As for ``LLM``.
+        overrides: As for ``LLM``.
+        launch: As for ``LLM``.
+        limits: What may be in flight. By default the limits of the configuration's ``server`` section.
+        observer: Hears of every event and round.
 
     Raises:
-        UsageError: configuration, models or their pairing are wrong.
+        UsageError: The configuration, the models or their pairing are wrong.
     """
 
     def __init__(
@@ -64,19 +65,15 @@ class AsyncEngine:
         limits: Limits | None = None,
         observer: Observer | None = None,
     ):
-        self._front = Front(config, overrides=overrides)
+        loaded = load_config(config, overrides)
+        self._front = Front(loaded, limits=limits or server_limits(loaded), tell=self._tell_draft)
         self.config, self.tokenizer = self._front.config, self._front.tokenizer
-        server = self.config.server
-        self._front.book.limits = limits or Limits(
-            queue=server.max_queue,
-            tokens=server.max_tokens_in_flight,
-            sent=self.config.engine.max_batch + AHEAD,
-        )
         self._launch, self._observer = launch, observer
+        self._preparing = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="ssd-prepare")
         self._pipeline: Pipeline | None = None
         self._lanes: dict[str, AsyncLane] = {}
         self._streams: dict[int, RequestStream] = {}
-        self._watchers: set[asyncio.Queue[RoundReport | None]] = set()
+        self._watchers = Watchers()
         self._watched = False
         self._guard: asyncio.Task[None] | None = None
         self._restarting: asyncio.Future[None] | None = None
@@ -87,36 +84,33 @@ class AsyncEngine:
 
     @property
     def ready(self) -> bool:
-        """Workers are up and nothing broke."""
+        """The workers are up and nothing broke."""
         return self._pipeline is not None and self._front.ready and self.failure is None
 
     @property
     def degraded(self) -> str | None:
-        """Why the draft is not there, if it is not."""
-        return self._front.restarts.degraded
+        """Why the draft is missing, or None."""
+        return self._front.degraded
 
     @property
     def restarting(self) -> bool:
-        """The draft is lost, and not for good."""
-        return self._front.restarts.pending
-
-    def on_draft(self, tell: Callable[[News], None]) -> None:
-        """``tell`` hears, on the loop, when the draft is lost, restarting, back or given up."""
-        self._front.restarts.tell = tell
+        """The draft is missing and will be started again."""
+        return self._front.restarting
 
     @property
     def queued(self) -> int:
         """Requests that wait here."""
-        return self._front.book.queued
+        return self._front.queued
 
     @property
     def running(self) -> int:
         """Requests the verifier has."""
-        return self._front.book.sent
+        return self._front.running
 
     @property
     def tokens_in_flight(self) -> int:
-        return self._front.book.tokens
+        """Prompt tokens and ``max_tokens`` of all requests, waiting or running."""
+        return self._front.tokens_in_flight
 
     async def __aenter__(self) -> AsyncEngine:
         await self.start()
@@ -126,24 +120,24 @@ class AsyncEngine:
         await self.close()
 
     async def start(self) -> None:
-        """Launch the pipeline and wait until it can decode.
+        """Launches the pipeline and waits until it can decode.
 
-        Raises: UsageError, WorkerError; everything is taken down again then.
+        Raises: UsageError, WorkerError: It cannot. Everything is taken down again then.
         """
-        # Launching may wait for a cluster to have room.
+        # In a thread: launching may wait for a cluster to have room.
         launching = asyncio.ensure_future(asyncio.to_thread(self._launch, self._front.plan))
         try:
             self._pipeline = pipeline = await asyncio.shield(launching)
         except asyncio.CancelledError:
-            with contextlib.suppress(SSDError):  # nobody is there to be told
+            with contextlib.suppress(SSDError):  # the caller is gone
                 await asyncio.to_thread((await launching).close)
             raise
         try:
+            self._front.launched(restartable=isinstance(pipeline, Restartable))
             for role in pipeline.lanes:
                 self._open_lane(pipeline, role)
-            if not isinstance(pipeline, Restartable):
-                self._front.restarts.limit = 0
             self._guard = asyncio.create_task(self._watch_over(pipeline))
+            self._guard.add_done_callback(self._guard_ended)
             deadline = time.monotonic() + self.config.engine.start_timeout_s
             while not self._front.ready and self.failure is None:
                 self._changed.clear()
@@ -160,13 +154,14 @@ class AsyncEngine:
             raise
 
     async def close(self) -> None:
-        """Stop the workers; what still runs fails. Safe to call twice."""
+        """Stops the workers. Requests that still run fail. Safe to call twice."""
         if self._guard is not None:
             self._guard.cancel()
-        if self._restarting is not None:  # what it starts must be known to be stopped
+        if self._restarting is not None:  # a worker that is being started must be stopped too
             await asyncio.wait([self._restarting])
         if self.failure is None:
             self._fail(PipelineError("the engine is closed"))
+        self._preparing.shutdown(wait=False, cancel_futures=True)
         for lane in self._lanes.values():
             await lane.close()
         self._lanes = {}
@@ -174,62 +169,80 @@ class AsyncEngine:
         if pipeline is not None:
             await asyncio.to_thread(pipeline.close)
 
-    def submit(
-        self, prompt: str | Sequence[int], params: SamplingParams, *, client: str = "", priority: int = 0
+    async def open(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, client: str = "", priority: int = 0
     ) -> RequestStream:
-        """Start a request.
+        """Starts a request. Tokenizing and compiling its grammar happen in a thread, so other requests go on.
 
         Args:
-            client: whom it is for: clients take turns when slots are short.
-            priority: of those that wait, requests with the lowest value go first, as in vLLM; nothing that
-                runs is interrupted. Only with ``engine.scheduling=priority``.
+            prompt: Text, or token ids.
+            client: Who the request is for. Clients take turns when slots are short.
+            priority: Of those that wait, requests with the lowest value go first, as in vLLM. Nothing that runs is
+                interrupted. Only with ``engine.scheduling=priority``.
 
         Raises:
-            RequestError: the request cannot work. OverloadedError: too much is in flight.
-            PipelineError: the engine is not running.
+            RequestError: The request cannot be carried out.
+            OverloadedError: Too much is in flight; the same request may work later.
+            PipelineError: The engine is not running.
         """
         self._check()
-        return self._add(self._front.make(prompt, params, client, priority))
+        loop = asyncio.get_running_loop()
+        try:
+            requests = await loop.run_in_executor(
+                self._preparing, self._front.make, prompt, params or SamplingParams(), client, priority
+            )
+        except asyncio.CancelledError:
+            self._check()  # closing the engine cancels what was being prepared
+            raise
+        self._check()
+        return self._start(requests)
 
-    async def generate(self, prompt: str | Sequence[int], params: SamplingParams) -> RequestOutput:
-        """One request, to its end. Cancelling the call cancels the request."""
-        return await self.submit(prompt, params).output()
+    def submit(self, prompt: Prompt, params: SamplingParams, *, client: str = "", priority: int = 0) -> RequestStream:
+        """Starts a request at once, on the loop: for prompts of token ids. ``open`` is for text and for structured
+        output, whose tokenizing and compiling would hold up the loop.
+
+        Args, raises: As ``open``.
+        """
+        self._check()
+        return self._start(self._front.make(prompt, params, client, priority))
+
+    async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> RequestOutput:
+        """Runs one request to its end. Cancelling the call cancels the request. Raises: As ``open``."""
+        return await (await self.open(prompt, params)).output()
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a prompt, as ``submit`` would make them."""
+        """Returns the token ids of a prompt, as ``open`` makes them. Raises: RequestError: It is not valid Unicode."""
         return self._front.tokenize(text)
 
     async def failed(self) -> SSDError:
-        """Wait until the pipeline breaks; why it did."""
+        """Waits until the pipeline breaks. Returns why it did."""
         await self._broken.wait()
         assert self.failure is not None
         return self.failure
 
     def take_no_more(self, why: str) -> None:
-        """From now on ``submit`` raises; what is in flight goes on."""
+        """Refuses requests from now on, with PipelineError. Those in flight go on."""
         self._refusal = why
 
     def cancel_all(self) -> None:
-        """Give up every request, and end what ``rounds`` tells."""
-        for number in list(self._front.book.live):
-            self._perform(taken(self._front.book.cancel(number)))
-        self._end_watching()
+        """Cancels every request, and ends the iterators of ``rounds``."""
+        self._perform(self._front.cancel_all())
+        self._watchers.tell(None)
 
     async def rounds(self) -> AsyncGenerator[RoundReport, None]:
-        """Reports of rounds from now on; the verifier makes them while anybody listens or observes."""
+        """Yields reports of rounds from now on. The verifier makes them only while somebody listens or observes."""
         self._check()
-        mine: asyncio.Queue[RoundReport | None] = asyncio.Queue(ROUNDS_KEPT)
-        self._watchers.add(mine)
+        mine = self._watchers.join()
         self._update_watch()
         try:
             while (report := await mine.get()) is not None:
                 yield report
         finally:
-            self._watchers.discard(mine)
+            self._watchers.leave(mine)
             self._update_watch()
 
     def info(self) -> dict[str, Any]:
-        """What the workers said of themselves, by role."""
+        """Returns what the workers reported about themselves, by role."""
         return dict(self._front.info)
 
     def _check(self) -> None:
@@ -240,44 +253,40 @@ class AsyncEngine:
         if self._refusal is not None:
             raise PipelineError(self._refusal)
 
-    def _add(self, requests: list[Request]) -> RequestStream:
-        stream = RequestStream(self, requests)
-        try:
-            for request in requests:
-                step = self._front.book.add(request)
-                self._streams[request.number] = stream
-                self._perform(taken(step))
-        except OverloadedError:
-            stream.cancel()  # all completions or none
-            raise
+    def _start(self, requests: list[Request]) -> RequestStream:
+        stream = RequestStream(requests, self._cancel)
+        step = self._front.submit(requests)
+        self._streams.update((request.number, stream) for request in requests)
+        self._perform(step)
         return stream
 
-    def _cancel(self, request: Request) -> None:
-        self._perform(taken(self._front.book.cancel(request.number)))
+    def _cancel(self, requests: Sequence[Request]) -> None:
+        self._perform(self._front.cancel(requests))
 
     def _take(self, role: str, message: Message) -> None:
         if self.failure is not None:
             return
+        if isinstance(message, RoundReport):
+            self._report(message)
+            return
         try:
-            then = self._front.take(role, message)
+            step = self._front.take(role, message)
         except SSDError as error:
             self._fail(error)
             return
-        if isinstance(message, RoundReport):
-            self._report(message)
         self._changed.set()
-        self._perform(then)
+        self._perform(step)
 
-    def _perform(self, then: Taken) -> None:
-        for request, event in then.events:
+    def _perform(self, step: Step) -> None:
+        for request, event in step.events:
             stream = self._streams.get(request.number)
             if event.output is not None:
                 self._streams.pop(request.number, None)
             if self._observer is not None:
                 self._observer.event(request, event)
             if stream is not None:
-                stream._put(event)
-        for role, message in then.send:
+                stream.put(event)
+        for role, message in step.send:
             self._send(role, message)
 
     def _send(self, role: str, message: Message) -> None:
@@ -287,19 +296,19 @@ class AsyncEngine:
         try:
             lane.send(message)
         except PipelineError as error:
-            if role == "verifier":
+            if role == VERIFIER:
                 self._fail(error)
 
     def _fail(self, error: SSDError) -> None:
-        """The pipeline is gone: everybody who waits is told."""
+        """Takes in that the pipeline is gone. Every stream gets the error."""
         if self.failure is not None:
             return
         self.failure = error
-        self._front.book.fail()
+        self._front.fail()
         streams, self._streams = self._streams, {}
         for stream in dict.fromkeys(streams.values()):
-            stream._put(PipelineError(str(error)))
-        self._end_watching()
+            stream.put(PipelineError(str(error)))
+        self._watchers.tell(None)
         self._broken.set()
         self._changed.set()
 
@@ -308,17 +317,21 @@ class AsyncEngine:
             await asyncio.sleep(CHECK_S)
             for lane in self._lanes.values():
                 lane.look()
-            try:
-                gone = await asyncio.to_thread(pipeline.check)
-            except PipelineError as error:
-                self._fail(error)
-                return
+            gone = await asyncio.to_thread(pipeline.check)
             if (fatal := self._front.fatal(gone)) is not None:
                 self._fail(fatal)
-            elif (then := self._front.restart_due(gone)) is not None and isinstance(pipeline, Restartable):
-                await self._restart_draft(pipeline, then)
+            elif (step := self._front.restart_due(gone)) is not None and isinstance(pipeline, Restartable):
+                await self._restart_draft(pipeline, step)
 
-    async def _restart_draft(self, pipeline: Restartable, then: Taken) -> None:
+    def _guard_ended(self, guard: asyncio.Task[None]) -> None:
+        """Without a guard nobody would notice dead workers, so whatever ended it ends the engine."""
+        if guard.cancelled() or (error := guard.exception()) is None:
+            return
+        if not isinstance(error, SSDError):
+            error = WorkerError(f"watching the workers failed: {type(error).__name__}: {error}")
+        self._fail(error)
+
+    async def _restart_draft(self, pipeline: Restartable, step: Step) -> None:
         roles = self._front.config.draft_roles
         for role in roles:
             if (lane := self._lanes.pop(role, None)) is not None:
@@ -331,32 +344,36 @@ class AsyncEngine:
         self._restarting = asyncio.ensure_future(asyncio.to_thread(restart))
         try:
             await asyncio.shield(self._restarting)
-        except WorkerError as error:
-            self._front.restarts.lost(str(error))
+        except (PipelineError, OSError) as error:
+            self._front.restart_failed(error)
         else:
             for role in roles:
                 self._open_lane(pipeline, role)
-            self._perform(then)
+            self._perform(step)
 
     def _open_lane(self, pipeline: Pipeline, role: str) -> None:
         self._lanes[role] = AsyncLane(pipeline.lanes[role], lambda message: self._take(role, message), self._fail)
+
+    def _tell_draft(self, news: News) -> None:
+        if self._observer is not None:
+            self._observer.draft(news)
 
     def _update_watch(self) -> None:
         wanted = bool(self._watchers) or self._observer is not None
         if wanted != self._watched:
             self._watched = wanted
-            self._send("verifier", Watch(on=wanted))
+            self._send(VERIFIER, Watch(on=wanted))
 
     def _report(self, report: RoundReport) -> None:
         if self._observer is not None:
             self._observer.round(report)
-        self._tell_watchers(report)
+        self._watchers.tell(report)
 
-    def _end_watching(self) -> None:
-        self._tell_watchers(None)
 
-    def _tell_watchers(self, report: RoundReport | None) -> None:
-        for watcher in self._watchers:
-            if watcher.full():
-                watcher.get_nowait()
-            watcher.put_nowait(report)
+def server_limits(config: Config) -> Limits:
+    """Returns the limits of a configuration's ``server`` section."""
+    return Limits(
+        queue=config.server.max_queue,
+        tokens=config.server.max_tokens_in_flight,
+        sent=config.engine.max_batch + AHEAD,
+    )

@@ -1,22 +1,24 @@
-"""Incremental detokenizing: text is given out only when later tokens cannot change it."""
+"""Incremental detokenizing: text is released only when later tokens cannot change it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 _REPLACEMENT = "\ufffd"
-_WINDOW = 6  # tokens decoded again for context; tokenizers look back at most a few
+_WINDOW = 6  # tokens decoded again for context; tokenizers look back a few at most
 
 
 class Detokenizer:
     """Turns a growing list of token ids into text and finds stop strings.
 
-    ``text`` is all text that is certain; text that may still be the beginning of a stop string,
-    and bytes that do not yet make a character, are held back until they are decided.
+    ``text`` is all final text. Text that may be the beginning of a stop string, and bytes that are not yet a whole
+    character, are held back until later tokens decide.
 
     Args:
-        include_stop: leave the stop string at the end of the text.
-        min_tokens: stop strings that the first so many tokens complete are text like any other.
+        tokenizer: A transformers tokenizer; only its ``decode`` is used.
+        stop: Stop strings.
+        include_stop: Keep the stop string at the end of the text.
+        min_tokens: Ignore stop strings that these first tokens complete.
     """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...], *, include_stop: bool = False, min_tokens: int = 0):
@@ -26,6 +28,7 @@ class Detokenizer:
         self._start = self._read = 0  # window being decoded: [start, read) is already text
         self._decoded = ""
         self.given = 0
+        """Characters released."""
         self.found: str | None = None
         """The stop string that ended the text."""
 
@@ -38,9 +41,10 @@ class Detokenizer:
         return self._decoded[: self.given]
 
     def add(self, token_ids: list[int]) -> str:
-        """New certain text. Sets ``found`` and ``stopped`` (the text then ends at the stop string).
+        """Adds tokens and returns the text that became final. At a stop string the text ends, and ``found`` and
+        ``stopped`` are set.
 
-        Where a stop string must end the tokens too, give them one at a time.
+        To find the token that completed a stop string, add tokens one at a time.
         """
         if self.stopped:
             return ""
@@ -52,13 +56,12 @@ class Detokenizer:
             self._append(fresh)
             self._start, self._read = max(self._start, len(self._ids) - _WINDOW), len(self._ids)
         elif self._stop and self._find(whole := self._decoded + fresh.rstrip(_REPLACEMENT)):
-            # The token that completes a stop string may end in half a character: do not wait for
-            # the other half.
+            # The token that completes a stop string may end in half a character. Do not wait for the other half.
             self._append(whole[len(self._decoded) :])
         return self._give(len(self._decoded) if self.stopped else len(self._decoded) - self._held())
 
     def finish(self) -> str:
-        """What was held back, once nothing more comes."""
+        """Releases and returns the text held back, because no token follows."""
         if not self.stopped:
             before = self._decode(self._ids[self._start : self._read])
             self._append(self._decode(self._ids[self._start :])[len(before) :])
@@ -73,10 +76,10 @@ class Detokenizer:
             self._decoded = self._decoded[: at + len(self.found) * self._include_stop]
 
     def _find(self, text: str) -> tuple[int, str] | None:
-        """Where the first stop string begins that ``text`` completes beyond what is decoded."""
+        """Returns start and text of the first stop string that ends beyond the decoded text, if there is one."""
         if not self._stop or len(self._ids) <= self._min_tokens:
             return None
-        # In what is decoded already none ended, or none that counts.
+        # None that counts ends within the decoded text: it would have been found before.
         known = len(self._decoded) + 1
         found = [(at, s) for s in self._stop if (at := text.find(s, max(0, known - len(s)))) >= 0]
         return min(found, default=None)
@@ -87,7 +90,7 @@ class Detokenizer:
         return fresh
 
     def _held(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
+        """Returns the length of the longest suffix of the text that is a prefix of a stop string."""
         longest = 0
         for stop in self._stop:
             for length in range(min(len(stop) - 1, len(self._decoded)), longest, -1):

@@ -1,4 +1,4 @@
-"""Who is next: the lowest priority value; among equals clients take turns, each client's requests in order."""
+"""The order of waiting requests: lowest priority value first. Clients of equal priority take turns."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections import OrderedDict, deque
 
 
 class FairQueue:
-    """Request numbers by priority and client. A client with a hundred requests delays another client's
-    first one of the same priority by at most one turn per client."""
+    """Request numbers by priority and client. Requests of one client and priority keep their order. A client with a
+    hundred requests delays another client's first request of the same priority by at most one turn per client."""
 
     def __init__(self) -> None:
         self._levels: dict[int, OrderedDict[str, deque[int]]] = {}
@@ -16,12 +16,13 @@ class FairQueue:
         return sum(len(numbers) for turns in self._levels.values() for numbers in turns.values())
 
     def push(self, client: str, number: int, priority: int = 0) -> None:
+        """Adds a request at the end of its client's line."""
         self._levels.setdefault(priority, OrderedDict()).setdefault(client, deque()).append(number)
 
     def pop(self) -> int:
-        """The next request; its client then stands at the end of its priority's line.
+        """Removes and returns the next request. Its client goes to the end of its priority's line.
 
-        Raises: IndexError if nothing waits.
+        Raises: IndexError: Nothing waits.
         """
         if not self._levels:
             raise IndexError("pop from an empty queue")
@@ -36,7 +37,7 @@ class FairQueue:
         return number
 
     def remove(self, client: str, number: int, priority: int = 0) -> None:
-        """Forget a request that waits."""
+        """Removes a request that waits."""
         turns = self._levels[priority]
         turns[client].remove(number)
         if not turns[client]:

@@ -6,34 +6,36 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..config.sections import Config
-from ..errors import PipelineError, RequestError, WorkerError
+from ..errors import PipelineError
 from ..pipeline.runtime.launch import Pipeline, Restartable, launch_here
 from ..pipeline.runtime.plan import Plan
-from ..pipeline.transport.messages import GetTimings, RoundReport, Watch
+from ..pipeline.transport.messages import GetTimings, Message, RoundReport, Timings, Watch
+from ..request import prompts as asked
 from ..request.output import RequestOutput, StreamEvent
+from ..request.prompts import Prompt, Prompts
 from ..request.sampling_params import SamplingParams
-from .book import Request
-from .front import Front, Taken, taken
+from .book import VERIFIER, Step
+from .front import Front
+from .request import Request
 
 POLL_S = 0.2
 
 
 class LLM:
-    """A target–draft pair ready to generate.
+    """A target–draft pair ready to generate. Not for several threads at once.
 
     Args:
-        config: a shipped configuration's name, a YAML file, or a ``Config``.
-        overrides: ``a.b=c`` each. launch: from a plan to a running pipeline; by default
-            workers on this machine.
+        config: A shipped configuration's name, a YAML file, or a ``Config``.
+        overrides: ``a.b=c`` each.
+        launch: Makes a running pipeline from a plan. By default its workers run on this machine.
 
     Raises:
-        UsageError: configuration, models or their pairing are wrong.
-        WorkerError: a worker did not come up.
+        UsageError: The configuration, the models or their pairing are wrong.
+        WorkerError: A worker did not come up.
     """
 
     def __init__(
@@ -46,11 +48,13 @@ class LLM:
         self._front = Front(config, overrides=overrides)
         self.config, self.tokenizer = self._front.config, self._front.tokenizer
         self._events: dict[int, deque[StreamEvent]] = {}
-        """Not yet given out, of the requests being streamed."""
+        """Events not yet given out, by number of the requests being streamed."""
+        self._timings: Timings | None = None
+        self._rounds: list[RoundReport] | None = None
+        """Reports of all rounds, while ``watch`` collects them."""
         self._checked_s = 0.0
-        self._pipeline = launch(self._front.plan)
-        if not isinstance(self._pipeline, Restartable):
-            self._front.restarts.limit = 0
+        self._pipeline: Pipeline | None = launch(self._front.plan)
+        self._front.launched(restartable=isinstance(self._pipeline, Restartable))
         try:
             self._wait_until_ready()
         except BaseException:
@@ -65,58 +69,63 @@ class LLM:
 
     @property
     def degraded(self) -> str | None:
-        """Why the draft is not there, if it is not; one that is restarted comes back while requests run."""
-        return self._front.restarts.degraded
+        """Why the draft is missing, or None. A draft that is being restarted comes back while requests run."""
+        return self._front.degraded
 
     def close(self) -> None:
-        """Stop the workers. Safe to call twice."""
+        """Stops the workers. Safe to call twice."""
         pipeline, self._pipeline = self._pipeline, None
         if pipeline is not None:
             pipeline.close()
 
     def generate(
-        self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RequestOutput]:
-        """Complete every prompt (text, or token ids), in order. With ``n`` > 1 an output is the
-        prompt's first completion and ``outputs`` are all of them.
+        """Completes every prompt and returns the outputs in order. With ``n`` > 1 an output is the prompt's first
+        completion, and its ``outputs`` are all of them.
+
+        Args:
+            prompts: A text, a list of token ids, or a list of either.
+            params: For all prompts, or one for each.
 
         Raises:
-            RequestError: an empty prompt, one too long for the context, or as many parameters
-                as there are not prompts. Nothing is started then.
-            PipelineError: the pipeline broke.
+            RequestError: A prompt is empty or too long for the context, a value cannot be carried out, or the number
+                of parameters does not match the number of prompts. No request has started then.
+            PipelineError: The pipeline broke.
         """
-        listed = [prompts] if isinstance(prompts, str) else list(prompts)
-        if params is None or isinstance(params, SamplingParams):
-            each = [params or SamplingParams()] * len(listed)
-        else:
-            each = list(params)
-        if len(each) != len(listed):
-            raise RequestError(f"{len(listed)} prompts but {len(each)} sampling parameters")
-        groups = [self._front.make(prompt, p) for prompt, p in zip(listed, each, strict=True)]
+        groups = [self._front.make(*one) for one in asked.pair(prompts, params)]
         requests = [request for group in groups for request in group]
         try:
-            for request in requests:
-                self._perform(taken(self._front.book.add(request)))
+            for group in groups:
+                self._perform(self._front.submit(group))
             while any(request.output is None for request in requests):
                 self._pump()
         finally:
             self._abandon(requests)
-        outputs = [[request.output for request in group if request.output is not None] for group in groups]
-        return [replace(first, others=tuple(others)) if others else first for first, *others in outputs]
+        return [
+            RequestOutput.joined([request.output for request in group if request.output is not None])
+            for group in groups
+        ]
 
-    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[StreamEvent]:
-        """Events as tokens commit; a completion's last one carries its output. Closing the iterator
-        cancels."""
-        requests = self._front.make(prompt, params or SamplingParams())
-        return self._stream(requests)
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamEvent]:
+        """Returns the events of one prompt as tokens commit. The last event of a completion carries its output.
+        Closing the iterator cancels the request.
+
+        Raises: RequestError: The request cannot be carried out. PipelineError (iterating): The pipeline broke.
+        """
+        return self._stream(self._front.make(*asked.one(prompt, params)))
 
     def timings(self, *, reset: bool = False) -> dict[str, float | None]:
-        """Medians over recent rounds in ms: ``round_ms``, ``hit_round_ms``, ``forward_ms``, ``draft_ms``."""
-        self._front.timings = None
-        self._running().lanes["verifier"].send(GetTimings(reset=reset))
-        while (timings := self._front.timings) is None:
+        """Returns medians over recent rounds in ms: ``round_ms``, ``hit_round_ms``, ``forward_ms``, ``draft_ms``.
+
+        Args:
+            reset: Start a new window afterwards.
+
+        Raises: PipelineError: The pipeline broke.
+        """
+        self._timings = None
+        self._running().lanes[VERIFIER].send(GetTimings(reset=reset))
+        while (timings := self._timings) is None:
             self._pump()
         return {
             "round_ms": timings.round_ms,
@@ -127,19 +136,19 @@ class LLM:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[list[RoundReport]]:
-        """Where the time of every round of the block goes; the list is whole when the block ends."""
-        rounds = self._front.rounds = []
-        verifier = self._running().lanes["verifier"]
+        """Collects a report of every round in the block. The list is complete when the block ends."""
+        rounds = self._rounds = []
+        verifier = self._running().lanes[VERIFIER]
         verifier.send(Watch(on=True))
         try:
             yield rounds
             verifier.send(Watch(on=False))
-            self.timings()  # whatever was sent before it has come
+            self.timings()  # its answer comes after every report sent before
         finally:
-            self._front.rounds = None
+            self._rounds = None
 
     def info(self) -> dict[str, Any]:
-        """What the workers said of themselves, by role."""
+        """Returns what the workers reported about themselves, by role."""
         return dict(self._front.info)
 
     def _running(self) -> Pipeline:
@@ -157,9 +166,8 @@ class LLM:
     def _stream(self, requests: list[Request]) -> Iterator[StreamEvent]:
         events: deque[StreamEvent] = deque()
         try:
-            for request in requests:
-                self._events[request.number] = events
-                self._perform(taken(self._front.book.add(request)))
+            self._events.update((request.number, events) for request in requests)
+            self._perform(self._front.submit(requests))
             while any(request.output is None for request in requests):
                 self._pump()
                 while events:
@@ -169,23 +177,22 @@ class LLM:
                 self._events.pop(request.number, None)
             self._abandon(requests)
 
-    def _abandon(self, requests: list[Request]) -> None:
-        """Those still running are cancelled."""
-        for request in requests:
-            step = self._front.book.cancel(request.number)
-            if step.send and self._pipeline is not None and "verifier" not in self._pipeline.check():
-                with contextlib.suppress(PipelineError):
-                    self._perform(taken(step))
+    def _abandon(self, requests: Sequence[Request]) -> None:
+        """Cancels the requests that still run."""
+        step = self._front.cancel(requests)
+        if step.send and self._pipeline is not None and VERIFIER not in self._pipeline.check():
+            with contextlib.suppress(PipelineError):
+                self._perform(step)
 
     def _pump(self) -> None:
-        """Take in what the workers sent, waiting a little for the first message."""
+        """Takes in what the workers sent. Waits up to ``POLL_S`` for the verifier's first message."""
         pipeline = self._running()
         seen = False
         for role, lane in pipeline.lanes.items():
-            wait_s = POLL_S if role == "verifier" else 0
+            wait_s = POLL_S if role == VERIFIER else 0
             while (message := lane.receive(wait_s)) is not None:
                 seen, wait_s = True, 0
-                self._perform(self._front.take(role, message))
+                self._take(role, message)
         if not seen or time.monotonic() - self._checked_s > POLL_S:
             gone, self._checked_s = pipeline.check(), time.monotonic()
             error = self._front.fatal(gone)
@@ -193,21 +200,30 @@ class LLM:
                 raise error
             self._restart(pipeline, gone)
 
+    def _take(self, role: str, message: Message) -> None:
+        if isinstance(message, Timings):
+            self._timings = message
+        elif isinstance(message, RoundReport):
+            if self._rounds is not None:
+                self._rounds.append(message)
+        else:
+            self._perform(self._front.take(role, message))
+
     def _restart(self, pipeline: Pipeline, gone: Sequence[str]) -> None:
-        """Start a lost draft again, if it is time."""
-        then = self._front.restart_due(gone)
-        if then is not None and isinstance(pipeline, Restartable):
+        """Starts a lost draft again, if it is time."""
+        step = self._front.restart_due(gone)
+        if step is not None and isinstance(pipeline, Restartable):
             try:
                 for role in self.config.draft_roles:
                     pipeline.restart(role)
-            except WorkerError as error:
-                self._front.restarts.lost(str(error))
+            except (PipelineError, OSError) as error:
+                self._front.restart_failed(error)
             else:
-                self._perform(then)
+                self._perform(step)
 
-    def _perform(self, then: Taken) -> None:
-        for request, event in then.events:
+    def _perform(self, step: Step) -> None:
+        for request, event in step.events:
             if request.number in self._events:
                 self._events[request.number].append(event)
-        for role, message in then.send:
+        for role, message in step.send:
             self._running().lanes[role].send(message)

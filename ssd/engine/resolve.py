@@ -1,4 +1,4 @@
-"""Sampling parameters against a vocabulary: token ids checked, bad words turned into ids."""
+"""Resolves sampling parameters against a vocabulary: checks token ids, turns bad words into ids."""
 
 from __future__ import annotations
 
@@ -7,22 +7,28 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import RequestError
-from ..request.sampling_params import SamplingParams
+from ..request.sampling_params import MAX_BAD_WORDS, SamplingParams
 
 
 def resolve(params: SamplingParams, tokenizer: Any, *, vocabulary: int, ends: Iterable[int]) -> SamplingParams:
-    """The parameters as the workers take them.
+    """Returns the parameters as the workers take them.
 
     Args:
-        vocabulary: V. ends: end-of-text ids.
+        vocabulary: V.
+        ends: End-of-text ids.
 
     Raises:
-        RequestError: a token id beyond the vocabulary; a bad word that no token spells; bans that
-            could leave nothing to choose from.
+        RequestError: A token id is outside the vocabulary, no token spells a bad word, or the excluded tokens could
+            leave nothing to choose from.
     """
     if not (params.processed or params.stop_token_ids):
         return params
     words = tuple(ids for word in params.bad_words for ids in _ids(word, tokenizer))
+    if len(words) > MAX_BAD_WORDS:
+        raise RequestError(
+            f"bad_words must stand for at most {MAX_BAD_WORDS} token sequences; got {len(words)} (a text stands for "
+            "two: with and without a space before it)"
+        )
     named = {
         "stop_token_ids": params.stop_token_ids,
         "logit_bias": dict(params.logit_bias),
@@ -32,7 +38,7 @@ def resolve(params: SamplingParams, tokenizer: Any, *, vocabulary: int, ends: It
     for name, ids in named.items():
         if wrong := [token for token in ids if token >= vocabulary]:
             raise RequestError(f"{name} has token id {wrong[0]}; this model's token ids are below {vocabulary}")
-    # A longer bad word excludes its last token only now and then, but it could at the wrong time.
+    # A longer bad word excludes its last token only after the others, but that may be when nothing else is allowed.
     excluded = {word[-1] for word in words}
     if params.min_tokens:
         excluded |= {*ends, *params.stop_token_ids}
@@ -45,10 +51,12 @@ def resolve(params: SamplingParams, tokenizer: Any, *, vocabulary: int, ends: It
 
 
 def _ids(word: str | tuple[int, ...], tokenizer: Any) -> list[tuple[int, ...]]:
-    """Token sequences a bad word stands for.
+    """Returns the token sequences a bad word stands for.
 
-    A text as vLLM reads it: at the beginning of a text, and, where that is a word of as many
-    tokens and another first one, after a space.
+    As in vLLM, a text stands for its tokens without a leading space, and for those with one if they are as many and
+    begin with another token.
+
+    Raises: RequestError: No token spells it.
     """
     if not isinstance(word, str):
         return [word]

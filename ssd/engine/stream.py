@@ -1,35 +1,34 @@
-"""What a caller of ``AsyncEngine.submit`` reads."""
+"""What a caller of ``AsyncEngine`` reads."""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 from ..errors import SSDError
 from ..request.output import RequestOutput, StreamEvent
-from .book import Request
-
-if TYPE_CHECKING:
-    from .async_engine import AsyncEngine
+from .request import Request
 
 
 class RequestStream:
-    """The events of one request: ``async for event in stream``. The last one carries the output; with
-    ``n`` > 1 every completion has a last one, and their events mix (``event.index``).
+    """The events of one request: ``async for event in stream``. The last one carries the output. With ``n`` > 1 every
+    completion has a last one, and their events interleave (``event.index``).
 
-    Leaving its ``async with`` block, or ``cancel``, gives the request up; its slot is free within a
-    round. What has been committed is never held back for a slow reader: it waits here, and is no
-    more than the request's ``max_tokens``.
+    Leaving its ``async with`` block, or ``cancel``, cancels the request; its slot is free within a round. Events wait
+    here for a slow reader: at most as many as the request's ``max_tokens``.
 
-    Raises (iterating): PipelineError if the pipeline broke.
+    Args:
+        requests: The completions.
+        give_up: Cancels those of them that are not over.
+
+    Raises (iterating): PipelineError: The pipeline broke.
     """
 
-    def __init__(self, engine: AsyncEngine, requests: list[Request]):
-        self._engine, self.requests = engine, requests
+    def __init__(self, requests: Sequence[Request], give_up: Callable[[Sequence[Request]], None]):
+        self.requests, self._give_up = requests, give_up
         self._events: asyncio.Queue[StreamEvent | SSDError] = asyncio.Queue()
         self._left = len(requests)
-        """Completions whose last event its reader does not have."""
+        """Completions whose last event has not been read."""
 
     async def __aenter__(self) -> RequestStream:
         return self
@@ -55,18 +54,15 @@ class RequestStream:
         """The first completion."""
         return self.requests[0]
 
+    def put(self, event: StreamEvent | SSDError) -> None:
+        """Adds an event for the reader. An error is the last one."""
+        self._events.put_nowait(event)
+
     async def output(self) -> RequestOutput:
-        """Wait for the end; as ``LLM.generate`` gives it. Cancels the request if the waiting is
-        cancelled."""
+        """Waits for the end and returns what ``LLM.generate`` would. Cancelling the call cancels the request."""
         async with self:
-            outputs = [event.output async for event in self if event.output is not None]
-        first, *others = sorted(outputs, key=lambda output: output.index)
-        return replace(first, others=tuple(others)) if others else first
+            return RequestOutput.joined([event.output async for event in self if event.output is not None])
 
     def cancel(self) -> None:
-        """Give the request up, if it is not over. Its last event still comes."""
-        for request in self.requests:
-            self._engine._cancel(request)
-
-    def _put(self, event: StreamEvent | SSDError) -> None:
-        self._events.put_nowait(event)
+        """Cancels the request if it is not over. Its last event still comes."""
+        self._give_up(self.requests)

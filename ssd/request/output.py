@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Origin = Literal["hit", "miss", "plain"]
-"""Where the candidates of a round came from: the speculation set of the round before (``hit``), a
-draft made while the verifier waited (``miss``: after one, or in every round of ``sd`` and ``self``), nowhere
-(``plain``: nothing was drafted)."""
+"""Where the candidates of a round came from: the speculation set of the round before (``hit``), a draft made while
+the verifier waited (``miss``: after a miss, or in every round of ``sd`` and ``self``), or nowhere (``plain``: nothing
+was drafted)."""
 Provenance = Literal["hit", "miss", "bonus", "plain"]
-"""How a token came to be: drafted and accepted in a round of origin ``hit`` or ``miss``, the
-target's own token after the accepted ones (``bonus``), or decoded without speculation (``plain``)."""
+"""Where a token came from: drafted and accepted in a round of origin ``hit`` or ``miss``, the target's own token
+after the accepted ones (``bonus``), or decoded without speculation (``plain``)."""
 
 
 @dataclass(kw_only=True, slots=True)
 class SpeculationRecord:
-    """What speculation did for one request. Counts; rates derive from them."""
+    """What speculation did for one request. Fields are counts; rates derive from them."""
 
     rounds: int = 0
     """Target forwards after the prompt."""
     tokens: int = 0
-    """Tokens the rounds produced (before any cut by a stop rule)."""
+    """Tokens the rounds produced, before any cut by a stop rule."""
     drafted: int = 0
-    """Draft tokens verified: the depth of each round's tree (siblings not counted)."""
+    """Draft tokens verified: the depth of each round's tree. Siblings are not counted."""
     accepted: int = 0
-    """Draft tokens accepted (siblings counted when accepted)."""
+    """Draft tokens accepted. Accepted siblings are counted."""
     lookups: int = 0
     """Rounds after which an outcome was looked up in a speculation set."""
     hits: int = 0
@@ -37,20 +38,21 @@ class SpeculationRecord:
 
     @property
     def acceptance_rate(self) -> float | None:
-        """accepted / drafted."""
+        """accepted / drafted; None if nothing was drafted."""
         return self.accepted / self.drafted if self.drafted else None
 
     @property
     def acceptance_length(self) -> float | None:
-        """Tokens per round, bonus included: 1 + accepted / rounds."""
+        """Tokens per round, bonus included: 1 + accepted / rounds. None without rounds."""
         return 1 + self.accepted / self.rounds if self.rounds else None
 
     @property
     def hit_rate(self) -> float | None:
+        """hits / lookups; None without lookups."""
         return self.hits / self.lookups if self.lookups else None
 
     def count_round(self, *, drafted: int, accepted: int) -> None:
-        """Count one round."""
+        """Counts one round."""
         self.rounds += 1
         self.tokens += accepted + 1
         self.drafted += drafted
@@ -60,10 +62,12 @@ class SpeculationRecord:
         self.accepted_histogram[accepted] += 1
 
     def count_lookup(self, hit: bool) -> None:
+        """Counts one lookup."""
         self.lookups += 1
         self.hits += hit
 
     def add(self, other: SpeculationRecord) -> None:
+        """Adds the counts of another record."""
         self.rounds += other.rounds
         self.tokens += other.tokens
         self.drafted += other.drafted
@@ -78,14 +82,35 @@ class SpeculationRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLogprob:
-    """Log-probability (natural) of one token of the output, of the target's own distribution."""
+    """Log-probability (natural) of one output token under the target's own distribution."""
 
     token_id: int
     logprob: float
     rank: int
     """1 for the most probable token."""
     top: tuple[tuple[int, float], ...]
-    """Token id and log-probability of the most probable tokens, as many as asked for, best first."""
+    """Token id and log-probability of the most probable tokens, as many as requested, best first."""
+
+    @classmethod
+    def from_columns(cls, tokens: Iterable[int], columns: Sequence[Sequence[Any]]) -> tuple[TokenLogprob, ...]:
+        """Reads the columns of a ``Committed`` message.
+
+        Args:
+            tokens: The T tokens to read, the first of the message.
+            columns: Log-probabilities ``[T]``, ranks ``[T]``, most probable token ids ``[T][n]`` and their
+                log-probabilities ``[T][n]``.
+        """
+        return tuple(
+            cls(token_id=token, logprob=value, rank=rank, top=tuple(zip(ids, values, strict=True)))
+            for token, value, rank, ids, values in zip(tokens, *columns, strict=False)
+        )
+
+    @classmethod
+    def from_dicts(cls, given: Iterable[Mapping[str, Any]] | None) -> tuple[TokenLogprob, ...] | None:
+        """Reads what ``dataclasses.asdict`` made, also after a format without tuples. None stays None."""
+        if given is None:
+            return None
+        return tuple(cls(**{**fields, "top": tuple(map(tuple, fields["top"]))}) for fields in given)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,23 +121,23 @@ class RequestOutput:
     prompt_token_ids: tuple[int, ...]
     text: str
     token_ids: tuple[int, ...]
-    """All tokens that count, the one that ended the completion included."""
+    """All tokens that count, including the one that ended the completion."""
     finish_reason: FinishReason
     speculation: SpeculationRecord
     decode_s: float
     """Seconds from the end of prefill to the last token."""
     stop_reason: str | int | None = None
-    """The stop string found, or the token id that ended it (None for ``max_tokens`` and so on)."""
+    """The stop string found, or the stop token id. None for every other end."""
     error: str | None = None
-    """Why it could not go on, where ``finish_reason`` is ``error``; the tokens so far stand."""
+    """Why the request failed, if ``finish_reason`` is ``error``. The tokens so far are valid."""
     logprobs: tuple[TokenLogprob, ...] | None = None
-    """One for every token, if asked for."""
+    """One for every token, if requested."""
     index: int = 0
     """Which of the prompt's ``n`` completions this is."""
     num_cached_tokens: int = 0
-    """Tokens of the prompt whose keys and values were found, not computed (prefix caching)."""
+    """Prompt tokens whose keys and values came from the prefix cache."""
     others: tuple[RequestOutput, ...] = ()
-    """Completions 1 .. n - 1, at completion 0 of ``LLM.generate``."""
+    """Completions 1 to n - 1, on completion 0 of ``LLM.generate``."""
 
     @property
     def outputs(self) -> tuple[RequestOutput, ...]:
@@ -121,30 +146,66 @@ class RequestOutput:
 
     @property
     def cumulative_logprob(self) -> float | None:
-        """Log-probability of the whole completion."""
+        """Log-probability of the whole completion, if requested."""
         return None if self.logprobs is None else math.fsum(token.logprob for token in self.logprobs)
+
+    @classmethod
+    def joined(cls, completions: Iterable[RequestOutput]) -> RequestOutput:
+        """Returns completion 0 of a prompt with the others attached. Order does not matter; at least one is needed."""
+        first, *others = sorted(completions, key=lambda output: output.index)
+        return replace(first, others=tuple(others)) if others else first
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> RequestOutput:
+        """Reads what ``dataclasses.asdict`` made, also after a format without tuples.
+
+        Raises: TypeError, KeyError: The fields are not those of an output.
+        """
+        read = {
+            "prompt_token_ids": tuple(given["prompt_token_ids"]),
+            "token_ids": tuple(given["token_ids"]),
+            "speculation": SpeculationRecord(**given["speculation"]),
+            "logprobs": TokenLogprob.from_dicts(given["logprobs"]),
+            "others": tuple(cls.from_dict(other) for other in given["others"]),
+        }
+        return cls(**{**given, **read})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamEvent:
-    """Text that became certain, and the tokens behind it. The last event of a completion has
-    ``output`` set; with ``n`` > 1 the events of the completions mix."""
+    """Text that became final, and its tokens. The last event of a completion has ``output`` set. With ``n`` > 1
+    the events of the completions interleave."""
 
     text: str
     token_ids: tuple[int, ...]
     accepted: int
-    """How many of the tokens were drafted and accepted (the rest are the target's own)."""
+    """How many of the tokens were drafted and accepted. The rest are the target's own."""
     output: RequestOutput | None = None
     pieces: tuple[str, ...] = ()
-    """Text that became certain with each token (``""`` while held back); together ``text``, but for
-    what the end of the request releases."""
+    """Text that became final with each token (``""`` while held back). Joined they are ``text``, except for text
+    that the end of the request releases."""
     provenance: tuple[Provenance, ...] = ()
-    """Of each token."""
+    """Where each token came from."""
     drafted: int = 0
     """Draft tokens the round verified."""
     committed_s: float = 0.0
-    """When the round committed, on the verifier's monotonic clock: only differences mean something."""
+    """When the round committed, on the verifier's monotonic clock. Only differences have a meaning."""
     logprobs: tuple[TokenLogprob, ...] | None = None
-    """One for every token, if asked for."""
+    """One for every token, if requested."""
     index: int = 0
-    """Which of the prompt's ``n`` completions this is of."""
+    """Which of the prompt's ``n`` completions this belongs to."""
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> StreamEvent:
+        """Reads what ``dataclasses.asdict`` made, also after a format without tuples.
+
+        Raises: TypeError, KeyError: The fields are not those of an event.
+        """
+        read = {
+            "token_ids": tuple(given["token_ids"]),
+            "pieces": tuple(given["pieces"]),
+            "provenance": tuple(given["provenance"]),
+            "logprobs": TokenLogprob.from_dicts(given["logprobs"]),
+            "output": None if given["output"] is None else RequestOutput.from_dict(given["output"]),
+        }
+        return cls(**{**given, **read})

@@ -1,129 +1,140 @@
-"""What a request asks for."""
+"""What a request asks for: how tokens are chosen, and when generation stops."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RequestError
+from . import checks
+from .checks import MAX_TOKEN_ID
 from .methods import METHODS, Method
 from .structured import StructuredOutputsParams
 
 MAX_SEED = 2**63 - 1
+MAX_TOKENS = 2**31 - 1
+MAX_TOP_K = 2**31 - 1
 MAX_COMPLETIONS = 128
 MAX_LOGPROBS = 20
-"""As the OpenAI API's and vLLM's default: what crosses the control lane stays small."""
-MAX_LOGIT_BIAS = 100.0
+"""The OpenAI API's limit and vLLM's default. It keeps messages small."""
+MAX_TEMPERATURE = 100.0
+MIN_TOP_P = 1e-6
 MAX_PENALTY = 2.0
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
+MAX_LOGIT_BIAS = 100.0
+MAX_LOGIT_BIASES = 4096
+MAX_ALLOWED_TOKEN_IDS = 2**20
+MAX_STOPS = 64
+MAX_STOP_CHARACTERS = 1024
+MAX_STOP_TOKEN_IDS = 1024
+MAX_BAD_WORDS = 1024
+MAX_BAD_WORD_LENGTH = 1024
+"""Characters, or token ids, of one bad word."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """How to choose tokens, and when to stop. Names and meanings are vLLM's.
 
+    Values are normalised when the object is made: lists become tuples, numbers ``int`` or ``float``, and None becomes
+    the value it stands for.
+
     Raises:
-        RequestError: a value out of range; the message names it.
+        RequestError: A value is out of range. The message names the field, its limit and the value.
     """
 
     temperature: float = 0.0
-    """0 is greedy; otherwise logits are divided by it."""
+    """In [0, 100]. 0 is greedy decoding; otherwise logits are divided by it."""
     top_k: int = 0
-    """Keep the k most probable tokens; 0 keeps all."""
+    """Keep the k most probable tokens, at most 2**31 - 1. 0 keeps all."""
     top_p: float = 1.0
-    """Keep the smallest set of most probable tokens whose probability reaches this."""
+    """In [1e-6, 1]. Keep the smallest set of most probable tokens whose probability reaches this."""
     min_p: float = 0.0
-    """Drop tokens less probable than this share of the most probable one."""
+    """In [0, 1]. Drop tokens that are less probable than this share of the most probable one."""
     repetition_penalty: float = 1.0
-    """Logits of tokens of the prompt or the output are divided by this where positive and
-    multiplied by it where negative; 1 does nothing."""
+    """In [0.01, 100]. Positive logits of tokens in the prompt or the output are divided by it, negative ones
+    multiplied; 1 has no effect."""
     presence_penalty: float = 0.0
-    """Subtracted from the logit of every token of the output."""
+    """In [-2, 2]. Subtracted from the logit of every token in the output."""
     frequency_penalty: float = 0.0
-    """Subtracted from the logit of a token for every time it is in the output."""
+    """In [-2, 2]. Subtracted from the logit of a token once for each time it is in the output."""
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
-    """Added to the logits of these token ids, in [-100, 100]. Kept as sorted pairs."""
+    """Added to the logits of these token ids, each in [-100, 100]. Kept as sorted pairs."""
     bad_words: tuple[str | tuple[int, ...], ...] = ()
-    """Texts, or sequences of token ids, that the output must not contain: the last token of one
-    is excluded where it would complete it. A text stands for its tokens with and without a space
-    before it, as in vLLM; other tokens may still spell it."""
+    """Texts, or sequences of token ids, that must not occur in the output: the last token of one is excluded
+    where it would complete it. As in vLLM, a text stands for its tokens with and without a space before it;
+    other tokens may still spell it."""
     allowed_token_ids: tuple[int, ...] | None = None
-    """Only these tokens are chosen from; None allows all."""
+    """Choose from these tokens only. None allows all."""
     n: int = 1
-    """Completions of the prompt; see ``completion_seed``."""
+    """Completions of the prompt, at most 128. ``completion_seed`` gives their seeds."""
     max_tokens: int = 256
+    """Most tokens to generate. None generates until the context is full."""
     min_tokens: int = 0
-    """No end-of-text id, stop token id or stop string ends the output before so many tokens: the
-    ids are excluded (``ignore_eos`` or not), the strings not looked for."""
+    """Fewest tokens to generate: before, end-of-text ids and stop token ids are excluded (also with
+    ``ignore_eos``) and stop strings are not looked for."""
     seed: int = 0
-    """All randomness of a request is a function of its seed and the position."""
+    """In [0, 2**63). All randomness of a request is a function of its seed and the position. None draws a random
+    seed when the object is made, so the same object gives the same tokens again."""
     stop: tuple[str, ...] = ()
-    """Generation ends before the first of these in the text."""
+    """A text, or several: generation ends before the first of them. None is none."""
     stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end generation. None is none."""
     ignore_eos: bool = False
+    """Do not stop at an end-of-text id."""
     include_stop_str_in_output: bool = False
-    """Leave the stop string, or the text of the stop token, at the end of the text."""
+    """Keep the stop string, or the text of the stop token, at the end of the text."""
     logprobs: int | None = None
-    """Report every token's log-probability and those of so many most probable tokens, of the
-    target's own distribution (before temperature, filters, penalties and biases: vLLM's
-    ``raw_logprobs``)."""
+    """Report the log-probability of every token, and of this many most probable tokens (at most 20). They are of
+    the target's own distribution, before temperature, filters, penalties and biases (vLLM's ``raw_logprobs``)."""
     structured_outputs: StructuredOutputsParams | None = None
-    """What the output must look like: a JSON schema, a regular expression, a grammar. A mapping of its
-    fields does too."""
+    """What the output must look like: a JSON schema, a regular expression, a grammar. A mapping of its fields is
+    accepted."""
     method: Method | None = None
-    """Overrides the configured method for this request. ``none_fast`` is plain decoding one
-    row at a time without padding: a baseline to measure against, not bit-equal to the rest."""
+    """Overrides the configured method for this request."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids, "stop_token_ids"))
-        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
-        object.__setattr__(self, "bad_words", _words(self.bad_words))
-        object.__setattr__(self, "structured_outputs", StructuredOutputsParams.of(self.structured_outputs))
-        if self.allowed_token_ids is not None:
-            object.__setattr__(self, "allowed_token_ids", _token_ids(self.allowed_token_ids, "allowed_token_ids"))
-        penalties = self.presence_penalty, self.frequency_penalty
-        checks = (
-            (math.isfinite(self.temperature) and self.temperature >= 0, "temperature must be a finite number >= 0"),
-            (isinstance(self.top_k, int) and self.top_k >= 0, "top_k must be an integer >= 0 (0 keeps all tokens)"),
-            (0 < self.top_p <= 1, "top_p must be in (0, 1]"),
-            (0 <= self.min_p <= 1, "min_p must be in [0, 1]"),
-            (
-                math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
-                "repetition_penalty must be a finite number > 0 (1 does nothing)",
+        for name, value in self._checked().items():
+            object.__setattr__(self, name, value)
+        if self.min_tokens > self.max_tokens:
+            raise checks.refuse("min_tokens", f"at most max_tokens={self.max_tokens}", self.min_tokens)
+        if self.n > 1 and self.temperature == 0:
+            raise RequestError(
+                f"n must be 1, or the temperature above 0: all completions would be equal; got n={self.n}"
+            )
+
+    def _checked(self) -> dict[str, Any]:
+        """Returns the normalised value of every field. Raises: RequestError."""
+        integer, number, boolean, token_ids = checks.integer, checks.number, checks.boolean, checks.token_ids
+        max_tokens = MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        seed = secrets.randbelow(MAX_SEED + 1) if self.seed is None else self.seed
+        return {
+            "temperature": number("temperature", self.temperature, 0, MAX_TEMPERATURE),
+            "top_k": integer("top_k", self.top_k, 0, MAX_TOP_K),
+            "top_p": number("top_p", self.top_p, MIN_TOP_P, 1),
+            "min_p": number("min_p", self.min_p, 0, 1),
+            "repetition_penalty": number(
+                "repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY
             ),
-            (
-                all(abs(penalty) <= MAX_PENALTY for penalty in penalties),
-                "presence_penalty and frequency_penalty must be in [-2, 2]",
-            ),
-            (self.allowed_token_ids != (), "allowed_token_ids must name at least one token; leave it out to allow all"),
-            (
-                isinstance(self.n, int) and 1 <= self.n <= MAX_COMPLETIONS,
-                f"n must be an integer in [1, {MAX_COMPLETIONS}]",
-            ),
-            (
-                self.n == 1 or self.temperature > 0,
-                "n > 1 needs a temperature above 0: at temperature 0 all completions are the same",
-            ),
-            (isinstance(self.max_tokens, int) and self.max_tokens >= 1, "max_tokens must be an integer >= 1"),
-            (
-                isinstance(self.min_tokens, int) and 0 <= self.min_tokens <= self.max_tokens,
-                "min_tokens must be an integer in [0, max_tokens]",
-            ),
-            (
-                self.logprobs is None or (isinstance(self.logprobs, int) and 0 <= self.logprobs <= MAX_LOGPROBS),
-                f"logprobs must be an integer in [0, {MAX_LOGPROBS}], or None for none",
-            ),
-            (isinstance(self.seed, int) and 0 <= self.seed <= MAX_SEED, "seed must be an integer in [0, 2**63)"),
-            (all(isinstance(s, str) and s for s in self.stop), "stop strings must not be empty"),
-            (self.method is None or self.method in METHODS, f"method must be one of {', '.join(METHODS)}"),
-        )
-        for passed, message in checks:
-            if not passed:
-                raise RequestError(message)
+            "presence_penalty": number("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY),
+            "frequency_penalty": number("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY),
+            "logit_bias": _biases(self.logit_bias),
+            "bad_words": _bad_words(self.bad_words),
+            "allowed_token_ids": _allowed(self.allowed_token_ids),
+            "n": integer("n", self.n, 1, MAX_COMPLETIONS),
+            "max_tokens": integer("max_tokens", max_tokens, 1, MAX_TOKENS),
+            "min_tokens": integer("min_tokens", self.min_tokens, 0, MAX_TOKENS),
+            "seed": integer("seed", seed, 0, MAX_SEED),
+            "stop": _stops(self.stop),
+            "stop_token_ids": token_ids("stop_token_ids", _none_is_empty(self.stop_token_ids), MAX_STOP_TOKEN_IDS),
+            "ignore_eos": boolean("ignore_eos", self.ignore_eos),
+            "include_stop_str_in_output": boolean("include_stop_str_in_output", self.include_stop_str_in_output),
+            "logprobs": None if self.logprobs is None else integer("logprobs", self.logprobs, 0, MAX_LOGPROBS),
+            "structured_outputs": StructuredOutputsParams.of(self.structured_outputs),
+            "method": _method(self.method),
+        }
 
     @property
     def processed(self) -> bool:
@@ -141,11 +152,11 @@ class SamplingParams:
 
 
 def completion_seed(seed: int, index: int) -> int:
-    """Seed of completion ``index`` of a request with ``n`` > 1, in [0, 2**63).
+    """Returns the seed of completion ``index`` of a request with ``n`` > 1, in [0, 2**63).
 
-    Completion 0 has the request's own seed, so it is what ``n=1`` gives. The others take the
-    outputs of SplitMix64 started at the seed (Steele, Lea, Flood 2014), less their sign bit: a
-    completion does not depend on how many others there are.
+    Completion 0 has the request's own seed, so it equals the completion of ``n=1``. The others take the outputs of
+    SplitMix64 started at the seed (Steele, Lea, Flood 2014), without the sign bit. A completion does not depend on
+    how many others there are.
     """
     if index == 0:
         return seed
@@ -156,31 +167,54 @@ def completion_seed(seed: int, index: int) -> int:
     return (z ^ (z >> 31)) & MAX_SEED
 
 
-def _token_ids(given: Iterable[Any], name: str) -> tuple[int, ...]:
-    ids = () if isinstance(given, str) else tuple(given)
-    if isinstance(given, str) or not all(isinstance(token, int) and token >= 0 for token in ids):
-        raise RequestError(f"{name} must be token ids, integers >= 0")
+def _none_is_empty(given: Any) -> Any:
+    """Returns a list as given; None stands for an empty one."""
+    return () if given is None else given
+
+
+def _method(given: Any) -> Any:
+    if given is not None and given not in METHODS:
+        raise checks.refuse("method", f"one of {', '.join(METHODS)}", given)
+    return given
+
+
+def _stops(given: Any) -> tuple[str, ...]:
+    stops = (given,) if isinstance(given, str) else checks.listed("stop", _none_is_empty(given), MAX_STOPS)
+    return tuple(checks.text("stop", stop, MAX_STOP_CHARACTERS) for stop in stops)
+
+
+def _allowed(given: Any) -> tuple[int, ...] | None:
+    if given is None:
+        return None
+    ids = checks.token_ids("allowed_token_ids", given, MAX_ALLOWED_TOKEN_IDS)
+    if not ids:
+        raise checks.refuse("allowed_token_ids", "at least one token id, or left out to allow all", ids)
     return ids
 
 
-def _biases(given: Mapping[Any, Any] | Iterable[Any]) -> tuple[tuple[int, float], ...]:
+def _biases(given: Any) -> tuple[tuple[int, float], ...]:
     try:
-        # JSON objects have text for keys.
-        pairs = {int(token): float(bias) for token, bias in dict(given).items()}
+        pairs = dict(_none_is_empty(given))
     except (TypeError, ValueError):
-        raise RequestError("logit_bias must map token ids to numbers") from None
-    if not all(token >= 0 and abs(bias) <= MAX_LOGIT_BIAS for token, bias in pairs.items()):
-        raise RequestError("logit_bias must map token ids >= 0 to numbers in [-100, 100]")
-    return tuple(sorted(pairs.items()))
+        raise checks.refuse("logit_bias", "a mapping of token ids to numbers", given) from None
+    if len(pairs) > MAX_LOGIT_BIASES:
+        raise RequestError(f"logit_bias must have at most {MAX_LOGIT_BIASES} entries; got {len(pairs)}")
+    biases = {}
+    for token, bias in pairs.items():
+        if isinstance(token, str) and token.isascii() and token.isdecimal() and len(token) <= len(str(MAX_TOKEN_ID)):
+            token = int(token)  # the keys of a JSON object are texts
+        key = checks.integer("logit_bias: a token id", token, 0, MAX_TOKEN_ID)
+        biases[key] = checks.number("logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+    return tuple(sorted(biases.items()))
 
 
-def _words(given: Iterable[Any]) -> tuple[str | tuple[int, ...], ...]:
-    message = "bad_words must be a list of texts or of lists of token ids, none of them empty"
-    if isinstance(given, str):
-        raise RequestError(message)
+def _bad_words(given: Any) -> tuple[str | tuple[int, ...], ...]:
     words: list[str | tuple[int, ...]] = []
-    for word in given:
-        if not isinstance(word, str | list | tuple) or not word:
-            raise RequestError(message)
-        words.append(word if isinstance(word, str) else _token_ids(word, "bad_words"))
+    for word in checks.listed("bad_words", _none_is_empty(given), MAX_BAD_WORDS):
+        if isinstance(word, str):
+            words.append(checks.text("bad_words", word, MAX_BAD_WORD_LENGTH))
+        elif isinstance(word, list | tuple) and word:
+            words.append(checks.token_ids("bad_words", word, MAX_BAD_WORD_LENGTH))
+        else:
+            raise checks.refuse("bad_words", "texts or lists of token ids, none of them empty", word)
     return tuple(words)

@@ -1,4 +1,4 @@
-"""Structured output: what a text may look like. Values only; ``pipeline/grammar.py`` reads them."""
+"""Structured output: what the text of an output may look like."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..errors import RequestError
+from . import checks
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
 MAX_BYTES = 256 * 1024
-"""Of a schema, regular expression, grammar or list of choices: it crosses the lanes with its request."""
+"""Most bytes of a schema, regular expression, grammar or list of choices: they travel with the request."""
+MAX_CHOICES = 2**14
+NAME = "structured_outputs"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,14 +23,14 @@ class StructuredOutputsParams:
     """Exactly one of the five kinds. Names and meanings are vLLM's.
 
     Raises:
-        RequestError: none or several of them, or a value of another type. Whether a schema or a
-            grammar can be compiled is seen when the request is made.
+        RequestError: None or several kinds are given, or a value is of the wrong type or too large. Whether a schema
+            or a grammar compiles is checked when the request is submitted.
     """
 
     json: str | Mapping[str, Any] | None = None
     """A JSON schema, as a mapping or as text. Kept as text."""
     regex: str | None = None
-    """The whole output matches it (Rust's ``regex`` syntax: no look-around, no back-references)."""
+    """The whole output matches this. Rust's ``regex`` syntax: no look-around, no back-references."""
     choice: tuple[str, ...] | None = None
     """The output is one of these texts."""
     grammar: str | None = None
@@ -37,7 +40,7 @@ class StructuredOutputsParams:
     disable_any_whitespace: bool = False
     """JSON without whitespace between its tokens."""
     whitespace_pattern: str | None = None
-    """JSON with whitespace that matches this regular expression, and no other."""
+    """JSON whose whitespace matches this regular expression."""
 
     def __post_init__(self) -> None:
         if self.json is not None and not isinstance(self.json, str):
@@ -49,38 +52,45 @@ class StructuredOutputsParams:
         given = [kind for kind in KINDS if getattr(self, kind) is not None]
         if len(given) != 1:
             raise RequestError(
-                f"structured_outputs takes exactly one of {', '.join(KINDS)}"
+                f"{NAME} takes exactly one of {', '.join(KINDS)}"
                 + (f", not {' and '.join(given)}" if given else "; none was given")
             )
-        checks = (
-            *((_is_text(getattr(self, kind)), f"{kind} must be a text, not empty") for kind in ("regex", "grammar")),
-            (_is_text(self.json), "json must be a JSON schema: an object, or its text"),
-            (
-                self.choice is None
-                or (isinstance(self.choice, tuple) and self.choice and all(map(_is_text, (*self.choice, "x")))),
-                "choice must be a list of texts, none of them empty",
-            ),
-            (self.json_object in (None, True), "json_object must be true or false"),
-            (isinstance(self.disable_any_whitespace, bool), "disable_any_whitespace must be true or false"),
-            (_is_text(self.whitespace_pattern), "whitespace_pattern must be a regular expression, not empty"),
-            (
-                not (self.disable_any_whitespace and self.whitespace_pattern),
-                "disable_any_whitespace and whitespace_pattern cannot both be given",
-            ),
-            (
-                not (self.disable_any_whitespace or self.whitespace_pattern) or given[0] in ("json", "json_object"),
-                "disable_any_whitespace and whitespace_pattern are for json and json_object",
-            ),
-        )
-        for passed, message in checks:
-            if not passed:
-                raise RequestError(f"structured_outputs.{message}")
-        size = sum(len(text.encode(errors="replace")) for text in (*self._texts, self.whitespace_pattern or ""))
+        kind = given[0]
+        for name in ("json", "regex", "grammar", "whitespace_pattern"):
+            if (text := getattr(self, name)) is not None:
+                self._check_text(name, text)
+        if self.choice is not None:
+            if not isinstance(self.choice, tuple) or not self.choice:
+                raise self._refuse("choice", "a list of texts, at least one", self.choice)
+            if len(self.choice) > MAX_CHOICES:
+                raise RequestError(f"{NAME}.choice must have at most {MAX_CHOICES} entries; got {len(self.choice)}")
+            for text in self.choice:
+                self._check_text("choice", text)
+        if self.json_object not in (None, True):
+            raise self._refuse("json_object", "true or false", self.json_object)
+        if not isinstance(self.disable_any_whitespace, bool):
+            raise self._refuse("disable_any_whitespace", "true or false", self.disable_any_whitespace)
+        if self.disable_any_whitespace and self.whitespace_pattern:
+            raise RequestError(f"{NAME}.disable_any_whitespace and whitespace_pattern cannot both be given")
+        if (self.disable_any_whitespace or self.whitespace_pattern) and kind not in ("json", "json_object"):
+            raise RequestError(
+                f"{NAME}.disable_any_whitespace and whitespace_pattern are for json and json_object; got {kind}"
+            )
+        size = sum(len(text.encode()) for text in (*self._texts, self.whitespace_pattern or ""))
         if size > MAX_BYTES:
-            raise RequestError(f"structured_outputs.{given[0]} has {size} bytes; at most {MAX_BYTES} are allowed")
+            raise RequestError(f"{NAME}.{kind} must have at most {MAX_BYTES} bytes; got {size}")
+
+    @staticmethod
+    def _refuse(name: str, rule: str, value: Any) -> RequestError:
+        return checks.refuse(f"{NAME}.{name}", rule, value)
+
+    @staticmethod
+    def _check_text(name: str, value: Any) -> None:
+        checks.text(f"{NAME}.{name}", value)
 
     @property
     def kind(self) -> str:
+        """Name of the field that is set."""
         return next(kind for kind in KINDS if getattr(self, kind) is not None)
 
     @property
@@ -90,32 +100,29 @@ class StructuredOutputsParams:
 
     @classmethod
     def of(cls, given: Any) -> StructuredOutputsParams | None:
-        """From what users and messages hold: nothing, a mapping of fields, or one of these.
+        """Returns the value of a mapping of fields. None and values of this class are returned as they are.
 
-        Raises: RequestError.
+        Raises: RequestError: A field is unknown or wrong.
         """
         if given is None or isinstance(given, cls):
             return given
         if not isinstance(given, Mapping):
-            raise RequestError(f"structured_outputs must be an object with one of {', '.join(KINDS)}")
+            raise checks.refuse(NAME, f"an object with one of {', '.join(KINDS)}", given)
         known = [field.name for field in fields(cls)]
         for name in given:
             if name not in known:
                 near = get_close_matches(str(name), known, n=1)
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
-                raise RequestError(f"structured_outputs.{name} is not known{hint}; it has {', '.join(known)}")
+                told = name if isinstance(name, str) and name.isidentifier() else checks.shown(name)
+                raise RequestError(f"{NAME}.{told} is not known{hint}; it has {', '.join(known)}")
         return cls(**given)
 
 
-def _is_text(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and value != "")
-
-
 def _schema_text(schema: Any) -> str:
-    """In the order given: properties come in the order of the schema."""
+    """Returns a schema as JSON text. Keys keep their order: it is the order of properties in the output."""
     try:
         if isinstance(schema, Mapping):
             return json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(f"structured_outputs.json is not JSON: {error}") from None
-    raise RequestError("structured_outputs.json must be a JSON schema: an object, or its text")
+        raise RequestError(f"{NAME}.json is not JSON: {' '.join(str(error).split())}") from None
+    raise checks.refuse(f"{NAME}.json", "a JSON schema: an object, or its text", schema)

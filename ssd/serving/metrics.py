@@ -1,4 +1,4 @@
-"""Prometheus metrics. Counters follow vLLM's names (``spec_decode_*``), so that rates can be taken."""
+"""Prometheus metrics of a server. Counters have vLLM's names (``spec_decode_*``); rates derive from them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from ..engine.book import Request
+from ..engine.request import Request
+from ..engine.restarts import News
 from ..pipeline.transport.messages import RoundReport
 from ..request.output import StreamEvent
 from .remote import read_metrics
@@ -16,7 +17,11 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 
 
 class Metrics:
-    """Observes an engine; ``text`` is what ``/metrics`` answers. A registry of its own."""
+    """Counts what an engine does, in its own registry. Times are seconds.
+
+    Args:
+        clock: Returns monotonic seconds, on the engine's clock.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self.registry = registry = CollectorRegistry()
@@ -36,7 +41,7 @@ class Metrics:
         )
         self.hits = counter("spec_decode_num_forecast_hits", "Outcomes found in the speculation set.")
         self.misses = counter("spec_decode_num_forecast_misses", "Outcomes looked up and not found.")
-        self.tokens = counter("generation_tokens", "Tokens generated, by how they came to be.", ("provenance",))
+        self.tokens = counter("generation_tokens", "Tokens generated, by where they came from.", ("provenance",))
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished requests.")
         self.prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked for in the prefix cache.")
         self.prefix_hits = counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
@@ -46,12 +51,12 @@ class Metrics:
         self.rounds = counter("rounds", "Rounds of the whole batch.")
         self.round_s = counter("round_seconds", "Time in rounds.")
         self.forward_s = counter("verifier_forward_seconds", "The verifier's forwards.")
-        self.forecast_s = counter("draft_forecast_seconds", "The draft's making of speculation sets.")
+        self.forecast_s = counter("draft_forecast_seconds", "The draft making speculation sets.")
         self.wait_s = counter("verifier_wait_seconds", "The verifier waiting in the exchange.")
         self.jit_s = counter("verifier_jit_wait_seconds", "The verifier waiting for trees drafted after a miss.")
         self.draft_bubble_s = counter("draft_bubble_seconds", "The draft with nothing to do, within rounds.")
         self.shadow_replays = counter(
-            "shadow_replays", "Finished requests decoded again plainly, by what came out.", ("result",)
+            "shadow_replays", "Finished requests decoded again without speculation, by result.", ("result",)
         )
         self.queue_time = histogram("request_queue_time_seconds", "From arrival to the verifier.")
         self.first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.")
@@ -60,21 +65,22 @@ class Metrics:
         self.whole = histogram("e2e_request_latency_seconds", "From arrival to the end.")
 
     def gauges(self, **values: Callable[[], float]) -> None:
-        """Values read when asked for: name to function."""
+        """Adds gauges: each function is called when metrics are read."""
         for name, value in values.items():
             Gauge(f"ssd:{name}", name.replace("_", " "), registry=self.registry).set_function(value)
 
     @property
     def text(self) -> bytes:
+        """All metrics in Prometheus' text format: the answer of ``/metrics``."""
         return generate_latest(self.registry)
 
     @property
     def values(self) -> dict[str, float]:
-        """The same, by sample (``name{label="value"}``)."""
+        """All metrics by sample (``name{label="value"}``)."""
         return read_metrics(self.text.decode())
 
     def event(self, request: Request, event: StreamEvent) -> None:
-        """An event of a request."""
+        """Counts an event of a request."""
         now = self._clock()
         if event.token_ids:
             last = self._last.get(request.number)
@@ -103,8 +109,12 @@ class Metrics:
             if last is not None and request.first_s is not None and later > 0:
                 self.per_token.observe((last - request.first_s) / later)
 
+    def draft(self, news: News) -> None:
+        """Counts a change of the draft."""
+        self.draft_events.labels(news).inc()
+
     def round(self, report: RoundReport) -> None:
-        """A round of the batch."""
+        """Counts a round of the batch."""
         self.rounds.inc()
         self.round_s.inc(max(0.0, report.round_s))
         self.forward_s.inc(report.forward_s)

@@ -1,4 +1,4 @@
-"""Asking a running server over HTTP, with the standard library: for ``ssd chat`` and ``ssd top``."""
+"""A client of a running server over HTTP, with the standard library only: for ``ssd chat`` and ``ssd top``."""
 
 from __future__ import annotations
 
@@ -19,28 +19,39 @@ TIMEOUT_S = 600.0
 class Remote:
     """A server by its URL.
 
-    Raises (all methods): PipelineError: it does not answer. UsageError: it refuses, and why.
+    Args:
+        url: with or without a scheme.
+        key: API key.
+
+    Raises:
+        UsageError: every method: the URL is not one, or the server refuses the request; the message is its own.
+        PipelineError: every method: the server does not answer, or answers something that is not its protocol.
     """
 
     def __init__(self, url: str, key: str | None = None):
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            host, port = parts.hostname, parts.port
+        except ValueError:
+            host, port = None, None
+        if host is None or parts.scheme not in ("http", "https"):
             raise UsageError(f"{url!r} is not the URL of a server; for example http://127.0.0.1:8000")
         self.url, self._key = parts.geturl(), key
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connect = lambda: kind(str(parts.hostname), parts.port, timeout=TIMEOUT_S)
+        self._connect = lambda: kind(host, port, timeout=TIMEOUT_S)
 
     def get(self, path: str) -> Any:
-        """JSON."""
+        """Returns the parsed JSON at a path."""
         with self._ask("GET", path) as answer:
             return json.loads(answer.read())
 
     def text(self, path: str) -> str:
+        """Returns the text at a path."""
         with self._ask("GET", path) as answer:
             return answer.read().decode()
 
     def events(self, path: str, body: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
-        """Server-sent events of a POST. Closing the iterator gives the request up."""
+        """Yields the server-sent events that answer a POST. Closing the iterator cancels the request."""
         with self._ask("POST", path, body) as answer:
             for raw in answer:
                 line = raw.decode().strip()
@@ -64,6 +75,8 @@ class Remote:
                 yield answer
             except (OSError, http.client.HTTPException) as error:
                 raise PipelineError(f"{self.url} does not answer ({error}); is `ssd serve` running?") from None
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise PipelineError(f"{self.url} does not answer like `ssd serve`: {error}") from None
 
 
 def _refused(answer: http.client.HTTPResponse) -> UsageError | PipelineError:
@@ -76,14 +89,14 @@ def _refused(answer: http.client.HTTPResponse) -> UsageError | PipelineError:
 
 
 def read_metrics(text: str) -> dict[str, float]:
-    """Prometheus text as sample to value."""
+    """Returns the samples of Prometheus text by name (``name{label="value"}``)."""
     lines = (line for line in text.splitlines() if line and not line.startswith("#"))
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """``/metrics`` at one moment."""
+    """``/metrics`` at one moment. ``at_s``: monotonic clock, seconds."""
 
     values: dict[str, float]
     at_s: float = field(default_factory=time.monotonic)
@@ -91,7 +104,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """What happened between two samples; None where nothing did."""
+    """What happened between two samples; None where nothing was counted."""
 
     tokens_per_s: float
     requests_per_s: float
@@ -100,16 +113,16 @@ class Rates:
     hit_rate: float | None
     round_ms: float | None
     forward_share: float | None
-    """Of the verifier's time in rounds: forwards, waiting in the exchange, waiting after misses."""
+    """Share of the verifier's time in rounds: forwards. The next two: waiting in the exchange, and after misses."""
     wait_share: float | None
     jit_share: float | None
     draft_busy_share: float | None
     provenance: dict[str, float]
-    """Share of the tokens."""
+    """Share of the tokens, by where they came from."""
 
 
 def rates(before: Sample, after: Sample) -> Rates:
-    """Differences of counters, as rates."""
+    """Returns the differences of counters as rates."""
 
     def grew(name: str) -> float:
         return after.values.get(f"ssd:{name}", 0.0) - before.values.get(f"ssd:{name}", 0.0)

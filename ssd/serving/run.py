@@ -16,6 +16,7 @@ from ..errors import SSDError, UsageError
 from ..pipeline.runtime.launch import Pipeline, launch_here
 from ..pipeline.runtime.plan import Plan
 from .http.app import build_app
+from .http.jobs import model_name
 from .lane.server import LaneServer
 from .metrics import Metrics
 from .shadow import observed_engine
@@ -58,7 +59,7 @@ async def serve(
     """
     metrics = Metrics()
     engine, shadow = observed_engine(config, metrics, launch=launch)
-    model = config.server.model_name or config.target.model.rstrip("/").rpartition("/")[2]
+    model = model_name(config)
     app = build_app(engine, metrics, model=model)
     listener = _listen(config.server.host, config.server.port)
     host, port = listener.getsockname()[:2]

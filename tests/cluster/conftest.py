@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def ray_environment() -> Iterator[None]:
-    """What a cluster of ours is started with; no process of it survives the module."""
+    """The environment of the module's cluster; none of its processes survives the module."""
     import ray
 
     set_here = {

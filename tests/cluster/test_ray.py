@@ -1,4 +1,4 @@
-"""Ray: the same workers as actors, the same tokens; placement that fails says so; nothing stays."""
+"""Ray: workers as actors decode the same tokens, failing placement is explained, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ray = pytest.importorskip("ray")
 
 PROMPTS = ["hello there", "a b c d"]
 CPUS = 4
-"""Of the module's cluster."""
+"""CPUs of the module's cluster."""
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def assert_nothing_left(pids: list[int]) -> None:
 
 
 def worker_pids() -> list[int]:
-    """Of worker and pipeline actors."""
+    """Returns the process ids of worker and pipeline actors."""
     return [
         process.pid
         for process in psutil.Process().children(recursive=True)
@@ -175,7 +175,7 @@ def test_client(cluster: None, config: dict[str, Any]) -> None:
 
 
 def test_standing_actor(cluster: None, config: dict[str, Any]) -> None:
-    """Outlives its makers, is found by name, is left alone by those who close it, and can be stopped."""
+    """A standing actor outlives its creator, is found by name, survives its clients, and can be stopped."""
     from ssd.cluster import PipelineClient, stand, stop
 
     stand("here", config)
@@ -197,7 +197,7 @@ def test_standing_actor(cluster: None, config: dict[str, Any]) -> None:
 
 
 def test_killed_pipeline_actor(cluster: None, config: dict[str, Any]) -> None:
-    """Its workers leave with it, and closing the client gives their room back."""
+    """Its workers end with it, and closing the client releases their resources."""
     from ssd.cluster import PipelineClient
 
     with PipelineClient(config) as client:

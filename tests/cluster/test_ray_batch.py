@@ -1,4 +1,4 @@
-"""Batch files through Ray Data: the same results, whoever is killed."""
+"""Batch files through Ray Data: the same results, whichever process is killed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from pathlib import Path
 from ssd.cluster import connect
 from ssd.cluster.batch import RayBatch
 from ssd.config.load import load_config
-from ssd.testing.scripted import ScriptedPipeline
+from ssd.testing.twins.pipeline import ScriptedPipeline
 connect("auto")
 config = load_config("embedded", {SCRIPTED!r})
 launch = partial(ScriptedPipeline, round_s=0.1)

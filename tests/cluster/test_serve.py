@@ -1,4 +1,4 @@
-"""Ray Serve: replicas answer, heal, and are replaced under load without a request lost."""
+"""Ray Serve: replicas answer, recover, and are replaced under load without losing a request."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def until(condition: Callable[[], Any], timeout_s: float = SOON_S) -> None:
 
 
 def processes(name: str) -> dict[int, psutil.Process]:
-    """Of this cluster's actors, by what Ray calls them."""
+    """Returns this cluster's processes of an actor class, by id."""
     found = {}
     for process in psutil.Process().children(recursive=True):
         try:
@@ -105,7 +105,7 @@ def ask(port: int, number: int, *, stream: bool) -> str:
 
 
 class Load:
-    """Threads that ask, one request after the other, until told to stop."""
+    """Threads that send one request after another until stopped."""
 
     def __init__(self, port: int, threads: int):
         self.answers: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""torchrun: the same workers as ranks, the same tokens; nothing stays behind however it ends."""
+"""torchrun: workers as ranks decode the same tokens, and nothing is left behind however it ends."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MARK = "SSD_TEST_MARK"
 
 
 class Launch:
-    """A torchrun, its output, and its descendants: they all inherit a mark."""
+    """A torchrun, its output and its descendants, which all inherit an environment variable."""
 
     def __init__(self, scratch: Path, *arguments: str, ranks: int = 2):
         self.mark = uuid.uuid4().hex

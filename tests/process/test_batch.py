@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
+import pydoc
 import random
 import signal
 import subprocess
@@ -15,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssd.config.load import load_config
 from ssd.config.sections import Config
 from ssd.errors import UsageError
 from ssd.serving.batch.journal import Journal
-from ssd.serving.batch.run import Batch, Progress, read_lines
+from ssd.serving.batch.lines import MAX_LINE_BYTES, read_lines
+from ssd.serving.batch.run import Batch, Progress
 from ssd.testing.twins.pipeline import ScriptedPipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,8 +35,8 @@ import asyncio, sys
 from functools import partial
 from pathlib import Path
 from ssd.config.load import load_config
-from ssd.serving.batch import Batch
-from ssd.testing.scripted import ScriptedPipeline
+from ssd.serving.batch.run import Batch
+from ssd.testing.twins.pipeline import ScriptedPipeline
 config = load_config("embedded", ["engine.max_batch=3"])
 job = Batch(config, Path(sys.argv[1]), Path(sys.argv[2]), launch=partial(ScriptedPipeline, round_s={SLOW_S}))
 asyncio.run(job.run())
@@ -204,3 +207,136 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer.exit_code == 1 and "out.jsonl.errors" in answer.output
     keys = CliRunner().invoke(make_app(), ["lane-keys", str(tmp_path / "keys"), "bob"])
     assert keys.exit_code == 0 and (tmp_path / "keys" / "clients" / "bob.key").is_file()
+
+
+HOSTILE: list[tuple[bytes, str]] = [
+    (b'{"prompt": "\\ud800"}', "surrogate"),
+    (b'{"id": "\\ud800", "prompt": "x"}', "surrogate"),
+    (b'{"id": "a", "prompt": "x", "\\ud800": 1}', "surrogate"),
+    (b'{"prompt": "x", "stop": "\\ud800"}', "surrogate"),
+    (b'{"prompt": "x", "top_k": 18446744073709551616}', "top_k"),
+    (b'{"prompt": "x", "temperature": 1e39}', "temperature"),
+    (b'{"prompt": "x", "temperature": 1e999}', "temperature"),
+    (b'{"prompt": "x", "temperature": NaN}', "NaN"),
+    (b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", "digits"),
+    (b'{"id": ' + b"9" * 4000 + b', "prompt": "x"}', "too large"),
+    (b'{"id": NaN, "prompt": "x"}', "NaN"),
+    (b'{"id": true, "prompt": "x"}', "id"),
+    (b'{"id": "", "prompt": "x"}', "id"),
+    (b'{"id": ["x"], "prompt": "x"}', "id"),
+    (b'{"prompt": "x", "prompt": "y"}', "twice"),
+    (b'{"prompt": "x", "model": "y"}', "model"),
+    (b"\xff\xfe\x00", "UTF-8"),
+    (b'{"prompt": "\xff"}', "UTF-8"),
+    (b"\x00", "JSON"),
+    (b"[" * 100_000, "nested"),
+    (b'{"prompt": ' + b"[" * 200 + b"]" * 200 + b"}", "nested"),
+    (b"null", "object"),
+    (b'"text"', "object"),
+    (b"7", "object"),
+    (b"[{}]", "object"),
+    (b"{}", "prompt"),
+    (b'{"prompt": null}', "prompt"),
+    (b'{"prompt": {}}', "prompt"),
+    (b'{"prompt": [-1]}', "prompt"),
+    (b'{"prompt": [18446744073709551615]}', "prompt"),
+    (b'{"custom_id": "\\udfff", "method": "POST", "url": "/v1/completions", "body": {}}', "surrogate"),
+    (b'{"custom_id": 7, "method": "POST", "url": "/v1/completions", "body": {}}', "custom_id"),
+    (b'{"custom_id": "p", "method": ["POST"], "url": "/v1/completions", "body": {}}', "method"),
+    (b'{"custom_id": "q", "method": "POST", "url": {"a": 1}, "body": {}}', "url"),
+    (b'{"custom_id": "r", "method": "POST", "url": "/v1/completions", "body": []}', "body"),
+    (b'{"custom_id": "s", "method": "POST", "url": "/v1/completions", "body": {"stream": true}}', "stream"),
+    (b'{"custom_id": "t", "method": "POST", "url": "/v1/completions", "body": {"seed": "x"}}', "model"),
+    (b'{"body": 1}', "custom_id"),
+    (b'{"id": "good-0", "prompt": "x"}', "in use"),
+    (b'{"prompt": "' + b"x" * (MAX_LINE_BYTES + 10) + b'"}', "longer than"),
+]
+"""Lines that cannot work, and what their error says."""
+
+
+def hostile_file(path: Path) -> Path:
+    """A good line before each bad one; no newline at the end."""
+    good = b'{"id": "good-%d", "prompt": "p %d", "max_tokens": 3}'
+    path.write_bytes(b"\n".join(good % (n, n) + b"\n" + raw for n, (raw, _) in enumerate(HOSTILE)))
+    return path
+
+
+def check_hostile(out: Path) -> None:
+    assert [record["id"] for record in read(out)] == [f"good-{n}" for n in range(len(HOSTILE))]
+    bad = read(out.with_name(out.name + ".errors"))
+    assert [record["line"] for record in bad] == [2 * n + 2 for n in range(len(HOSTILE))]
+    for record, (raw, said) in zip(bad, HOSTILE, strict=True):
+        message = record["error"]["message"]
+        assert said in message and "\n" not in message and len(message) <= 600, (raw[:80], message)
+
+
+def test_bad_lines_go_to_the_error_file(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    progress = perform(hostile_file(tmp_path / "in.jsonl"), out)
+    assert (progress.total, progress.failed) == (2 * len(HOSTILE), len(HOSTILE))
+    check_hostile(out)
+
+
+def test_a_run_with_hostile_lines_is_resumed(tmp_path: Path) -> None:
+    source, out = hostile_file(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
+
+    class Enough(Exception):
+        """Ends the first run."""
+
+    def stop_soon(progress: Progress) -> None:
+        if progress.done:
+            raise Enough
+
+    job = Batch(config_of(), source, out, launch=partial(ScriptedPipeline, round_s=0.05))
+    with pytest.raises(BaseExceptionGroup):
+        asyncio.run(job.run(stop_soon))
+    assert perform(source, out).resumed > 0
+    check_hostile(out)
+
+
+@pytest.mark.parametrize("place", ["completion", "_seeded", "tokenize", "whole"])
+def test_an_unexpected_error_ends_one_line(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [{"id": "a", "prompt": "first"}, {"id": "b", "prompt": "broken"}, {"id": "c", "prompt": "last"}]
+    source, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    owner, name = {
+        "completion": ("ssd.serving.http.jobs.JobReader", "completion"),
+        "_seeded": ("ssd.serving.batch.lines", "_seeded"),
+        "tokenize": ("ssd.engine.async_engine.AsyncEngine", "tokenize"),
+        "whole": ("ssd.serving.http.generation.Generation", "whole"),
+    }[place]
+    target = pydoc.locate(owner)
+    original = getattr(target, name)
+    calls = itertools.count()
+
+    def breaking(*args: Any) -> Any:
+        if "broken" in str(args) or (place == "whole" and next(calls) == 1):
+            raise ZeroDivisionError("the inside")
+        return original(*args)
+
+    monkeypatch.setattr(target, name, breaking)
+    progress = perform(source, out)
+    assert (progress.done, progress.failed) == (3, 1)
+    [bad] = read(tmp_path / "out.jsonl.errors")
+    assert "ZeroDivisionError" in bad["error"]["message"] and "inside" not in bad["error"]["message"]
+
+
+texts = st.text(st.characters(), max_size=6)
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | texts | st.just("\ud800"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=6,
+)
+names = st.sampled_from(["id", "prompt", "custom_id", "method", "url", "body", "seed", "stop", "top_k", "max_tokens"])
+json_like = st.dictionaries(names, anything, max_size=5).map(lambda value: json.dumps(value).encode())
+
+
+@settings(max_examples=15, deadline=None)
+@given(raw=st.lists(st.one_of(st.binary(max_size=40), json_like), min_size=1, max_size=20))
+def test_random_lines_never_end_a_run(raw: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("random")
+    good = b'{"id": "good", "prompt": "p", "max_tokens": 2}'
+    source = folder / "in.jsonl"
+    source.write_bytes(b"\n".join([good, *(line.replace(b"\n", b" ") for line in raw)]))
+    progress = perform(source, folder / "out.jsonl")
+    assert progress.done == progress.total
+    assert read(folder / "out.jsonl")[0]["id"] == "good"

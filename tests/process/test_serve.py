@@ -26,12 +26,12 @@ from ssd import Client, SamplingParams
 ROOT = Path(__file__).resolve().parents[2]
 BATCH, CONTEXT = 4, 160
 START_S = float(os.environ.get("SSD_TEST_START_S", "280"))
-"""Raise it on a machine that is busy."""
+"""Seconds to wait for the start; raise it on a busy machine."""
 pytestmark = pytest.mark.timeout(900 + START_S)
 
 
 class Serve:
-    """A server process of its own."""
+    """A server process."""
 
     def __init__(self, folder: Path):
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -137,7 +137,7 @@ def test_64_streams_at_once(server: Serve) -> None:
 
     with ThreadPoolExecutor(64) as pool:
         texts = list(pool.map(one, range(63)))
-    for group in range(21):  # one seed, three methods, whatever ran beside them
+    for group in range(21):  # one seed, three methods, beside any other requests
         assert len(set(texts[3 * group : 3 * group + 3])) == 1
     info = server.get("/ssd/info")
     assert (info["running"], info["queued"], info["degraded"]) == (0, 0, None)
@@ -165,7 +165,7 @@ def test_leaving_in_mid_stream_frees_the_slot(server: Serve) -> None:
 
 
 def test_ctrl_c_leaves_nothing(server: Serve, folder: Path) -> None:
-    """Last: the server is gone after it."""
+    """Must run last: it stops the server."""
     children = psutil.Process(server.process.pid).children(recursive=True)
     assert len(children) == 2
     with ThreadPoolExecutor(4) as pool:

@@ -21,7 +21,7 @@ import asyncio, sys, threading, time
 from ssd.config.load import load_config
 from ssd.errors import SSDError
 from ssd.serving.run import serve
-from ssd.testing.scripted import ScriptedPipeline
+from ssd.testing.twins.pipeline import ScriptedPipeline
 def launch(plan):
     pipeline = ScriptedPipeline(plan, round_s=0.05)
     if "die" in sys.argv:

@@ -1,8 +1,8 @@
-"""What a batch run has done so far, on disk, so that it can be killed at any moment.
+"""The results of a batch run on disk. The run can be killed at any moment and resumed.
 
-``OUT.parts/`` holds the run's fingerprint and its shards. A shard is appended to one line per result
-and synced; a line cut short by a kill is dropped when the run is taken up again, so every result is
-there once or not at all. ``finish`` writes the output and the error file in the input's order.
+``OUT.parts/`` holds the run's fingerprint and its shards. Each result is a line appended to a shard, then
+synced. A line cut short by a kill is dropped when the run is resumed, so every result is there once or not at
+all. ``finish`` writes the output and the error file in the input's order.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ class Journal:
     """The results of one run.
 
     Args:
-        out: the output file to be. fingerprint: of everything results depend on.
-        restart: throw away what another run left.
+        out: the output file to write.
+        fingerprint: hash of everything that results depend on.
+        restart: discard what another run left.
 
     Raises:
-        UsageError: another process is at it, the results there belong to another run, or the output
-            is there already.
+        UsageError: another process writes the same output, the results on disk belong to another run, or the
+            output exists.
     """
 
     def __init__(self, out: Path, fingerprint: str, *, restart: bool = False):
         self.out, self.errors = out, out.with_name(out.name + ".errors")
         self.folder = out.with_name(out.name + ".parts")
         if out.exists() and not restart:
-            raise UsageError(f"{out} is there already; give another output file, or --restart to replace it")
+            raise UsageError(f"{out} exists already; give another output file, or --restart to replace it")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / "lock").open("wb")
         try:
@@ -67,14 +68,14 @@ class Journal:
                 shard.unlink()
             _write_whole(mark, [fingerprint.encode()])
         self.done: dict[int, bool] = {}
-        """By line of the input: whether it worked."""
+        """Whether a line of the input worked, by its number."""
         for shard in self._shards():
             self._mend(shard)
         for record in self._records():
             self.done[record["line"]] = record["ok"]
 
     def add(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Write results (``line``, ``ok``, ``result``) and see them safe on disk."""
+        """Appends results (``line``, ``ok``, ``result``). They are synced to disk when it returns."""
         if self._file is None or self._lines >= SHARD_LINES:
             if self._file is not None:
                 self._file.close()
@@ -82,14 +83,14 @@ class Journal:
             self._file, self._lines = (self.folder / f"shard-{number:06}.jsonl").open("ab"), 0
             _sync_folder(self.folder)
         for record in records:
-            self._file.write(json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+            self._file.write(_encoded(record) + b"\n")
             self.done[record["line"]] = record["ok"]
             self._lines += 1
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def finish(self) -> None:
-        """Write the output and the error file, and remove the shards."""
+        """Writes the output and the error file, then removes the shards."""
         self._close_shard()
         places: dict[int, tuple[Path, int]] = {}
         for shard in self._shards():
@@ -111,7 +112,7 @@ class Journal:
         self.folder.rmdir()
 
     def close(self) -> None:
-        """Let go of the files. What is done stays on disk."""
+        """Closes the files. Results stay on disk."""
         self._close_shard()
         self._lock.close()
 
@@ -131,7 +132,7 @@ class Journal:
 
     @staticmethod
     def _mend(shard: Path) -> None:
-        """Drop what is not a whole line: its write was cut off."""
+        """Truncates a shard after its last whole line: a write was cut short."""
         with shard.open("r+b") as file:
             whole = 0
             for raw in file:
@@ -152,14 +153,14 @@ class Journal:
                 shard, at = places[line]
                 file = opened.get(shard) or opened.setdefault(shard, shard.open("rb"))
                 file.seek(at)
-                yield json.dumps(json.loads(file.readline())["result"], ensure_ascii=False).encode() + b"\n"
+                yield _encoded(json.loads(file.readline())["result"]) + b"\n"
         finally:
             for file in opened.values():
                 file.close()
 
 
 def fingerprint(source: Path, settings: Mapping[str, Any]) -> str:
-    """Of an input file's bytes and what else the results depend on."""
+    """Returns a hash of the input file's bytes and the settings that results depend on."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     with source.open("rb") as file:
         while block := file.read(2**20):
@@ -167,8 +168,13 @@ def fingerprint(source: Path, settings: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
+def _encoded(value: Any) -> bytes:
+    # A lone surrogate becomes its JSON escape.
+    return json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace")
+
+
 def _write_whole(path: Path, pieces: Iterable[bytes]) -> None:
-    """All of a file or nothing of it."""
+    """Writes a file so that after a kill it is there whole or not at all."""
     part = path.with_name(path.name + ".new")
     with part.open("wb") as file:
         for piece in pieces:

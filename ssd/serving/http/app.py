@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -15,16 +14,20 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from ... import __version__
-from ...engine.async_engine import AsyncEngine
-from ...errors import SSDError
+from ...config.sections import Config
+from ...engine.async_engine import AsyncEngine, server_limits
+from ...errors import ConfigError, PipelineError, SSDError
 from ..metrics import Metrics
-from .chat import ChatTemplate
-from .errors import APIError, as_api_error
-from .generation import Generation, Job, chat_job, completion_job, sse
-from .guard import App, Guard
+from .answers import sse
+from .border import App, Border
+from .errors import APIError, as_api_error, shown
+from .generation import Generation
+from .guard import Guard
+from .jobs import Job, JobReader
 
 PAGE = Path(__file__).with_name("playground.html")
 PAGE_POLICY = (
@@ -32,11 +35,15 @@ PAGE_POLICY = (
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 KEEP_ALIVE_S = 10.0
+INLINE_BYTES = 16 * 1024
+"""Largest completion body, in bytes, that is read on the event loop: handing it to a thread would take longer."""
+CLIENT_GONE = 499
+"""nginx's status for a client that left; nobody reads it."""
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of a generation, which is given up whenever the response ends, also one
-    that never began."""
+    """The server-sent events of a generation. The generation is cancelled when the response ends, also one that
+    never began."""
 
     def __init__(self, generation: Generation):
         super().__init__(
@@ -54,53 +61,112 @@ class EventStream(StreamingResponse):
 
 
 def build_app(engine: AsyncEngine, metrics: Metrics, *, model: str) -> App:
-    """The application over an engine, which may still be starting.
+    """Builds the application over an engine, which may still be starting.
+
+    Args:
+        model: the name by which requests ask for the model.
 
     Raises:
-        ConfigError: API keys or the chat template are wrong.
+        ConfigError: API keys, the chat template or a limit are wrong.
     """
     config = engine.config
-    template = ChatTemplate(engine.tokenizer, config.server.chat_template)
-    app = FastAPI(title="ssd", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    began = int(time.time())
+    check_limits(config)
     metrics.gauges(
         num_requests_running=lambda: engine.running,
         num_requests_waiting=lambda: engine.queued,
         tokens_in_flight=lambda: engine.tokens_in_flight,
         draft_lost=lambda: float(engine.degraded is not None),
     )
-    engine.on_draft(lambda news: metrics.draft_events.labels(news).inc())
+    app = FastAPI(title="ssd", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    _add_generation(app, engine, JobReader(engine, model=model, limits=server_limits(config)))
+    _add_models(app, Models(model, config))
+    _add_state(app, engine, metrics, model)
 
-    async def run(request: Request, make: Callable[[Any], Job]) -> Response:
+    async def refuse(_request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            error = APIError(error.status_code, str(error.detail))
+        told = as_api_error(error)
+        metrics.refused.labels(told.status).inc()
+        return told.response
+
+    # The handler for Exception keeps the framework from answering in plain text; the border logs the error.
+    for kind in (APIError, SSDError, HTTPException, Exception):
+        app.add_exception_handler(kind, refuse)
+    if config.server.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=config.server.allowed_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    return Border(Guard(app, config.server), count=lambda status: metrics.refused.labels(status).inc())
+
+
+def check_limits(config: Config) -> None:
+    """Raises: ConfigError: a request as long as the context would never fit."""
+    held, length = config.server.max_tokens_in_flight, config.engine.max_model_len
+    if held < length:
+        raise ConfigError(
+            f"server.max_tokens_in_flight={held} is below engine.max_model_len={length}, so a request of full length "
+            "would never fit; raise the former or lower the latter"
+        )
+
+
+def _add_generation(app: FastAPI, engine: AsyncEngine, jobs: JobReader) -> None:
+    async def run(request: Request, read: Callable[[bytes], Job], *, aside: int) -> Response:
+        """Args: aside: bodies of more bytes are read in a thread."""
         if not engine.ready:
-            raise APIError(503, str(engine.failure or "the models are still loading"), code="engine_unavailable")
-        job = make(await _json(request))
-        generation = Generation(engine, job, request.scope.get("ssd.client", ""))
-        if job.stream:
-            return EventStream(generation)
-        return await _unless_gone(request, generation)
+            raise as_api_error(PipelineError(str(engine.failure or "the models are still loading")))
+        try:
+            raw = await request.body()
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_GONE)
+        job = await asyncio.to_thread(read, raw) if len(raw) > aside else read(raw)
+        generation = await Generation.start(engine, job, request.scope.get("ssd.client", ""))
+        return EventStream(generation) if job.stream else await _unless_gone(request, generation)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await run(request, lambda raw: completion_job(raw, engine, model))
+        return await run(request, jobs.read_completion, aside=INLINE_BYTES)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        return await run(request, lambda raw: chat_job(raw, engine, model, template))
+        # How long a template takes does not depend on the body's size alone.
+        return await run(request, jobs.read_chat, aside=0)
 
-    def described() -> dict[str, Any]:
-        length = config.engine.max_model_len
-        return {"id": model, "object": "model", "created": began, "owned_by": "ssd", "max_model_len": length}
 
+class Models:
+    """The one model, as OpenAI's API describes models."""
+
+    def __init__(self, name: str, config: Config):
+        self._name, self._length = name, config.engine.max_model_len
+        self._began = int(time.time())
+
+    def described(self) -> dict[str, Any]:
+        return {
+            "id": self._name,
+            "object": "model",
+            "created": self._began,
+            "owned_by": "ssd",
+            "max_model_len": self._length,
+        }
+
+    def named(self, name: str) -> dict[str, Any]:
+        """Raises: APIError: 404: there is no model of that name."""
+        if name != self._name:
+            raise APIError(404, f"the model '{shown(name)}' does not exist", param="model", code="model_not_found")
+        return self.described()
+
+
+def _add_models(app: FastAPI, models: Models) -> None:
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [described()]}
+    async def listed() -> dict[str, Any]:
+        return {"object": "list", "data": [models.described()]}
 
     @app.get("/v1/models/{name:path}")
-    async def one_model(name: str) -> dict[str, Any]:
-        if name != model:
-            raise APIError(404, f"the model {name!r} does not exist", param="model", code="model_not_found")
-        return described()
+    async def one(name: str) -> dict[str, Any]:
+        return models.named(name)
+
+
+def _add_state(app: FastAPI, engine: AsyncEngine, metrics: Metrics, model: str) -> None:
+    config = engine.config
 
     @app.get("/health")
     async def health() -> Response:
@@ -141,68 +207,49 @@ def build_app(engine: AsyncEngine, metrics: Metrics, *, model: str) -> App:
     @app.get("/ssd/rounds")
     async def rounds() -> Response:
         if not engine.ready:
-            raise APIError(503, "the models are still loading", code="engine_unavailable")
-
-        async def reports() -> AsyncIterator[bytes]:
-            stream = engine.rounds()
-            coming: asyncio.Future[Any] | None = None
-            try:
-                while True:
-                    coming = coming or asyncio.ensure_future(anext(stream, None))
-                    done, _ = await asyncio.wait({coming}, timeout=KEEP_ALIVE_S)
-                    if not done:
-                        yield b": still here\n\n"
-                        continue
-                    report, coming = coming.result(), None
-                    if report is None:
-                        return
-                    yield sse(dataclasses.asdict(report))
-            finally:
-                if coming is not None:
-                    coming.cancel()
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await coming
-                await stream.aclose()
-
-        return StreamingResponse(reports(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+            raise as_api_error(PipelineError(str(engine.failure or "the models are still loading")))
+        return StreamingResponse(
+            _round_events(engine), media_type="text/event-stream", headers={"cache-control": "no-cache"}
+        )
 
     @app.get("/")
     async def page() -> Response:
         headers = {"content-security-policy": PAGE_POLICY, "x-content-type-options": "nosniff"}
         return Response(PAGE.read_bytes(), media_type="text/html; charset=utf-8", headers=headers)
 
-    async def refused(_request: Request, error: Exception) -> Response:
-        if isinstance(error, HTTPException):
-            error = APIError(error.status_code, str(error.detail))
-        told = as_api_error(error)
-        metrics.refused.labels(told.status).inc()
-        return JSONResponse(told.body, status_code=told.status, headers=told.headers)
 
-    for kind in (APIError, SSDError, HTTPException):
-        app.add_exception_handler(kind, refused)
-    if config.server.allowed_origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=config.server.allowed_origins, allow_methods=["*"], allow_headers=["*"]
-        )
-    return Guard(app, config.server)
-
-
-async def _json(request: Request) -> Any:
+async def _round_events(engine: AsyncEngine) -> AsyncIterator[bytes]:
+    """Yields an event for each round, and a comment every ``KEEP_ALIVE_S`` without one."""
+    stream = engine.rounds()
+    coming: asyncio.Future[Any] | None = None
     try:
-        return json.loads(await request.body())
-    except (ValueError, RecursionError):
-        raise APIError(400, "the body is not valid JSON") from None
+        while True:
+            coming = coming or asyncio.ensure_future(anext(stream, None))
+            done, _ = await asyncio.wait({coming}, timeout=KEEP_ALIVE_S)
+            if not done:
+                yield b": still here\n\n"
+                continue
+            report, coming = coming.result(), None
+            if report is None:
+                return
+            yield sse(dataclasses.asdict(report))
+    finally:
+        if coming is not None:
+            coming.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await coming
+        await stream.aclose()
 
 
 async def _unless_gone(request: Request, generation: Generation) -> Response:
-    """The whole answer, given up if the client goes away before."""
+    """Waits for the whole answer; gives it up if the client disconnects."""
     answer = asyncio.ensure_future(generation.whole())
     gone = asyncio.ensure_future(_disconnected(request.receive))
     try:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
         if answer.done():
             return JSONResponse(answer.result())
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=CLIENT_GONE)
     finally:
         for task in (answer, gone):
             task.cancel()

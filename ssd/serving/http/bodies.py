@@ -1,7 +1,7 @@
 """Request bodies of the OpenAI API, and how their fields become ``SamplingParams``.
 
-Every field is either understood, or refused with an error that names it: nothing is ignored, except
-fields that say nothing about the answer (``user``, ``metadata``).
+Every field is either supported, or refused with an error that names it. Nothing is ignored except fields
+that do not concern the answer (``user``, ``metadata``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from ...errors import RequestError
 from ...request.sampling_params import MAX_LOGPROBS, MAX_SEED, SamplingParams, completion_seed
-from .errors import APIError, as_api_error
+from . import strict_json
+from .errors import MAX_NAME, APIError, as_api_error, shown
 from .structured import REPLACED, ResponseFormat, StructuredOutputs, structured_outputs
 
 MAX_STOPS = 16
@@ -24,8 +25,16 @@ MAX_NAMED = 1024
 MAX_CHOICES = 128
 """Prompts × n of one request."""
 MAX_PRIORITY = 2**31 - 1
+MAX_INT64 = 2**63 - 1
+MAX_FLOAT32 = 3.4028234e38
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions; chat answers may fill the context."""
+
+Number = Annotated[float, Field(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
+Integer = Annotated[int, Field(ge=-MAX_INT64, le=MAX_INT64)]
+Count = Annotated[int, Field(ge=1, le=MAX_INT64)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT64)]
+Stop = str | Annotated[list[str], Field(max_length=MAX_STOPS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,30 +46,29 @@ class Parameter:
     sampling: str = ""
     """Field of ``SamplingParams``; the same name by default."""
     default: Any = None
-    """When the request leaves it out or gives null; None leaves it to ``SamplingParams``."""
+    """Used when the request leaves the field out or gives null; None leaves it to ``SamplingParams``."""
 
 
-Stop = str | Annotated[list[str], Field(max_length=MAX_STOPS)]
 PARAMETERS = (
-    Parameter("temperature", float, default=1.0),
-    Parameter("top_p", float),
-    Parameter("top_k", Annotated[int, Field(ge=-1)]),
-    Parameter("min_p", float),
+    Parameter("temperature", Number, default=1.0),
+    Parameter("top_p", Number),
+    Parameter("top_k", Annotated[int, Field(ge=-1, le=MAX_INT64)]),
+    Parameter("min_p", Number),
     Parameter("stop", Stop),
-    Parameter("stop_token_ids", list[int]),
+    Parameter("stop_token_ids", list[TokenId]),
     Parameter("ignore_eos", bool),
     Parameter("include_stop_str_in_output", bool),
-    Parameter("min_tokens", int),
-    Parameter("presence_penalty", float),
-    Parameter("frequency_penalty", float),
-    Parameter("repetition_penalty", float),
-    Parameter("logit_bias", Annotated[dict[str, float], Field(max_length=MAX_NAMED)]),
-    Parameter("bad_words", Annotated[list[str | list[int]], Field(max_length=MAX_NAMED)]),
-    Parameter("allowed_token_ids", list[int]),
+    Parameter("min_tokens", Integer),
+    Parameter("presence_penalty", Number),
+    Parameter("frequency_penalty", Number),
+    Parameter("repetition_penalty", Number),
+    Parameter("logit_bias", Annotated[dict[str, Number], Field(max_length=MAX_NAMED)]),
+    Parameter("bad_words", Annotated[list[str | list[TokenId]], Field(max_length=MAX_NAMED)]),
+    Parameter("allowed_token_ids", list[TokenId]),
     Parameter("method", Literal["none", "sd", "self", "ssd"]),
     Parameter("seed", Annotated[int, Field(ge=-(2**63), le=MAX_SEED)]),
 )
-"""A new sampling parameter is one line here, and none in ``UNSUPPORTED``."""
+"""A new sampling parameter is one line here, and must not be in ``UNSUPPORTED``."""
 
 NOTHING: tuple[Any, ...] = (None,)
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -82,7 +90,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "verbosity": (None, "medium"),
     "web_search_options": NOTHING,
 }
-"""Fields of OpenAI's (or vLLM's) that cannot be obeyed, and the values by which they ask for nothing."""
+"""OpenAI's and vLLM's fields that are not supported, and the values that ask for nothing: those are accepted."""
 
 
 class _Body(BaseModel):
@@ -104,13 +112,13 @@ class ChatMessage(_Body):
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
-        """Role and text, as chat templates take them."""
+        """Returns role and text, as chat templates take them."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
 class Common(_Body):
-    """Fields both endpoints have, beside ``PARAMETERS``."""
+    """Fields that both endpoints have, beside ``PARAMETERS``."""
 
     model: str
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -118,39 +126,39 @@ class Common(_Body):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    """vLLM's."""
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """As in vLLM."""
+    max_tokens: Count | None = None
     provenance: bool | None = None
-    """Ours: say of each token how it came to be."""
+    """Our extension: report for each token where it came from."""
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
-    """vLLM's: lower goes first. Any but 0 needs ``engine.scheduling=priority``."""
+    """As in vLLM: lower values go first. Values other than 0 need ``engine.scheduling=priority``."""
     user: str | None = None
     safety_identifier: str | None = None
     metadata: dict[str, str] | None = None
 
     @property
-    def logprobs_asked(self) -> int | None:
-        """How many of the likeliest tokens to report for each; None for no report at all."""
+    def top_count(self) -> int | None:
+        """How many of the most probable tokens to report at each position; None for no log-probabilities."""
         raise NotImplementedError
 
 
 class _Completion(Common):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @property
-    def logprobs_asked(self) -> int | None:
+    def top_count(self) -> int | None:
         return self.logprobs
 
 
 class _Chat(Common):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @property
-    def logprobs_asked(self) -> int | None:
+    def top_count(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -161,13 +169,30 @@ Body = TypeVar("Body", bound=Common)
 
 
 def read_body(cls: type[Body], raw: Any) -> Body:
-    """Check a request body.
+    """Checks a parsed request body.
 
     Raises:
         APIError: 400, naming the field.
     """
     if not isinstance(raw, dict):
         raise APIError(400, "the body must be a JSON object")
+    strict_json.check(raw)
+    try:
+        body = cls.model_validate(_supported(cls, raw))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        parts = [str(part) for part in first["loc"]]
+        at = ".".join(shown(part) for part in parts if not part.startswith(("list[", "function-", "union")))
+        raise APIError(400, f"{at}: {first['msg']}", param=parts[0], code="invalid_value") from None
+    if body.stream_options is not None and not body.stream:
+        raise APIError(400, "stream_options is only allowed when stream is true", param="stream_options")
+    if getattr(body, "top_logprobs", None) and body.top_count is None:
+        raise APIError(400, "top_logprobs is only allowed when logprobs is true", param="top_logprobs")
+    return body
+
+
+def _supported(cls: type[Common], raw: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields without those that ask for nothing. Raises: APIError: a field that is not supported."""
     given: dict[str, Any] = {}
     for name, value in raw.items():
         if name in cls.model_fields:
@@ -175,30 +200,24 @@ def read_body(cls: type[Body], raw: Any) -> Body:
         elif name in REPLACED:
             raise APIError(400, f"{name} is now {REPLACED[name]}", param=name, code="unknown_parameter")
         elif name not in UNSUPPORTED:
-            near = get_close_matches(name, [*cls.model_fields, *UNSUPPORTED], n=1)
+            near = get_close_matches(name[:MAX_NAME], [*cls.model_fields, *UNSUPPORTED], n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise APIError(400, f"unknown parameter {name!r}{hint}", param=name, code="unknown_parameter")
-        elif not any(value == neutral and type(value) is type(neutral) for neutral in UNSUPPORTED[name]) and not (
-            isinstance(value, float) and value in UNSUPPORTED[name]
-        ):
+            raise APIError(400, f"unknown parameter '{shown(name)}'{hint}", param=name, code="unknown_parameter")
+        elif not any(_same(value, neutral) for neutral in UNSUPPORTED[name]):
             raise APIError(400, f"{name} is not supported by this server", param=name, code="unsupported_parameter")
-    try:
-        body = cls.model_validate(given)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        at = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("list[", "function-", "union")))
-        raise APIError(400, f"{at}: {first['msg']}", param=str(first["loc"][0]), code="invalid_value") from None
-    if body.stream_options is not None and not body.stream:
-        raise APIError(400, "stream_options is only allowed when stream is true", param="stream_options")
-    if getattr(body, "top_logprobs", None) and body.logprobs_asked is None:
-        raise APIError(400, "top_logprobs is only allowed when logprobs is true", param="top_logprobs")
-    return body
+    return given
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Whether a value is a neutral one, where 1.0 counts as 1 but true does not."""
+    return value == neutral and (type(value) is type(neutral) or isinstance(value, float))
 
 
 def sampling_params(body: Common, *, max_tokens: int, seed: int) -> SamplingParams:
-    """``SamplingParams`` of one choice.
+    """Returns the ``SamplingParams`` of one choice.
 
-    Raises: APIError: a value out of range.
+    Raises:
+        APIError: 400: a value out of range.
     """
     fields: dict[str, Any] = {"max_tokens": max_tokens}
     for parameter in PARAMETERS:
@@ -206,9 +225,9 @@ def sampling_params(body: Common, *, max_tokens: int, seed: int) -> SamplingPara
         value = parameter.default if value is None else value
         if value is not None:
             fields[parameter.sampling or parameter.name] = value
-    fields["seed"], fields["logprobs"] = seed, body.logprobs_asked
+    fields["seed"], fields["logprobs"] = seed, body.top_count
     fields["structured_outputs"] = structured_outputs(body.structured_outputs, body.response_format)
-    if fields.get("top_k") == -1:  # as vLLM says "all"
+    if fields.get("top_k") == -1:  # vLLM's value for all tokens
         fields["top_k"] = 0
     try:
         return SamplingParams(**fields)
@@ -217,10 +236,13 @@ def sampling_params(body: Common, *, max_tokens: int, seed: int) -> SamplingPara
 
 
 def refused(error: RequestError, structured_by: str = "structured_outputs") -> APIError:
-    """An error of the engine's about sampling parameters, which names the field first; others as always.
-    ``structured_by``: the field that asked for structured output."""
+    """Translates the engine's refusal of a request. The error names the field if the message begins with one.
+
+    Args:
+        structured_by: the field that asked for structured output.
+    """
     message = str(error)
-    name = message.split()[0].rstrip(":").split(".")[0]
+    name = message.split(maxsplit=1)[0].rstrip(":").split(".")[0]
     if name == "structured_outputs":
         name = structured_by
         if name == "response_format":
@@ -231,12 +253,12 @@ def refused(error: RequestError, structured_by: str = "structured_outputs") -> A
 
 
 def structured_by(body: Common) -> str:
+    """Returns the field that asks for structured output, if one does."""
     return "structured_outputs" if body.structured_outputs is not None else "response_format"
 
 
 def seeds(body: Common, count: int) -> list[int]:
-    """A seed for each choice, as ``LLM`` gives them to its completions; random ones if the request
-    gives none."""
+    """Returns a seed for each choice, as ``LLM`` derives them; random ones if the request gives none."""
     given = cast(int | None, getattr(body, "seed", None))
     first = secrets.randbelow(MAX_SEED) if given is None else given % (MAX_SEED + 1)
     return [completion_seed(first, choice) for choice in range(count)]

@@ -14,7 +14,8 @@ class ChatTemplate:
     """Renders messages.
 
     Args:
-        file: a Jinja template instead of the tokenizer's; a path, or that of a shipped one.
+        tokenizer: of the target.
+        file: path of a Jinja template to use instead of the tokenizer's, or the name of a shipped one.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -35,7 +36,10 @@ class ChatTemplate:
                 raise ConfigError(f"server.chat_template: {path} cannot be read: {error}") from None
 
     def tokens(self, messages: list[dict[str, str]]) -> list[int]:
-        """Prompt token ids, the beginning of the answer included.
+        """Returns prompt token ids, up to where the answer begins.
+
+        Args:
+            messages: ``role`` and ``content`` of each.
 
         Raises:
             APIError: 400: there is no template, or it refuses these messages.
@@ -55,5 +59,5 @@ class ChatTemplate:
             )
         except TemplateError as error:
             raise APIError(400, f"the chat template refuses these messages: {error}", param="messages") from None
-        # Templates write the special tokens themselves.
+        # Templates add the special tokens themselves.
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
+
+from starlette.responses import Response
 
 from ...errors import OverloadedError, PipelineError, RequestError
 
+MAX_MESSAGE = 600
+"""Characters of a message; longer ones are cut."""
+MAX_NAME = 64
+"""Characters of a client's own text that a message or ``param`` repeats."""
+
 
 class APIError(Exception):
-    """An answer that is an error.
+    """An error answer. Its message is one line of at most ``MAX_MESSAGE`` characters.
 
     Args:
-        status: HTTP status. param: the request field at fault. code: for programs to tell it by.
+        status: HTTP status.
+        message: what is wrong and what to do; line breaks become spaces.
+        param: the request field at fault.
+        code: for programs to tell errors apart.
+        kind: OpenAI's ``type``; derived from the status by default.
     """
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, kind: str | None = None
     ):
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        message = " ".join(message.split())
+        self.message = message if len(message) <= MAX_MESSAGE else message[: MAX_MESSAGE - 1] + "…"
+        super().__init__(self.message)
+        self.status, self.code = status, code
+        self.param = None if param is None else shown(param)
         self.kind = kind or ("invalid_request_error" if status < 500 else "server_error")
 
     @property
@@ -26,12 +41,14 @@ class APIError(Exception):
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
     @property
-    def headers(self) -> dict[str, str]:
-        return {"retry-after": "1"} if self.status in (429, 503) else {}
+    def response(self) -> Response:
+        headers = {"retry-after": "1"} if self.status in (429, 503) else {}
+        # ASCII output, so that any text can be encoded.
+        return Response(json.dumps(self.body), self.status, headers, media_type="application/json")
 
 
 def as_api_error(error: Exception) -> APIError:
-    """What a client is told of an error of the engine's; the inside of anything else stays inside."""
+    """Translates an exception for a client. Of unexpected ones it gives only the type: details stay in the log."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, RequestError):
@@ -39,6 +56,11 @@ def as_api_error(error: Exception) -> APIError:
         return APIError(400, str(error), code=code)
     if isinstance(error, OverloadedError):
         return APIError(429, str(error), code="rate_limit_exceeded", kind="rate_limit_error")
-    if isinstance(error, PipelineError):
-        return APIError(503, " ".join(str(error).split()), code="engine_unavailable")
-    return APIError(500, f"internal error ({type(error).__name__})")
+    if isinstance(error, PipelineError):  # a worker's traceback may follow the first line
+        return APIError(503, str(error).partition("\n")[0], code="engine_unavailable")
+    return APIError(500, f"internal error ({type(error).__name__})", code="internal_error")
+
+
+def shown(text: str) -> str:
+    """A client's own text, short and printable: for messages that repeat it."""
+    return repr(text[:MAX_NAME])[1:-1]

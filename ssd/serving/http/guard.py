@@ -1,36 +1,30 @@
-"""Who may call: API keys, Host and Origin checks, body limits. One ASGI wrapper around the app."""
+"""Who may call: API keys, Host and Origin checks, limits on bodies. One ASGI wrapper around the app."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 import ipaddress
-import json
-from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from ...config.sections import ServerConfig
 from ...errors import ConfigError
-from .errors import APIError
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from .border import App, Message, Receive, Scope, Send
+from .errors import APIError, shown
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/favicon.ico"})
-"""Say nothing of the users' text: no key is asked for."""
+"""Paths that reveal nothing of users' text: no key is needed."""
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 MIN_KEY = 16
+"""Characters of an API key."""
 
 
 class Guard:
-    """Lets a request through to ``app``, or answers it with an OpenAI error.
+    """Passes requests on to ``app``, or raises an ``APIError`` for the border to answer.
 
-    A page of another origin cannot use a server on loopback: its ``Origin`` is refused, the ``Host`` of
-    a rebound name too, and bodies must be JSON, which browsers do not send across origins unasked.
+    A page of another origin cannot use a server on loopback: its ``Origin`` is refused, and so is the ``Host``
+    of a rebound name. Bodies must be JSON, which browsers do not send across origins without a preflight.
 
     Raises:
         ConfigError: no key where one is needed, or a bad key file.
@@ -51,31 +45,33 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        try:
-            self._check_host(headers)
-            self._check_origin(headers)
-            scope["ssd.client"] = self._check_key(scope, headers)
-            self._check_body(scope, headers)
-        except APIError as error:
-            await answer(send, error)
-            return
+        self._check_host(headers)
+        self._check_origin(headers)
+        scope["ssd.client"] = self._check_key(scope, headers)
+        self._check_body(scope, headers)
         await self._app(scope, self._bounded(receive), send)
 
     def _check_host(self, headers: dict[str, str]) -> None:
         host = _hostname(headers.get("host", ""))
         if self._hosts and host not in self._hosts:
-            raise APIError(421, f"this server is not called {host!r}; see server.allowed_hosts", code="wrong_host")
+            raise APIError(
+                421, f"this server's name is not '{shown(host)}'; see server.allowed_hosts", code="wrong_host"
+            )
 
     def _check_origin(self, headers: dict[str, str]) -> None:
         origin = headers.get("origin")
         if origin is None or origin.lower() in self._origins:
             return
-        parts = urlsplit(origin)
-        if parts.scheme not in ("http", "https") or parts.netloc.lower() != headers.get("host", "").lower():
+        try:
+            parts = urlsplit(origin)
+            own = parts.scheme in ("http", "https") and parts.netloc.lower() == headers.get("host", "").lower()
+        except ValueError:  # brackets that are not an IPv6 address
+            own = False
+        if not own:
             raise APIError(403, "pages of this origin may not call; see server.allowed_origins", code="wrong_origin")
 
     def _check_key(self, scope: Scope, headers: dict[str, str]) -> str:
-        """Whom the request is for: clients take turns by it."""
+        """Returns the client's name, by which clients take turns."""
         address = scope.get("client") or ("",)
         if not self._keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
             return f"address {address[0]}"
@@ -102,7 +98,7 @@ class Guard:
     def _bounded(self, receive: Receive) -> Receive:
         taken = 0
 
-        async def bounded() -> MutableMapping[str, Any]:
+        async def bounded() -> Message:
             nonlocal taken
             message = await receive()
             if message["type"] == "http.request":
@@ -114,17 +110,8 @@ class Guard:
         return bounded
 
 
-async def answer(send: Send, error: APIError) -> None:
-    """Send an error as a whole response."""
-    body = json.dumps(error.body).encode()
-    extra = [(name.encode(), value.encode()) for name, value in error.headers.items()]
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *extra]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
 def read_keys(config: ServerConfig) -> dict[str, bytes]:
-    """Digests of the keys, by a name for each. Raises: ConfigError."""
+    """Returns the SHA-256 digest of each key, by a name for the key. Raises: ConfigError."""
     if config.api_key_file is None:
         if not is_loopback(config.host):
             raise ConfigError(
@@ -143,6 +130,7 @@ def read_keys(config: ServerConfig) -> dict[str, bytes]:
 
 
 def is_loopback(host: str) -> bool:
+    """Whether a host name or address is reachable from this machine only."""
     if host.lower() == "localhost":
         return True
     try:
@@ -156,7 +144,7 @@ def _digest(key: str) -> bytes:
 
 
 def _hostname(header: str) -> str:
-    """Of a Host header, without the port."""
+    """Returns the name in a Host header, without the port."""
     if header.startswith("["):
         return header[1 : header.find("]")].lower()
     return header.rpartition(":")[0].lower() if ":" in header else header.lower()

@@ -9,12 +9,12 @@ from typing import Any
 from ...request.output import TokenLogprob
 
 LEAST = -9999.0
-"""What OpenAI's API says of a token with no probability; JSON has no infinity."""
+"""OpenAI's value for a token without probability: JSON has no infinity."""
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenBytes:
-    """The bytes each token of a tokenizer stands for; tokens may hold a part of a character."""
+    """The bytes of each token of a tokenizer. A token may hold only part of a character."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
@@ -27,14 +27,14 @@ class TokenBytes:
         return known
 
     def characters(self, token: int) -> int:
-        """Characters that begin in the token, in UTF-8."""
+        """Returns how many UTF-8 characters begin in the token."""
         return sum(byte & 0xC0 != 0x80 for byte in self[token])
 
     def _read(self, token: int) -> bytes:
         text = self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         piece = self._tokenizer.convert_ids_to_tokens(token)
         if not isinstance(piece, str):
-            return text.encode()  # beyond the tokenizer's own: padding of the vocabulary
+            return text.encode()  # padding of the vocabulary, which the tokenizer does not know
         if byte := _BYTE.fullmatch(piece):  # SentencePiece's byte fallback
             return bytes([int(byte[1], 16)])
         if "\N{LOWER ONE EIGHTH BLOCK}" in piece:  # SentencePiece's space, which decoding alone drops at the front
@@ -45,8 +45,8 @@ class TokenBytes:
 
 
 def _byte_level() -> dict[str, int]:
-    """Byte of each character of byte-level BPE: printable Latin-1 stands for itself, the other bytes,
-    in order, for the characters from U+0100 (GPT-2's table; Radford et al. 2019, section 2.2)."""
+    """Returns the byte of each character of byte-level BPE. Printable Latin-1 characters map to themselves; the
+    characters from U+0100 map to the other bytes in order (GPT-2's table; Radford et al. 2019, section 2.2)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -56,7 +56,7 @@ _BYTES = _byte_level()
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes) -> dict[str, Any]:
-    """``choices[].logprobs`` of a chat completion."""
+    """Returns ``choices[].logprobs`` of a chat completion."""
 
     def one(token: int, logprob: float) -> dict[str, Any]:
         raw = texts[token]
@@ -70,10 +70,10 @@ def chat_logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes) -> dict[str
 
 
 def completion_logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes, offset: int = 0) -> dict[str, Any]:
-    """``choices[].logprobs`` of a completion.
+    """Returns ``choices[].logprobs`` of a text completion.
 
     Args:
-        offset: ``text_offset`` of the first, in characters.
+        offset: ``text_offset`` of the first token, in characters.
     """
     offsets = []
     for token in tokens:
@@ -88,15 +88,16 @@ def completion_logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes, offse
 
 
 def _likeliest(token: TokenLogprob, texts: TokenBytes) -> dict[str, float]:
-    """Best first, the token itself always among them: up to one more than asked for, as OpenAI says."""
-    told: dict[str, float] = {}
+    """Returns the most probable tokens, best first. The token itself is always among them, so there may be one
+    more than asked for, as in OpenAI's API."""
+    found: dict[str, float] = {}
     for id, value in (*token.top, (token.token_id, token.logprob)):
-        told.setdefault(_shown(texts[id]), max(value, LEAST))
-    return told
+        found.setdefault(_shown(texts[id]), max(value, LEAST))
+    return found
 
 
 def _shown(raw: bytes) -> str:
-    """Text, or ``bytes:\\xf0\\x9f`` for a part of a character: names that tell tokens apart."""
+    """Returns the text, or ``bytes:\\xf0\\x9f`` for part of a character, so that tokens stay distinct."""
     try:
         return raw.decode()
     except UnicodeDecodeError:

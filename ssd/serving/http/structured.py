@@ -12,7 +12,7 @@ REPLACED = {
     f"guided_{kind}": f"structured_outputs.{kind}"
     for kind in ("json", "regex", "choice", "grammar", "whitespace_pattern")
 }
-"""vLLM's names until 0.12, and what to write now."""
+"""vLLM's names before 0.12, and their replacements."""
 
 
 class _Fields(BaseModel):
@@ -24,7 +24,7 @@ class _Schema(_Fields):
     description: str | None = None
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
     strict: bool | None = None
-    """The output always follows the schema here, so this changes nothing."""
+    """Without effect: the output always follows the schema."""
 
 
 class _Text(_Fields):
@@ -56,9 +56,10 @@ class StructuredOutputs(_Fields):
 
 
 def structured_outputs(wanted: StructuredOutputs | None, format: Any) -> dict[str, Any] | None:
-    """Fields of ``StructuredOutputsParams``.
+    """Returns fields of ``StructuredOutputsParams``, or None if the output is free.
 
-    Raises: APIError: both ways at once.
+    Raises:
+        APIError: 400: both fields ask for something.
     """
     asked = None if format is None or isinstance(format, _Text) else format
     if wanted is None:

@@ -1,6 +1,6 @@
 """``ssd.AsyncClient`` and ``ssd.Client``: a server's client lane, from another process or machine.
 
-Importing this loads neither torch nor transformers.
+Importing this module loads neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import itertools
 import threading
 import time
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import zmq
 import zmq.asyncio
 
-from ...errors import PipelineError, SSDError, UsageError
+from ...errors import PipelineError, RequestError, SSDError, UsageError
+from ...request import prompts as asked_for
 from ...request.output import RequestOutput, StreamEvent
+from ...request.prompts import Prompt, Prompts
 from ...request.sampling_params import SamplingParams
 from . import wire
 from .in_flight import Asked
@@ -38,17 +39,19 @@ class AsyncClient:
             async for event in client.stream("def main():", SamplingParams(max_tokens=32)):
                 print(event.text)
 
-    A server that is silent is connected to anew, and what was in flight is asked again; its tokens
-    go on where they broke off, for they are a function of prompt and parameters.
+    After a silence of the server the client connects again and sends its requests again. Their tokens continue where
+    they stopped, because they are a function of prompt and parameters.
 
     Args:
         endpoint: ``ipc://PATH`` or ``tcp://HOST:PORT``.
-        keys, name: for tcp: folder with ``server.key`` and ``NAME.key_secret``.
-        timeout_s: how long a server may be away before what is in flight fails.
-        reconnect: False fails it at once.
+        keys: For tcp: folder with ``server.key`` and ``NAME.key_secret``.
+        name: For tcp: the client's name in that folder.
+        timeout_s: How long a server may be silent before the requests in flight fail.
+        reconnect: False fails them as soon as the connection is considered lost.
 
     Raises:
-        UsageError: tcp without keys. PipelineError: no server answers in time.
+        UsageError: The endpoint is of another kind, or tcp without keys.
+        PipelineError (entering): No server answers in time.
     """
 
     def __init__(
@@ -71,17 +74,19 @@ class AsyncClient:
         self._stats: dict[int, asyncio.Future[dict[str, float]]] = {}
         self._context: zmq.asyncio.Context | None = None
         self._socket: zmq.asyncio.Socket | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._listening: asyncio.Task[None] | None = None
+        """Reads the current socket."""
+        self._beating: asyncio.Task[None] | None = None
         self._greeted = asyncio.Event()
         self._session: str | None = None
         self._heard_s = self._answered_s = 0.0
         self.model = ""
-        """The model's name, once connected."""
+        """The model's public name, once connected."""
 
     async def __aenter__(self) -> AsyncClient:
         self._context = zmq.asyncio.Context()
         self._connect()
-        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._beat())]
+        self._beating = asyncio.create_task(self._beat())
         try:
             await asyncio.wait_for(self._greeted.wait(), min(CONNECT_S, self._timeout_s))
         except BaseException as error:
@@ -95,15 +100,16 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Give up what is in flight and disconnect. Safe to call twice."""
+        """Cancels the requests in flight and disconnects. Safe to call twice."""
         for number, asked in list(self._asked.items()):
             if not asked.over:
                 self._send(wire.Drop(number=number))
             asked.fail(PipelineError("the client is closed"))
-        for task in self._tasks:
+        tasks = [task for task in (self._listening, self._beating) if task is not None]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._listening = self._beating = None
         if self._socket is not None:
             self._socket.close(200)
             self._socket = None
@@ -112,18 +118,17 @@ class AsyncClient:
             self._context = None
 
     async def stream(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, priority: int = 0
+        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
     ) -> AsyncGenerator[StreamEvent, None]:
-        """As ``LLM.stream``; ``priority`` as for ``AsyncEngine.submit``. Closing the iterator cancels.
+        """As ``LLM.stream``; ``priority`` as for ``AsyncEngine.open``. Closing the iterator cancels the request.
 
-        Raises: RequestError, OverloadedError: the server refuses. PipelineError: it is gone.
+        Raises: RequestError, OverloadedError: The request is refused. PipelineError: The server is gone.
         """
         if self._socket is None:
             raise PipelineError("the client is not connected; use `async with`")
-        text = prompt if isinstance(prompt, str) else [int(token) for token in prompt]
-        asked = Asked(next(self._numbers), text, params or SamplingParams(), priority)
-        self._asked[asked.number] = asked
+        asked = Asked(next(self._numbers), *asked_for.one(prompt, params), priority)
         self._ask(asked)
+        self._asked[asked.number] = asked
         left = asked.params.n
         try:
             while left:
@@ -141,35 +146,29 @@ class AsyncClient:
 
     async def generate(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        prompts: Prompts,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: int = 0,
     ) -> list[RequestOutput]:
         """As ``LLM.generate``; ``priority`` as for ``stream``."""
-        listed = [prompts] if isinstance(prompts, str) else list(prompts)
-        single = params is None or isinstance(params, SamplingParams)
-        each = [params or SamplingParams()] * len(listed) if single else list(params)  # pyright: ignore
-        if len(each) != len(listed):
-            raise UsageError(f"{len(listed)} prompts but {len(each)} sampling parameters")
+        pairs = asked_for.pair(prompts, params)
 
-        async def one(prompt: str | Sequence[int], p: Any) -> RequestOutput:
-            async with contextlib.aclosing(self.stream(prompt, p, priority=priority)) as events:
-                outputs = [event.output async for event in events if event.output is not None]
-            first, *others = sorted(outputs, key=lambda output: output.index)
-            return replace(first, others=tuple(others)) if others else first
+        async def complete(prompt: Prompt, own: SamplingParams) -> RequestOutput:
+            async with contextlib.aclosing(self.stream(prompt, own, priority=priority)) as events:
+                return RequestOutput.joined([event.output async for event in events if event.output is not None])
 
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(p, q)) for p, q in zip(listed, each, strict=True)]
+                tasks = [group.create_task(complete(*pair)) for pair in pairs]
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
     async def stats(self) -> dict[str, float]:
-        """The server's counters and gauges, by the names they have at ``/metrics``.
+        """Returns the server's counters and gauges, by their names at ``/metrics``.
 
-        Raises: PipelineError: it does not answer in time.
+        Raises: PipelineError: The server does not answer in time.
         """
         if self._socket is None:
             raise PipelineError("the client is not connected; use `async with`")
@@ -184,8 +183,10 @@ class AsyncClient:
             del self._stats[number]
 
     def _connect(self) -> None:
-        """A new socket: with it the server sees a new client."""
+        """Opens a new socket, and reads it. To the server it is a new client."""
         assert self._context is not None
+        if self._listening is not None:
+            self._listening.cancel()
         if self._socket is not None:
             self._socket.close(0)
         socket = self._context.socket(zmq.DEALER)
@@ -199,13 +200,19 @@ class AsyncClient:
         self._socket, self._session = socket, None
         self._heard_s = time.monotonic()
         self._answered_s = self._answered_s or self._heard_s
+        self._listening = asyncio.create_task(self._listen(socket))
         self._send(wire.Hello())
 
     def _send(self, message: wire.FromClient) -> None:
-        if self._socket is not None:
-            sent: Any = self._socket.send(wire.encode(message), zmq.NOBLOCK)
-            # What cannot be sent is not missed: a server that reads nothing is soon found silent.
-            sent.add_done_callback(lambda future: future.cancelled() or future.exception())
+        """Sends a message. Raises: RequestError: It cannot be encoded, or is too large."""
+        if self._socket is None:
+            return
+        raw = wire.encode(message)
+        if len(raw) > wire.MAX_MESSAGE_BYTES:
+            raise RequestError(f"the request has {len(raw)} bytes; at most {wire.MAX_MESSAGE_BYTES} can be sent")
+        sent: Any = self._socket.send(raw, zmq.NOBLOCK)
+        # A failed send needs no handling: a server that reads nothing is soon considered silent.
+        sent.add_done_callback(lambda future: future.cancelled() or future.exception())
 
     def _ask(self, asked: Asked) -> None:
         asked.skip = asked.received.copy()
@@ -218,16 +225,11 @@ class AsyncClient:
         )
         self._send(ask)
 
-    async def _listen(self) -> None:
+    async def _listen(self, socket: zmq.asyncio.Socket) -> None:
         while True:
-            socket = self._socket
-            assert socket is not None
-            if not await socket.poll(int(wire.HEARTBEAT_S * 250)):
-                continue  # there may be a new socket
-            if socket is not self._socket:
-                continue
+            raw = await socket.recv()
             try:
-                message = wire.decode(await socket.recv(), wire.FromServer)
+                message = wire.decode(raw, wire.FromServer)
             except SSDError as error:
                 self._fail_all(error)
                 continue
@@ -247,7 +249,7 @@ class AsyncClient:
         elif isinstance(message, wire.Pong):
             if self._session is not None and message.session != self._session:
                 self._session = None
-                self._send(wire.Hello())  # another life of the server: it knows nothing of us
+                self._send(wire.Hello())  # the server has restarted and does not know us
         elif isinstance(message, wire.Stats):
             if (told := self._stats.get(message.number)) is not None and not told.done():
                 told.set_result(message.values)
@@ -287,14 +289,14 @@ class AsyncClient:
 
 
 class Client:
-    """``AsyncClient`` for programs without a loop: a thread of its own holds the connection.
+    """``AsyncClient`` for programs without a loop: a background thread holds the connection.
 
     ::
 
         with Client("ipc:///run/user/1000/ssd.sock") as client:
             print(client.generate("def main():")[0].text)
 
-    Args, raises: as ``AsyncClient``.
+    Args, raises: As ``AsyncClient``.
     """
 
     def __init__(self, endpoint: str, **options: Any):
@@ -315,10 +317,11 @@ class Client:
 
     @property
     def model(self) -> str:
+        """The model's public name."""
         return self._client.model if self._client is not None else ""
 
     def close(self) -> None:
-        """Disconnect. Safe to call twice."""
+        """Disconnects. Safe to call twice."""
         client, self._client = self._client, None
         if client is not None:
             self._run(client.close())
@@ -326,7 +329,7 @@ class Client:
 
     def generate(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        prompts: Prompts,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: int = 0,
@@ -339,9 +342,9 @@ class Client:
         return self._run(self._connected().stats())
 
     def stream(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, priority: int = 0
+        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
     ) -> Iterator[StreamEvent]:
-        """As ``LLM.stream``; ``priority`` as for ``AsyncEngine.submit``. Closing the iterator cancels."""
+        """As ``LLM.stream``; ``priority`` as for ``AsyncEngine.open``. Closing the iterator cancels the request."""
         events = self._connected().stream(prompt, params, priority=priority)
         try:
             while True:

@@ -1,4 +1,4 @@
-"""A request in flight on the client's side of the lane: what its reader has, and what is still to come."""
+"""A request in flight on the client's side of the lane: what its reader has received, and what to skip."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ...request.sampling_params import SamplingParams
 
 
 class Asked:
-    """One request in flight."""
+    """One request in flight. A request that is asked again repeats its tokens; those its reader has are skipped."""
 
     def __init__(self, number: int, prompt: str | list[int], params: SamplingParams, priority: int = 0):
         self.number, self.prompt, self.params, self.priority = number, prompt, params, priority
         self.events: asyncio.Queue[StreamEvent | SSDError] = asyncio.Queue()
         self.received: Counter[int] = Counter()
-        """Tokens its reader was given, by completion."""
+        """Tokens given to the reader, by completion."""
         self.skip: Counter[int] = Counter()
-        """Tokens still to come that the reader knows: after asking again."""
+        """Tokens to skip after asking again, by completion."""
         self.ended: set[int] = set()
-        """Completions whose last event its reader was given."""
+        """Completions whose last event was given to the reader."""
         self.over = False
 
     def put(self, event: StreamEvent) -> None:
-        """Pass on what is new of an event."""
+        """Gives the reader the new part of an event."""
         index = event.index
         known = min(self.skip[index], len(event.token_ids))
         self.skip[index] -= known
@@ -49,6 +49,7 @@ class Asked:
         self.events.put_nowait(event)
 
     def fail(self, error: SSDError) -> None:
+        """Gives the reader an error as the end, unless the request is over."""
         if not self.over:
             self.over = True
             self.events.put_nowait(error)

@@ -1,11 +1,11 @@
-"""CURVE keys of a client lane over TCP: one pair for the server, one for each client it lets in.
+"""CURVE keys of a client lane over TCP: one pair for the server, and one for each client it admits.
 
 ::
 
     KEYS/server.key_secret     stays on the server
     KEYS/server.key            public; clients need it
-    KEYS/clients/NAME.key      public; whom the server lets in
-    KEYS/NAME.key_secret       for that client, with server.key: give it to nobody else
+    KEYS/clients/NAME.key      public; the clients the server admits
+    KEYS/NAME.key_secret       for that client only, together with server.key
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ...errors import ConfigError, UsageError
 
 
 def make_keys(folder: Path, client: str) -> Path:
-    """Make the server's keys if there are none, and a client's. Returns the client's secret file.
+    """Makes a client's keys, and the server's if there are none. Returns the path of the client's secret key.
 
-    Raises: UsageError: the client has keys already, or the name is no file name.
+    Raises: UsageError: The client has keys already, or its name cannot be a file name.
     """
     if not client or Path(client).name != client or client == "server":
         raise UsageError(f"{client!r} cannot be a client's name; use a plain word")
@@ -41,12 +41,12 @@ def make_keys(folder: Path, client: str) -> Path:
 
 
 def server_keys(folder: Path) -> tuple[bytes, bytes]:
-    """Public and secret key. Raises: ConfigError."""
+    """Returns the server's public and secret key. Raises: ConfigError: There are none."""
     return _load(folder / "server.key_secret", secret=True)
 
 
 def client_keys(folder: Path, client: str) -> tuple[bytes, bytes, bytes]:
-    """The client's public and secret key, and the server's public one. Raises: ConfigError."""
+    """Returns a client's public and secret key, and the server's public key. Raises: ConfigError: One is missing."""
     public, secret = _load(folder / f"{client}.key_secret", secret=True)
     return public, secret, _load(folder / "server.key", secret=False)[0]
 

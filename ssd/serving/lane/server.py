@@ -1,12 +1,13 @@
-"""The server's end of the client lane: ``ssd.Client`` over ZMQ, beside HTTP."""
+"""The server's end of the client lane: answers ``ssd.Client`` over ZMQ, beside HTTP."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 import zmq
@@ -15,44 +16,74 @@ from zmq.auth.asyncio import AsyncioAuthenticator
 
 from ...config.sections import ServerConfig
 from ...engine.async_engine import AsyncEngine
-from ...engine.stream import RequestStream
-from ...errors import ConfigError, PipelineError, SSDError, UsageError
+from ...errors import ConfigError, OverloadedError, PipelineError, SSDError, UsageError
 from ..http.guard import is_loopback
 from . import wire
 from .keys import server_keys
 
 MAX_CLIENTS = 1024
 MAX_ASKED = 4096
-"""Requests of one client at once."""
+"""Most requests of one client at once."""
+
+log = logging.getLogger(__name__)
+
+
+class _Credit:
+    """Events that may go out before the client has read more. Never above ``wire.CREDIT``."""
+
+    def __init__(self, events: int):
+        self._left = max(1, min(events, wire.CREDIT))
+        self._more = asyncio.Event()
+
+    def add(self, events: int) -> None:
+        self._left = min(self._left + events, wire.CREDIT)
+        self._more.set()
+
+    async def take(self) -> None:
+        while not self._left:
+            self._more.clear()
+            await self._more.wait()
+        self._left -= 1
 
 
 class _Client:
-    """One peer: what it has asked for."""
+    """One client and its requests by number."""
 
     def __init__(self) -> None:
         self.heard_s = time.monotonic()
-        self.streams: dict[int, RequestStream] = {}
-        self.credit: dict[int, asyncio.Semaphore] = {}
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.credit: dict[int, _Credit] = {}
+        self.tasks: dict[int, asyncio.Task[None]] = {}
+
+    def give_up(self, number: int) -> None:
+        """Cancels a request, if it is not over."""
+        if (task := self.tasks.get(number)) is not None:
+            task.cancel()
 
     def forget(self, number: int) -> None:
-        self.streams.pop(number, None)
+        """Removes a request that is over."""
         self.credit.pop(number, None)
+        self.tasks.pop(number, None)
 
-    def leave(self) -> None:
-        for task in self.tasks:
+    def leave(self) -> list[asyncio.Task[None]]:
+        """Cancels all requests. Returns their tasks."""
+        tasks = list(self.tasks.values())
+        for task in tasks:
             task.cancel()
+        return tasks
 
 
 class LaneServer:
-    """Binds ``server.lane`` and answers until closed.
+    """Binds ``server.lane`` and answers until closed. Needs a running loop.
+
+    An error of a request becomes that client's ``Refused``; the lane goes on.
 
     Args:
-        stats: what clients get who ask for statistics.
+        model: The model's public name.
+        stats: Returns the statistics that clients may ask for.
 
     Raises:
-        ConfigError: no keys for tcp, or an endpoint of another kind.
-        UsageError: the endpoint cannot be bound.
+        ConfigError: Keys are missing for tcp, or the endpoint is of another kind.
+        UsageError: The endpoint cannot be bound.
     """
 
     def __init__(
@@ -82,7 +113,7 @@ class LaneServer:
     def _bind(self, endpoint: str, keys: str | None) -> None:
         socket = self._socket
         socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
-        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a client that is gone is an error, not a silence
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a client that is gone is an error
         socket.setsockopt(zmq.SNDHWM, 4096)
         socket.setsockopt(zmq.LINGER, 200)
         kind, _, rest = endpoint.partition("://")
@@ -112,14 +143,12 @@ class LaneServer:
             os.umask(before)
 
     async def close(self) -> None:
-        """Give up what clients asked for, and unbind."""
+        """Cancels all requests of clients, and unbinds."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        mine = [task for client in self._clients.values() for task in client.tasks]
-        for client in self._clients.values():
-            client.leave()
-        await asyncio.gather(*mine, return_exceptions=True)
+        answering = [task for client in self._clients.values() for task in client.leave()]
+        await asyncio.gather(*answering, return_exceptions=True)
         path = self.endpoint.removeprefix("ipc://")
         self._socket.close()
         self._stop_authenticator()
@@ -135,88 +164,81 @@ class LaneServer:
     async def _serve(self) -> None:
         while True:
             frames = await self._socket.recv_multipart()
-            if len(frames) != 2:
-                continue
-            identity, raw = frames
-            try:
-                message = wire.decode(raw, wire.FromClient)
-            except SSDError as error:
-                # Whose request it was may be unreadable; number -1 is the connection as a whole.
-                await self._send(identity, wire.refusal(-1, error))
-                continue
-            await self._take(identity, message)
+            if len(frames) == 2:
+                identity, raw = frames
+                # An unreadable message does not say which request it is about; -1 is the connection as a whole.
+                await self._guarded(identity, -1, self._take(identity, raw))
 
-    async def _take(self, identity: bytes, message: wire.FromClient) -> None:
+    async def _guarded(self, identity: bytes, number: int, work: Awaitable[None]) -> None:
+        """Awaits work for a client. Whatever it raises is sent to that client as the end of its request."""
+        try:
+            await work
+        except SSDError as error:
+            await self._send(identity, wire.refusal(number, error))
+        except Exception as error:
+            log.exception("a request on the client lane failed")
+            text = f"internal error ({type(error).__name__})"
+            await self._send(identity, wire.Refused(number=number, kind="PipelineError", message=text))
+
+    async def _take(self, identity: bytes, raw: bytes) -> None:
+        message: wire.FromClient = wire.decode(raw, wire.FromClient)
         client = self._clients.get(identity)
         if client is None:
             if not isinstance(message, wire.Hello):
-                # From a life before this one: it will ask again once it hears our session.
+                # The client knew an earlier server: it greets us once it hears our session.
                 await self._send(identity, wire.Pong(session=self.session))
                 return
             if len(self._clients) >= MAX_CLIENTS:
-                await self._send(identity, wire.Refused(number=-1, kind="OverloadedError", message="too many clients"))
-                return
+                raise OverloadedError(f"{MAX_CLIENTS} clients are connected already; try again later")
             client = self._clients[identity] = _Client()
         client.heard_s = time.monotonic()
         if isinstance(message, wire.Hello):
-            await self._send(
-                identity,
-                wire.Hi(
-                    session=self.session,
-                    model=self._model,
-                    max_model_len=self._engine.config.engine.max_model_len,
-                    repeats=self._engine.config.speculation.verify == "coupled",
-                ),
-            )
+            await self._send(identity, self._greeting())
         elif isinstance(message, wire.Ping):
             await self._send(identity, wire.Pong(session=self.session))
         elif isinstance(message, wire.AskStats):
             await self._send(identity, wire.Stats(number=message.number, values=dict(self._stats())))
         elif isinstance(message, wire.Credit):
             if (credit := client.credit.get(message.number)) is not None:
-                for _ in range(min(message.events, wire.CREDIT)):
-                    credit.release()
+                credit.add(message.events)
         elif isinstance(message, wire.Drop):
-            if (stream := client.streams.get(message.number)) is not None:
-                stream.cancel()
-                for _ in stream.requests:
-                    client.credit[message.number].release()  # the last events may go out
+            client.give_up(message.number)
         elif isinstance(message, wire.Ask):
-            await self._ask(identity, client, message)
+            await self._guarded(identity, message.number, self._ask(identity, client, message))
+
+    def _greeting(self) -> wire.Hi:
+        return wire.Hi(
+            session=self.session,
+            model=self._model,
+            max_model_len=self._engine.config.engine.max_model_len,
+            repeats=self._engine.config.speculation.verify == "coupled",
+        )
 
     async def _ask(self, identity: bytes, client: _Client, message: wire.Ask) -> None:
+        """Starts the task that answers a request."""
         number = message.number
-        try:
-            if number in client.streams or len(client.streams) >= MAX_ASKED:
-                raise PipelineError(f"request {number} cannot be asked for: in use, or too many at once")
-            name = f"lane {identity.hex()}"
-            stream = self._engine.submit(message.prompt, message.params, client=name, priority=message.priority)
-        except SSDError as error:
-            await self._send(identity, wire.refusal(number, error))
-            return
-        client.streams[number] = stream
-        client.credit[number] = asyncio.Semaphore(max(1, min(message.credit, wire.CREDIT)))
-        task = asyncio.create_task(self._answer(identity, client, number, stream, client.credit[number]))
-        client.tasks.add(task)
-        task.add_done_callback(client.tasks.discard)
+        if number in client.tasks:
+            raise PipelineError(f"request {number} is in flight already")
+        if len(client.tasks) >= MAX_ASKED:
+            raise OverloadedError(f"{MAX_ASKED} requests of this client are in flight already; try again later")
+        client.credit[number] = _Credit(message.credit)
+        work = self._guarded(identity, number, self._answer(identity, client.credit[number], message))
+        client.tasks[number] = task = asyncio.create_task(work)
+        task.add_done_callback(lambda _task: client.forget(number))
 
-    async def _answer(
-        self, identity: bytes, client: _Client, number: int, stream: RequestStream, credit: asyncio.Semaphore
-    ) -> None:
-        async with stream:
-            try:
-                async for event in stream:
-                    await credit.acquire()
-                    kind = wire.Tokens if event.output is None else wire.Done
-                    if not await self._send(identity, kind(number=number, event=event)):
-                        return
-            except SSDError as error:
-                await self._send(identity, wire.refusal(number, error))
-            finally:
-                client.forget(number)
+    async def _answer(self, identity: bytes, credit: _Credit, message: wire.Ask) -> None:
+        caller = f"lane {identity.hex()}"
+        async with await self._engine.open(
+            message.prompt, message.params, client=caller, priority=message.priority
+        ) as stream:
+            async for event in stream:
+                await credit.take()
+                kind = wire.Tokens if event.output is None else wire.Done
+                if not await self._send(identity, kind(number=message.number, event=event)):
+                    return
 
     async def _send(self, identity: bytes, message: wire.FromServer) -> bool:
-        """False if the client is not there any more."""
+        """Returns whether the client is still there."""
         try:
             await self._socket.send_multipart([identity, wire.encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError:

@@ -144,13 +144,26 @@ def test_completions() -> None:
         assert [one.token_ids for one in output.outputs] == expected
         bench.engine.submit([4], replace(params, max_tokens=300)).cancel()
         await bench.until(lambda: bench.engine.running == bench.engine.queued == bench.pipeline.busy == 0)
-        bench.engine._front.book.limits = Limits(sent=1, queue=1)
-        with pytest.raises(OverloadedError):
-            bench.engine.submit([4], params)  # all of them or none
-        await bench.until(lambda: bench.engine.running == bench.engine.queued == bench.pipeline.busy == 0)
         assert not bench.engine._streams
 
     run(body)
+
+
+def test_all_completions_or_none() -> None:
+    params = SamplingParams(max_tokens=300, n=3, temperature=1.0)
+
+    async def body(bench: Bench) -> None:
+        first = bench.engine.submit([4], LONG)
+        before = bench.engine.running, bench.engine.queued, bench.engine.tokens_in_flight
+        with pytest.raises(OverloadedError, match="max_queue"):
+            bench.engine.submit([4], params)
+        assert before == (bench.engine.running, bench.engine.queued, bench.engine.tokens_in_flight)
+        first.cancel()
+        await bench.until(lambda: bench.engine.running == bench.engine.queued == bench.pipeline.busy == 0)
+        assert not bench.engine._streams
+        bench.engine.submit([4], params).cancel()  # there is room now
+
+    run(body, limits=Limits(sent=1, queue=2))
 
 
 def test_limits() -> None:

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ssd.engine.book import TRANSITIONS, Input, Limits, Request, RequestBook, State, Step
+from ssd.engine.book import Limits, RequestBook, Step
 from ssd.engine.detokenize import Detokenizer
 from ssd.engine.fair_queue import FairQueue
+from ssd.engine.request import TRANSITIONS, Caller, Input, PromptTokens, Request, State
 from ssd.errors import OverloadedError, PipelineError
 from ssd.pipeline.transport.messages import Cancel, Committed, Finished, Submit
 from ssd.request.output import SpeculationRecord, StreamEvent
@@ -32,13 +33,11 @@ def request(
     params = SamplingParams(max_tokens=max_tokens, stop=stop)
     return Request(
         number=number,
-        prompt="p",
-        prompt_ids=(1, 2),
+        prompt=PromptTokens(text="p", token_ids=(1, 2)),
         params=params,
         detokenizer=Detokenizer(Letters(), params.stop),
         context_limit=64,
-        client=client,
-        priority=priority,
+        caller=Caller(client=client, priority=priority),
     )
 
 
@@ -96,10 +95,11 @@ class Traffic(RuleBasedStateMachine):
     def perform(self, step: Step) -> None:
         for owner, event in step.events:
             self.events[owner.number].append(event)
-        self.verifier.inbox.extend(step.send)
+        assert all(role == "verifier" for role, _ in step.send)
+        self.verifier.inbox.extend(message for _, message in step.send)  # type: ignore[misc]
         # Whoever went ahead had no lower value among those left behind.
         waiting = [r.priority for r in self.book.live.values() if r.state is State.QUEUED]
-        sent = [self.requests[m.request].priority for m in step.send if isinstance(m, Submit)]
+        sent = [self.requests[m.request].priority for _, m in step.send if isinstance(m, Submit)]
         assert not waiting or all(priority <= min(waiting) for priority in sent)
 
     @rule(
@@ -113,7 +113,7 @@ class Traffic(RuleBasedStateMachine):
         new = request(number, client=client, stop=stop, max_tokens=length, priority=priority)
         before = self.book.queued, self.book.sent, self.book.tokens
         try:
-            step = self.book.add(new)
+            step = self.book.add([new])
         except OverloadedError:
             self.refused += 1
             assert (self.book.queued, self.book.sent, self.book.tokens) == before
@@ -127,7 +127,7 @@ class Traffic(RuleBasedStateMachine):
         number = data.draw(st.sampled_from(sorted(self.requests)))
         if self.requests[number].state in (State.QUEUED, State.SENT, State.DECODING):
             self.cancelled.add(number)
-        self.perform(self.book.cancel(number))
+        self.perform(self.book.cancel([number]))
 
     @precondition(lambda self: self.verifier.inbox)
     @rule()
@@ -217,8 +217,8 @@ def test_every_state_is_reached_and_left() -> None:
 
 def test_tokens_for_a_request_the_verifier_does_not_have() -> None:
     book = RequestBook(Limits(sent=1))
-    book.add(request(0))
-    book.add(request(1))
+    book.add([request(0)])
+    book.add([request(1)])
     with pytest.raises(PipelineError, match="request 1 is queued"):
         book.handle(Committed(request=1, tokens=[7], accepted=0))
 
@@ -226,7 +226,7 @@ def test_tokens_for_a_request_the_verifier_does_not_have() -> None:
 def test_failing_forgets_everything() -> None:
     book = RequestBook(Limits(sent=1))
     for number in range(3):
-        book.add(request(number))
+        book.add([request(number)])
     assert [lost.number for lost in book.fail()] == [0, 1, 2]
     assert not book.live and book.tokens == book.queued == book.sent == 0
     assert book.handle(Committed(request=0, tokens=[7], accepted=0)) == Step()

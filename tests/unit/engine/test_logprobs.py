@@ -83,8 +83,6 @@ def test_bfloat16_targets_report_float32(tiny_config: Callable[..., Any]) -> Non
 
 def test_outputs_cross_an_actor_call() -> None:
     """As plain data, as ``PipelineActor`` answers, and back."""
-    from ssd.cluster.client import read_output
-
     token = TokenLogprob(token_id=4, logprob=-0.5, rank=2, top=((7, -0.25), (4, -0.5)))
     other = RequestOutput(
         prompt="a",
@@ -99,4 +97,4 @@ def test_outputs_cross_an_actor_call() -> None:
         index=1,
     )
     first = replace(other, index=0, logprobs=None, others=(other,), stop_reason="b")
-    assert read_output(asdict(first)) == first
+    assert RequestOutput.from_dict(asdict(first)) == first

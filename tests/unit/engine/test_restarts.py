@@ -13,7 +13,8 @@ import pytest
 
 from ssd import LLM, SamplingParams
 from ssd.engine.async_engine import AsyncEngine
-from ssd.engine.restarts import STEADY_S, DraftRestarts
+from ssd.engine.request import Request
+from ssd.engine.restarts import STEADY_S, DraftRestarts, News
 from ssd.errors import LinkError, WorkerError
 from ssd.pipeline.draft.worker import DraftWorker
 from ssd.pipeline.round.frames import Frames, SpeculationSet
@@ -21,9 +22,11 @@ from ssd.pipeline.round.round import Round
 from ssd.pipeline.round.verdict import Verdict
 from ssd.pipeline.runtime import build_draft as draft_building
 from ssd.pipeline.runtime.launch import InprocPipeline
+from ssd.pipeline.transport.messages import RoundReport
 from ssd.pipeline.transport.rendezvous import VerifierSide, draft_side
 from ssd.pipeline.verifier.draft_side import Rejoin
 from ssd.pipeline.verifier.worker import VerifierWorker
+from ssd.request.output import StreamEvent
 
 Configure = Callable[..., dict[str, Any]]
 
@@ -49,9 +52,9 @@ def restarts(clock: Clock) -> DraftRestarts:
     return DraftRestarts(limit=2, delay_s=1.0, start_s=30.0, clock=clock)
 
 
-def test_each_try_waits_twice_as_long_until_the_last(restarts: DraftRestarts, clock: Clock) -> None:
+def test_each_try_waits_twice_as_long_until_the_last(clock: Clock) -> None:
     news: list[str] = []
-    restarts.tell = news.append
+    restarts = DraftRestarts(limit=2, delay_s=1.0, start_s=30.0, tell=news.append, clock=clock)
     for number, delay_s in ((1, 1.0), (2, 2.0)):
         restarts.lost("it died\nhere")
         restarts.lost("the same again")
@@ -265,7 +268,7 @@ def test_a_draft_that_cannot_be_started(config: dict[str, Any], breaking: Breaki
         expected = answers(llm, "none")
         breaking.now.set()
         deadline = time.monotonic() + SOON_S
-        while Poor.tried < 2 or llm._front.restarts.pending:
+        while Poor.tried < 2 or llm._front.restarting:
             assert answers(llm, "ssd", max_tokens=20) == expected[:20]
             assert time.monotonic() < deadline
         assert llm.degraded == "no process left (not restarted again: engine.draft_restarts=2)"
@@ -329,14 +332,30 @@ def test_a_draft_of_an_old_epoch_is_not_let_in(config: dict[str, Any]) -> None:
         side.close()
 
 
+class Listening:
+    """An observer that keeps the draft's news."""
+
+    def __init__(self) -> None:
+        self.news: list[str] = []
+
+    def event(self, request: Request, event: StreamEvent) -> None:
+        return
+
+    def round(self, report: RoundReport) -> None:
+        return
+
+    def draft(self, news: News) -> None:
+        self.news.append(news)
+
+
 def test_an_engine_restarts_it_while_nobody_asks(config: dict[str, Any], breaking: Breaking) -> None:
     """``AsyncEngine`` watches by itself, and tells what happens; closing while a draft comes is clean."""
     params = replace(LONG, method="ssd")
 
     async def body() -> None:
-        news: list[str] = []
-        engine = AsyncEngine(config, launch=InprocPipeline)
-        engine.on_draft(news.append)
+        observer = Listening()
+        news = observer.news
+        engine = AsyncEngine(config, launch=InprocPipeline, observer=observer)
         async with engine:
             expected = (await engine.generate(PROMPT, replace(LONG, method="none"))).token_ids
             breaking.now.set()

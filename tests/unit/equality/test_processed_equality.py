@@ -214,7 +214,7 @@ def test_completions(tiny_config: Configure) -> None:
         next(stream)
         stream.close()
         llm.generate([PROMPTS[0]], BASE)  # by then the verifier has answered
-        assert llm._front.book.live == {}
+        assert llm._front.running == llm._front.queued == 0
 
 
 def test_bad_words_of_text(tiny_config: Configure) -> None:

@@ -363,12 +363,16 @@ def test_priority_reaches_the_queue(served: Served) -> None:
 
 def test_too_much_is_429() -> None:
     server = Served("server.max_queue=1", "engine.max_batch=1", round_s=0.2)
-    body = {"model": "tiny", "prompt": ["a", "b", "c", "d"], "max_tokens": 400}
+    body = {"model": "tiny", "prompt": ["a", "b"], "max_tokens": 400}
     try:
+        first = server.client().completions.create(**body, stream=True)
+        next(iter(first))
         status, headers, text = server.ask("POST", "/v1/completions", body)
         assert status == 429 and headers["retry-after"] == "1"
         assert json.loads(text)["error"]["code"] == "rate_limit_exceeded"
-        server.until(lambda: server.engine.running == 0)  # none of the four is left
+        assert server.engine.running + server.engine.queued == 2  # none of the refused request is left
+        first.close()
+        server.until(lambda: server.engine.running == 0)
     finally:
         server.close()
 

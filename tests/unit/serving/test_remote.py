@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from ssd.cli.app import make_app
-from ssd.serving.remote import Rates, Sample, rates, read_metrics
+from ssd.errors import PipelineError, UsageError
+from ssd.serving.remote import Rates, Remote, Sample, rates, read_metrics
 from ssd.testing.twins.served import Served
 
 KEY = "a-key-of-at-least-16"
@@ -34,7 +35,7 @@ def test_chat(served: Served) -> None:
     assert "rounds" in answer.output
 
 
-def test_chat_sums_up_and_begins_anew(served: Served) -> None:
+def test_chat_commands(served: Served) -> None:
     said = "hi\nmore\n/stats\n/clear\nhi\n\n"
     answer = CliRunner().invoke(app, ["chat", "--url", url(served), "--max-tokens", "9", "--seed", "3"], input=said)
     assert answer.exit_code == 0, answer.output
@@ -42,7 +43,7 @@ def test_chat_sums_up_and_begins_anew(served: Served) -> None:
     assert answer.output.count(served.text("hi\n", 3, 9).strip()) == 2  # /clear forgot what came between
 
 
-def test_chat_says_what_the_server_refuses(served: Served) -> None:
+def test_chat_shows_why_the_server_refuses(served: Served) -> None:
     answer = CliRunner().invoke(app, ["chat", "--url", url(served), "--max-tokens", "99999"], input="hi\n\n")
     assert answer.exit_code == 0 and "max_model_len" in answer.output
 
@@ -56,7 +57,17 @@ def test_top(served: Served) -> None:
 def test_nobody_there() -> None:
     answer = CliRunner().invoke(app, ["top", "--url", "http://127.0.0.1:9"])
     assert answer.exit_code == 3 and "ssd serve" in answer.output
-    assert CliRunner().invoke(app, ["top", "--url", "ftp://x"]).exit_code == 2
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "", "http://", "http://[", "http://x:port", "http://x:99999", "//"])
+def test_urls_that_are_not_one(url: str) -> None:
+    with pytest.raises(UsageError, match="not the URL"):
+        Remote(url)
+
+
+def test_a_server_that_is_not_ours(served: Served) -> None:
+    with pytest.raises(PipelineError, match="ssd serve"):
+        Remote(url(served)).get("/")  # a page, not JSON
 
 
 def test_keys(tmp_path: Path) -> None:

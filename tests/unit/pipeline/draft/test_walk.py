@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ssd import LLM, SamplingParams
-from ssd.config.load import Config, load_config
+from ssd.config.load import load_config
+from ssd.config.sections import Config
 from ssd.decoding.trees.shape import ABSENT
 from ssd.engine.front import make_plan
 from ssd.models.runner import ForwardRunner

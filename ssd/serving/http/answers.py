@@ -1,0 +1,145 @@
+"""Answers in OpenAI's two schemas: chat completions and text completions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
+
+from ...request.output import RequestOutput, StreamEvent, TokenLogprob
+from .logprobs import TokenBytes, chat_logprobs, completion_logprobs
+
+
+class Schema(Protocol):
+    """Where the two endpoints' answers differ."""
+
+    id_prefix: ClassVar[str]
+    kind: ClassVar[str]
+    """``object`` of a whole answer."""
+    chunk_kind: ClassVar[str]
+    """``object`` of a chunk of a stream."""
+    prompt_field: ClassVar[str]
+    """The request field with the prompt."""
+    opening: ClassVar[dict[str, Any] | None]
+    """Content of each choice's first chunk, if a stream begins with one."""
+    closing: ClassVar[dict[str, Any]]
+    """Content of the chunk with the finish reason."""
+
+    @staticmethod
+    def whole(text: str) -> dict[str, Any]:
+        """A choice with its whole text."""
+        ...
+
+    @staticmethod
+    def part(text: str) -> dict[str, Any]:
+        """A choice of a chunk with a part of the text."""
+        ...
+
+    @staticmethod
+    def logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes, offset: int) -> dict[str, Any]:
+        """``logprobs`` of a choice; ``offset``: characters before the first token."""
+        ...
+
+
+class Chat:
+    """/v1/chat/completions."""
+
+    id_prefix: ClassVar = "chatcmpl"
+    kind: ClassVar = "chat.completion"
+    chunk_kind: ClassVar = "chat.completion.chunk"
+    prompt_field: ClassVar = "messages"
+    opening: ClassVar[dict[str, Any] | None] = {"delta": {"role": "assistant", "content": ""}}
+    closing: ClassVar[dict[str, Any]] = {"delta": {}}
+
+    @staticmethod
+    def whole(text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text}}
+
+    @staticmethod
+    def part(text: str) -> dict[str, Any]:
+        return {"delta": {"content": text}}
+
+    @staticmethod
+    def logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes, offset: int) -> dict[str, Any]:
+        return chat_logprobs(tokens, texts)
+
+
+class Text:
+    """/v1/completions."""
+
+    id_prefix: ClassVar = "cmpl"
+    kind: ClassVar = "text_completion"
+    chunk_kind: ClassVar = "text_completion"
+    prompt_field: ClassVar = "prompt"
+    opening: ClassVar[dict[str, Any] | None] = None
+    closing: ClassVar[dict[str, Any]] = {"text": ""}
+
+    @staticmethod
+    def whole(text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    @staticmethod
+    def part(text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    @staticmethod
+    def logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes, offset: int) -> dict[str, Any]:
+        return completion_logprobs(tokens, texts, offset)
+
+
+def sse(body: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def provenance(event: StreamEvent) -> list[dict[str, Any]]:
+    """Each token of an event and where it came from; ``at_ms`` is on the verifier's monotonic clock."""
+    return [
+        {"id": token, "text": piece, "from": origin, "at_ms": round(event.committed_s * 1e3, 3)}
+        for token, piece, origin in zip(event.token_ids, event.pieces, event.provenance, strict=True)
+    ]
+
+
+def usage(prompts: Sequence[Sequence[int]], owners: Sequence[int], outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    """OpenAI's ``usage``. Counts are tokens.
+
+    Args:
+        prompts: token ids. owners: for each output, the index of its prompt.
+    """
+    prompt = sum(map(len, prompts))
+    completion = sum(len(output.token_ids) for output in outputs)
+    cached: dict[int, int] = {}  # by prompt: its later choices find what the first one computed
+    for index, output in zip(owners, outputs, strict=True):
+        cached[index] = min(cached.get(index, output.num_cached_tokens), output.num_cached_tokens)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
+    }
+
+
+def speculation_metrics(by_draft_length: dict[int, list[int]], lookahead: int) -> dict[str, Any]:
+    """``metrics.speculative_decoding`` as vLLM defines it (docs/features/speculative_decoding/acceptance_metrics.md).
+
+    Args:
+        by_draft_length: ``[k][j]`` steps that accepted j of k draft tokens.
+        lookahead: K.
+    """
+    histogram = [0] * (max([lookahead, *by_draft_length]) + 1)
+    for counts in by_draft_length.values():
+        for accepted, count in enumerate(counts):
+            histogram[accepted] += count
+    steps = sum(histogram)
+    accepted = sum(j * count for j, count in enumerate(histogram))
+    drafted = sum(k * sum(counts) for k, counts in by_draft_length.items())
+    return {
+        "mean_acceptance_length": 1 + accepted / steps if steps else None,
+        "draft_acceptance_rate": accepted / drafted if drafted else None,
+        "acceptance_histogram": histogram,
+        "acceptance_histogram_by_draft_length": {str(k): counts for k, counts in sorted(by_draft_length.items())},
+        "num_spec_steps": steps,
+        "num_accepted_draft_tokens": accepted,
+        "num_draft_tokens": drafted,
+        "num_spec_tokens": lookahead,
+    }
