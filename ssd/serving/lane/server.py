@@ -17,7 +17,6 @@ from zmq.auth.asyncio import AsyncioAuthenticator
 from ...config.load import ServerConfig
 from ...engine.async_engine import AsyncEngine
 from ...errors import ConfigError, OverloadedError, PipelineError, SSDError, UsageError
-from ..http.guard import is_loopback
 from . import wire
 from .keys import server_keys
 
@@ -137,8 +136,7 @@ class LaneServer:
         try:
             socket.bind(endpoint)
         except zmq.ZMQError as error:
-            hint = "" if kind == "ipc" or is_loopback(rest.rpartition(":")[0]) else " on this machine"
-            raise UsageError(f"cannot bind server.lane={endpoint}{hint}: {error.strerror}") from None
+            raise UsageError(f"cannot bind server.lane={endpoint}: {error.strerror}; choose another address") from None
         finally:
             os.umask(before)
 
