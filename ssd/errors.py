@@ -3,12 +3,12 @@
 ::
 
     SSDError
-    ├── UsageError (also ValueError)      what the caller gave cannot work; says what to do
+    ├── UsageError (also ValueError)      the caller's input is wrong; the message says what to do
     │   ├── ConfigError                   a configuration file or ``--set`` override
     │   ├── ModelError                    a model that cannot be loaded or paired
     │   └── RequestError                  a prompt or its sampling parameters
-    ├── OverloadedError                   too much is in flight; the same request works later
-    └── PipelineError (also RuntimeError) the machinery failed
+    ├── OverloadedError                   too much is in flight; the same request may work later
+    └── PipelineError (also RuntimeError) a worker or a connection failed
         ├── LinkError                     the exchange between draft and verifier broke
         └── WorkerError                   a worker process died or did not start
 """
@@ -17,11 +17,11 @@ from __future__ import annotations
 
 
 class SSDError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error that this package raises deliberately."""
 
 
 class UsageError(SSDError, ValueError):
-    """The caller's input cannot work; the message says what to do."""
+    """The caller's input is wrong. The message says what to do."""
 
 
 class ConfigError(UsageError):
@@ -37,11 +37,11 @@ class RequestError(UsageError):
 
 
 class OverloadedError(SSDError):
-    """A limit on what is in flight is reached (HTTP 429); nothing is wrong with the request."""
+    """A limit on what is in flight is reached (HTTP 429). The same request may work later."""
 
 
 class PipelineError(SSDError, RuntimeError):
-    """Draft, verifier or what lies between them failed."""
+    """The draft, the verifier or the connection between them failed."""
 
 
 class LinkError(PipelineError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -43,28 +44,27 @@ def integer(field: str, value: Any, low: int, high: int) -> int:
     Raises:
         RequestError: It is not an integer in [low, high].
     """
-    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value <= high:
-        raise refuse(field, f"an integer in [{low}, {high}]", value)
-    return int(value)
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        exact = int(value)
+        if low <= exact <= high:
+            return exact
+    raise refuse(field, f"an integer in [{low}, {high}]", value)
 
 
-def number(field: str, value: Any, low: float, high: float, *, open: bool = False) -> float:
+def number(field: str, value: Any, low: float, high: float) -> float:
     """Returns the value as a ``float``.
 
-    Args:
-        open: The lower bound itself is not allowed.
-
     Raises:
-        RequestError: It is not a number within the bounds. NaN is not.
+        RequestError: It is not a number in [low, high]. NaN is not.
     """
-    if (
-        not isinstance(value, Real)
-        or isinstance(value, bool)
-        or not low <= value <= high
-        or (open and float(value) <= low)
-    ):
-        raise refuse(field, f"a number in {'(' if open else '['}{low:g}, {high:g}]", value)
-    return float(value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        try:
+            exact = float(value)
+        except OverflowError:
+            exact = math.inf
+        if low <= exact <= high:
+            return exact
+    raise refuse(field, f"a number in [{low:g}, {high:g}]", value)
 
 
 def boolean(field: str, value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""``ssd serve``: the process that owns a pipeline and answers for it."""
+"""``ssd serve``: the process that owns a pipeline and serves it over HTTP and the client lane."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from .shadow import observed_engine
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 GRACE_S = 3
-"""How long open connections may take once the server is told to stop."""
+"""Longest time open connections may take once the server is stopping."""
 
 
 class Server(uvicorn.Server):
-    """Leaves signals to ``serve``, which has more to take down than connections."""
+    """Leaves signals to ``serve``, which stops more than connections."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
     def stop(self) -> None:
-        """Finish; at once when told a second time."""
+        """Stops after open connections end. A second call stops at once."""
         self.force_exit = self.should_exit
         self.should_exit = True
 
@@ -47,15 +47,17 @@ async def serve(
     access_log: bool = False,
     launch: Callable[[Plan], Pipeline] = launch_here,
 ) -> None:
-    """Serve until told to stop (SIGINT, SIGTERM; a second time: at once). Nothing is left behind then.
+    """Serves until SIGINT or SIGTERM. A second signal stops at once. Workers and sockets are gone afterwards.
 
     Args:
-        started: called with the URL once the port is bound; the models still load then.
-        ready: called once they are. launch: from a plan to a running pipeline.
+        started: Called with the URL once the port is bound. The models still load then.
+        ready: Called once the models are loaded.
+        access_log: Log every HTTP request.
+        launch: Makes a running pipeline from a plan.
 
     Raises:
-        UsageError: the configuration, or an address that cannot be bound.
-        PipelineError: the workers did not come up, or the pipeline broke.
+        UsageError: The configuration is wrong, or an address cannot be bound.
+        PipelineError: The workers did not come up, or the pipeline broke.
     """
     metrics = Metrics()
     engine, shadow = observed_engine(config, metrics, launch=launch)
@@ -77,7 +79,7 @@ async def serve(
 
     def stop() -> None:
         server.stop()
-        # No stream keeps us, nor a request that a connection kept open brings after the others.
+        # Open streams end now, and no kept-alive connection can start another request.
         engine.take_no_more("the server is shutting down")
         engine.cancel_all()
         starting.cancel()
@@ -101,8 +103,7 @@ async def serve(
         with contextlib.suppress(asyncio.CancelledError, SSDError):
             await starting
         server.should_exit = True
-        with contextlib.suppress(Exception):
-            await serving
+        await asyncio.wait({serving})
         listener.close()
         if lane is not None:
             await lane.close()
@@ -118,7 +119,7 @@ async def _start(engine: AsyncEngine, ready: Callable[[], None]) -> None:
 
 
 async def _until_over(serving: asyncio.Future[None], engine: AsyncEngine) -> None:
-    """Until the server was told to stop, or the pipeline broke. Raises: what broke it."""
+    """Waits until the server stops. Raises: PipelineError: The pipeline broke."""
     failed = asyncio.ensure_future(engine.failed())
     try:
         await asyncio.wait({serving, failed}, return_when=asyncio.FIRST_COMPLETED)
@@ -129,7 +130,7 @@ async def _until_over(serving: asyncio.Future[None], engine: AsyncEngine) -> Non
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Raises: UsageError."""
+    """Returns a listening socket. Raises: UsageError: The address cannot be bound."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:

@@ -127,8 +127,10 @@ class AsyncClient:
         if self._socket is None:
             raise PipelineError("the client is not connected; use `async with`")
         asked = Asked(next(self._numbers), *asked_for.one(prompt, params), priority)
-        self._ask(asked)
+        message = _encoded(asked.message)
         self._asked[asked.number] = asked
+        if self._session is not None:  # otherwise the server's greeting sends it, like all that is in flight
+            self._send(message)
         left = asked.params.n
         try:
             while left:
@@ -203,27 +205,11 @@ class AsyncClient:
         self._listening = asyncio.create_task(self._listen(socket))
         self._send(wire.Hello())
 
-    def _send(self, message: wire.FromClient) -> None:
-        """Sends a message. Raises: RequestError: It cannot be encoded, or is too large."""
-        if self._socket is None:
-            return
-        raw = wire.encode(message)
-        if len(raw) > wire.MAX_MESSAGE_BYTES:
-            raise RequestError(f"the request has {len(raw)} bytes; at most {wire.MAX_MESSAGE_BYTES} can be sent")
-        sent: Any = self._socket.send(raw, zmq.NOBLOCK)
-        # A failed send needs no handling: a server that reads nothing is soon considered silent.
-        sent.add_done_callback(lambda future: future.cancelled() or future.exception())
-
-    def _ask(self, asked: Asked) -> None:
-        asked.skip = asked.received.copy()
-        ask = wire.Ask(
-            number=asked.number,
-            prompt=asked.prompt,
-            params=asked.params,
-            credit=wire.CREDIT,
-            priority=asked.priority,
-        )
-        self._send(ask)
+    def _send(self, message: wire.FromClient | bytes) -> None:
+        if self._socket is not None:
+            sent: Any = self._socket.send(message if isinstance(message, bytes) else wire.encode(message), zmq.NOBLOCK)
+            # A failed send needs no handling: a server that reads nothing is soon considered silent.
+            sent.add_done_callback(lambda future: future.cancelled() or future.exception())
 
     async def _listen(self, socket: zmq.asyncio.Socket) -> None:
         while True:
@@ -258,6 +244,8 @@ class AsyncClient:
                 self._fail_all(wire.raised(message))
             elif (asked := self._asked.get(message.number)) is not None:
                 asked.fail(wire.raised(message))
+            elif (told := self._stats.get(message.number)) is not None and not told.done():
+                told.set_exception(wire.raised(message))
         elif (asked := self._asked.get(message.number)) is not None and not asked.over:
             asked.put(message.event)
 
@@ -266,7 +254,8 @@ class AsyncClient:
             if not asked.over:
                 broken_off = asked.received.total() > 0 and asked.params.temperature > 0
                 if self._reconnect and (repeats or not broken_off):
-                    self._ask(asked)
+                    asked.skip = asked.received.copy()
+                    self._send(asked.message)
                 else:
                     asked.fail(PipelineError("the server was restarted; the request is lost"))
 
@@ -286,6 +275,17 @@ class AsyncClient:
     def _fail_all(self, error: SSDError) -> None:
         for asked in self._asked.values():
             asked.fail(error)
+
+
+def _encoded(ask: wire.Ask) -> bytes:
+    """Returns a request as bytes. Raises: RequestError: A value cannot be encoded, or the message is too large."""
+    try:
+        raw = wire.encode(ask)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise RequestError(f"the request cannot be sent: {' '.join(str(error).split())}") from error
+    if len(raw) > wire.MAX_MESSAGE_BYTES:
+        raise RequestError(f"the request has {len(raw)} bytes; at most {wire.MAX_MESSAGE_BYTES} can be sent")
+    return raw
 
 
 class Client:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from ...errors import SSDError
 from ...request.output import StreamEvent
 from ...request.sampling_params import SamplingParams
+from . import wire
 
 
 class Asked:
@@ -24,6 +25,17 @@ class Asked:
         self.ended: set[int] = set()
         """Completions whose last event was given to the reader."""
         self.over = False
+
+    @property
+    def message(self) -> wire.Ask:
+        """The message that asks for it."""
+        return wire.Ask(
+            number=self.number,
+            prompt=self.prompt,
+            params=self.params,
+            credit=wire.CREDIT,
+            priority=self.priority,
+        )
 
     def put(self, event: StreamEvent) -> None:
         """Gives the reader the new part of an event."""

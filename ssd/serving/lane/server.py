@@ -17,7 +17,6 @@ from zmq.auth.asyncio import AsyncioAuthenticator
 from ...config.sections import ServerConfig
 from ...engine.async_engine import AsyncEngine
 from ...errors import ConfigError, OverloadedError, PipelineError, SSDError, UsageError
-from ..http.guard import is_loopback
 from . import wire
 from .keys import server_keys
 
@@ -32,18 +31,18 @@ class _Credit:
     """Events that may go out before the client has read more. Never above ``wire.CREDIT``."""
 
     def __init__(self, events: int):
-        self._left = max(1, min(events, wire.CREDIT))
+        self.left = max(1, min(events, wire.CREDIT))
         self._more = asyncio.Event()
 
     def add(self, events: int) -> None:
-        self._left = min(self._left + events, wire.CREDIT)
+        self.left = min(self.left + events, wire.CREDIT)
         self._more.set()
 
     async def take(self) -> None:
-        while not self._left:
+        while not self.left:
             self._more.clear()
             await self._more.wait()
-        self._left -= 1
+        self.left -= 1
 
 
 class _Client:
@@ -137,8 +136,7 @@ class LaneServer:
         try:
             socket.bind(endpoint)
         except zmq.ZMQError as error:
-            hint = "" if kind == "ipc" or is_loopback(rest.rpartition(":")[0]) else " on this machine"
-            raise UsageError(f"cannot bind server.lane={endpoint}{hint}: {error.strerror}") from None
+            raise UsageError(f"cannot bind server.lane={endpoint}: {error.strerror}; choose another address") from None
         finally:
             os.umask(before)
 
@@ -182,6 +180,10 @@ class LaneServer:
 
     async def _take(self, identity: bytes, raw: bytes) -> None:
         message: wire.FromClient = wire.decode(raw, wire.FromClient)
+        number = -1 if isinstance(message, wire.Hello | wire.Ping) else message.number
+        await self._guarded(identity, number, self._handle(identity, message))
+
+    async def _handle(self, identity: bytes, message: wire.FromClient) -> None:
         client = self._clients.get(identity)
         if client is None:
             if not isinstance(message, wire.Hello):
@@ -204,7 +206,7 @@ class LaneServer:
         elif isinstance(message, wire.Drop):
             client.give_up(message.number)
         elif isinstance(message, wire.Ask):
-            await self._guarded(identity, message.number, self._ask(identity, client, message))
+            self._ask(identity, client, message)
 
     def _greeting(self) -> wire.Hi:
         return wire.Hi(
@@ -214,7 +216,7 @@ class LaneServer:
             repeats=self._engine.config.speculation.verify == "coupled",
         )
 
-    async def _ask(self, identity: bytes, client: _Client, message: wire.Ask) -> None:
+    def _ask(self, identity: bytes, client: _Client, message: wire.Ask) -> None:
         """Starts the task that answers a request."""
         number = message.number
         if number in client.tasks:
