@@ -122,7 +122,7 @@ def test_rejection_takes_them(tiny_config: Configure) -> None:
 @pytest.mark.parametrize(
     ("speculation", "message"),
     [
-        ({"lookahead": 2, "siblings": [1, 1, 1]}, "names 3 depths; name at most speculation.lookahead=2"),
+        ({"lookahead": 2, "siblings": [1, 1, 1]}, "lists 3 depths; list at most speculation.lookahead=2"),
         ({"lookahead": 4, "rows": 4}, "must be from 5 .* to 37"),
         ({"lookahead": 2, "rows": 30}, "must be from 3 .* to 19"),
         ({"lookahead": "auto", "rows": 5}, "lookahead_max=5"),
