@@ -116,7 +116,7 @@ windows. bfloat16 weights, computed in {report["computed_in"]}.
 |---|---|---|---|---|---|---|
 {chr(10).join(rows)}
 
-The pipeline's draft also has a copy bias (`speculation.copy_bias`, `ssd/decoding/copying.py`): what followed the
+The pipeline's draft also has a copy bias (`speculation.copy_bias`, `ssd/decoding/text/copying.py`): what followed the
 longest ending of the text that stood in it before gains up to {max(report["copying"]["gains"]):g} nats, here
 {", ".join(f"{gain:g}" for gain in report["copying"]["gains"])} for endings of 1, 2, .. tokens, chosen on windows of
 training text. So the pair is served; the same windows:
