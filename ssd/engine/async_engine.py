@@ -23,7 +23,7 @@ from ..request.sampling_params import SamplingParams
 from .book import VERIFIER, Limits, Step
 from .front import Front
 from .observing import Observer, Watchers
-from .request import Request
+from .request import Caller, Request
 from .restarts import News
 from .stream import RequestStream
 
@@ -31,8 +31,10 @@ CHECK_S = 0.5
 """Time between two looks at whether the workers live."""
 AHEAD = 1
 """Requests the verifier has beyond its slots, so that no slot is empty while a message travels."""
-PREPARING_THREADS = 4
-"""Requests that are tokenized, and whose grammars are compiled, at once."""
+PREPARING_THREADS = 2
+"""Requests that are tokenized at once."""
+COMPILING_THREADS = 2
+"""Requests whose grammars are compiled at once. They have their own threads so that no other request waits for them."""
 
 
 class AsyncEngine:
@@ -70,6 +72,7 @@ class AsyncEngine:
         self.config, self.tokenizer = self._front.config, self._front.tokenizer
         self._launch, self._observer = launch, observer
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="ssd-prepare")
+        self._compiling = ThreadPoolExecutor(COMPILING_THREADS, thread_name_prefix="ssd-compile")
         self._pipeline: Pipeline | None = None
         self._lanes: dict[str, AsyncLane] = {}
         self._streams: dict[int, RequestStream] = {}
@@ -161,7 +164,8 @@ class AsyncEngine:
             await asyncio.wait([self._restarting])
         if self.failure is None:
             self._fail(PipelineError("the engine is closed"))
-        self._preparing.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._preparing, self._compiling):
+            threads.shutdown(wait=False, cancel_futures=True)
         for lane in self._lanes.values():
             await lane.close()
         self._lanes = {}
@@ -170,41 +174,43 @@ class AsyncEngine:
             await asyncio.to_thread(pipeline.close)
 
     async def open(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, client: str = "", priority: int = 0
+        self, prompt: Prompt, params: SamplingParams | None = None, *, caller: Caller | None = None
     ) -> RequestStream:
         """Starts a request. Tokenizing and compiling its grammar happen in a thread, so other requests go on.
 
         Args:
             prompt: Text, or token ids.
-            client: Who the request is for. Clients take turns when slots are short.
-            priority: Of those that wait, requests with the lowest value go first, as in vLLM. Nothing that runs is
-                interrupted. Only with ``engine.scheduling=priority``.
+            caller: Who the request is for.
 
         Raises:
             RequestError: The request cannot be carried out.
             OverloadedError: Too much is in flight; the same request may work later.
             PipelineError: The engine is not running.
         """
+        [stream] = await self.open_all([(prompt, params or SamplingParams())], caller=caller)
+        return stream
+
+    async def open_all(
+        self, asked: Sequence[tuple[Prompt, SamplingParams]], *, caller: Caller | None = None
+    ) -> list[RequestStream]:
+        """Starts several requests at once, or none of them. Returns their streams, in order.
+
+        Args, raises: As ``open``. The limits count all requests together.
+        """
         self._check()
-        loop = asyncio.get_running_loop()
+        structured = any(params.structured_outputs is not None for _, params in asked)
+        threads = self._compiling if structured else self._preparing
         try:
-            requests = await loop.run_in_executor(
-                self._preparing, self._front.make, prompt, params or SamplingParams(), client, priority
-            )
+            groups = await asyncio.get_running_loop().run_in_executor(threads, self._make, asked, caller)
         except asyncio.CancelledError:
             self._check()  # closing the engine cancels what was being prepared
             raise
         self._check()
-        return self._start(requests)
-
-    def submit(self, prompt: Prompt, params: SamplingParams, *, client: str = "", priority: int = 0) -> RequestStream:
-        """Starts a request at once, on the loop: for prompts of token ids. ``open`` is for text and for structured
-        output, whose tokenizing and compiling would hold up the loop.
-
-        Args, raises: As ``open``.
-        """
-        self._check()
-        return self._start(self._front.make(prompt, params, client, priority))
+        step = self._front.submit([request for group in groups for request in group])
+        streams = [RequestStream(group, self._cancel) for group in groups]
+        self._streams.update((request.number, stream) for stream in streams for request in stream.requests)
+        self._perform(step)
+        return streams
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> RequestOutput:
         """Runs one request to its end. Cancelling the call cancels the request. Raises: As ``open``."""
@@ -253,12 +259,9 @@ class AsyncEngine:
         if self._refusal is not None:
             raise PipelineError(self._refusal)
 
-    def _start(self, requests: list[Request]) -> RequestStream:
-        stream = RequestStream(requests, self._cancel)
-        step = self._front.submit(requests)
-        self._streams.update((request.number, stream) for request in requests)
-        self._perform(step)
-        return stream
+    def _make(self, asked: Sequence[tuple[Prompt, SamplingParams]], caller: Caller | None) -> list[list[Request]]:
+        """Runs in a thread."""
+        return [self._front.make(prompt, params, caller) for prompt, params in asked]
 
     def _cancel(self, requests: Sequence[Request]) -> None:
         self._perform(self._front.cancel(requests))

@@ -158,9 +158,7 @@ class Front:
         asked = prompts.one(text)
         return list(self.tokenizer(asked.prompt, add_special_tokens=True)["input_ids"])
 
-    def make(
-        self, prompt: str | Sequence[int], params: SamplingParams, client: str = "", priority: int = 0
-    ) -> list[Request]:
+    def make(self, prompt: str | Sequence[int], params: SamplingParams, caller: Caller | None = None) -> list[Request]:
         """Returns the requests of a prompt, one for each completion: checked, and not yet submitted.
 
         Tokenizes the prompt and compiles its grammar, which may take seconds.
@@ -171,7 +169,7 @@ class Front:
         ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
         self._check_prompt(ids)
         self._check_method(params)
-        if priority and self.config.engine.scheduling != "priority":
+        if caller is not None and caller.priority and self.config.engine.scheduling != "priority":
             raise RequestError("priority is off: start with engine.scheduling=priority, or leave it out")
         text = prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)
         context = self.config.engine.max_model_len
@@ -195,7 +193,7 @@ class Front:
                     min_tokens=params.min_tokens,
                 ),
                 context_limit=context,
-                caller=Caller(client=client, priority=priority),
+                caller=caller,
             )
             for index in range(params.n)
         ]

@@ -77,12 +77,15 @@ class PromptTokens:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Caller:
-    """Who a request is for."""
+    """Who a request is for, and what its owner calls it."""
 
     client: str = ""
-    """Clients take turns in the queue."""
+    """Clients take turns when slots are short."""
     priority: int = 0
-    """Lower values leave the queue first."""
+    """Of the requests that wait, those with the lowest value go first, as in vLLM. Nothing that runs is interrupted.
+    Values other than 0 need ``engine.scheduling=priority``."""
+    label: str = ""
+    """The owner's name for the request, for log lines."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -126,9 +129,7 @@ class Request:
         caller = caller or Caller()
         self.number, self.prompt, self.prompt_ids, self.params = number, prompt.text, prompt.token_ids, params
         self.detokenizer, self.ends, self.index = detokenizer, ends, index
-        self.client, self.priority = caller.client, caller.priority
-        self.label = ""
-        """The owner's name for it, for log lines."""
+        self.client, self.priority, self.label = caller.client, caller.priority, caller.label
         self.state = State.QUEUED
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []

@@ -21,7 +21,7 @@ from random import Random
 from ..config.sections import Config
 from ..decoding.sampling import GREEDY_BELOW
 from ..engine.async_engine import AsyncEngine
-from ..engine.request import Request
+from ..engine.request import Caller, Request
 from ..engine.restarts import News
 from ..errors import OverloadedError, PipelineError
 from ..pipeline.runtime.launch import Pipeline, launch_here
@@ -121,7 +121,7 @@ class Shadow:
     async def _replay(self, request: Request) -> RequestOutput | None:
         """Returns the request's output without speculation, or None if somebody else had to go first."""
         params = replace(request.params, method="none", logprobs=None)
-        async with await self._engine.open(request.prompt_ids, params, client=CLIENT) as stream:
+        async with await self._engine.open(request.prompt_ids, params, caller=Caller(client=CLIENT)) as stream:
             answer = asyncio.ensure_future(stream.output())
             try:
                 while not (await asyncio.wait({answer}, timeout=LOOK_S))[0]:

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 from ...engine.async_engine import AsyncEngine
+from ...engine.request import Caller
 from ...engine.stream import RequestStream
 from ...errors import RequestError, SSDError
 from ...request.output import RequestOutput, StreamEvent, TokenLogprob
@@ -35,30 +36,18 @@ class Generation:
 
     @classmethod
     async def start(cls, engine: AsyncEngine, job: Job, client: str) -> Generation:
-        """Starts all requests of a job. If one of them is refused, none runs.
+        """Starts all requests of a job, or none.
 
         Raises:
             APIError: the engine refuses a parameter.
             OverloadedError, PipelineError: as ``AsyncEngine.open``.
         """
-        streams: list[RequestStream] = []
-        generation = cls(engine, job, streams)
+        caller = Caller(client=client, priority=job.priority, label=job.head["id"])
+        asked = [(job.prompts[prompt], params) for prompt, params in job.choices]
         try:
-            for prompt, params in job.choices:
-                ids = job.prompts[prompt]
-                if params.structured_outputs is not None:  # compiled in a thread
-                    stream = await engine.open(ids, params, client=client, priority=job.priority)
-                else:
-                    stream = engine.submit(ids, params, client=client, priority=job.priority)
-                stream.request.label = job.head["id"]
-                streams.append(stream)
+            return cls(engine, job, await engine.open_all(asked, caller=caller))
         except RequestError as error:
-            generation.cancel()
             raise refused(error, job.structured_by) from None
-        except BaseException:
-            generation.cancel()
-            raise
-        return generation
 
     def cancel(self) -> None:
         """Gives all requests up. Those that are over are left alone."""

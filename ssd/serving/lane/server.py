@@ -16,6 +16,7 @@ from zmq.auth.asyncio import AsyncioAuthenticator
 
 from ...config.sections import ServerConfig
 from ...engine.async_engine import AsyncEngine
+from ...engine.request import Caller
 from ...errors import ConfigError, OverloadedError, PipelineError, SSDError, UsageError
 from . import wire
 from .keys import server_keys
@@ -229,10 +230,8 @@ class LaneServer:
         task.add_done_callback(lambda _task: client.forget(number))
 
     async def _answer(self, identity: bytes, credit: _Credit, message: wire.Ask) -> None:
-        caller = f"lane {identity.hex()}"
-        async with await self._engine.open(
-            message.prompt, message.params, client=caller, priority=message.priority
-        ) as stream:
+        caller = Caller(client=f"lane {identity.hex()}", priority=message.priority)
+        async with await self._engine.open(message.prompt, message.params, caller=caller) as stream:
             async for event in stream:
                 await credit.take()
                 kind = wire.Tokens if event.output is None else wire.Done

@@ -16,6 +16,8 @@ from ssd import SamplingParams
 from ssd.engine.async_engine import AsyncEngine
 from ssd.engine.book import Limits
 from ssd.engine.front import Front
+from ssd.engine.request import Caller
+from ssd.engine.stream import RequestStream
 from ssd.errors import OverloadedError, PipelineError, RequestError, WorkerError
 from ssd.pipeline.runtime.plan import Plan
 from ssd.pipeline.sampling.grammar import Grammars
@@ -71,7 +73,7 @@ def test_many_at_once_each_gets_its_own() -> None:
             prompt = [number + 1, 5]
             params = SamplingParams(max_tokens=10 + number % 7, seed=number)
             tokens: list[int] = []
-            async for event in bench.engine.submit(prompt, params, client=str(number % 3)):
+            async for event in await bench.engine.open(prompt, params, caller=Caller(client=str(number % 3))):
                 tokens += event.token_ids
                 if event.output is not None:
                     assert event.output.token_ids == tuple(tokens)
@@ -92,7 +94,7 @@ def test_giving_up_frees_the_slot_within_a_round(way: str) -> None:
         began = asyncio.Event()
 
         async def read() -> None:
-            async with bench.engine.submit([3], LONG) as stream:
+            async with await bench.engine.open([3], LONG) as stream:
                 async for _ in stream:
                     assert bench.engine.running == 1
                     began.set()
@@ -114,7 +116,7 @@ def test_giving_up_frees_the_slot_within_a_round(way: str) -> None:
 
 def test_a_cancelled_request_that_waited() -> None:
     async def body(bench: Bench) -> None:
-        streams = [bench.engine.submit([n + 1], LONG) for n in range(4)]
+        streams = [await bench.engine.open([n + 1], LONG) for n in range(4)]
         assert bench.engine.queued == 2  # one slot, one ahead
         streams[3].cancel()
         assert bench.engine.queued == 1
@@ -130,10 +132,10 @@ def test_a_cancelled_request_that_waited() -> None:
 
 def test_taking_no_more() -> None:
     async def body(bench: Bench) -> None:
-        stream = bench.engine.submit([4], SamplingParams(max_tokens=20))
+        stream = await bench.engine.open([4], SamplingParams(max_tokens=20))
         bench.engine.take_no_more("closing time")
         with pytest.raises(PipelineError, match="closing time"):
-            bench.engine.submit([4], LONG)
+            await bench.engine.open([4], LONG)
         assert (await stream.output()).finish_reason == "length"
 
     run(body)
@@ -146,7 +148,7 @@ def test_completions() -> None:
         output = await bench.engine.generate([4], params)
         expected = [bench.expected([4], completion_seed(2, index), 9) for index in range(3)]
         assert [one.token_ids for one in output.outputs] == expected
-        bench.engine.submit([4], replace(params, max_tokens=300)).cancel()
+        (await bench.engine.open([4], replace(params, max_tokens=300))).cancel()
         await bench.until(lambda: bench.engine.running == bench.engine.queued == bench.pipeline.busy == 0)
         assert not bench.engine._streams
 
@@ -157,29 +159,29 @@ def test_all_completions_or_none() -> None:
     params = SamplingParams(max_tokens=300, n=3, temperature=1.0)
 
     async def body(bench: Bench) -> None:
-        first = bench.engine.submit([4], LONG)
+        first = await bench.engine.open([4], LONG)
         before = bench.engine.running, bench.engine.queued, bench.engine.tokens_in_flight
         with pytest.raises(OverloadedError, match="max_queue"):
-            bench.engine.submit([4], params)
+            await bench.engine.open([4], params)
         assert before == (bench.engine.running, bench.engine.queued, bench.engine.tokens_in_flight)
         first.cancel()
         await bench.until(lambda: bench.engine.running == bench.engine.queued == bench.pipeline.busy == 0)
         assert not bench.engine._streams
-        bench.engine.submit([4], params).cancel()  # there is room now
+        (await bench.engine.open([4], params)).cancel()  # there is room now
 
     run(body, limits=Limits(sent=1, queue=2))
 
 
 def test_limits() -> None:
     async def body(bench: Bench) -> None:
-        kept = [bench.engine.submit([1], LONG) for _ in range(4)]
+        kept = [await bench.engine.open([1], LONG) for _ in range(4)]
         with pytest.raises(OverloadedError, match="max_queue"):
-            bench.engine.submit([1], LONG)
+            await bench.engine.open([1], LONG)
         kept[0].cancel()
         await bench.until(lambda: bench.engine.queued < 2)
         with pytest.raises(OverloadedError, match="max_tokens_in_flight=1700"):
-            bench.engine.submit([1] * 100, LONG)
-        kept.append(bench.engine.submit([1], LONG))
+            await bench.engine.open([1] * 100, LONG)
+        kept.append(await bench.engine.open([1], LONG))
         for stream in kept:
             stream.cancel()
 
@@ -190,15 +192,17 @@ def test_clients_take_turns() -> None:
     async def body(bench: Bench) -> None:
         order: list[str] = []
 
-        async def one(client: str) -> None:
-            async for event in bench.engine.submit([1], SamplingParams(max_tokens=4), client=client):
-                if event.output is not None:
-                    order.append(client)
+        async def one(client: str, stream: RequestStream) -> None:
+            await stream.output()
+            order.append(client)
 
-        crowd = [asyncio.create_task(one("crowd")) for _ in range(20)]
-        await asyncio.sleep(0)
-        late = asyncio.create_task(one("late"))
-        await asyncio.gather(*crowd, late)
+        asked = ["crowd"] * 20 + ["late"]
+        params = SamplingParams(max_tokens=4)
+        ahead = [await bench.engine.open([1], LONG) for _ in range(2)]  # one slot, one ahead: the others wait
+        streams = [await bench.engine.open([1], params, caller=Caller(client=client)) for client in asked]
+        for stream in ahead:
+            stream.cancel()
+        await asyncio.gather(*map(one, asked, streams))
         assert order.index("late") <= 4  # behind what the verifier had, and one of the crowd
 
     run(body, max_batch=1)
@@ -208,24 +212,30 @@ def test_the_lowest_priority_goes_first() -> None:
     async def body(bench: Bench) -> None:
         order: list[int] = []
 
-        async def one(number: int, priority: int) -> None:
-            params = SamplingParams(max_tokens=6, seed=number)
-            async with bench.engine.submit([1], params, client=str(number), priority=priority) as stream:
-                output = await stream.output()
-            assert output.token_ids == bench.expected([1], number, 6)  # whenever it ran
+        async def one(number: int, stream: RequestStream) -> None:
+            output = await stream.output()
+            assert output.token_ids == bench.expected([1], number, len(output.token_ids))  # whenever it ran
             order.append(number)
 
-        asked = [0, 0, 5, 1, -1, 1]  # the first two find the slot and the place before it
-        await asyncio.gather(*(one(number, priority) for number, priority in enumerate(asked)))
+        asked = [(60, 0), (60, 0), (6, 5), (6, 1), (6, -1), (6, 1)]  # the first two find the slot and the place ahead
+        streams = [
+            await bench.engine.open(
+                [1],
+                SamplingParams(max_tokens=max_tokens, seed=number),
+                caller=Caller(client=str(number), priority=priority),
+            )
+            for number, (max_tokens, priority) in enumerate(asked)
+        ]
+        await asyncio.gather(*(one(number, stream) for number, stream in enumerate(streams)))
         assert order == [0, 1, 4, 3, 5, 2]
 
-    run(body, max_batch=1, scheduling="priority")
+    run(body, max_batch=1, scheduling="priority", round_s=0.02)
 
 
 def test_priority_is_off_by_default() -> None:
     async def body(bench: Bench) -> None:
         with pytest.raises(RequestError, match=r"priority is off: .*engine\.scheduling=priority"):
-            bench.engine.submit([1], LONG, priority=1)
+            await bench.engine.open([1], LONG, caller=Caller(priority=1))
         assert (await bench.engine.generate([1], SamplingParams(max_tokens=2))).token_ids
 
     run(body)
@@ -236,14 +246,14 @@ def test_provenance_and_rounds() -> None:
         reports = bench.engine.rounds()
         first = asyncio.ensure_future(anext(reports))
         await asyncio.sleep(0)
-        events = [e async for e in bench.engine.submit([2], SamplingParams(max_tokens=30, method="ssd"))]
+        events = [e async for e in await bench.engine.open([2], SamplingParams(max_tokens=30, method="ssd"))]
         assert (await first).rows == 1
         await reports.aclose()
         seen = [p for event in events for p in event.provenance]
         assert seen[0] == "plain" and {"bonus"} < set(seen) <= {"plain", "hit", "miss", "bonus"}
         times = [event.committed_s for event in events if event.token_ids]
         assert times == sorted(times) and times[0] > 0
-        plain = [e async for e in bench.engine.submit([2], SamplingParams(max_tokens=9, method="none"))]
+        plain = [e async for e in await bench.engine.open([2], SamplingParams(max_tokens=9, method="none"))]
         assert {p for event in plain for p in event.provenance} == {"plain"}
 
     run(body)
@@ -251,7 +261,7 @@ def test_provenance_and_rounds() -> None:
 
 def test_a_verifier_that_dies_fails_everybody() -> None:
     async def body(bench: Bench) -> None:
-        streams = [bench.engine.submit([1], LONG) for _ in range(5)]
+        streams = [await bench.engine.open([1], LONG) for _ in range(5)]
         await anext(streams[0])
         bench.pipeline.killed.set()
         for stream in streams:
@@ -261,7 +271,7 @@ def test_a_verifier_that_dies_fails_everybody() -> None:
         assert isinstance(await bench.engine.failed(), WorkerError)
         assert not bench.engine.ready
         with pytest.raises(PipelineError):
-            bench.engine.submit([1], LONG)
+            await bench.engine.open([1], LONG)
 
     run(body, round_s=0.05)
 
@@ -279,11 +289,11 @@ def test_before_and_after() -> None:
     async def whole() -> None:
         bench = Bench()
         with pytest.raises(PipelineError, match="not running"):
-            bench.engine.submit([1], LONG)
+            await bench.engine.open([1], LONG)
         await bench.engine.start()
         with pytest.raises(RequestError, match="empty"):
-            bench.engine.submit("", LONG)
-        stream = bench.engine.submit([1], LONG)
+            await bench.engine.open("", LONG)
+        stream = await bench.engine.open([1], LONG)
         await bench.engine.close()
         with pytest.raises(PipelineError, match="closed"):
             async for _ in stream:
@@ -359,7 +369,7 @@ def test_a_guard_that_fails_ends_the_engine(error: Exception) -> None:
         raise error
 
     async def body(bench: Bench) -> None:
-        stream = bench.engine.submit([1], LONG)
+        stream = await bench.engine.open([1], LONG)
         bench.pipeline.check = check  # type: ignore[method-assign]
         with pytest.raises(PipelineError, match="watching the workers failed"):
             async for _ in stream:

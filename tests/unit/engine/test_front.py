@@ -46,8 +46,6 @@ def test_what_cannot_be_sent_takes_no_place(params: SamplingParams) -> None:
             for _ in range(engine.config.engine.max_batch + 2):
                 with pytest.raises(RequestError, match="cannot be sent"):
                     await engine.open([5], params)
-                with pytest.raises(RequestError, match="cannot be sent"):
-                    engine.submit([5], params)
             assert engine.running == engine.queued == engine.tokens_in_flight == 0
             async with asyncio.timeout(SOON_S):
                 assert len((await engine.generate([5], good)).token_ids) == 3

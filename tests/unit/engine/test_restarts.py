@@ -154,12 +154,12 @@ class Breaking:
             worker.number = len(self.rounds)  # type: ignore[attr-defined]
             self.rounds.append(0)
 
-        def breaking(worker: DraftWorker, *given: Any) -> SpeculationSet:
+        def breaking(worker: DraftWorker, *given: Any, **more: Any) -> SpeculationSet:
             self.rounds[worker.number] += 1  # type: ignore[attr-defined]
             if self.now.is_set():
                 self.now.clear()
                 self.how()
-            return speculate(worker, *given)
+            return speculate(worker, *given, **more)
 
         verify = VerifierWorker.verify
 

@@ -14,6 +14,7 @@ import pytest
 
 from ssd.config.load import load_config
 from ssd.engine.async_engine import AsyncEngine
+from ssd.engine.front import Front
 from ssd.errors import ConfigError, PipelineError
 from ssd.serving.http.app import build_app
 from ssd.serving.http.errors import as_api_error
@@ -214,13 +215,15 @@ def raising(*_: Any, **__: Any) -> Any:
     raise Broken("the inside\nstays inside")
 
 
-@pytest.mark.parametrize("place", ["tokenize", "submit", "whole", "models", "metrics", "headers"])
+@pytest.mark.parametrize("place", ["tokenize", "open_all", "make", "whole", "models", "metrics", "headers"])
 def test_an_unexpected_error_is_an_openai_error(
     served: Served, place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as patch:
-        if place in ("tokenize", "submit"):
+        if place in ("tokenize", "open_all"):
             patch.setattr(served.engine, place, raising)
+        elif place == "make":  # in a thread
+            patch.setattr(Front, "make", raising)
         elif place == "whole":
             patch.setattr(Generation, "whole", raising)
         elif place == "metrics":

@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from ssd.config.load import load_config
+from ssd.engine.request import Caller
 from ssd.errors import ConfigError
 from ssd.request.sampling_params import SamplingParams, completion_seed
 from ssd.serving.http.bodies import PARAMETERS, UNSUPPORTED
@@ -349,9 +350,9 @@ def test_disconnecting_frees_the_slots(stream: bool) -> None:
 def test_priority_reaches_the_queue(served: Served) -> None:
     make, seen = served.engine._front.make, []
 
-    def noting(prompt: Any, params: SamplingParams, client: str, priority: int) -> Any:
-        seen.append(priority)
-        return make(prompt, params, client)
+    def noting(prompt: Any, params: SamplingParams, caller: Caller) -> Any:
+        seen.append(caller.priority)
+        return make(prompt, params)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(served.engine._front, "make", noting)
