@@ -63,7 +63,6 @@ def test_a_field_of_another_type_is_refused(message: Any, encode: Callable[[Any]
         Cancel(request=-(2**64)),
         Failed(role="draft", message="\ud800"),
         Cancel(request=object()),  # type: ignore[arg-type]
-        Cancel(request={1}),  # type: ignore[arg-type]
     ],
     ids=str,
 )
