@@ -138,7 +138,7 @@ def test_numbers_out_of_range(served: Served, name: str, number: Any) -> None:
         ("logit_bias", lambda number: {str(number): 1}),
         ("echo", lambda number: number),
     ],
-    ids=str,
+    ids=["prompt", "prompts", "stop", "allowed", "bad-words", "bias", "bias-key", "echo"],
 )
 def test_numbers_out_of_range_within_lists(served: Served, name: str, wrapped: Any, number: Any) -> None:
     check_refused(served, COMPLETIONS, {**VALID, name: wrapped(number)}, name)
