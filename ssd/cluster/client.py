@@ -8,7 +8,7 @@ import dataclasses
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import ray
 
@@ -27,48 +27,23 @@ NAMESPACE = "ssd"
 """Ray namespace of standing actors."""
 
 
-class PipelineClient:
-    """Starts a ``PipelineActor`` in the cluster this process has joined and offers the methods of ``LLM`` by
-    calling it.
+class ActorClient:
+    """Offers the methods of ``LLM`` by calling a ``PipelineActor``, whose pipeline is started if it does not run.
+    Closing the client leaves the actor running.
 
     Args:
-        config, overrides: as for ``LLM``; models are looked up where the actor runs.
-        options: ``strategy``, ``timeout_s`` and ``resources`` of ``PipelineActor``.
+        actor: A handle of the actor.
 
     Raises:
-        UsageError, WorkerError: as ``LLM`` and ``RayPipeline`` do.
+        UsageError, WorkerError: The pipeline could not be started.
     """
 
-    def __init__(
-        self,
-        config: Config | str | Path | dict[str, Any] = "embedded",
-        *,
-        overrides: Sequence[str] = (),
-        **options: Any,
-    ):
-        self.config = load_config(config, overrides)
-        self._room: str | None = f"ssd-{uuid.uuid4().hex}"
-        self.actor = PipelineActor.remote(self.config, name=self._room, **options)
-        try:
-            self._workers: dict[str, Any] = self._call("start")
-        except BaseException:
-            self.close()
-            raise
+    def __init__(self, actor: Any):
+        self.actor = actor
+        self.config = load_config(self._call("describe"))
+        self._workers: dict[str, Any] = self._call("start")
 
-    @classmethod
-    def attach(cls, name: str) -> PipelineClient:
-        """Returns a client of a standing actor (``stand``). Closing the client leaves the actor running.
-
-        Raises:
-            UsageError: the cluster has no actor of that name.
-        """
-        client = cls.__new__(cls)
-        client.actor, client._room = standing(name), None
-        client.config = load_config(client._call("describe"))
-        client._workers = client._call("start")
-        return client
-
-    def __enter__(self) -> PipelineClient:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -105,10 +80,8 @@ class PipelineClient:
         return self._call("stats")["degraded"]
 
     def close(self) -> None:
-        """Stops the actor and its workers if this client started them. Safe to call twice."""
-        actor, self.actor = self.actor, None
-        if actor is not None and self._room is not None:
-            end(actor, self._room)
+        """Refuses further calls. Safe to call twice."""
+        self.actor = None
 
     def _running(self) -> Any:
         if self.actor is None:
@@ -117,6 +90,49 @@ class PipelineClient:
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return _get(getattr(self._running(), method).remote(*args, **kwargs))
+
+
+class PipelineClient(ActorClient):
+    """Starts a ``PipelineActor`` in the cluster this process has joined. Closing the client stops the actor.
+
+    Args:
+        config, overrides: As for ``LLM``. Models are looked up where the actor runs.
+        options: ``strategy``, ``timeout_s`` and ``resources`` of ``PipelineActor``.
+
+    Raises:
+        UsageError, WorkerError: As ``LLM`` and ``RayPipeline`` do.
+    """
+
+    def __init__(
+        self,
+        config: Config | str | Path | dict[str, Any] = "embedded",
+        *,
+        overrides: Sequence[str] = (),
+        **options: Any,
+    ):
+        self._group = f"ssd-{uuid.uuid4().hex}"
+        actor = PipelineActor.remote(load_config(config, overrides), name=self._group, **options)
+        try:
+            super().__init__(actor)
+        except BaseException:
+            end(actor, self._group)
+            raise
+
+    @staticmethod
+    def attach(name: str) -> ActorClient:
+        """Returns a client of a standing actor (``stand``). Closing the client leaves the actor running.
+
+        Raises:
+            UsageError: The cluster has no actor of that name.
+        """
+        return ActorClient(standing(name))
+
+    def close(self) -> None:
+        """Stops the actor and its workers. Safe to call twice."""
+        actor = self.actor
+        super().close()
+        if actor is not None:
+            end(actor, self._group)
 
 
 def stand(
@@ -139,13 +155,13 @@ def stand(
     settings = load_config(config, overrides)
     where = {"name": name, "namespace": NAMESPACE, "lifetime": "detached"}
     try:
-        actor = PipelineActor.options(**where).remote(settings, name=_room(name), **options)
+        actor = PipelineActor.options(**where).remote(settings, name=_standing_group(name), **options)
     except ValueError:
         raise UsageError(f"a pipeline named {name!r} exists already; stop it first, or choose another name") from None
     try:
         _get(actor.start.remote())
     except BaseException:
-        end(actor, _room(name))
+        end(actor, _standing_group(name))
         raise
 
 
@@ -159,19 +175,24 @@ def standing(name: str) -> Any:
 
 def stop(name: str) -> None:
     """Stops a standing actor and its workers. Raises: UsageError: there is none of that name."""
-    end(standing(name), _room(name))
+    end(standing(name), _standing_group(name))
 
 
-def end(actor: Any, room: str) -> None:
-    """Stops a pipeline actor and its workers, and releases their resources."""
+def end(actor: Any, group: str) -> None:
+    """Stops a pipeline actor and its workers, and releases their resources.
+
+    Args:
+        group: Name of the workers' placement group.
+    """
     # The pipeline itself waits up to three times: for the runs, for their processes, for a slow round.
     ray.wait([actor.close.remote()], timeout=3 * LEAVE_S)
     ray.wait([actor.__ray_terminate__.remote()], timeout=LEAVE_S)
     ray.kill(actor)
-    release_abandoned(room)
+    release_abandoned(group)
 
 
-def _room(name: str) -> str:
+def _standing_group(name: str) -> str:
+    """Returns the name of a standing actor's placement group."""
     return f"ssd-standing-{name}"
 
 

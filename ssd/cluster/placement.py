@@ -41,11 +41,24 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> None:
         PipelineError: there is no such cluster, or it refuses the connection.
     """
     own = {"num_cpus": cpus, "include_dashboard": False} if address is None else {}
-    try:
+    with _Joining(address or "this machine"):
         ray.init(address=address, logging_level=logging.WARNING, **own)
-    except Exception as error:  # Ray raises bare ones too: "The current node timed out during startup"
-        ray.shutdown()
-        raise PipelineError(f"cannot join the Ray cluster at {address or 'this machine'}: {error}") from error
+
+
+class _Joining:
+    """Turns any error of Ray into a PipelineError, and leaves the cluster that was joined in part. No list of types
+    would do: Ray raises bare ``Exception`` too ("The current node timed out during startup")."""
+
+    def __init__(self, where: str):
+        self._where = where
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, Exception):
+            ray.shutdown()
+            raise PipelineError(f"cannot join the Ray cluster at {self._where}: {error}") from error
 
 
 def bundles(config: Config, resources: Mapping[str, Bundle] | None = None) -> dict[str, Bundle]:

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..errors import ConfigError, ModelError
+from ..request.methods import WITH_DRAFT
 from .sections import Config
 from .speculation import check_rule
 from .words import is_section, keys, problems_in, unknown, yaml_problem
@@ -60,7 +61,7 @@ def _check_draft(config: Config, where: str) -> None:
     """Raises ConfigError where the draft section does not fit the speculation section."""
     speculation, draft = config.speculation, config.draft
     if draft is None:
-        if speculation.method in ("sd", "ssd"):
+        if speculation.method in WITH_DRAFT:
             raise ConfigError(
                 f"{where}draft is missing; speculation.method={speculation.method} needs a draft model "
                 "(or set speculation.method=none, or self)"

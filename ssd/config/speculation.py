@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..errors import ConfigError
+from ..request.methods import ServedMethod
 
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 
@@ -52,7 +53,7 @@ class SelfConfig(Section):
 class SpeculationConfig(Section):
     """How the draft speculates and how its tokens are verified."""
 
-    method: Literal["none", "sd", "self", "ssd"] = "ssd"
+    method: ServedMethod = "ssd"
     self: SelfConfig | None = None
     """Required for requests of method ``self`` if the configured method is another one."""
     lookahead: Annotated[int, Field(ge=0, le=16)] | Literal["auto"] = 4

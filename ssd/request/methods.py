@@ -13,8 +13,12 @@ METHODS: tuple[Method, ...] = ("none", "none_fast", "sd", "self", "ssd")
 ServedMethod = Literal["none", "sd", "self", "ssd"]
 """Methods that a configuration or an HTTP request may name."""
 
-DRAFTING: tuple[Method, ...] = ("sd", "self", "ssd")
+DRAFTING: tuple[Method, ...] = ("self", "sd", "ssd")
 """Methods that verify draft tokens."""
 
 WITH_DRAFT: tuple[Literal["sd", "ssd"], ...] = ("sd", "ssd")
 """Methods that need a draft worker."""
+
+Modelled = Literal["none", "none_fast", "sd", "ssd"]
+MODELLED: tuple[Modelled, ...] = ("none_fast", "none", *WITH_DRAFT)
+"""Methods that ``ssd plan`` simulates: plain decoding, and those with a draft worker."""

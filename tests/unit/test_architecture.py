@@ -62,6 +62,8 @@ FENCED = {
     "uvicorn": ("ssd/serving/", "ssd/testing/twins/served.py"),
 }
 DECODING_IMPORTS = {"torch", "ssd"}
+BORDERS = {"ssd/serving/http/border.py", "ssd/serving/lane/server.py", "ssd/serving/batch/lines.py"}
+"""Where any error becomes an error of the protocol: nowhere else may ``except Exception`` stand."""
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal"}
 
 
@@ -200,6 +202,53 @@ def test_nothing_unpickles(path: Path) -> None:
 def test_only_the_command_line_prints(path: Path) -> None:
     calls = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call) and dotted(node.func) == "print"]
     assert not calls, f"{name(path)} prints at line {calls[0].lineno}"
+
+
+def catch_alls(module_tree: ast.Module) -> set[str]:
+    """Which handlers for all errors a file has: ``Exception``, ``bare``, ``suppress``, and ``BaseException`` if it raises
+    nothing."""
+    found: set[str] = set()
+    for node in ast.walk(module_tree):
+        if isinstance(node, ast.ExceptHandler):
+            if node.type is None:
+                found.add("bare")
+            elif "Exception" in caught(node.type):
+                found.add("Exception")
+            elif "BaseException" in caught(node.type) and not any(isinstance(one, ast.Raise) for one in node.body):
+                found.add("BaseException")
+        elif isinstance(node, ast.Call) and dotted(node.func).split(".")[-1] == "suppress":
+            given = {one for argument in node.args for one in caught(argument)}
+            found.update({"suppress"} if given & {"Exception", "BaseException"} else ())
+    return found
+
+
+def caught(node: ast.expr) -> set[str]:
+    """Names of the exceptions in one expression, a tuple or not."""
+    return {dotted(one).removeprefix("builtins.") for one in (node.elts if isinstance(node, ast.Tuple) else [node])}
+
+
+def test_all_errors_are_caught_at_three_borders_only() -> None:
+    found = {name(path): catch_alls(tree(path)) for path in sources("ssd", "launch")}
+    assert {path: kinds for path, kinds in found.items() if kinds} == {border: {"Exception"} for border in BORDERS}
+
+
+@pytest.mark.parametrize(
+    ("code", "kinds"),
+    [
+        ("try: f()\nexcept Exception: g()", {"Exception"}),
+        ("try: f()\nexcept (OSError, Exception) as error: g()", {"Exception"}),
+        ("try: f()\nexcept builtins.Exception: g()", {"Exception"}),
+        ("try: f()\nexcept: g()", {"bare"}),
+        ("with suppress(Exception): f()", {"suppress"}),
+        ("with contextlib.suppress(OSError, BaseException): f()", {"suppress"}),
+        ("with suppress(OSError): f()", set()),
+        ("try: f()\nexcept ExceptionGroup: g()", set()),
+        ("try: f()\nexcept BaseException:\n    g()\n    raise", set()),
+        ("try: f()\nexcept BaseException: g()", {"BaseException"}),
+    ],
+)
+def test_handlers_of_all_errors_are_seen(code: str, kinds: set[str]) -> None:
+    assert catch_alls(ast.parse(code)) == kinds
 
 
 def test_relative_and_nested_imports_are_seen() -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ...config.sections import Config
 from ...errors import RequestError
-from ...request.methods import METHODS, Method
+from ...request.methods import METHODS, WITH_DRAFT, Method
 from ...request.output import RequestOutput, SpeculationRecord
 from ...request.sampling_params import SamplingParams, completion_seed
 from ..measure.compare import BASELINE, REFERENCE, first_difference, versions
@@ -202,14 +202,14 @@ class Decoded:
 
 
 def certify(
-    llm: LLM, asked: Sequence[Trial], methods: Sequence[str] = ("sd", "ssd"), *, progress: Progress | None = None
+    llm: LLM, asked: Sequence[Trial], methods: Sequence[str] = WITH_DRAFT, *, progress: Progress | None = None
 ) -> Certificate:
     """Runs :func:`decode`, then :func:`judge`; the target is in memory twice if outputs differ."""
     return judge(decode(llm, asked, methods, progress=progress))
 
 
 def decode(
-    llm: LLM, asked: Sequence[Trial], methods: Sequence[str] = ("sd", "ssd"), *, progress: Progress | None = None
+    llm: LLM, asked: Sequence[Trial], methods: Sequence[str] = WITH_DRAFT, *, progress: Progress | None = None
 ) -> Decoded:
     """Decodes every trial plainly and with each method.
 

@@ -17,7 +17,7 @@ from ... import __version__
 from ...config.load import load_config
 from ...config.sections import Config
 from ...errors import RequestError
-from ...request.methods import METHODS, Method
+from ...request.methods import DRAFTING, METHODS, WITH_DRAFT, Method
 from ...request.output import RequestOutput
 from .interleave import Arm, MethodArm, Progress, Runs, Tally, interleave, merge
 from .prompts import Prompt
@@ -145,7 +145,7 @@ def compare(
     prompts: Sequence[Prompt],
     runs: Runs,
     *,
-    methods: Sequence[str] = ("none", "sd", "ssd"),
+    methods: Sequence[str] = ("none", *WITH_DRAFT),
     beside: Sequence[Arm] = (),
     peers: Sequence[Arm] = (),
     progress: Progress | None = None,
@@ -229,8 +229,7 @@ def _order(methods: Sequence[str]) -> tuple[Method, ...]:
     for method in methods:
         if method not in METHODS:
             raise RequestError(f"method {method!r} is unknown; methods are {', '.join(METHODS)}")
-    speculative: tuple[Method, ...] = ("self", "sd", "ssd")
-    return (BASELINE, REFERENCE, *(method for method in speculative if method in methods))
+    return (BASELINE, REFERENCE, *(method for method in DRAFTING if method in methods))
 
 
 def _ratio(value: float | None, base: float | None) -> float | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...config.load import load_config
 from ...config.sections import Config
+from ...request.methods import WITH_DRAFT
 from ...request.sampling_params import SamplingParams
 from ..peers.adapters import Peer, PeerUnavailable
 from .compare import Comparison, compare
@@ -32,7 +33,7 @@ TIMELINE_TOKENS = 48
 class BenchOptions:
     """What a bench measures."""
 
-    methods: Sequence[str] = ("none", "sd", "ssd")
+    methods: Sequence[str] = ("none", *WITH_DRAFT)
     peers: Sequence[str] = ()
     """Names of :data:`ssd.bench.peers.adapters.PEERS`."""
     vllm_python: str | None = None

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ...request.methods import WITH_DRAFT
 from ..simulate.plan import Check, mean_error
 from .pictures import bars, lines
 from .tables import make_table, number
@@ -58,7 +59,7 @@ def plan_pictures(answers: dict[str, Any]) -> dict[str, bytes]:
         found[f"plan-budget-{heat}"] = lines(hits, "budget N", "hit rate")
         batch = {
             method: {float(b): methods[method]["tokens_per_second"] for b, methods in advice["batch"].items()}
-            for method in ("none_fast", "sd", "ssd")
+            for method in ("none_fast", *WITH_DRAFT)
         }
         found[f"plan-batch-{heat}"] = lines(batch, "batch", "tokens per second (simulated)")
         scaling: dict[str, dict[float, float]] = {}
@@ -90,7 +91,7 @@ def _add(table: Table, name: str, one: dict[str, Any], plain: float) -> None:
 
 def _name(setting: dict[str, Any]) -> str:
     method = setting["method"]
-    if method not in ("sd", "ssd"):
+    if method not in WITH_DRAFT:
         return method
     tree = f"K={setting['lookahead']}" + (
         f" W={setting['rows']}" if (setting["rows"] or 0) > setting["lookahead"] + 1 else ""

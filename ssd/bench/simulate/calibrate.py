@@ -14,7 +14,7 @@ import numpy as np
 
 from ...config.load import load_config
 from ...config.sections import Config
-from ...request.methods import Method
+from ...request.methods import MODELLED, Method
 from ...request.sampling_params import SamplingParams
 from ..measure.interleave import Launch
 from ..measure.prompts import Prompt
@@ -30,7 +30,6 @@ FEW = 8
 """A mean over fewer rounds of a kind is not used."""
 ROWS = (5, 6, 8, 10, 12, 16)
 """Rows W of the combs that are replayed, besides the chains."""
-METHODS: tuple[Method, ...] = ("none_fast", "none", "sd", "ssd")
 Say = Callable[[str], None]
 
 
@@ -143,8 +142,8 @@ def watch(llm: LLM, prompts: Sequence[Prompt], size: Size, temperature: float, m
     Where prompts are fewer than the batch, they repeat. Methods take turns so that a machine that slows down slows
     all of them.
     """
-    rounds: dict[Method, list[RoundReport]] = {method: [] for method in METHODS}
-    for method in METHODS:
+    rounds: dict[Method, list[RoundReport]] = {method: [] for method in MODELLED}
+    for method in MODELLED:
         llm.generate([prompts[0].text] * size.batch, _params(method, temperature, 8))
     for start in range(0, len(prompts), size.batch):
         group = [prompts[(start + i) % len(prompts)].text for i in range(size.batch)]
@@ -208,7 +207,7 @@ def fit(points: Sequence[Point], temperature: float) -> Costs:
     Overheads and waits are those of the smallest batch.
     """
     smallest = min(point.batch for point in points)
-    of_all = {method: [p for p in points if p.method == method and p.temperature == temperature] for method in METHODS}
+    of_all = {method: [p for p in points if p.method == method and p.temperature == temperature] for method in MODELLED}
     single = {method: [p for p in found if p.batch == smallest] for method, found in of_all.items()}
     trees = [
         ([1.0, p.rows, p.lookahead, p.lookahead * p.budget * p.batch], p.draft_s) for p in of_all["ssd"] if p.draft_s

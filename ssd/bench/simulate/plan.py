@@ -10,12 +10,13 @@ from typing import Any
 
 from ...config.load import load_config
 from ...config.sections import Config
+from ...request.methods import WITH_DRAFT, Modelled
 from ..measure.interleave import Launch, MethodArm, Runs, interleave
 from ..measure.prompts import Prompt
 from .calibrate import ROWS, Size
 from .profile import Profile, hit_curve, survival
 from .replay import BUDGETS
-from .simulator import Modelled, Setting, Simulated, Simulator, simulate
+from .simulator import Setting, Simulated, Simulator, simulate
 
 DEVICES = (2, 3, 4, 5, 8, 9)
 BATCHES = (1, 2, 4, 8)
@@ -55,7 +56,7 @@ def ranked(simulator: Simulator, around: Setting, space: Space = Space(), *, tok
 def advise(profile: Profile, temperature: float, space: Space = Space()) -> dict[str, Any]:
     """Returns the answers of ``ssd plan`` at one temperature, ready for JSON."""
     around, simulator = Setting(temperature=temperature), Simulator(profile)
-    by_method = {method: ranked(simulator, replace(around, method=method), space) for method in ("sd", "ssd")}
+    by_method = {method: ranked(simulator, replace(around, method=method), space) for method in WITH_DRAFT}
     best = by_method["ssd"][0]
     plain = simulator.run(replace(around, method="none_fast"))
     content = profile.at(temperature)[1]
@@ -99,9 +100,7 @@ def figures(one: Simulated) -> dict[str, Any]:
 
 def _batch(simulator: Simulator, around: Setting, space: Space, batch: int) -> dict[str, Any]:
     """Returns each method's best setting for ``batch`` sequences."""
-    found = {
-        method: ranked(simulator, replace(around, method=method, batch=batch), space)[0] for method in ("sd", "ssd")
-    }
+    found = {method: ranked(simulator, replace(around, method=method, batch=batch), space)[0] for method in WITH_DRAFT}
     plain = simulator.run(replace(around, method="none_fast", batch=batch))
     return {"none_fast": figures(plain), **{method: figures(one) for method, one in found.items()}}
 
@@ -161,7 +160,7 @@ class Validation:
 
     sizes: Sequence[Size] = VALIDATION
     temperatures: Sequence[float] = (0.0, 1.0)
-    methods: Sequence[Modelled] = ("sd", "ssd")
+    methods: Sequence[Modelled] = WITH_DRAFT
     max_tokens: int = 96
 
 

@@ -17,10 +17,10 @@ import numpy as np
 
 from ...errors import RequestError
 from ...pipeline.transport.messages import RoundReport
+from ...request.methods import WITH_DRAFT, Modelled
 from .profile import NEVER, Costs, Independent, Profile, Replay
 
 KEPT_ROUNDS = 64
-Modelled = Literal["none", "none_fast", "sd", "ssd"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +47,7 @@ class Setting:
 
     @property
     def devices(self) -> int:
-        return self.target_devices + (self.draft_devices if self.method in ("sd", "ssd") else 0)
+        return self.target_devices + (self.draft_devices if self.method in WITH_DRAFT else 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,11 +6,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from ...decoding.averages import DecayingRatio
 from ...decoding.text.ngram import NgramIndex, NgramRounds
-from ...request.methods import Method
+from ...request.methods import WITH_DRAFT, Method
 from ..round.roles import Arm, Roles
 from ..round.round import Round
 from ..round.verdict import Commit, Verdict
@@ -18,8 +17,6 @@ from .fallback import FallbackChoice
 from .governor import NGRAM_MEMORY, Governor, RoundResult
 from .lookahead import LookaheadChooser
 from .pace import Pace
-
-SPECULATIVE: tuple[Literal["sd", "ssd"], ...] = ("sd", "ssd")
 
 
 @dataclass(slots=True)
@@ -45,18 +42,18 @@ class Steering:
     def __init__(self, *, governed: bool, ngram: bool, jit: bool, lookaheads: tuple[int, ...]):
         self._governed, self._jit, self._lookaheads = governed, jit, lookaheads
         self._fallback = FallbackChoice() if ngram else None
-        self._ngram_tokens = {method: DecayingRatio(NGRAM_MEMORY) for method in SPECULATIVE}
+        self._ngram_tokens = {method: DecayingRatio(NGRAM_MEMORY) for method in WITH_DRAFT}
         self._governors = self._new_governors()
         self._by_slots = {0: self._governors}
         several = len(lookaheads) > 1
         self._depths: dict[Method, LookaheadChooser] = (
-            {method: LookaheadChooser(lookaheads) for method in SPECULATIVE} if several else {}
+            {method: LookaheadChooser(lookaheads) for method in WITH_DRAFT} if several else {}
         )
         self._forward_s: dict[int, Mapping[int, float]] = {}
         self._rows: dict[int, _Row] = {}
 
     def _new_governors(self) -> dict[Method, Governor]:
-        return {method: Governor(method, ngram_tokens=self._ngram_tokens[method]) for method in SPECULATIVE}
+        return {method: Governor(method, ngram_tokens=self._ngram_tokens[method]) for method in WITH_DRAFT}
 
     def calibrate(self, slots: int, plain_s: float, forward_s: Mapping[int, float]) -> None:
         """Set what forwards cost where plain rounds are not padded.

@@ -21,6 +21,7 @@ from ... import __version__
 from ...config.sections import Config
 from ...engine.async_engine import AsyncEngine, server_limits
 from ...errors import ConfigError, PipelineError, SSDError
+from ...request.methods import WITH_DRAFT
 from ..metrics import Metrics
 from .answers import sse
 from .border import App, Border
@@ -198,7 +199,7 @@ def _add_state(app: FastAPI, engine: AsyncEngine, metrics: Metrics, model: str) 
             "methods": [
                 "none",
                 *(["self"] if config.speculation.self_draft is not None else []),
-                *(["sd", "ssd"] if config.draft is not None else []),
+                *(WITH_DRAFT if config.draft is not None else ()),
             ],
             "running": engine.running,
             "queued": engine.queued,

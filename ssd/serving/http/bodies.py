@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from ...errors import RequestError
+from ...request.methods import ServedMethod
 from ...request.sampling_params import MAX_LOGPROBS, MAX_SEED, SamplingParams, completion_seed
 from . import strict_json
 from .errors import MAX_NAME, APIError, as_api_error, shown
@@ -65,7 +66,7 @@ PARAMETERS = (
     Parameter("logit_bias", Annotated[dict[str, Number], Field(max_length=MAX_NAMED)]),
     Parameter("bad_words", Annotated[list[str | list[TokenId]], Field(max_length=MAX_NAMED)]),
     Parameter("allowed_token_ids", list[TokenId]),
-    Parameter("method", Literal["none", "sd", "self", "ssd"]),
+    Parameter("method", ServedMethod),
     Parameter("seed", Annotated[int, Field(ge=-(2**63), le=MAX_SEED)]),
 )
 """A new sampling parameter is one line here, and must not be in ``UNSUPPORTED``."""

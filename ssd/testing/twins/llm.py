@@ -9,6 +9,7 @@ from typing import Any
 from ...config.load import load_config
 from ...config.sections import Config
 from ...pipeline.transport.messages import RoundReport
+from ...request.methods import WITH_DRAFT
 from ...request.output import RequestOutput, SpeculationRecord, StreamEvent, TokenLogprob
 from ...request.sampling_params import SamplingParams
 
@@ -78,7 +79,7 @@ class ScriptedLLM:
         if method in self.wrong:
             tokens[3] = 0
         record = SpeculationRecord(rounds=params.max_tokens, tokens=params.max_tokens)
-        if method in ("sd", "ssd"):
+        if method in WITH_DRAFT:
             record = SpeculationRecord(rounds=10, tokens=40, drafted=40, accepted=30 if prompt == "def f" else 10)
         if method == "ssd":
             record.lookups, record.hits = 9, 6
