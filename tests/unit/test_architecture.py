@@ -205,7 +205,7 @@ def test_only_the_command_line_prints(path: Path) -> None:
 
 
 def catch_alls(module_tree: ast.Module) -> set[str]:
-    """Which handlers for all errors a file has: ``Exception``, ``bare``, ``suppress``, and ``BaseException`` if it raises
+    """Which handlers for all errors a file has: ``Exception``, ``bare``, ``suppress``; ``BaseException`` if it raises
     nothing."""
     found: set[str] = set()
     for node in ast.walk(module_tree):
