@@ -16,8 +16,8 @@ PACKAGE = ROOT / "ssd"
 MAX_LINES = 400
 MAX_MODULES = 12
 MAX_PARAMETERS = 8
-PIPELINE_LINES = 6300
-"""``ssd/pipeline`` stays smaller than this."""
+PIPELINE_LINES = 8000
+"""``ssd/pipeline`` stays smaller than this, docstrings included."""
 
 STACK = (
     "errors",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ...decoding.processors import Constraint
 from ...decoding.text.ngram import NgramIndex
+from ..transport.messages import Admit
 
 
 @dataclass(kw_only=True, slots=True)
@@ -22,6 +23,10 @@ class DraftRow:
     """How many sequences came before it."""
     ngrams: NgramIndex | None = None
     """Of its tokens; None unless missed rows may take candidates from it."""
+    request: Admit
+    """How the sequence was introduced."""
+    awaits_grammar: bool = False
+    """Whether its grammar is still being compiled; its guesses ignore it until then."""
     constraint: Constraint | None = None
     """The grammar of its output, after the certain tokens, the root included."""
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 import numpy as np
@@ -102,6 +102,7 @@ class DraftWorker:
             forecasts=message.forecasts,
             number=self._admitted,
             ngrams=NgramIndex(message.tokens) if self.options.ngram else None,
+            request=message,
         )
         self._take_over(slot, row)
         self._admitted += 1
@@ -110,10 +111,18 @@ class DraftWorker:
         self.copying.write(slot, 0, message.tokens)
         self.sampling.set(slot, params)
         self.forecast.admit(slot, params.temperature)
-        length = len(message.tokens) if message.prompt_length is None else message.prompt_length
-        prompt, output = message.tokens[:length], message.tokens[length:]
+        self._process(slot, row, message.tokens)
+
+    def _process(self, slot: int, row: DraftRow, certain: Sequence[int]) -> None:
+        """Sets the slot's processors after these tokens. A grammar that is not compiled yet is left for later."""
+        asked = row.request
+        row.awaits_grammar = not self.sampling.grammar_ready(asked.params)
+        params = replace(asked.params, structured_outputs=None) if row.awaits_grammar else asked.params
+        length = len(asked.tokens) if asked.prompt_length is None else asked.prompt_length
         self.sampling.processors.clear(slot)
-        row.constraint = self.sampling.process_leniently(slot, params, prompt=prompt, output=output, ends=message.ends)
+        row.constraint = self.sampling.process_leniently(
+            slot, params, prompt=certain[:length], output=certain[length:], ends=asked.ends
+        )
 
     def release(self, slot: int) -> None:
         """Frees a slot. Its keys stay until they are overwritten."""
@@ -179,7 +188,9 @@ class DraftWorker:
             row.tokens.extend(tree[n] for n in (0, *self.shape.path(node)))
             certain = [*row.tokens[start + 1 :], frame.bonus[slot]]
             self.sampling.processors.commit(slot, certain)
-            if row.constraint is not None:
+            if row.awaits_grammar and self.sampling.grammar_ready(row.request.params):
+                self._process(slot, row, [*row.tokens, frame.bonus[slot]])
+            elif row.constraint is not None:
                 for token in certain:
                     row.constraint.advance(token)
             self.copying.write(slot, start + 1, certain)

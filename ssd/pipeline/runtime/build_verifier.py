@@ -49,7 +49,7 @@ def build_verifier(
         max_model_len=config.engine.max_model_len,
         prefix_caching=config.engine.prefix_caching,
     )
-    chooser = SlotSampling(
+    sampling = SlotSampling(
         runner.batch,
         runner.vocabulary,
         runner.device,
@@ -58,19 +58,19 @@ def build_verifier(
         grammars=plan.grammars(config.target),
     )
     judge = None if plan.probs is None else Judge(speculation.verify, shape, plan.probs, runner.device)
-    decider = Decider(runner, shape, chooser, judge)
+    decider = Decider(runner, shape, sampling, judge)
     self_draft = None
     if (wanted := speculation.self_draft) is not None:
         skips = SkipSet.of(wanted.skip_attention, wanted.skip_mlp, runner.cache.layers)
         self_draft = SelfDraft(
             runner.over(skipping(runner.model, skips)),
             shape=shape,
-            chooser=chooser,
+            sampling=sampling,
             judge=judge,
             confidence=wanted.confidence,
             governed=speculation.governor,
         )
-    worker = VerifierWorker(runner, options, chooser=chooser, decider=decider, self_draft=self_draft)
+    worker = VerifierWorker(runner, options, sampling=sampling, decider=decider, self_draft=self_draft)
     return worker, _warm(worker, config.target)
 
 

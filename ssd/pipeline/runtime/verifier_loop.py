@@ -37,6 +37,8 @@ from ..verifier.sequence import TargetSequence
 from ..verifier.worker import VerifierWorker
 
 IDLE_POLL_S = 0.5
+BLOCKED_POLL_S = 0.005
+"""While requests wait for their grammars to be compiled."""
 ORIGINS: dict[CandidateOrigin, Origin] = {
     "none": "plain",
     "prepared": "hit",
@@ -96,8 +98,10 @@ class VerifierLoop:
 
     def _serve_messages(self) -> bool:
         """Take in what the front says; while there is nothing to do, wait for it. False: shut down."""
-        quiet = self._worker.slots.idle and not self._drafting
-        message = self._front.receive(IDLE_POLL_S if quiet else 0)
+        slots, wait_s = self._worker.slots, 0.0
+        if not self._drafting and (slots.idle or slots.blocked):
+            wait_s = IDLE_POLL_S if slots.idle else BLOCKED_POLL_S
+        message = self._front.receive(wait_s)
         while message is not None:
             if isinstance(message, Shutdown):
                 if self._draft is not None:

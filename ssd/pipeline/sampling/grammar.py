@@ -7,8 +7,10 @@ each, so that the draft proposes what the target may choose.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property, lru_cache
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -82,7 +84,8 @@ class GrammarMatcher:
 
 
 class Grammars:
-    """Compiles grammars for one vocabulary.
+    """Compiles grammars for one vocabulary, in a thread: rounds go on meanwhile, since llguidance compiles without
+    holding the interpreter's lock.
 
     Args:
         tokenizer: returns a fast tokenizer of transformers; called once, at the first request that needs it.
@@ -92,15 +95,28 @@ class Grammars:
 
     def __init__(self, tokenizer: Callable[[], Any], *, vocabulary: int, ends: Iterable[int]):
         self._load, self._vocabulary, self._ends = tokenizer, vocabulary, list(ends)
-        self._compiled = lru_cache(KEPT)(self._compile)
+        self._compiled: OrderedDict[StructuredOutputsParams, Future[Any]] = OrderedDict()
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+
+    def ready(self, wanted: StructuredOutputsParams) -> bool:
+        """Whether ``matcher`` answers without waiting. Starts to compile if nobody has asked before."""
+        return self._started(wanted).done()
 
     def matcher(self, wanted: StructuredOutputsParams) -> GrammarMatcher:
-        """Returns a matcher at the beginning of an output.
+        """Returns a matcher at the beginning of an output, once the grammar is compiled.
 
         Raises:
             RequestError: the grammar cannot be compiled; the message says why in one line.
         """
-        return GrammarMatcher(self._compiled(wanted).deep_copy(), self._vocabulary)
+        return GrammarMatcher(self._started(wanted).result().deep_copy(), self._vocabulary)
+
+    def _started(self, wanted: StructuredOutputsParams) -> Future[Any]:
+        if wanted not in self._compiled:
+            self._compiled[wanted] = self._compiler.submit(self._compile, wanted)
+            if len(self._compiled) > KEPT:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(wanted)
+        return self._compiled[wanted]
 
     @cached_property
     def _tokenizer(self) -> Any:

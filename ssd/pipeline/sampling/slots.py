@@ -128,6 +128,11 @@ class SlotSampling:
         self.processors.set(slot, settings, prompt=prompt, output=output, constraint=constraint)
         return constraint
 
+    def grammar_ready(self, params: SamplingParams) -> bool:
+        """Whether ``process`` has no grammar to wait for. Starts to compile the request's grammar if it has one."""
+        wanted = params.structured_outputs
+        return wanted is None or self.grammars is None or self.grammars.ready(wanted)
+
     def process_leniently(
         self, slot: int, params: SamplingParams, *, prompt: Sequence[int], output: Sequence[int], ends: Iterable[int]
     ) -> Constraint | None:

@@ -49,7 +49,7 @@ class Decider:
     Args:
         runner: of the target.
         shape: the candidate tree.
-        chooser: the sampling parameters of the slots.
+        sampling: the sampling parameters of the slots.
         judge: verifies the rows that sample, under ``rejection`` and ``block``; None under ``coupled``.
     """
 
@@ -57,11 +57,11 @@ class Decider:
         self,
         runner: ForwardRunner,
         shape: TreeShape,
-        chooser: SlotSampling,
+        sampling: SlotSampling,
         judge: Judge | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        self._runner, self.chooser, self.judge, self._clock = runner, chooser, judge, clock
+        self._runner, self.sampling, self.judge, self._clock = runner, sampling, judge, clock
         device, self._courier = runner.device, Courier(runner.device)
         self._parents, self._depths = shape.parent_index(device), shape.depth_index(device)
         self._ancestors, self._paths = shape.ancestors(device), TreePaths(shape, device)
@@ -101,7 +101,7 @@ class Decider:
             lengths: ``[B]``, L.
             trees: ``[B][W]``.
             noise: ``[B, horizon, V]`` for these lengths; None while nothing samples.
-            slots: ``[B]``, the slots that the chooser has selected; None if all.
+            slots: ``[B]``, the slots that the sampling has selected; None if all.
             drawn_from: ``[B]``, what each tree was drawn from; needed by rules that compare probabilities.
         """
         if (form := self._forms.get((plan, context, len(trees)))) is None:
@@ -110,11 +110,11 @@ class Decider:
         began = self._clock()
         self._runner.announce(plan, tokens, lengths, context)
         given = form.silence if noise is None else noise
-        logits, decided = form.body(tokens, lengths, self.chooser.packed, given, slots)
+        logits, decided = form.body(tokens, lengths, self.sampling.packed, given, slots)
         (decided,) = self._courier.fetch(decided)
         forward_s = self._clock() - began
         judged = self.judge is not None and noise is not None and plan.rows > 1
-        if judged or not self.chooser.plain:
+        if judged or not self.sampling.plain:
             outcome = self._decide_again(plan, tokens, lengths, trees, logits, noise, drawn_from if judged else None)
             decided = torch.stack(outcome)
         nodes, bonus = decided.tolist()
@@ -133,18 +133,18 @@ class Decider:
         """The outcomes ``[B]`` on the host with processors, filters and the rule. ``drawn_from``: None unless the rule
         applies. Other arguments as for ``decide``; ``tokens`` are the plan's rows of ``trees``."""
         paths, ahead = None, self._depths[: plan.rows].expand(len(tokens), -1)
-        if self.chooser.processors.active:
+        if self.sampling.processors.active:
             paths = self._paths.of(torch.tensor(trees, device=tokens.device))[:, : plan.rows]
-        logits, scores = self.chooser.exact(logits, noise, ahead, paths)
+        logits, scores = self.sampling.exact(logits, noise, ahead, paths)
         chosen = scores.argmax(-1)
         matched = Outcome(*self._courier.fetch(*self._verify(tokens, chosen)))
         if self.judge is None or drawn_from is None or noise is None:
             return matched
-        draft, params, row_noise = self.judge.stacked(drawn_from), self.chooser.params, noise_at(noise, ahead)
+        draft, params, row_noise = self.judge.stacked(drawn_from), self.sampling.params, noise_at(noise, ahead)
         return self.judge.decide(matched, chosen.cpu(), tokens.cpu(), logits, lengths, row_noise, params, draft)
 
     def _form(self, plan: RowPlan, context: int, count: int) -> _Form:
-        runner, verify, chooser = self._runner, self._verify, self.chooser
+        runner, verify, sampling = self._runner, self._verify, self.sampling
         ahead = self._depths[: plan.rows].expand(count, -1)
 
         def decide(
@@ -152,7 +152,7 @@ class Decider:
         ) -> tuple[Tensor, Tensor]:
             # A draft may send anything. Ids outside the vocabulary are clamped for the forward and never accepted.
             logits = runner.logits(plan, tokens.clamp(0, runner.vocabulary - 1), lengths, context, slots=slots)
-            decided = verify(tokens, chooser.score(logits, noise, ahead, packed).argmax(-1))
+            decided = verify(tokens, sampling.score(logits, noise, ahead, packed).argmax(-1))
             return logits, torch.stack([*decided])  # a named tuple in the graph would keep it out of torch's cache
 
         written = Written(count, plan.rows, device=runner.device)

@@ -43,7 +43,7 @@ class ForwardRows:
 
     Args:
         options: how the verifier decodes.
-        chooser, decider: the verifier's.
+        sampling, decider: the verifier's.
         self_draft: whether there is a draft that runs on the same slots, always all of them.
     """
 
@@ -51,12 +51,12 @@ class ForwardRows:
         self,
         runner: ForwardRunner,
         options: VerifierOptions,
-        chooser: SlotSampling,
+        sampling: SlotSampling,
         decider: Decider,
         *,
         self_draft: bool,
     ):
-        self._runner, self._chooser, self._decider = runner, chooser, decider
+        self._runner, self._sampling, self._decider = runner, sampling, decider
         self.padded = options.strict
         """Whether all decode forwards have the same number of rows."""
         self._always_all = self_draft or decider.judge is not None
@@ -77,10 +77,10 @@ class ForwardRows:
             self._selector = self._selector if self.padded else selector
         if not runner.fuses:
             return
-        self._chooser.warm_up(self._selector.counts)
+        self._sampling.warm_up(self._selector.counts)
         for count in self._selector.counts:
             selected = self._selector.first(count)
-            self._chooser.select(selected)
+            self._sampling.select(selected)
             trees = [[ABSENT, *self._absent]] * count
             decider.warm_up([self._whole] if self.padded else plans, trees, selected.index)
             if not self.padded:
@@ -90,11 +90,11 @@ class ForwardRows:
                 yield ForwardCost(count, decider.forward_s(self._one, trees, selected.index), verify_s)
 
     def select(self, slots: Slots) -> Selected:
-        """Select the slots of the next forward, in the chooser too. Empty slots may be among them: their output is
+        """Select the slots of the next forward, in the sampling too. Empty slots may be among them: their output is
         ignored, and their keys are written behind what the slot holds."""
-        everything = self._always_all or self._chooser.processors.active
+        everything = self._always_all or self._sampling.processors.active
         selected = self._selector.all if everything else self._selector.of(slots.used)
-        self._chooser.select(selected)
+        self._sampling.select(selected)
         known = [slots.length(slot) for slot in selected.slots]
         return Selected(selected, known, self._lengths[selected.count].write(known))
 

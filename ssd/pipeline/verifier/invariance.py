@@ -52,7 +52,7 @@ class _Trial:
 
     def logits(self, plan: RowPlan, selected: Selection, first: int = 0, ahead: int = 0) -> Tensor:
         """Logits ``[B, R, V]`` of the plan's R tokens from ``first`` on, at ``ahead`` positions after the length."""
-        self._decider.chooser.select(selected)
+        self._decider.sampling.select(selected)
         lengths = torch.full((selected.count,), self._length + ahead, dtype=torch.int64)
         fed = self._tokens[list(selected.slots), first : first + plan.rows].tolist()
         return self._decider.decide(plan, self._runner.contexts[0], lengths, fed, slots=selected.index).logits.clone()

@@ -8,7 +8,7 @@ any slot, busy or free: in place if its own slot has it, as a copy otherwise.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ...decoding.text.prefix import common_prefix
 from ...models.runner import ForwardRunner
@@ -29,11 +29,16 @@ class Prompts:
         self.filling: dict[int, TargetSequence] = {}
         """Sequences whose prompt is not complete yet, by slot, in the order they came."""
 
-    def admit(self, idle: Sequence[int]) -> None:
-        """Give slots to waiting sequences. ``idle``: slots in which nothing decodes."""
+    def admit(self, idle: Sequence[int], ready: Callable[[TargetSequence], bool] = lambda row: True) -> None:
+        """Give slots to waiting sequences.
+
+        Args:
+            idle: slots in which nothing decodes.
+            ready: whether a sequence may have one. Those that may not let others pass.
+        """
         free = [slot for slot in idle if slot not in self.filling]
-        while self.waiting and free:
-            row = self.waiting.popleft()
+        while free and (row := next((row for row in self.waiting if ready(row)), None)) is not None:
+            self.waiting.remove(row)
             slot, row.cached = self.prefixes.place(row.tokens, free)
             row.reused = row.cached
             self.filling[slot] = row

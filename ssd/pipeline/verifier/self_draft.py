@@ -39,7 +39,7 @@ class SelfDraft:
     Args:
         runner: of the target with sublayers skipped, over the verifier's slots.
         shape: the candidate tree.
-        chooser: the verifier's sampling state.
+        sampling: the verifier's sampling state.
         confidence: a chain ends with the first token whose probability, by the draft, is below this; that token is
             still verified (Draft & Verify, arXiv 2309.08168).
         judge: under ``rejection`` and ``block``. Candidates take the target's noise without a judge. With one they are
@@ -52,12 +52,12 @@ class SelfDraft:
         runner: ForwardRunner,
         *,
         shape: TreeShape,
-        chooser: SlotSampling,
+        sampling: SlotSampling,
         confidence: float,
         judge: Judge | None = None,
         governed: bool = False,
     ):
-        self.runner, self.shape, self._sampling = runner, shape, chooser
+        self.runner, self.shape, self._sampling = runner, shape, sampling
         self._confidence, self._judge = confidence, judge
         self.governor = Governor() if governed else None
         self._chain, self._width = ChainSteps("self"), 1 + max(shape.siblings)

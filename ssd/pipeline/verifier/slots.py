@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ...models.runner import ForwardRunner
 from .prompts import PrefixCache, Prompts
 from .sequence import TargetSequence
@@ -31,6 +33,11 @@ class Slots:
         return any(row is not None for row in self.rows)
 
     @property
+    def blocked(self) -> bool:
+        """Whether requests wait for something other than a slot, and there is nothing else to do."""
+        return bool(self.prompts.waiting) and not self.admitted
+
+    @property
     def used(self) -> list[int]:
         """Slots in which a sequence decodes."""
         return [slot for slot, row in enumerate(self.rows) if row is not None]
@@ -45,9 +52,9 @@ class Slots:
         row = self.rows[slot]
         return len(self.prompts.prefixes.held[slot]) if row is None else len(row.tokens)
 
-    def admit(self) -> None:
-        """Give free slots to waiting requests, with what those or other slots hold of their prompts."""
-        self.prompts.admit([slot for slot, row in enumerate(self.rows) if row is None])
+    def admit(self, ready: Callable[[TargetSequence], bool]) -> None:
+        """Give free slots to waiting requests that are ready, with what those or other slots hold of their prompts."""
+        self.prompts.admit([slot for slot, row in enumerate(self.rows) if row is None], ready)
 
     def find(self, request: int) -> int | None:
         """The slot of a request, if it has one."""

@@ -53,8 +53,8 @@ class VerifierWorker:
     Args:
         runner: of the target model.
         options: how to decode.
-        chooser: the sampling parameters of the slots.
-        decider: verifies trees, with the same runner and chooser.
+        sampling: the sampling parameters of the slots.
+        decider: verifies trees, with the same runner and sampling.
         self_draft: drafts for sequences of method ``self``, if there are any.
         clock: seconds, monotonic.
     """
@@ -64,7 +64,7 @@ class VerifierWorker:
         runner: ForwardRunner,
         options: VerifierOptions,
         *,
-        chooser: SlotSampling,
+        sampling: SlotSampling,
         decider: Decider,
         self_draft: SelfDraft | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -74,10 +74,10 @@ class VerifierWorker:
         self.steering = Steering(
             governed=options.governed, ngram=options.ngram, jit=options.jit, lookaheads=options.lookaheads
         )
-        self._chooser, self._decider, self._self_draft = chooser, decider, self_draft
+        self._sampling, self._decider, self._self_draft = sampling, decider, self_draft
         self._absent = [ABSENT] * (self.shape.nodes - 1)
         self._nothing = Candidates(tokens=self._absent)
-        self._forward_rows = ForwardRows(runner, options, chooser, decider, self_draft=self_draft is not None)
+        self._forward_rows = ForwardRows(runner, options, sampling, decider, self_draft=self_draft is not None)
 
     @property
     def padded(self) -> bool:
@@ -115,7 +115,7 @@ class VerifierWorker:
             round: the result of the last ``advance`` or ``fill``.
             known: requests that the draft knows, and their roles there; None while there is no draft.
         """
-        self.slots.admit()
+        self.slots.admit(lambda row: self._sampling.grammar_ready(row.params))
         admitted = self.slots.admitted
         requests: list[tuple[int, Method] | None] = [None] * self.runner.batch
         for slot, row in admitted:
@@ -156,8 +156,8 @@ class VerifierWorker:
         self.slots.rows[slot] = row
         try:
             ends = row.held_off(self.options.ends)
-            row.constraint = self._chooser.process(slot, row.params, prompt=prompt, output=output, ends=ends)
-            self._chooser.set(slot, row.params)
+            row.constraint = self._sampling.process(slot, row.params, prompt=prompt, output=output, ends=ends)
+            self._sampling.set(slot, row.params)
         except (RequestError, ValueError, OverflowError, RuntimeError) as error:
             # Whatever is wrong with one request's parameters ends that request and nothing else.
             row.error = str(error)
@@ -187,7 +187,7 @@ class VerifierWorker:
             self.runner.context_for(longest + max(plan.limits) + 1),
             lengths,
             [trees[slot] for slot in selected.slots],
-            self._chooser.prepared(known, lengths),
+            self._sampling.prepared(known, lengths),
             selected.index,
             [candidates[slot].drawn_from for slot in selected.slots],
         )
@@ -243,7 +243,7 @@ class VerifierWorker:
             drafted = chain - tree[1 : chain + 1].count(ABSENT)
             row.record.count_round(drafted=drafted, accepted=depth)
             tokens, finished = row.commit([tree[n] for n in path], decision.bonus[index])
-            self._chooser.processors.commit(slot, tokens)
+            self._sampling.processors.commit(slot, tokens)
             logprobs = None
             if row.params.logprobs is not None:
                 logprobs = token_logprobs(
@@ -289,9 +289,9 @@ class VerifierWorker:
 
     def prepare(self) -> None:
         """Make the next verification's noise, which needs no candidates, while the draft may have to be waited for."""
-        if self._chooser.params.random:
+        if self._sampling.params.random:
             selected = self._forward_rows.select(self.slots)
-            self._chooser.prepare(selected.known, selected.lengths)
+            self._sampling.prepare(selected.known, selected.lengths)
 
     def advance(self, round: Round, verdict: Verdict, found: Found | None) -> Round:
         """The round after a verdict. ``found``: the result of the lookup; None if no draft took part."""
@@ -369,4 +369,4 @@ class VerifierWorker:
 
     def _free(self, slot: int) -> None:
         self.slots.free(slot)
-        self._chooser.clear(slot)
+        self._sampling.clear(slot)

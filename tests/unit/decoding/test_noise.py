@@ -298,40 +298,40 @@ def test_same_noise_couples_two_distributions():
 
 def test_prepared_noise_equals_the_rounds_noise() -> None:
     """Unless lengths, requests or another caller for noise changed in between."""
-    chooser = SlotSampling(2, 50, "cpu", horizon=3)
+    state = SlotSampling(2, 50, "cpu", horizon=3)
     warm = SamplingParams(temperature=1.0, seed=4)
-    chooser.set(0, warm)
+    state.set(0, warm)
     known, lengths = [5, 9], torch.tensor([5, 9])
-    wanted = chooser.noise(lengths)
+    wanted = state.noise(lengths)
     assert wanted is not None
-    chooser.prepare(known, lengths)
-    made = chooser._prepared
-    assert made is not None and chooser.prepared(known, lengths) is made[2]
-    assert torch.equal(chooser.prepared(known, lengths), wanted)
+    state.prepare(known, lengths)
+    made = state._prepared
+    assert made is not None and state.prepared(known, lengths) is made[2]
+    assert torch.equal(state.prepared(known, lengths), wanted)
 
-    chooser.prepare(known, lengths)
-    other = chooser.prepared([5, 10], torch.tensor([5, 10]))
+    state.prepare(known, lengths)
+    other = state.prepared([5, 10], torch.tensor([5, 10]))
     assert torch.equal(other[0], wanted[0]) and not torch.equal(other[1], wanted[1])
 
     second = Selector(2, (1, 2), torch.device("cpu")).of([1])
-    chooser.set(1, replace(warm, seed=8))
-    both = chooser.noise(lengths)
+    state.set(1, replace(warm, seed=8))
+    both = state.noise(lengths)
     assert both is not None
-    chooser.prepare([9], lengths[1:])
-    chooser.select(second)
-    assert torch.equal(chooser.prepared([9], lengths[1:]), both[1:])
-    chooser.select(None)
-    chooser.clear(1)
+    state.prepare([9], lengths[1:])
+    state.select(second)
+    assert torch.equal(state.prepared([9], lengths[1:]), both[1:])
+    state.select(None)
+    state.clear(1)
 
-    chooser.prepare(known, lengths)
-    chooser.set(0, replace(warm, seed=5))
-    assert not torch.equal(chooser.prepared(known, lengths), wanted)
-    chooser.prepare(known, lengths)
-    chooser.clear(0)
-    assert chooser.prepared(known, lengths) is None
+    state.prepare(known, lengths)
+    state.set(0, replace(warm, seed=5))
+    assert not torch.equal(state.prepared(known, lengths), wanted)
+    state.prepare(known, lengths)
+    state.clear(0)
+    assert state.prepared(known, lengths) is None
 
-    chooser.set(0, warm)
-    chooser.prepare(known, lengths)
-    chooser.noise(torch.tensor([1, 1]))  # as graphs do: what was made before is overwritten
-    assert chooser._prepared is None
-    assert torch.equal(chooser.prepared(known, lengths), wanted)
+    state.set(0, warm)
+    state.prepare(known, lengths)
+    state.noise(torch.tensor([1, 1]))  # as graphs do: what was made before is overwritten
+    assert state._prepared is None
+    assert torch.equal(state.prepared(known, lengths), wanted)

@@ -151,23 +151,23 @@ def test_a_draft_processes_every_row_as_after_the_committed_tokens(
     if not built:
         monkeypatch.setattr(operators, "available", lambda: False)
     given = EACH[name] | {"bad_words": tuple(word for word in EACH[name].get("bad_words", ()) if len(word) == 1)}
-    chooser, logits = SlotSampling(2, V, "cpu", horizon=1), logits_of(2, 3, V)
+    state, logits = SlotSampling(2, V, "cpu", horizon=1), logits_of(2, 3, V)
     shape = TreeShape.comb(2)
-    tensors = RequestTensors(chooser, shape, 2, V, torch.device("cpu"))
-    assert chooser.filters == built
-    chooser.processors.set(1, ProcessorSettings(**given), prompt=PROMPT, output=OUTPUT)
+    tensors = RequestTensors(state, shape, 2, V, torch.device("cpu"))
+    assert state.filters == built
+    state.processors.set(1, ProcessorSettings(**given), prompt=PROMPT, output=OUTPUT)
 
     def scored() -> Tensor:
         nothing = torch.zeros(2, 3, dtype=torch.int64)
         requested = tensors.requested(nothing, nothing[:, 0])
-        assert (requested.adjustments is None) == (chooser.plain and not built)
+        assert (requested.adjustments is None) == (state.plain and not built)
         rows = Rows(RowPlan.tree("glue", shape), 0, nothing, in_tree=True)
-        return LikelyScorer(chooser, 1, requested).score(logits, rows)
+        return LikelyScorer(state, 1, requested).score(logits, rows)
 
     for tokens in ([], [7, 5], [7, 30, 2]):
-        chooser.processors.commit(1, tokens)
-        torch.testing.assert_close(scored(), chooser.processed(logits, None))
-    chooser.processors.clear(1)
+        state.processors.commit(1, tokens)
+        torch.testing.assert_close(scored(), state.processed(logits, None))
+    state.processors.clear(1)
     assert torch.equal(scored(), logits)
 
 
@@ -232,23 +232,23 @@ def test_invalid_candidates() -> None:
 
 
 def test_slots_without_settings_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    chooser = SlotSampling(2, V, "cpu", horizon=3)
-    chooser.set(0, params := SamplingParams(temperature=1.0, top_k=3, stop_token_ids=(3,), logprobs=4))
-    chooser.process(0, params, prompt=PROMPT, output=[], ends=[0])
+    state = SlotSampling(2, V, "cpu", horizon=3)
+    state.set(0, params := SamplingParams(temperature=1.0, top_k=3, stop_token_ids=(3,), logprobs=4))
+    state.process(0, params, prompt=PROMPT, output=[], ends=[0])
     monkeypatch.setattr(Processors, "apply", lambda *_: pytest.fail("processed"))
     logits = logits_of(2, 3, V)
-    scores(chooser.processed(logits, None), chooser.params, chooser.noise(torch.tensor([4, 4])))
-    assert not chooser.processors.active
+    scores(state.processed(logits, None), state.params, state.noise(torch.tensor([4, 4])))
+    assert not state.processors.active
     # And no longer than it is asked for.
-    chooser.process(1, SamplingParams(min_tokens=3), prompt=PROMPT, output=[], ends=[0, V + 3])
-    assert chooser.processors.active
-    chooser.processors.commit(1, [1, 2])
-    assert chooser.processors.active
-    chooser.processors.commit(1, [1])
-    assert not chooser.processors.active
-    chooser.process(1, SamplingParams(presence_penalty=1.0), prompt=PROMPT, output=[], ends=[])
-    chooser.clear(1)
-    assert not chooser.processors.active
+    state.process(1, SamplingParams(min_tokens=3), prompt=PROMPT, output=[], ends=[0, V + 3])
+    assert state.processors.active
+    state.processors.commit(1, [1, 2])
+    assert state.processors.active
+    state.processors.commit(1, [1])
+    assert not state.processors.active
+    state.process(1, SamplingParams(presence_penalty=1.0), prompt=PROMPT, output=[], ends=[])
+    state.clear(1)
+    assert not state.processors.active
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

@@ -204,15 +204,15 @@ def test_a_draft_keeps_nearly_the_same_tokens_as_sorting(vocabulary: int, spread
 @pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
 def test_a_rounds_scores_are_those_of_scores():
     """Compiled as a round's bodies are, and with the rows of noise they take."""
-    chooser, logits = SlotSampling(len(MIX), 1003, "cpu", horizon=5), random_logits(len(MIX), 3, 1003)
-    assert chooser.filters
+    state, logits = SlotSampling(len(MIX), 1003, "cpu", horizon=5), random_logits(len(MIX), 3, 1003)
+    assert state.filters
     params = tensors(*MIX)
     noise = gumbel(params.seed[:, None], torch.arange(5)[None], 1003)
     ahead = torch.randint(0, 5, (len(MIX), 3), generator=torch.Generator().manual_seed(4))
     expected = scores(logits, params, noise[torch.arange(len(MIX))[:, None], ahead])
     options = {"cpp_wrapper": True}
-    compiled = torch.compile(lambda *given: chooser.score(*given) + 0.0, fullgraph=True, dynamic=False, options=options)
-    for body in (chooser.score, compiled):
+    compiled = torch.compile(lambda *given: state.score(*given) + 0.0, fullgraph=True, dynamic=False, options=options)
+    for body in (state.score, compiled):
         # Neighbours of 1,003 tokens do not start on a vector's bounds; a slice of a wider head does not follow on.
         for given in (logits, torch.cat([logits, logits], dim=-1)[..., :1003]):
             assert torch.equal(body(given, noise, ahead, params.packed()), expected)

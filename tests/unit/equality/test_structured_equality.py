@@ -195,6 +195,7 @@ def test_the_draft_is_steered(configure: Callable[..., dict[str, Any]], monkeypa
         return verify(self, round)
 
     monkeypatch.setattr(VerifierWorker, "verify", watched)
+    monkeypatch.setattr(Grammars, "ready", lambda self, wanted: bool(self.matcher(wanted)))  # the draft waits, too
     with LLM(configure(4, siblings=1), launch=InprocPipeline) as llm:
         steered = generated(llm, "ssd", some)
     assert not broken

@@ -143,9 +143,9 @@ class ScriptedPipeline:
             ends=frozenset(plan.ends),
             max_model_len=plan.config.engine.max_model_len,
         )
-        chooser = SlotSampling(runner.batch, SIZE, runner.device, horizon=plan.shape.depth + 1)
-        decider = Decider(runner, plan.shape, chooser)
-        self.worker = ScriptedVerifier(runner, options, chooser=chooser, decider=decider)
+        sampling = SlotSampling(runner.batch, SIZE, runner.device, horizon=plan.shape.depth + 1)
+        decider = Decider(runner, plan.shape, sampling)
+        self.worker = ScriptedVerifier(runner, options, sampling=sampling, decider=decider)
         self.worker.right, self.worker.cancelled_at = right, []
         theirs.send(Ready(role="verifier", info={}))
         self._thread = threading.Thread(target=verifier_loop, args=(self.worker, theirs, None), daemon=True)
