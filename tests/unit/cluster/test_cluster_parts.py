@@ -12,7 +12,7 @@ import pytest
 
 from ssd.config.load import load_config
 from ssd.config.sections import Config
-from ssd.errors import UsageError, WorkerError
+from ssd.errors import PipelineError, UsageError, WorkerError
 from ssd.pipeline.runtime.plan import Plan
 from ssd.testing.twins.pipeline import ScriptedPipeline
 
@@ -120,3 +120,108 @@ async def until(condition: Any) -> None:
             return
         await asyncio.sleep(0.01)
     raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "error", [Exception("The current node timed out during startup"), ConnectionError("refused"), ValueError("x")]
+)
+def test_a_cluster_that_cannot_be_joined(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssd.cluster import placement
+
+    left: list[None] = []
+
+    def refuse(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(placement.ray, "init", refuse)
+    monkeypatch.setattr(placement.ray, "shutdown", lambda: left.append(None))
+    with pytest.raises(PipelineError, match=rf"cannot join the Ray cluster at this machine: {error}"):
+        placement.connect()
+    with pytest.raises(PipelineError, match=r"at 10\.0\.0\.5:6379"):
+        placement.connect("10.0.0.5:6379")
+    assert len(left) == 2
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)], ids=repr)
+def test_joining_may_be_interrupted(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssd.cluster import placement
+
+    def interrupt(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(placement.ray, "init", interrupt)
+    with pytest.raises(type(error)):
+        placement.connect()
+
+
+class Method:
+    """A remote method whose reference is a call to make."""
+
+    def __init__(self, answer: Any):
+        self._answer = answer
+
+    def remote(self, *_: Any, **__: Any) -> Any:
+        return self._answer
+
+
+class StandIn:
+    """A handle of a pipeline actor."""
+
+    def __init__(self, **answers: Any):
+        config = load_config("embedded").model_dump()
+        for name, answer in {"describe": config, "start": {"verifier": {}}, **answers}.items():
+            setattr(self, name, Method(answer))
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, str]]:
+    """Actors that were ended, with the names of their groups."""
+    from ssd.cluster import client
+
+    def get(answer: Any) -> Any:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    found: list[tuple[Any, str]] = []
+    monkeypatch.setattr(client.ray, "get", get)
+    monkeypatch.setattr(client, "end", lambda actor, group: found.append((actor, group)))
+    return found
+
+
+def test_a_client_ends_the_actor_it_started(ended: list[tuple[Any, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssd.cluster import client
+
+    actor, given = StandIn(), {}
+
+    class Starting:
+        @staticmethod
+        def remote(_config: Config, **options: Any) -> StandIn:
+            given.update(options)
+            return actor
+
+    monkeypatch.setattr(client, "PipelineActor", Starting)
+    with client.PipelineClient("embedded", strategy="PACK") as one:
+        assert one.config == load_config("embedded") and one.info() == {"verifier": {}}
+    one.close()
+    assert ended == [(actor, given["name"])] and given["strategy"] == "PACK"
+    with pytest.raises(PipelineError, match="closed"):
+        one.timings()
+    actor.start = Method(WorkerError("no room"))  # type: ignore[attr-defined]
+    with pytest.raises(WorkerError, match="no room"):
+        client.PipelineClient("embedded")
+    assert ended[1] == (actor, given["name"]) and len(ended) == 2
+
+
+def test_a_client_of_a_standing_actor_leaves_it_running(
+    ended: list[tuple[Any, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ssd.cluster import client
+
+    monkeypatch.setattr(client, "standing", lambda name: {"here": StandIn()}[name])
+    with client.PipelineClient.attach("here") as one:
+        assert one.config == load_config("embedded") and one.info() == {"verifier": {}}
+    one.close()
+    with pytest.raises(PipelineError, match="closed"):
+        one.generate("x")
+    assert not ended
