@@ -172,6 +172,39 @@ def test_all_completions_or_none() -> None:
     run(body, limits=Limits(sent=1, queue=2))
 
 
+@pytest.mark.parametrize(
+    ("last", "error"),
+    [
+        (([4], replace(LONG, max_tokens=380)), OverloadedError),  # together they exceed the queue
+        (([], LONG), RequestError),
+        (([4], replace(LONG, structured_outputs=StructuredOutputsParams(regex="("))), RequestError),
+        (([4], replace(LONG, method="self")), RequestError),
+    ],
+    ids=["too many", "empty prompt", "grammar", "method"],
+)
+def test_several_requests_start_together_or_not_at_all(
+    last: tuple[list[int], SamplingParams], error: type[Exception]
+) -> None:
+    params = SamplingParams(max_tokens=5, seed=1)
+
+    async def body(bench: Bench) -> None:
+        first = await bench.engine.open([4], LONG)
+        asked = [([4], params), ([5], replace(params, n=2, temperature=1.0)), last]
+        before = bench.engine.running, bench.engine.queued, bench.engine.tokens_in_flight
+        with pytest.raises(error):
+            await bench.engine.open_all(asked)
+        assert before == (bench.engine.running, bench.engine.queued, bench.engine.tokens_in_flight)
+        assert len(bench.engine._streams) == 1
+        streams = await bench.engine.open_all(asked[:2], caller=Caller(label="both"))
+        assert [request.label for stream in streams for request in stream.requests] == ["both"] * 3
+        first.cancel()
+        outputs = [await stream.output() for stream in streams]
+        assert [output.token_ids for output in outputs] == [bench.expected([4], 1, 5), bench.expected([5], 1, 5)]
+        assert len(outputs[1].outputs) == 2
+
+    run(body, limits=Limits(sent=1, queue=3))
+
+
 def test_limits() -> None:
     async def body(bench: Bench) -> None:
         kept = [await bench.engine.open([1], LONG) for _ in range(4)]
