@@ -82,7 +82,7 @@ def test_garbage_breaks_it_once(kind: str, tmp_path: Path) -> None:
             while not errors:
                 await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
-        assert len(errors) == 1 and "not a control message" in str(errors[0])
+        assert len(errors) == 1 and "not a message of the control lane" in str(errors[0])
         await lane.close()
 
     asyncio.run(body())
