@@ -181,7 +181,7 @@ def test_standing_actor(cluster: None, config: dict[str, Any]) -> None:
     stand("here", config)
     pids = worker_pids()
     assert len(pids) == 3
-    with pytest.raises(UsageError, match="named 'here' already"):
+    with pytest.raises(UsageError, match="named 'here' exists already"):
         stand("here", config)
     answers = []
     for method in ("none", "ssd"):

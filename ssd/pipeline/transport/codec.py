@@ -15,6 +15,7 @@ import msgspec
 from ...errors import PipelineError, RequestError
 
 _ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(dict[str, Any])
 
 
 class Codec:
@@ -56,8 +57,10 @@ class Codec:
         if len(raw) > self.max_bytes:
             raise PipelineError(f"a message of {len(raw)} bytes on the {self._lane}; at most {self.max_bytes} fit")
         try:
-            body: dict[str, Any] = msgspec.msgpack.decode(raw)
-            cls = self.types[body.pop("type")]
+            body = _DECODER.decode(raw)
+            cls = self.types.get(kind := body.pop("type", None))
+            if cls is None:
+                raise TypeError(f"there is no type {kind!r}")
             if unknown := body.keys() - _fields(cls):
                 raise TypeError(f"{cls.__name__} has no field {min(unknown)}")
             return msgspec.convert(body, cls)
@@ -65,7 +68,7 @@ class Codec:
             if isinstance(error.__cause__, RequestError):
                 raise error.__cause__ from None
             raise PipelineError(f"not a message of the {self._lane}: {error}") from error
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, msgspec.MsgspecError) as error:
+        except (ValueError, TypeError, RecursionError, msgspec.MsgspecError) as error:
             raise PipelineError(f"not a message of the {self._lane}: {error}") from error
 
 
