@@ -105,14 +105,14 @@ def some_drafts(config: dict[str, Any], count: int, draw: random.Random) -> Iter
     with LLM(config) as llm:
         plain = llm.generate([PROMPT], LONG_PLAIN)[0].token_ids
         for _ in range(count):
-            at, got = draw.randrange(COUNT), []
+            at, got, killed = draw.randrange(COUNT), [], llm._pipeline.pids["draft"]  # type: ignore[union-attr]
             for event in llm.stream(PROMPT, LONG):
                 if len(got) <= at < len(got) + len(event.token_ids):
-                    os.kill(llm._pipeline.pids["draft"], signal.SIGKILL)  # type: ignore[union-attr]
+                    os.kill(killed, signal.SIGKILL)
                 got += event.token_ids
             check(tuple(got) == plain, f"tokens changed after the draft was killed at token {at}")
             deadline = time.monotonic() + RESTART_S
-            while llm.degraded:
+            while llm.degraded or llm._pipeline.pids.get("draft") == killed:  # type: ignore[union-attr]
                 check(time.monotonic() < deadline, f"the draft did not come back: {llm.degraded}")
                 llm.generate([PROMPT], LONG_PLAIN)
             yield "tokens unchanged, draft back"
