@@ -222,7 +222,8 @@ class ForwardRunner:
         self._compiled += 1
         code = body.__code__.replace(co_name=f"{body.__name__}_{self._compiled}")
         own = FunctionType(code, body.__globals__, body.__name__, None, body.__closure__)
-        return torch.compile(own, fullgraph=True, dynamic=False, options=self._inductor)
+        # A copy: torch.compile removes guard_filter_fn from the dict that it is given.
+        return torch.compile(own, fullgraph=True, dynamic=False, options=dict(self._inductor))
 
     @torch.no_grad()
     def prefill(self, slot: int, tokens: Sequence[int], start: int = 0) -> None:
