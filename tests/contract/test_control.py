@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import pickle
+import random
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -248,3 +250,29 @@ def test_nothing_is_pickled() -> None:
     for path in Path(messages.__file__).parent.glob("*.py"):
         called = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
         assert not called & {"send_pyobj", "recv_pyobj", "send_object_list", "broadcast_object_list"}, path
+
+
+def test_looking_and_sending_in_turns_loses_nothing(tmp_path: Path) -> None:
+    """A look without a wait asks ZMQ only when its descriptor says so; what is sent meanwhile may use that sign up."""
+    near, endpoint = ZmqLane.bind(f"ipc://{tmp_path}/lane")
+    far, count, draw = ZmqLane.connect(endpoint), 3000, random.Random(1)
+
+    def feed() -> None:
+        for number in range(count):
+            far.send(Cancel(request=number))
+            if draw.random() < 0.02:
+                time.sleep(1e-4)
+
+    feeding, sent, deadline = threading.Thread(target=feed), 0, time.monotonic() + 60
+    feeding.start()
+    for number in range(count):
+        while (message := near.receive(0)) is None:
+            assert time.monotonic() < deadline
+            if draw.random() < 0.01:
+                near.send(Cancel(request=sent))
+                sent += 1
+        assert message == Cancel(request=number)
+    feeding.join()
+    assert [far.receive(5.0) for _ in range(sent)] == [Cancel(request=number) for number in range(sent)]
+    near.close()
+    far.close()
