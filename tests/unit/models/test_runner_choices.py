@@ -11,6 +11,7 @@ import torch
 
 from ssd.config.sections import ModelConfig
 from ssd.models.attention import tree_attention
+from ssd.models.runner import ForwardRunner, RunnerOptions
 from ssd.pipeline.runtime import runners
 from ssd.testing.models.tiny import ARCHITECTURES, tiny_model
 
@@ -78,3 +79,20 @@ def test_auto_compiles_on_cpus_with_a_compiler(monkeypatch: pytest.MonkeyPatch) 
         assert runners._compiles(wanted(), model_on(GPU)) is False
         for asked in (False, True):
             assert runners._compiles(wanted(compile=asked), model_on(GPU)) is asked
+
+
+def test_every_compiled_function_runs_without_guards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile takes the filter out of the options that it is given, so each call needs its own."""
+    seen: list[bool] = []
+
+    def compile_(body: Any, *, options: dict[str, Any], **_: Any) -> Any:
+        seen.append(options.pop("guard_filter_fn", None) is not None)
+        return body
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    model = tiny_model("llama", vocab_size=128)
+    options = RunnerOptions(batch=1, capacity=64, scratch_slots=0, prefill_chunk=16, vocabulary=128, compile=True)
+    runner = ForwardRunner(model, options)
+    for _ in range(3):
+        runner.compiled(lambda: None)
+    assert seen == [True] * 3
