@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import NoReturn
 
 from ssd.cli.app import make_app
-from ssd.cli.context import Makers
+from ssd.cli.options import Makers
 
 SHARED = ("--config", "-c", "--set")
 """Options of every command; launchers accept them before the command too."""

@@ -18,7 +18,7 @@ if str(ROOT) not in sys.path:
 
 from launch.commands import run  # noqa: E402
 from launch.torchrun import LOOPBACK  # noqa: E402
-from ssd.cli.context import Makers  # noqa: E402
+from ssd.cli.options import Makers  # noqa: E402
 from ssd.errors import PipelineError, UsageError  # noqa: E402
 from ssd.pipeline.runtime.plan import Plan  # noqa: E402
 from ssd.pipeline.transport.lanes import ControlLane, ZmqLane  # noqa: E402

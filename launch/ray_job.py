@@ -27,7 +27,7 @@ if str(ROOT) not in sys.path:
 
 from launch.commands import run  # noqa: E402
 from launch.ray_env import join  # noqa: E402
-from ssd.cli.context import Makers  # noqa: E402
+from ssd.cli.options import Makers  # noqa: E402
 
 COMMANDS = ("generate", "compare", "certify", "info", "batch")
 

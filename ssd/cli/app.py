@@ -20,8 +20,7 @@ import typer
 from .. import __version__
 from ..errors import PipelineError, UsageError
 from . import bench, certify, compare, generate, plan, remote, serving, tune
-from .context import Makers
-from .options import ConfigOption, SetOption, settings_of
+from .options import ConfigOption, Makers, SetOption, settings_of
 
 if TYPE_CHECKING:
     from ..config.sections import ModelConfig

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from .context import makers
 from .options import (
     AS_METHODS,
     ConfigOption,
@@ -21,6 +20,7 @@ from .options import (
     SetOption,
     TemperatureOption,
     check_folders,
+    makers,
     settings_of,
     workload,
 )

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from .context import makers
 from .options import (
     AS_METHODS,
     ConfigOption,
@@ -15,6 +14,7 @@ from .options import (
     PromptsOption,
     SetOption,
     check_folders,
+    makers,
     settings_of,
     workload,
 )

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import RequestError
-from .context import makers
 from .options import (
     AS_METHODS,
     ConfigOption,
@@ -20,6 +19,7 @@ from .options import (
     SetOption,
     TemperatureOption,
     check_folders,
+    makers,
     settings_of,
     workload,
 )

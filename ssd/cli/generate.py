@@ -13,8 +13,7 @@ from ..errors import PipelineError, RequestError, UsageError
 from ..request.output import RequestOutput, StreamEvent
 from ..request.sampling_params import SamplingParams
 from ..request.structured import StructuredOutputsParams
-from .context import makers
-from .options import ConfigOption, SeedOption, SetOption, TemperatureOption, settings_of
+from .options import ConfigOption, SeedOption, SetOption, TemperatureOption, makers, settings_of
 from .terminal import say, warn_degraded
 
 if TYPE_CHECKING:

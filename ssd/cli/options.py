@@ -1,9 +1,11 @@
-"""Options that several commands share, and what they stand for."""
+"""What several commands share: their options, and the functions that make their pipelines."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import typer
 
@@ -12,6 +14,8 @@ from ..errors import UsageError
 if TYPE_CHECKING:
     from ..bench.measure.prompts import Prompt
     from ..config.sections import Config
+    from ..engine.llm import LLM
+    from ..serving.batch.run import Batch
 
 ConfigOption = Annotated[
     str, typer.Option("--config", "-c", help="A YAML file, or the name of a shipped configuration.")
@@ -78,3 +82,39 @@ def check_folders(files: dict[str, Path | None]) -> None:
     for option, file in files.items():
         if file is not None and not file.parent.is_dir():
             raise UsageError(f"{option} {file}: the folder {str(file.parent)!r} does not exist; create it first")
+
+
+class MakeBatch(Protocol):
+    """Prepares what ``ssd batch`` runs."""
+
+    def __call__(self, config: Config, source: Path, out: Path, *, restart: bool) -> Batch: ...
+
+
+def local_llm(config: Config) -> LLM:
+    """Starts a pipeline on this machine."""
+    from ..engine.llm import LLM
+
+    return LLM(config)
+
+
+def local_batch(config: Config, source: Path, out: Path, *, restart: bool) -> Batch:
+    """Prepares a batch that runs on this machine."""
+    from ..serving.batch.run import Batch
+
+    return Batch(config, source, out, restart=restart)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Makers:
+    """Functions that make what the commands work with."""
+
+    llm: Callable[[Config], LLM] = local_llm
+    """Starts a pipeline; what it returns has the methods of ``LLM`` and ends the pipeline when it is left."""
+    batch: MakeBatch = local_batch
+
+
+def makers(context: typer.Context) -> Makers:
+    """Returns the makers the running command was given."""
+    found = context.find_object(Makers)
+    assert found is not None, "make_app puts them into the context"
+    return found

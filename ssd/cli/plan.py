@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RequestError
-from .context import makers
-from .options import ConfigOption, JsonOption, PromptsOption, SetOption, check_folders, settings_of, workload
+from .options import ConfigOption, JsonOption, PromptsOption, SetOption, check_folders, makers, settings_of, workload
 from .terminal import say, status, tables, write_json, write_pictures
 
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .context import makers
-from .options import ConfigOption, SetOption, settings_of
+from .options import ConfigOption, SetOption, makers, settings_of
 from .terminal import say
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import UsageError
-from .context import makers
 from .options import (
     ConfigOption,
     MaxTokensOption,
@@ -19,6 +18,7 @@ from .options import (
     SetOption,
     TemperatureOption,
     check_folders,
+    makers,
     settings_of,
     workload,
 )

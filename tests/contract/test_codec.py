@@ -14,7 +14,7 @@ from ssd.pipeline.transport import messages
 from ssd.pipeline.transport.messages import Admit, Cancel, Failed, Submit
 from ssd.request.sampling_params import SamplingParams
 from ssd.serving.lane import wire
-from tests.contract.test_client_lane import MESSAGES
+from tests.contract.test_client_wire import MESSAGES
 from tests.contract.test_control import EVERY
 
 Decode = Callable[[bytes], Any]

@@ -8,6 +8,7 @@ inside a compiled function.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -51,7 +52,7 @@ class Frontier(NamedTuple):
     """int64 ``[B, N, D]``, all candidates, ``fed`` included; None if the scores do not depend on them."""
 
 
-class Scorer:
+class Scorer(ABC):
     """Chooses candidates from logits: ``score`` says how.
 
     Args:
@@ -62,9 +63,9 @@ class Scorer:
     def __init__(self, sampling: SlotSampling, width: int):
         self._sampling, self._width = sampling, width
 
+    @abstractmethod
     def score(self, logits: Tensor, rows: Rows, paths: Tensor | None) -> Tensor:
         """Returns the scores ``[B, R, V]`` of rows below the candidates ``paths [B, R, D]``."""
-        raise NotImplementedError
 
     def paths(self, tokens: Tensor) -> Tensor | None:
         """Returns the paths of the rows of the trees ``tokens [B, W]``, or of their roots ``[B, 1]``."""

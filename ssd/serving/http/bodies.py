@@ -7,6 +7,7 @@ that do not concern the answer (``user``, ``metadata``).
 from __future__ import annotations
 
 import secrets
+from abc import abstractmethod
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar, cast
@@ -138,9 +139,9 @@ class Common(_Body):
     metadata: dict[str, str] | None = None
 
     @property
+    @abstractmethod
     def top_count(self) -> int | None:
         """How many of the most probable tokens to report at each position; None for no log-probabilities."""
-        raise NotImplementedError
 
 
 class _Completion(Common):

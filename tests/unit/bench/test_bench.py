@@ -24,7 +24,7 @@ from ssd.bench.peers.adapters import Peer, PeerUnavailable, parse_peers
 from ssd.bench.peers.worker import stretched
 from ssd.bench.report.bench_page import bench_page, bench_pictures, rounds_of
 from ssd.cli.app import make_app
-from ssd.cli.context import Makers
+from ssd.cli.options import Makers
 from ssd.config.load import load_config, resolve_model_path
 from ssd.errors import ConfigError, RequestError
 from ssd.models.loading import load_tokenizer

@@ -30,7 +30,7 @@ from ssd.bench.exactness.certify import (
 from ssd.bench.exactness.teacher import Teacher
 from ssd.bench.measure.prompts import Prompt
 from ssd.cli.app import make_app
-from ssd.cli.context import Makers
+from ssd.cli.options import Makers
 from ssd.config.load import load_config
 from ssd.decoding.verify.coupled import Outcome, verify_coupled
 from ssd.errors import RequestError

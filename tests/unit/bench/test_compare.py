@@ -17,7 +17,7 @@ from ssd.bench.measure.interleave import Runs, count_ngrams
 from ssd.bench.measure.prompts import DEMO_PROMPTS, Prompt, load_prompts
 from ssd.bench.report.comparison_report import print_comparison
 from ssd.cli.app import make_app
-from ssd.cli.context import Makers
+from ssd.cli.options import Makers
 from ssd.config.load import load_config
 from ssd.config.sections import Config
 from ssd.errors import LinkError, RequestError

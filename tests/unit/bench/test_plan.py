@@ -23,7 +23,7 @@ from ssd.bench.simulate.profile import Costs, Independent, Line, Profile
 from ssd.bench.simulate.simulator import Setting, Simulator, simulate
 from ssd.bench.simulate.tune import measure_candidates, shortlist, tuned_yaml
 from ssd.cli.app import make_app
-from ssd.cli.context import Makers
+from ssd.cli.options import Makers
 from ssd.config.load import load_config
 from ssd.testing.twins.llm import ScriptedLLM
 

@@ -18,7 +18,7 @@ from ssd.bench.drafts.tune_layers import layers_yaml, measure, patterns, search,
 from ssd.bench.measure.interleave import Runs
 from ssd.bench.measure.prompts import DEMO_PROMPTS
 from ssd.cli.app import make_app
-from ssd.cli.context import Makers
+from ssd.cli.options import Makers
 from ssd.models.skipping import SkipSet
 from ssd.pipeline.runtime.build_verifier import build_verifier
 from ssd.pipeline.runtime.plan import Plan

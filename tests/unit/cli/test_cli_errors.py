@@ -158,7 +158,7 @@ class Slow:
         time.sleep(60)
         yield
 from ssd.cli.app import make_app
-from ssd.cli.context import Makers
+from ssd.cli.options import Makers
 make_app(Makers(llm=Slow))(["generate", "x", *MODELS])
 """
     )

@@ -234,7 +234,7 @@ def test_launchers_refuse_what_would_run_without_them(launcher: str, command: st
 def test_launchers_make_the_pipelines(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without changing the package: the command gets what makes pipelines."""
     from launch.commands import run
-    from ssd.cli.context import Makers
+    from ssd.cli.options import Makers
     from ssd.testing.twins.llm import ScriptedLLM
 
     made: list[ScriptedLLM] = []
