@@ -8,7 +8,7 @@ from ...decoding.logprobs import Logprobs
 from ...request.methods import Method
 from ...request.output import FinishReason, SpeculationRecord
 from .candidates import CandidateOrigin
-from .frames import Next, RowState
+from .frames import Next, OutcomeFrame, RowState
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,3 +63,16 @@ class Verdict:
         """Whether the draft takes part in the next round."""
         going_on = RowState.ACTIVE in self.states or RowState.PREFILL in self.states
         return Next.ROUND if going_on else Next.IDLE
+
+    def outcome(self, round: int, control_count: int) -> OutcomeFrame:
+        """The frame that tells the draft. Arguments as for ``OutcomeFrame``."""
+        return OutcomeFrame(
+            round=round,
+            control_count=control_count,
+            next=self.next,
+            ngram=self.ngram,
+            lookahead=self.lookahead,
+            states=self.states,
+            nodes=self.nodes,
+            bonus=self.bonus,
+        )

@@ -249,18 +249,6 @@ class VerifierLoop:
         self._front.tell(messages, at_once=any(awaited))
 
 
-def verifier_loop(
-    worker: VerifierWorker,
-    front: ControlLane,
-    draft: DraftSide | None = None,
-    rejoin: Rejoin | None = None,
-    *,
-    alive: Callable[[], bool] = lambda: True,
-) -> None:
-    """Serve requests from the front until it says shut down or is gone. Arguments as for ``VerifierLoop``."""
-    VerifierLoop(worker, front, draft, rejoin, alive=alive).run()
-
-
 def _committed(commit: Commit, now_s: float) -> Committed:
     return Committed(
         request=commit.request,

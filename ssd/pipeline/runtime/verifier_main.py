@@ -19,7 +19,7 @@ from ..verifier.worker import VerifierWorker
 from .build_verifier import build_rank, build_verifier
 from .cores import set_threads, settle, usable_cores
 from .plan import Plan
-from .verifier_loop import verifier_loop
+from .verifier_loop import VerifierLoop
 from .worker_main import LastWords, introduce
 
 Build = Callable[[Plan, Ranks | None], tuple[VerifierWorker, dict[str, Any]]]
@@ -58,7 +58,7 @@ def run_verifier(
             worker, info = build(plan, None)
             settle(cores)
             front.send(Ready(role="verifier", info=info))
-            verifier_loop(worker, front, alive=alive)
+            VerifierLoop(worker, front, alive=alive).run()
             return
         side = _open_side(plan, host, folder)
         opened.callback(side.close)
@@ -79,7 +79,7 @@ def run_verifier(
                 ranks.group.limit(config.engine.link_timeout_s)
             settle(cores)
             front.send(Ready(role="verifier", info=info))
-            verifier_loop(worker, front, draft, rejoin, alive=alive)
+            VerifierLoop(worker, front, draft, rejoin, alive=alive).run()
 
 
 def _open_side(plan: Plan, host: str, folder: str | None) -> VerifierSide:

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 
 from ...decoding.verify.draft_probs import DraftProbs
 from ...errors import LinkError, PipelineError
-from ..round.frames import Frames, Next, OutcomeFrame, SpeculationSet
+from ..round.frames import Frames, Next, SpeculationSet
 from ..round.roles import Arm
 from ..round.verdict import Verdict
 from ..transport.lanes import ControlLane
@@ -65,19 +65,10 @@ class DraftSide:
             PipelineError: the draft is gone.
         """
         self._next = verdict.next
-        frame = OutcomeFrame(
-            round=self._round,
-            control_count=self._told,
-            next=verdict.next,
-            ngram=verdict.ngram,
-            lookahead=verdict.lookahead,
-            states=verdict.states,
-            nodes=verdict.nodes,
-            bonus=verdict.bonus,
-        )
         if self._rings:
             self.lane.send(Bell(round=self._round), wait=False)
-        return self.link.post(self.frames.pack_outcome(frame), self._speculation)
+        frame = self.frames.pack_outcome(verdict.outcome(self._round, self._told))
+        return self.link.post(frame, self._speculation)
 
     def finish(self, pending: Pending) -> tuple[SpeculationSet, float]:
         """End the exchange. Returns the speculation set and the seconds that the draft took for it.

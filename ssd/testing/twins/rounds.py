@@ -12,7 +12,6 @@ from typing import Literal
 
 from ...pipeline.draft.worker import DraftWorker
 from ...pipeline.round.candidates import CandidateOrigin
-from ...pipeline.round.frames import OutcomeFrame
 from ...pipeline.round.lookup import lookup
 from ...pipeline.round.roles import Arm
 from ...pipeline.round.round import Round
@@ -89,17 +88,7 @@ def play(
         for commit in verdict.commits:
             one = PlayedRound(source=SOURCES[commit.origin], accepted=commit.accepted, tokens=tuple(commit.tokens))
             histories[commit.request].rounds.append(one)
-        outcome = OutcomeFrame(
-            round=number,
-            control_count=0,
-            next=verdict.next,
-            ngram=verdict.ngram,
-            lookahead=verdict.lookahead,
-            states=verdict.states,
-            nodes=verdict.nodes,
-            bonus=verdict.bonus,
-        )
-        outcome = frames.unpack_outcome(frames.pack_outcome(outcome), number)
+        outcome = frames.unpack_outcome(frames.pack_outcome(verdict.outcome(number, 0)), number)
         round = verifier.advance(round, verdict, lookup(verdict.nodes, verdict.bonus, sent))
         waits = draft.waiting(outcome.states, draft.commit(outcome, prepared), jit=plan.jit)
         if round.waiting != tuple(slot for slot, waiting in enumerate(waits) if waiting):

@@ -30,7 +30,7 @@ from ssd.pipeline.round.round import Round
 from ssd.pipeline.round.verdict import Verdict
 from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.pipeline.runtime.plan import Plan
-from ssd.pipeline.runtime.verifier_loop import verifier_loop
+from ssd.pipeline.runtime.verifier_loop import VerifierLoop
 from ssd.pipeline.sampling.slots import SlotSampling
 from ssd.pipeline.transport.lanes import InprocLane
 from ssd.pipeline.transport.messages import Committed, Finished, Ready, Shutdown
@@ -148,7 +148,7 @@ class ScriptedPipeline:
         self.worker = ScriptedVerifier(runner, options, sampling=sampling, decider=decider)
         self.worker.right, self.worker.cancelled_at = right, []
         theirs.send(Ready(role="verifier", info={}))
-        self._thread = threading.Thread(target=verifier_loop, args=(self.worker, theirs, None), daemon=True)
+        self._thread = threading.Thread(target=VerifierLoop(self.worker, theirs).run, daemon=True)
         self._thread.start()
 
     def check(self) -> list[str]:

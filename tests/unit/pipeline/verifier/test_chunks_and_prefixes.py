@@ -23,7 +23,7 @@ from ssd.pipeline.runtime.build_draft import build_draft
 from ssd.pipeline.runtime.build_verifier import build_verifier
 from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.pipeline.runtime.plan import Plan
-from ssd.pipeline.runtime.verifier_loop import verifier_loop
+from ssd.pipeline.runtime.verifier_loop import VerifierLoop
 from ssd.pipeline.transport import front_lane
 from ssd.pipeline.transport.messages import Admit, Cancel, Committed, Finished, Message, Shutdown, Submit
 from ssd.pipeline.verifier.prompts import PrefixCache
@@ -76,7 +76,7 @@ def perform(worker: VerifierWorker, script: Script) -> None:
         compute(slot, tokens, start=start)
 
     worker.runner.prefill = prefill  # type: ignore[method-assign]
-    verifier_loop(worker, script, None)
+    VerifierLoop(worker, script).run()
 
 
 def committed(request: int, rounds: int) -> Callable[[list[Any]], bool]:
