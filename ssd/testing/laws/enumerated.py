@@ -10,6 +10,7 @@ float64, to be compared with the target's.
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,19 +47,19 @@ Proposer = Callable[[Prefix], list[Proposal]]
 """All trees that can be drawn after a prefix (its last token is the root)."""
 
 
-class Rule:
+class Rule(ABC):
     """A verification rule as the enumeration sees it: chances of passing, and the rule itself."""
 
     def __init__(self, shape: TreeShape):
         self.shape = shape
 
+    @abstractmethod
     def chances(self, target_probs: Tensor, tokens: Tensor, draft: DraftProbs) -> Tensor:
         """``[B, W - 1]``: the thresholds the uniforms are compared with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def verify(self, target_probs: Tensor, tokens: Tensor, draft: DraftProbs, uniforms: Tensor) -> BonusLaw:
         """``uniforms`` ``[B, W - 1]``."""
-        raise NotImplementedError
 
 
 class RejectionRule(Rule):
