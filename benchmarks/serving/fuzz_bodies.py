@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from ssd.serving.http.bodies import UNSUPPORTED, ChatBody, CompletionBody
+from ssd.serving.openai.bodies import UNSUPPORTED, ChatBody, CompletionBody
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 JSON_KIND = "application/json"

@@ -31,7 +31,7 @@ from ..pipeline.runtime.plan import Plan
 from ..serving.batch.lines import Line
 from ..serving.batch.run import Batch, Progress
 from ..serving.batch.worker import LineWorker
-from ..serving.http.jobs import model_name
+from ..serving.openai.jobs import model_name
 from .actors import PLACEMENT_TIMEOUT_S
 from .cores import CoreLease
 from .placement import Bundle, Placement, bundles, on_gpu, reason

@@ -28,9 +28,9 @@ from ..engine.async_engine import AsyncEngine
 from ..errors import UsageError, WorkerError
 from ..pipeline.runtime.launch import Pipeline
 from ..pipeline.runtime.plan import Plan
-from ..serving.http.app import build_app
-from ..serving.http.jobs import model_name
+from ..serving.app import build_app
 from ..serving.metrics import Metrics
+from ..serving.openai.jobs import model_name
 from .actors import RayPipeline
 from .placement import Placement, Strategy, bundles
 from .serve_metrics import publish

@@ -15,10 +15,10 @@ from ..engine.async_engine import AsyncEngine
 from ..errors import SSDError, UsageError
 from ..pipeline.runtime.launch import Pipeline, launch_here
 from ..pipeline.runtime.plan import Plan
-from .http.app import build_app
-from .http.jobs import model_name
+from .app import build_app
 from .lane.server import LaneServer
 from .metrics import Metrics
+from .openai.jobs import model_name
 from .shadow import observed_engine
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)

@@ -299,10 +299,10 @@ def test_an_unexpected_error_ends_one_line(tmp_path: Path, place: str, monkeypat
     lines = [{"id": "a", "prompt": "first"}, {"id": "b", "prompt": "broken"}, {"id": "c", "prompt": "last"}]
     source, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
     owner, name = {
-        "completion": ("ssd.serving.http.jobs.JobReader", "completion"),
+        "completion": ("ssd.serving.openai.jobs.JobReader", "completion"),
         "_seeded": ("ssd.serving.batch.lines", "_seeded"),
         "tokenize": ("ssd.engine.async_engine.AsyncEngine", "tokenize"),
-        "whole": ("ssd.serving.http.generation.Generation", "whole"),
+        "whole": ("ssd.serving.openai.generation.Generation", "whole"),
     }[place]
     target = pydoc.locate(owner)
     original = getattr(target, name)

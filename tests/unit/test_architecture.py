@@ -46,7 +46,15 @@ ROOMS = {
         "draft": {"round", "transport", "sampling"},
         "runtime": {"round", "transport", "policy", "sampling", "verifier", "draft"},
     },
-    "serving": {"http": set(), "lane": set(), "batch": {"http"}},
+    "serving": {
+        "http": set(),
+        "lane": set(),
+        "parsers": set(),
+        "openai": {"http", "parsers"},
+        "responses": {"http", "parsers", "openai"},
+        "anthropic": {"http", "parsers", "openai"},
+        "batch": {"http", "openai"},
+    },
 }
 """Rooms of a layer, and which of its other rooms each may import."""
 OPEN = {"ssd.__version__"}

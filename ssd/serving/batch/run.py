@@ -19,7 +19,7 @@ from ...engine.book import Limits
 from ...errors import SSDError, UsageError
 from ...pipeline.runtime.launch import Pipeline, launch_here
 from ...pipeline.runtime.plan import Plan
-from ..http.jobs import model_name
+from ..openai.jobs import model_name
 from .journal import Journal, fingerprint
 from .lines import Line, read_lines
 from .worker import LineWorker

@@ -7,8 +7,8 @@ from typing import Any
 
 from ...engine.async_engine import AsyncEngine
 from ..http.errors import APIError
-from ..http.generation import Generation
-from ..http.jobs import JobReader
+from ..openai.generation import Generation
+from ..openai.jobs import JobReader
 from .lines import URLS, Line, line_border
 
 

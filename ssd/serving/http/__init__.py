@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP server."""
+"""What every HTTP front door shares: the border, access, errors, the server's state."""

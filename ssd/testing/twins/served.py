@@ -16,7 +16,7 @@ import uvicorn
 from ...config.load import load_config
 from ...pipeline.runtime.launch import Pipeline
 from ...pipeline.runtime.plan import Plan
-from ...serving.http.app import build_app
+from ...serving.app import build_app
 from ...serving.metrics import Metrics
 from ...serving.shadow import observed_engine
 from .pipeline import ScriptedPipeline, scripted_token

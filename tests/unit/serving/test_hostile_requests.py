@@ -16,10 +16,10 @@ from ssd.config.load import load_config
 from ssd.engine.async_engine import AsyncEngine
 from ssd.engine.front import Front
 from ssd.errors import ConfigError, PipelineError
-from ssd.serving.http.app import build_app
+from ssd.serving.app import build_app
 from ssd.serving.http.errors import as_api_error
-from ssd.serving.http.generation import Generation
 from ssd.serving.metrics import Metrics
+from ssd.serving.openai.generation import Generation
 from ssd.testing.twins.served import Served
 
 SURROGATE = "a\ud800b"
@@ -229,7 +229,7 @@ def test_an_unexpected_error_is_an_openai_error(
         elif place == "metrics":
             patch.setattr("ssd.serving.metrics.generate_latest", raising)
         elif place == "models":
-            patch.setattr("ssd.serving.http.app.Models.described", raising)
+            patch.setattr("ssd.serving.openai.routes.Models.described", raising)
         else:
             patch.setattr("ssd.serving.http.guard.Guard._check_host", raising)
         with caplog.at_level(logging.ERROR):
@@ -254,7 +254,7 @@ def test_an_unexpected_error_within_a_stream(
         if place == "event":
             patch.setattr("ssd.engine.stream.RequestStream.__anext__", raising)
         else:
-            patch.setattr("ssd.serving.http.answers.Chat.part", raising)
+            patch.setattr("ssd.serving.openai.answers.Chat.part", raising)
         body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 9, "n": choices}
         status, _, text = served.ask("POST", CHAT, {**body, "stream": True})
     assert status == 200
@@ -325,7 +325,7 @@ def test_the_loop_is_not_held_by_a_large_body(served: Served, path: str, monkeyp
     body = {"model": "tiny", "max_tokens": 2, "user": "u" * 100_000}
     body |= {"messages": messages} if path == CHAT else {"prompt": "x"}
     with monkeypatch.context() as patch:
-        patch.setattr("ssd.serving.http.chat.ChatTemplate.tokens", slow)
+        patch.setattr("ssd.serving.openai.chat.ChatTemplate.tokens", slow)
         patch.setattr(served.engine, "tokenize", slow)
         answers: list[int] = []
         asking = threading.Thread(target=lambda: answers.append(served.ask("POST", path, body)[0]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ssd.request.output import TokenLogprob
-from ssd.serving.http.logprobs import TokenBytes, chat_logprobs, completion_logprobs
+from ssd.serving.openai.logprobs import TokenBytes, chat_logprobs, completion_logprobs
 from ssd.testing.models.tiny import tiny_tokenizer
 
 TEXT = "né 🐍\n日 x"

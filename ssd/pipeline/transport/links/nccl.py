@@ -65,6 +65,7 @@ class NcclLink(Link):
         # Transfers have a stream of their own, so that forwards never wait for the other end.
         self._stream = torch.cuda.Stream(device)
         self._group: Any = None
+        self._closing = threading.Lock()
         store.set_timeout(datetime.timedelta(seconds=self._timeout_s))
         met: Future[None] = Future()
 
@@ -153,17 +154,18 @@ class NcclLink(Link):
         return None
 
     def close(self) -> None:
-        group, self._group = self._group, None
-        if group is None:
-            return
+        with self._closing:  # a second caller returns once the first one's abort is over
+            group, self._group = self._group, None
+            if group is None:
+                return
 
-        def abort() -> None:
-            with contextlib.suppress(RuntimeError):
-                group.abort()
+            def abort() -> None:
+                with contextlib.suppress(RuntimeError):
+                    group.abort()
 
-        watchdog = threading.Thread(target=abort, name="ssd-nccl-abort", daemon=True)
-        watchdog.start()
-        watchdog.join(ABORT_S)
+            watchdog = threading.Thread(target=abort, name="ssd-nccl-abort", daemon=True)
+            watchdog.start()
+            watchdog.join(ABORT_S)
 
 
 @contextlib.contextmanager

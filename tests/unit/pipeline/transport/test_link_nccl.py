@@ -32,6 +32,7 @@ class Group:
 
     CONNECT_S = 0.3
     BLOCKS_S = 0.0
+    ABORTS_S = 0.0
     ends: dict[int, Group]
 
     class Options:
@@ -68,6 +69,7 @@ class Group:
         return len(self.sent)
 
     def abort(self) -> None:
+        time.sleep(self.ABORTS_S)
         self.aborted = True
 
     class Work:
@@ -140,6 +142,20 @@ def test_an_end_that_does_not_come_is_given_up_in_time() -> None:
         link(0, meet_s=0.2)
     assert time.monotonic() - began < 5
     assert Group.ends[0].aborted
+
+
+def test_whoever_closes_returns_once_the_group_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link's own deadline and its owner's may pass at the same moment."""
+    monkeypatch.setattr(Group, "ABORTS_S", 0.3)
+
+    def close(end: NcclLink) -> bool:
+        end.close()
+        return Group.ends[0].aborted
+
+    with ThreadPoolExecutor(4) as pool:
+        one, other = [future.result(10) for future in [pool.submit(link, rank) for rank in (0, 1)]]
+        assert [future.result(10) for future in [pool.submit(close, one) for _ in range(4)]] == [True] * 4
+    other.close()
 
 
 def test_a_group_that_blocks_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

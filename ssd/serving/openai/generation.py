@@ -13,9 +13,10 @@ from ...engine.request import Caller
 from ...engine.stream import RequestStream
 from ...errors import RequestError, SSDError
 from ...request.output import RequestOutput, StreamEvent, TokenLogprob
-from .answers import provenance, speculation_metrics, sse, usage
+from ..http.errors import APIError, as_api_error
+from ..http.sse import sse
+from .answers import provenance, speculation_metrics, usage
 from .bodies import refused
-from .errors import APIError, as_api_error
 from .jobs import Job
 from .logprobs import TokenBytes
 

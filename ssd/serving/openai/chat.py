@@ -7,7 +7,7 @@ from typing import Any
 
 from ...config.load import MODEL_FOLDER, PACKAGE
 from ...errors import ConfigError
-from .errors import APIError
+from ..http.errors import APIError
 
 
 class ChatTemplate:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -85,11 +84,6 @@ class Text:
     @staticmethod
     def logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes, offset: int) -> dict[str, Any]:
         return completion_logprobs(tokens, texts, offset)
-
-
-def sse(body: dict[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 def provenance(event: StreamEvent) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .errors import APIError
+from ..http.errors import APIError
 
 REPLACED = {
     f"guided_{kind}": f"structured_outputs.{kind}"

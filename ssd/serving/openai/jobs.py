@@ -11,7 +11,8 @@ from ...config.sections import Config
 from ...engine.async_engine import AsyncEngine
 from ...engine.book import Limits
 from ...request.sampling_params import SamplingParams
-from . import strict_json
+from ..http import strict_json
+from ..http.errors import APIError, shown
 from .answers import Chat, Schema, Text
 from .bodies import (
     COMPLETION_MAX_TOKENS,
@@ -24,7 +25,6 @@ from .bodies import (
     structured_by,
 )
 from .chat import ChatTemplate
-from .errors import APIError, shown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

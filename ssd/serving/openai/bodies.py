@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from ...errors import RequestError
 from ...request.methods import ServedMethod
 from ...request.sampling_params import MAX_LOGPROBS, MAX_SEED, SamplingParams, completion_seed
-from . import strict_json
-from .errors import MAX_NAME, APIError, as_api_error, shown
+from ..http import strict_json
+from ..http.errors import MAX_NAME, APIError, as_api_error, shown
 from .structured import REPLACED, ResponseFormat, StructuredOutputs, structured_outputs
 
 MAX_STOPS = 16

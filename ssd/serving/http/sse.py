@@ -1,0 +1,11 @@
+"""Server-sent events."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def sse(body: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
