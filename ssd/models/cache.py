@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from .device import check_cache_fits
+from .layers import FULL, Attended, attended
 from .rows import BLOCK
 
 
@@ -33,6 +34,12 @@ class RowStates(NamedTuple):
     """``[R, X]`` or ``[B, R, X]`` bool: the scratch slots each row attends."""
     sequences: Tensor | None = None
     """``[B]`` int64: the sequences of the rows, where ``main`` and ``scratch`` hold more than B sequences."""
+    starts: Tensor | None = None
+    """``[B, R]`` int64: the first main slot each row attends, in layers with a window; None: from slot 0."""
+    attends: Attended = FULL
+    """What the layer attends."""
+    capacity: int = 0
+    """Tokens of a sequence."""
 
     def picked(self) -> RowStates:
         """Returns the states of the rows' sequences only: a copy, unless they are all."""
@@ -84,6 +91,7 @@ class SlotCache:
         # Whole blocks: attention sums over main slots in blocks of BLOCK.
         self.capacity, self.main_slots = main_slots, -(-main_slots // BLOCK) * BLOCK
         self.scratch_slots = scratch_slots
+        self.attended = attended(text, main_slots)
 
         slots = self.main_slots + scratch_slots
         needed = 2 * self.layers * batch * heads * slots * dim * dtype.itemsize
@@ -95,6 +103,8 @@ class SlotCache:
 
         self.main = (zeros(self.main_slots), zeros(self.main_slots))
         self.scratch = (zeros(scratch_slots), zeros(scratch_slots))
+        self.scratch_positions = torch.zeros(batch, scratch_slots, dtype=torch.int64, device=device)
+        """Positions of the scratch slots' tokens: windows hide those that lie too far before a row."""
 
     @property
     def nbytes(self) -> int:
@@ -106,12 +116,14 @@ class SlotCache:
         return CacheView(
             tuple([t[slot : slot + 1] for t in part] for part in self.main),
             tuple([t[slot : slot + 1] for t in part] for part in self.scratch),
+            self.scratch_positions[slot : slot + 1],
+            self.attended,
             self.capacity,
         )
 
     def all_rows(self) -> CacheView:
         """Returns the view of all sequences."""
-        return CacheView(self.main, self.scratch, self.capacity)
+        return CacheView(self.main, self.scratch, self.scratch_positions, self.attended, self.capacity)
 
     def copy(self, source: int, slot: int, length: int) -> None:
         """Copies the first ``length`` main slots of sequence ``source`` to sequence ``slot``; at most all there are."""
@@ -141,13 +153,19 @@ class CacheView:
     is_compileable = False
     is_sliding: tuple[bool, ...] = ()
 
-    def __init__(self, main: tuple, scratch: tuple, capacity: int):
+    def __init__(
+        self, main: tuple, scratch: tuple, scratch_positions: Tensor, attended: tuple[Attended, ...], capacity: int
+    ):
         self.main, self.scratch, self.capacity = main, scratch, capacity
+        self._scratch_positions, self._attended = scratch_positions, attended
+        self._narrow = sorted(set(attended) - {FULL}, key=lambda one: (one.reach, one.size))
+        self._reached: dict[Attended, tuple[Tensor | None, Tensor | None]] = {}
 
     def prepare(
         self,
         *,
-        main_slots: Tensor,
+        positions: Tensor,
+        in_place: int,
         scratch_slots: Tensor,
         limits: Tensor,
         scratch_mask: Tensor | None,
@@ -157,15 +175,30 @@ class CacheView:
         """Sets what the next forward writes and attends.
 
         Args:
-            main_slots: ``[B, n]`` int64, the slots of the first n rows.
+            positions: ``[B, R]`` int64, of the rows; the first rows' are also their main slots.
+            in_place: n, the rows that are written to main slots.
             scratch_slots: ``[R - n]`` int64, the slots of the other rows.
             limits: ``[B, R]`` int64; a row attends the main slots below its limit.
             scratch_mask: as in ``RowStates``.
             context: T, the main slots that are looked at; no limit exceeds it.
             sequences: ``[B]`` int64, the rows' sequences, if they are not all.
         """
-        self.main_slots, self.scratch_slots, self.sequences = main_slots, scratch_slots, sequences
+        self.main_slots, self.scratch_slots, self.sequences = positions[:, :in_place], scratch_slots, sequences
         self.limits, self.scratch_mask, self.context = limits, scratch_mask, context
+        self._reached = {FULL: (None, scratch_mask)}
+        if not self._narrow:
+            return
+        held = self._scratch_positions
+        if in_place < positions.shape[1]:
+            if sequences is None:
+                held[:, scratch_slots] = positions[:, in_place:]
+            else:
+                held[sequences[:, None], scratch_slots] = positions[:, in_place:]
+        for one in self._narrow:
+            starts, mask = one.starts(positions), scratch_mask
+            if mask is not None:
+                mask = mask & ((held if sequences is None else held[sequences])[:, None] >= starts[..., None])
+            self._reached[one] = starts, mask
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_args, **_kwargs) -> tuple[RowStates, RowStates]:
         """Writes a layer's keys and values, ``[B, H_kv, R, D]`` each; returns what the rows attend of both."""
@@ -182,8 +215,11 @@ class CacheView:
                 side[:, :, self.scratch_slots] = own[:, :, placed:]
             else:
                 side[batch, :, self.scratch_slots] = own[:, :, placed:].transpose(1, 2)
-        scratch = None if self.scratch_mask is None else side
-        return RowStates(main[:, :, : self.context], scratch, own, self.limits, self.scratch_mask, sequences)
+        scratch, attends = None if self.scratch_mask is None else side, self._attended[layer]
+        starts, mask = self._reached[attends]
+        return RowStates(
+            main[:, :, : self.context], scratch, own, self.limits, mask, sequences, starts, attends, self.capacity
+        )
 
     def get_seq_length(self, *_args) -> int:
         """Returns 0: positions and masks are given explicitly."""

@@ -89,19 +89,12 @@ def check_supported(config: PretrainedConfig, max_positions: int) -> None:
     text = config.get_text_config()
     kind = text.model_type
     layers = set(getattr(text, "layer_types", None) or ())
-    foreign = {layer for layer in layers if layer not in ("full_attention", "sliding_attention")}
+    foreign = {layer for layer in layers if layer not in ("full_attention", "sliding_attention", "chunked_attention")}
     if foreign or any(word in kind for word in _RECURRENT):
         what = ", ".join(sorted(foreign)) or kind
         raise ModelError(f"{kind}: layers of kind {what} keep a state that cannot be rolled back; not supported")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{kind}: encoder-decoder models are not supported")
-    window = getattr(text, "sliding_window", None)
-    slides = "sliding_attention" in layers or (not layers and getattr(text, "use_sliding_window", True))
-    if window is not None and slides and window < max_positions:
-        raise ModelError(
-            f"{kind}: attention slides over {window} tokens, shorter than engine.max_model_len allows; "
-            f"set engine.max_model_len so that {max_positions} positions become at most {window}"
-        )
     rope = getattr(text, "rope_parameters", None) or {}
     moving = {p.get("rope_type") for p in (rope, *rope.values()) if isinstance(p, dict)} & {"dynamic", "longrope"}
     if moving:

@@ -304,7 +304,8 @@ class ForwardRunner:
         else:  # the limits replace the mask; one of four dimensions keeps transformers from making its own
             mask = torch.ones_like(limits, dtype=torch.bool)[..., None]
         view.prepare(
-            main_slots=positions[:, :in_place],
+            positions=positions,
+            in_place=in_place,
             scratch_slots=layout.scratch_slots,
             limits=limits,
             scratch_mask=layout.mask,

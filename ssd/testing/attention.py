@@ -34,6 +34,9 @@ class Case:
     slots: int = 300
     scratch: int = 0
     softcap: float = 0.0
+    window: int = 0
+    """Slots a row may attend before itself; 0: all."""
+    sinks: bool = False
     dtype: str = "bfloat16"
     seed: int = 0
 
@@ -67,6 +70,8 @@ class Case:
             query=query, main_keys=main[0], main_values=main[1], scratch_keys=scratch[0], scratch_values=scratch[1],
             own_keys=own[0], own_values=own[1], limits=limits.to(device), mask=mask, scale=self.dim**-0.5,
             softcap=self.softcap,
+            starts=(limits - self.window).clamp(min=0).to(device) if self.window else None,
+            sinks=random(self.heads) if self.sinks else None,
         )  # fmt: skip
 
 
@@ -75,6 +80,7 @@ CASES = (
     Case(batch=1, heads=3, kv_heads=1, rows=2, dim=64, slots=130, dtype="float32"),
     Case(batch=1, heads=2, kv_heads=2, rows=3, dim=16, slots=40, scratch=7, softcap=5.0, dtype="float32"),
     Case(batch=1, heads=4, kv_heads=1, rows=5, dim=80, slots=70, scratch=135, dtype="float16", seed=2),
+    Case(heads=4, rows=3, slots=300, window=50, scratch=6, sinks=True, dtype="float32", seed=9),
 )
 """Small enough for Triton's interpreter. None is bfloat16, of which the interpreter multiplies the raw bits."""
 LARGE_CASES = (
@@ -87,6 +93,7 @@ LARGE_CASES = (
     Case(batch=1, heads=8, kv_heads=2, rows=512, dim=64, slots=2048, seed=6),
     Case(batch=2, heads=8, kv_heads=8, rows=4, dim=256, slots=700, softcap=50.0, seed=7),
     Case(batch=1, heads=8, kv_heads=1, rows=5, dim=128, slots=40000, dtype="float32", seed=8),
+    Case(batch=2, heads=8, kv_heads=2, rows=8, dim=64, slots=5000, window=700, sinks=True, seed=10),
 )
 
 
@@ -100,7 +107,10 @@ def reference(inputs: dict[str, Any], dtype: torch.dtype = torch.float64) -> Ten
         return states.repeat_interleave(heads // states.shape[1], dim=1)
 
     keys, values = repeated("main_keys"), repeated("main_values")
-    seen = torch.arange(keys.shape[2], device=query.device) < inputs["limits"][..., None]
+    slots = torch.arange(keys.shape[2], device=query.device)
+    seen = slots < inputs["limits"][..., None]
+    if inputs["starts"] is not None:
+        seen &= slots >= inputs["starts"][..., None]
     if inputs["mask"] is not None:
         keys = torch.cat([keys, repeated("scratch_keys")], dim=2)
         values = torch.cat([values, repeated("scratch_values")], dim=2)
@@ -111,7 +121,12 @@ def reference(inputs: dict[str, Any], dtype: torch.dtype = torch.float64) -> Ten
     scores = query @ keys.transpose(2, 3) * inputs["scale"]
     if inputs["softcap"]:
         scores = torch.tanh(scores / inputs["softcap"]) * inputs["softcap"]
-    weights = scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
+    scores = scores.masked_fill(~seen[:, None], float("-inf"))
+    if inputs["sinks"] is not None:
+        sinks = inputs["sinks"].to(dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
     return (weights @ values).transpose(1, 2)
 
 
@@ -139,6 +154,9 @@ def independent(case: Case, device: str, run: Attention = operator) -> bool:
     for name in ("query", "own_keys", "own_values"):
         others[name][:, :, fixed] = inputs[name][:, :, fixed]
     others["limits"][:, fixed] = inputs["limits"][:, fixed]
+    others["sinks"] = inputs["sinks"]
+    if inputs["starts"] is not None:
+        others["starts"][:, fixed] = inputs["starts"][:, fixed]
     if inputs["mask"] is not None:
         others["mask"][:, fixed] = inputs["mask"][:, fixed]
     for name in ("main_keys", "main_values", "scratch_keys", "scratch_values"):

@@ -10,7 +10,7 @@ from torch import Tensor
 class AttentionInputs(NamedTuple):
     """Rows of B sequences and everything they attend.
 
-    A row attends the main slots below its limit, the scratch slots its mask shows, and itself.
+    A row attends the main slots from its start up to its limit, the scratch slots its mask shows, and itself.
     """
 
     query: Tensor
@@ -32,6 +32,10 @@ class AttentionInputs(NamedTuple):
     """Factor on the scores."""
     softcap: float
     """Scores become ``softcap · tanh(score / softcap)``; 0 leaves them."""
+    starts: Tensor | None = None
+    """``[B, R]`` int64: the first main slot each row attends (sliding windows, chunks); None for slot 0."""
+    sinks: Tensor | None = None
+    """``[H]``: a score of each head that takes its share of the weights and has no value (GPT-OSS)."""
 
     @property
     def scratch(self) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -43,5 +47,6 @@ class AttentionInputs(NamedTuple):
 
 SCHEMA = (
     "(Tensor query, Tensor main_keys, Tensor main_values, Tensor? scratch_keys, Tensor? scratch_values, "
-    "Tensor own_keys, Tensor own_values, Tensor limits, Tensor? mask, float scale, float softcap) -> Tensor"
+    "Tensor own_keys, Tensor own_values, Tensor limits, Tensor? mask, float scale, float softcap, Tensor? starts, "
+    "Tensor? sinks) -> Tensor"
 )

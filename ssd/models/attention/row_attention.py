@@ -30,6 +30,7 @@ _HARMLESS = {
     "output_attentions",
     "is_causal",
     "cu_seq_lens_q",
+    "output_router_logits",
 }
 
 
@@ -41,6 +42,7 @@ def row_attention(
     attention_mask: Tensor,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Computes softmax attention.
@@ -54,15 +56,17 @@ def row_attention(
             it: it is always attended.
         scaling: factor on the scores; D^-0.5 by default.
         softcap: scores become ``softcap · tanh(score / softcap)``, as in Gemma 2.
+        s_aux: ``[H]``, attention sinks: scores without a value, as in GPT-OSS.
 
     Returns:
         ``[B, R, H, D]`` and None.
 
     Raises:
-        ModelError: the model passes an argument this function does not know (attention sinks,
-            position biases): ignoring it would give wrong tokens.
+        ModelError: the model passes an argument this function does not know (attention biases of positions):
+            ignoring it would give wrong tokens.
     """
     refuse_unknown(kwargs)
+    check_window(key, kwargs.get("sliding_window"))
     key, value = key.picked(), value.picked()
     batch, heads, rows, dim = query.shape
     shared = key.own.shape[1]
@@ -77,13 +81,18 @@ def row_attention(
     own = (query.view(batch * shared, group, rows, dim).float() * own_key.float()).sum(-1)
     if softcap is not None:
         scores, own = torch.tanh(scores / softcap) * softcap, torch.tanh(own / softcap) * softcap
+    attention_mask = _in_window(attention_mask, key)
     mask = attention_mask[:, :, None].expand(batch, shared, group, rows, -1).reshape(scores.shape)
     scores = scores.masked_fill(~mask, float("-inf"))
     own = own.reshape(batch * shared, group * rows, 1)
 
     peak = torch.maximum(scores.amax(-1, keepdim=True), own)
+    sink = None
+    if s_aux is not None:
+        sink = s_aux.float().view(1, shared, group, 1).expand(batch, -1, -1, rows).reshape(own.shape)
+        peak = torch.maximum(peak, sink)
     weights, own_weight = torch.exp(scores - peak), torch.exp(own - peak)
-    total = own_weight
+    total = own_weight if sink is None else own_weight + torch.exp(sink - peak)
     own_value = value.own[:, :, None].expand(-1, -1, group, -1, -1).reshape(batch * shared, group * rows, -1)
     out = own_weight * own_value.float()
     start = 0
@@ -94,6 +103,28 @@ def row_attention(
         start += part.shape[1]
     out = (out / total).to(query.dtype).view(batch, heads, rows, -1)
     return out.transpose(1, 2), None
+
+
+def _in_window(mask: Tensor, key: RowStates) -> Tensor:
+    """Returns the mask ``[B, 1, R, T + X]`` without what lies before the rows' starts."""
+    if key.starts is None:
+        return mask
+    main = key.main.shape[2]
+    slots = torch.arange(main, device=mask.device)
+    seen = mask[..., :main] & (slots >= key.starts[..., None])[:, None]
+    if key.scratch_mask is None:
+        return seen
+    return torch.cat([seen, key.scratch_mask.expand(len(seen), -1, -1)[:, None]], dim=-1)
+
+
+def check_window(key: RowStates, window: int | None) -> None:
+    """Checks that the cache knows the window that the model names.
+
+    Raises:
+        ModelError: it does not: the layer would attend other tokens than the model's.
+    """
+    if window is not None and window < key.capacity and (key.attends.reach, key.attends.size) != ("window", window):
+        raise ModelError(f"a layer's attention slides over {window} tokens, which its configuration does not say")
 
 
 def refuse_unknown(arguments: dict[str, Any]) -> None:

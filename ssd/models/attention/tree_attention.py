@@ -21,7 +21,7 @@ from transformers import AttentionInterface, PretrainedConfig
 from ..cache import RowStates, head_dim
 from ..cpu import operators
 from .inputs import SCHEMA, AttentionInputs
-from .row_attention import refuse_unknown
+from .row_attention import check_window, refuse_unknown
 
 NAME = "ssd_tree"
 SPLIT = 128
@@ -66,6 +66,7 @@ def tree_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Takes and returns what ``row_attention`` does, except that the states' limits replace the mask.
@@ -74,16 +75,19 @@ def tree_attention(
         ModelError: the model passes an argument this function does not know.
     """
     refuse_unknown(kwargs)
+    check_window(key, kwargs.get("sliding_window"))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if operators.loaded() and serves(query):
-        inputs = _inputs(query, key, value, scale, softcap)
+        inputs = _inputs(query, key, value, scale, softcap, s_aux)
         return torch.ops.ssd.rows_attention(*inputs, key.sequences), None
-    return torch.ops.ssd.tree_attention(*_inputs(query, key.picked(), value.picked(), scale, softcap)), None
+    return torch.ops.ssd.tree_attention(*_inputs(query, key.picked(), value.picked(), scale, softcap, s_aux)), None
 
 
-def _inputs(query: Tensor, key: RowStates, value: RowStates, scale: float, softcap: float | None) -> AttentionInputs:
+def _inputs(
+    query: Tensor, key: RowStates, value: RowStates, scale: float, softcap: float | None, sinks: Tensor | None
+) -> AttentionInputs:
     parts = key.main, value.main, key.scratch, value.scratch, key.own, value.own
-    return AttentionInputs(query, *parts, key.limits, key.scratch_mask, scale, softcap or 0.0)
+    return AttentionInputs(query, *parts, key.limits, key.scratch_mask, scale, softcap or 0.0, key.starts, sinks)
 
 
 def serves(query: Tensor) -> bool:
@@ -140,7 +144,10 @@ def in_torch(inputs: AttentionInputs) -> Tensor:
 
     scaled = (query.to(wide) * scale).reshape(batch * kv_heads, group * rows, dim)
     slots = torch.arange(inputs.main_keys.shape[2], device=query.device)
-    seen = packed(slots < inputs.limits[..., None])
+    within = slots < inputs.limits[..., None]
+    if inputs.starts is not None:
+        within &= slots >= inputs.starts[..., None]
+    seen = packed(within)
     parts = []
     for first in range(0, len(slots), SPLIT):
         part = slice(first, first + SPLIT)
@@ -157,6 +164,9 @@ def in_torch(inputs: AttentionInputs) -> Tensor:
     )
     score = (scaled * keys).sum(-1)
     parts.append((values, torch.tanh(score / softcap) * softcap if softcap else score))
+    if inputs.sinks is not None:
+        sink = inputs.sinks.to(wide).view(1, kv_heads, group, 1).expand(batch, -1, -1, rows).reshape(score.shape)
+        parts.append((torch.zeros_like(values), sink))
     out = merged(parts).to(query.dtype).view(batch, heads, rows, dim)
     return out.transpose(1, 2).contiguous()
 
@@ -175,6 +185,7 @@ def in_triton(inputs: AttentionInputs) -> Tensor:
             own_keys=dense(inputs.own_keys),
             own_values=dense(inputs.own_values),
             limits=inputs.limits.contiguous(),
+            starts=None if inputs.starts is None else inputs.starts.contiguous(),
             mask=mask,
         )
     )

@@ -5,7 +5,7 @@ cut into fixed splits. One program per split reads its keys and values once for 
 heads that share them (packed as the M rows of one product). A second kernel merges the splits by
 log-sum-exp, in order, and adds every row's own key and value.
 
-A row's result depends only on its own query, limit and slots: slots beyond its limit that other rows need
+A row's result depends only on its own query, start, limit and slots: slots beyond its limit that other rows need
 multiply its sums by exactly 1 and add exactly 0.
 """
 
@@ -42,11 +42,11 @@ def _capped(scores, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _partial(
-    query, keys, values, limits, mask, sums, peaks, totals,
+    query, keys, values, limits, starts, mask, sums, peaks, totals,
     q_b, q_h, q_r, k_b, k_h, k_s, v_b, v_h, v_s, mask_b, mask_r,
     kv_heads, group, rows, slots, splits, first_split, scale, softcap,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    DIM: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
+    DIM: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     split, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head = pair // kv_heads, pair % kv_heads
@@ -59,6 +59,12 @@ def _partial(
     if not MASKED:
         limit = tl.load(limits + batch * rows + row, mask=live, other=0)
         stop = tl.minimum(stop, tl.max(limit, 0))
+    begin = tl.zeros([BLOCK_M], tl.int64)
+    if WINDOWED:
+        # Rows without a start, which only fill the tile, must not lower the first slot.
+        begin = tl.load(starts + batch * rows + row, mask=live, other=slots)
+        # Whole blocks are skipped: their borders stay where they are without a window.
+        start = tl.maximum(start, tl.min(begin, 0) // BLOCK_N * BLOCK_N)
     query_head = head * group + m // rows
     q = tl.load(
         query + batch * q_b + query_head[:, None] * q_h + row[:, None] * q_r + d[None, :],
@@ -81,6 +87,8 @@ def _partial(
             seen = tl.load(at, mask=live[:, None] & inside[None, :], other=0) != 0
         else:
             seen = n[None, :] < limit[:, None]
+            if WINDOWED:
+                seen = seen & (n[None, :] >= begin[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
@@ -98,10 +106,11 @@ def _partial(
 
 @triton.jit
 def _merge(
-    query, own_keys, own_values, sums, peaks, totals, result,
+    query, own_keys, own_values, sinks, sums, peaks, totals, result,
     q_b, q_h, q_r, k_b, k_h, k_r, v_b, v_h, v_r,
     heads, group, rows, splits, scale, softcap,
     SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_D: tl.constexpr, DIM: tl.constexpr, CAPPED: tl.constexpr,
+    SINKS: tl.constexpr,
 ):  # fmt: skip
     pair, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, query_head = pair // heads, pair % heads
@@ -115,9 +124,14 @@ def _merge(
     s = tl.arange(0, SPLITS)
     every = tl.load(peaks + base + s, mask=s < splits, other=float("-inf"))
     peak = tl.maximum(tl.max(every, 0), own)
+    if SINKS:
+        sink = tl.load(sinks + query_head).to(tl.float32)
+        peak = tl.maximum(peak, sink)
     mass = tl.load(totals + base + s, mask=s < splits, other=0.0)
     weight = tl.exp(own - peak)
     total = tl.sum(tl.exp(every - peak) * mass, 0) + weight
+    if SINKS:
+        total += tl.exp(sink - peak)
     out = weight * v
     for first in range(0, splits, AT_ONCE):
         # A name of its own: Triton requires that a variable keeps its shape through a loop.
@@ -154,7 +168,7 @@ def tile_sizes(packed: int, row_bytes: int) -> tuple[int, int]:
 def attend(inputs: AttentionInputs) -> Tensor:
     """Returns ``[B, R, H, D]``.
 
-    Last dimensions are dense, ``limits`` and ``mask`` contiguous, ``mask`` uint8.
+    Last dimensions are dense, ``limits``, ``starts`` and ``mask`` contiguous, ``mask`` uint8.
     """
     query, scale, softcap = inputs.query, inputs.scale, inputs.softcap
     main, own = (inputs.main_keys, inputs.main_values), (inputs.own_keys, inputs.own_values)
@@ -172,24 +186,26 @@ def attend(inputs: AttentionInputs) -> Tensor:
     sums = query.new_empty((batch * kv_heads * packed * splits, dim), dtype=torch.float32)
     peaks, totals = sums.new_empty(len(sums)), sums.new_empty(len(sums))
     result = query.new_empty((batch, rows, heads, dim))
+    windowed, starts = inputs.starts is not None, inputs.limits if inputs.starts is None else inputs.starts
     first_split = 0
     for (keys, values), count in zip(parts, counts, strict=True):
         masked = first_split > 0
         shown = mask if masked and mask is not None else inputs.limits
         steps = (shown.stride(0) if shown.dim() == 3 else 0, shown.stride(-2)) if masked else (0, 0)
         _partial[(count, batch * kv_heads, tiles)](
-            query, keys, values, inputs.limits, shown, sums, peaks, totals,
+            query, keys, values, inputs.limits, starts, shown, sums, peaks, totals,
             *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *steps,
             kv_heads, group, rows, keys.shape[2], splits, first_split, scale, softcap,
             SPLIT=split, BLOCK_M=tile, BLOCK_N=block, BLOCK_D=width,
-            DIM=dim, MASKED=masked, CAPPED=softcap > 0, num_warps=4, num_stages=2,
+            DIM=dim, MASKED=masked, CAPPED=softcap > 0, WINDOWED=windowed and not masked,
+            num_warps=4, num_stages=2,
         )  # fmt: skip
         first_split += count
     _merge[(batch * heads, rows)](
-        query, *own, sums, peaks, totals, result,
+        query, *own, query if inputs.sinks is None else inputs.sinks, sums, peaks, totals, result,
         *query.stride()[:3], *own[0].stride()[:3], *own[1].stride()[:3],
         heads, group, rows, splits, scale, softcap,
         SPLITS=triton.next_power_of_2(splits), AT_ONCE=MERGED_AT_ONCE, BLOCK_D=width, DIM=dim,
-        CAPPED=softcap > 0, num_warps=4,
+        CAPPED=softcap > 0, SINKS=inputs.sinks is not None, num_warps=4,
     )  # fmt: skip
     return result

@@ -19,11 +19,8 @@ EOS_ID, BOS_ID, PAD_ID, UNK_ID = 0, 1, 2, 3
 SPECIAL_TOKENS = ("<eos>", "<bos>", "<pad>", "<unk>")
 CONTEXT = 512  # max_position_embeddings of every tiny model
 
-# Every layer attends to the whole context. The Gemmas keep their sliding layers, with a
-# window as long as the context: such a window never hides anything.
+# All layers of Mistral, and every second one of the Gemmas, attend SHORT_WINDOW tokens only.
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt_neox", "phi", "olmo2")
-# A window of SHORT_WINDOW tokens really hides the past.
-SLIDING_ARCHITECTURES = ("mistral_sliding", "gemma2_sliding", "gemma3_sliding")
 # State that cannot be rolled back by forgetting cache slots.
 RECURRENT_ARCHITECTURES = ("mamba", "recurrent_gemma")
 SHORT_WINDOW = 8
@@ -33,11 +30,10 @@ _MODEL_TYPES = {"gemma3": "gemma3_text"}
 
 def _config_values(architecture: str, overrides: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Returns transformers' ``model_type`` and the configuration of an architecture."""
-    known = ARCHITECTURES + SLIDING_ARCHITECTURES + RECURRENT_ARCHITECTURES
+    known = ARCHITECTURES + RECURRENT_ARCHITECTURES
     if architecture not in known:
         raise ValueError(f"unknown tiny architecture {architecture!r}; one of {', '.join(known)}")
-    base = architecture.removesuffix("_sliding")
-    window = SHORT_WINDOW if architecture.endswith("_sliding") else None
+    base = architecture
     layers = overrides.get("num_hidden_layers", 2)
     values: dict[str, Any] = dict(
         hidden_size=64,
@@ -68,11 +64,11 @@ def _config_values(architecture: str, overrides: dict[str, Any]) -> tuple[str, d
     if base in ("llama", "qwen3", "mistral", "gemma2", "gemma3"):
         values["head_dim"] = 16
     if base == "mistral":
-        values["sliding_window"] = window
+        values["sliding_window"] = SHORT_WINDOW
     if base.startswith("gemma"):
         values |= dict(
             query_pre_attn_scalar=16,
-            sliding_window=window or CONTEXT,
+            sliding_window=SHORT_WINDOW,
             layer_types=[("sliding_attention", "full_attention")[i % 2] for i in range(layers)],
         )
     return _MODEL_TYPES.get(base, base), values | overrides
@@ -117,7 +113,7 @@ def tiny_model(
 ) -> PreTrainedModel:
     """Returns a random causal LM in evaluation mode on the CPU.
 
-    ``architecture`` is one of :data:`ARCHITECTURES`, :data:`SLIDING_ARCHITECTURES` or
+    ``architecture`` is one of :data:`ARCHITECTURES` or
     :data:`RECURRENT_ARCHITECTURES`; ``overrides`` are fields of its transformers
     configuration. The same arguments give the same weights; the caller's random state is not
     changed. Logits are ``[B, M, V]`` with V = ``vocab_size``.

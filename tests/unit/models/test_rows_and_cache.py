@@ -20,8 +20,6 @@ from ssd.models.vocabulary import shared_vocabulary
 from ssd.testing.models.tiny import (
     ARCHITECTURES,
     RECURRENT_ARCHITECTURES,
-    SHORT_WINDOW,
-    SLIDING_ARCHITECTURES,
     save_tiny,
     tiny_tokenizer,
 )
@@ -64,7 +62,8 @@ def test_update_writes_where_prepared_and_nowhere_else() -> None:
     cache = small_cache(main_slots=BLOCK, scratch_slots=4)
     view = cache.all_rows()
     view.prepare(
-        main_slots=torch.tensor([[3, 4], [0, 1], [7, 8]]),
+        positions=torch.tensor([[3, 4, 4], [0, 1, 1], [7, 8, 8]]),
+        in_place=2,
         scratch_slots=torch.tensor([2]),
         limits=torch.tensor([[3, 4, 4], [0, 1, 1], [7, 8, 8]]),
         scratch_mask=None,
@@ -115,14 +114,6 @@ def test_recurrent_models_are_refused(architecture: str, tmp_path: Path) -> None
     save_tiny(tmp_path, architecture)
     with pytest.raises(ModelError, match="cannot be rolled back"):
         load(tmp_path)
-
-
-@pytest.mark.parametrize("architecture", SLIDING_ARCHITECTURES)
-def test_short_windows_are_refused(architecture: str, tmp_path: Path) -> None:
-    save_tiny(tmp_path, architecture)
-    with pytest.raises(ModelError, match=f"slides over {SHORT_WINDOW} tokens"):
-        load(tmp_path)
-    load(tmp_path, positions=SHORT_WINDOW)  # never slides that far
 
 
 def test_too_few_positions(folder_of: Callable[..., Path]) -> None:

@@ -39,6 +39,7 @@ class Launch:
     context: int = 5000
     scratch: int = 90
     softcap: float = 0.0
+    windowed: bool = False
     dtype: torch.dtype = torch.bfloat16
 
     def inputs(self) -> AttentionInputs:
@@ -56,8 +57,10 @@ class Launch:
         limits = torch.empty(self.batch, self.rows, dtype=torch.int64, device="meta")
         mask = torch.empty(self.batch, self.rows, self.scratch, dtype=torch.uint8, device="meta")
         shown = mask if self.scratch else None
+        starts = limits.clone() if self.windowed else None
+        sinks = torch.empty(self.heads, dtype=self.dtype, device="meta") if self.windowed else None
         return AttentionInputs(
-            projected(self.heads), *main, *scratch, *own, limits, shown, self.dim**-0.5, self.softcap
+            projected(self.heads), *main, *scratch, *own, limits, shown, self.dim**-0.5, self.softcap, starts, sinks
         )
 
 
@@ -122,6 +125,7 @@ FORMS = {
     "many splits": Launch(batch=1, heads=2, kv_heads=1, slots=65536, context=65536),
     "no shared heads": Launch(heads=8, kv_heads=8),
     "softcap": Launch(softcap=50.0),
+    "window and sinks": Launch(windowed=True),
     "odd head": Launch(dim=80, context=77, scratch=7),
     "float32": Launch(dtype=torch.float32),
     "float16": Launch(dtype=torch.float16),
