@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from .device import check_cache_fits
-from .layers import FULL, Attended, attended
+from .layers import FULL, Attended, Layers, attended
 from .rows import BLOCK
+from .states import RowSteps, StateSlots
 
 
 class RowStates(NamedTuple):
@@ -49,11 +50,6 @@ class RowStates(NamedTuple):
         return self._replace(main=self.main[self.sequences], scratch=scratch, sequences=None)
 
 
-def head_dim(text: PretrainedConfig) -> int:
-    """Returns D of a text configuration."""
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
-
 class SlotCache:
     """Keys and values of B sequences, ``main_slots`` by position and ``scratch_slots`` each.
 
@@ -67,7 +63,8 @@ class SlotCache:
         scratch_slots: X.
         dtype: of keys and values.
         device: where they are kept.
-        head_shares: ranks among which key-value heads are divided.
+        layers: what the model's layers keep.
+        chain: most rows of a decode forward that go to main slots.
 
     Raises:
         ConfigError: it does not fit the device.
@@ -82,48 +79,49 @@ class SlotCache:
         scratch_slots: int,
         dtype: torch.dtype,
         device: torch.device | str,
-        head_shares: int = 1,
+        layers: Layers,
+        chain: int = 1,
     ):
-        text = config.get_text_config()
-        heads = (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) // head_shares
-        dim = head_dim(text)
-        self.layers: int = text.num_hidden_layers
+        self.layers = layers.count
         # Whole blocks: attention sums over main slots in blocks of BLOCK.
         self.capacity, self.main_slots = main_slots, -(-main_slots // BLOCK) * BLOCK
         self.scratch_slots = scratch_slots
-        self.attended = attended(text, main_slots)
+        self.attended = attended(config.get_text_config(), layers, main_slots)
 
         slots = self.main_slots + scratch_slots
-        needed = 2 * self.layers * batch * heads * slots * dim * dtype.itemsize
+        shapes = [layers.heads.get(layer, (0, 0, 0)) for layer in range(self.layers)]
+        needed = batch * slots * sum(heads * (keys + values) for heads, keys, values in shapes) * dtype.itemsize
         check_cache_fits(needed, slots, torch.device(device))
 
-        def zeros(slots: int) -> list[Tensor]:
-            shape = (batch, heads, slots, dim)
-            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(self.layers)]
+        def zeros(slots: int, part: int) -> list[Tensor]:
+            return [torch.zeros(batch, heads, slots, dims[part], dtype=dtype, device=device) for heads, *dims in shapes]
 
-        self.main = (zeros(self.main_slots), zeros(self.main_slots))
-        self.scratch = (zeros(scratch_slots), zeros(scratch_slots))
+        self.main = zeros(self.main_slots, 0), zeros(self.main_slots, 1)
+        self.scratch = zeros(scratch_slots, 0), zeros(scratch_slots, 1)
+        self.states = None
+        if (recurrent := layers.recurrent) is not None:  # the state before a chain, and one after each of its rows
+            self.states = StateSlots(recurrent, batch=batch, ring=chain + 1, scratch=scratch_slots, device=device)
         self.scratch_positions = torch.zeros(batch, scratch_slots, dtype=torch.int64, device=device)
         """Positions of the scratch slots' tokens: windows hide those that lie too far before a row."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of all slots."""
-        return sum(t.nbytes for part in (*self.main, *self.scratch) for t in part)
+        kept = 0 if self.states is None else self.states.nbytes
+        return kept + sum(t.nbytes for part in (*self.main, *self.scratch) for t in part)
 
     def row(self, slot: int) -> CacheView:
         """Returns the view of one sequence, for its prefill."""
         return CacheView(
             tuple([t[slot : slot + 1] for t in part] for part in self.main),
             tuple([t[slot : slot + 1] for t in part] for part in self.scratch),
-            self.scratch_positions[slot : slot + 1],
-            self.attended,
-            self.capacity,
+            self,
+            slot,
         )
 
     def all_rows(self) -> CacheView:
         """Returns the view of all sequences."""
-        return CacheView(self.main, self.scratch, self.scratch_positions, self.attended, self.capacity)
+        return CacheView(self.main, self.scratch, self)
 
     def copy(self, source: int, slot: int, length: int) -> None:
         """Copies the first ``length`` main slots of sequence ``source`` to sequence ``slot``; at most all there are."""
@@ -145,6 +143,8 @@ class SlotCache:
         for mains, scratches in zip(self.main, self.scratch, strict=True):
             for main, side in zip(mains, scratches, strict=True):
                 main[batch, :, position] = side[batch, :, scratch]
+        if self.states is not None:
+            self.states.keep(batch, scratch, position)
 
 
 class CacheView:
@@ -153,12 +153,16 @@ class CacheView:
     is_compileable = False
     is_sliding: tuple[bool, ...] = ()
 
-    def __init__(
-        self, main: tuple, scratch: tuple, scratch_positions: Tensor, attended: tuple[Attended, ...], capacity: int
-    ):
-        self.main, self.scratch, self.capacity = main, scratch, capacity
-        self._scratch_positions, self._attended = scratch_positions, attended
-        self._narrow = sorted(set(attended) - {FULL}, key=lambda one: (one.reach, one.size))
+    steps: RowSteps | None = None
+    """How recurrent layers advance in the next forward, if there are any."""
+
+    def __init__(self, main: tuple, scratch: tuple, cache: SlotCache, slot: int | None = None):
+        self.main, self.scratch, self.capacity = main, scratch, cache.capacity
+        self._attended, self._states = cache.attended, cache.states
+        self._scratch_positions = cache.scratch_positions if slot is None else cache.scratch_positions[slot : slot + 1]
+        self._batch = torch.arange(len(cache.scratch_positions), device=cache.scratch_positions.device)
+        self._batch = self._batch if slot is None else self._batch[slot : slot + 1]
+        self._narrow = sorted(set(cache.attended) - {FULL}, key=lambda one: (one.reach, one.size))
         self._reached: dict[Attended, tuple[Tensor | None, Tensor | None]] = {}
 
     def prepare(
@@ -171,6 +175,7 @@ class CacheView:
         scratch_mask: Tensor | None,
         context: int,
         sequences: Tensor | None = None,
+        count: int | None = None,
     ) -> None:
         """Sets what the next forward writes and attends.
 
@@ -182,11 +187,12 @@ class CacheView:
             scratch_mask: as in ``RowStates``.
             context: T, the main slots that are looked at; no limit exceeds it.
             sequences: ``[B]`` int64, the rows' sequences, if they are not all.
+            count: the first rows that are tokens, where the rest is padding.
         """
         self.main_slots, self.scratch_slots, self.sequences = positions[:, :in_place], scratch_slots, sequences
         self.limits, self.scratch_mask, self.context = limits, scratch_mask, context
         self._reached = {FULL: (None, scratch_mask)}
-        if not self._narrow:
+        if not self._narrow and self._states is None:
             return
         held = self._scratch_positions
         if in_place < positions.shape[1]:
@@ -199,6 +205,18 @@ class CacheView:
             if mask is not None:
                 mask = mask & ((held if sequences is None else held[sequences])[:, None] >= starts[..., None])
             self._reached[one] = starts, mask
+        if self._states is not None:
+            self.steps = RowSteps(
+                self._states,
+                self._batch if sequences is None else sequences,
+                positions=positions,
+                limits=limits,
+                scratch_mask=scratch_mask,
+                scratch_positions=held if sequences is None else held[sequences],
+                in_place=in_place,
+                scratch_slots=scratch_slots,
+                count=count,
+            )
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_args, **_kwargs) -> tuple[RowStates, RowStates]:
         """Writes a layer's keys and values, ``[B, H_kv, R, D]`` each; returns what the rows attend of both."""

@@ -1,18 +1,23 @@
-"""What each layer of a model attends, read from its configuration."""
+"""What each layer of a model keeps of a token, and what it attends: found by running the model once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
 
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Reach = Literal["full", "window", "chunk"]
+TRIAL = 12
+"""Tokens of the trial."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,36 +36,167 @@ class Attended:
 
 
 FULL = Attended()
-_KINDS: dict[str, Reach] = {
+_REACHES: dict[str, Reach] = {
     "full_attention": "full",
-    "attention": "full",
+    "hybrid": "full",
     "sliding_attention": "window",
+    "hybrid_sliding": "window",
     "chunked_attention": "chunk",
 }
 
+Key = tuple[int, str, int]
+"""Layer, ``conv`` or ``recurrent``, and which of the layer's states of that kind."""
 
-def attended(text: PretrainedConfig, capacity: int) -> tuple[Attended, ...]:
+
+@dataclass(frozen=True, slots=True)
+class Recurrent:
+    """The recurrent layers of a model."""
+
+    states: dict[Key, Tensor]
+    """A state of one sequence each, without the batch dimension, for its shape and dtype."""
+    mixers: dict[int, str]
+    """Path of the module that owns the states, by layer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layers:
+    """What a model's layers keep."""
+
+    count: int
+    heads: dict[int, tuple[int, int, int]]
+    """By layer that keeps keys and values: H_kv, D of keys, D of values."""
+    recurrent: Recurrent | None
+    tokens: Tensor
+    """``[1, TRIAL]``: what the model was run on."""
+    logits: Tensor
+    """``[TRIAL, V]`` float32: what it answered, without a cache."""
+
+    def divided(self, shares: int) -> Layers:
+        """Returns what a rank keeps if heads are divided among ``shares`` ranks."""
+        return replace(self, heads={layer: (h // shares, *dims) for layer, (h, *dims) in self.heads.items()})
+
+
+def attended(text: PretrainedConfig, layers: Layers, capacity: int) -> tuple[Attended, ...]:
     """Returns what every layer attends. A window that holds ``capacity`` tokens hides nothing and counts as full.
 
     Args:
         text: the text part of a model's configuration.
+        layers: of the model.
         capacity: tokens of a sequence.
 
     Raises:
-        ModelError: a layer is of a kind that this engine does not know.
+        ModelError: a layer attends in a way that this engine does not know.
     """
     window = getattr(text, "sliding_window", None)
     chunk = getattr(text, "attention_chunk_size", None)
     kinds = getattr(text, "layer_types", None)
     if kinds is None:
         slides = window is not None and getattr(text, "use_sliding_window", True)
-        kinds = ["sliding_attention" if slides else "full_attention"] * text.num_hidden_layers
+        kinds = ["sliding_attention" if slides else "full_attention"] * layers.count
 
-    def one(kind: str) -> Attended:
-        if kind not in _KINDS:
+    def one(index: int) -> Attended:
+        if index not in layers.heads:
+            return FULL
+        kind = kinds[index] if index < len(kinds) else "unknown"
+        if kind not in _REACHES:
             raise ModelError(f"{text.model_type}: layers of kind {kind} are not supported")
-        reach = _KINDS[kind]
+        reach = _REACHES[kind]
         size = {"full": None, "window": window, "chunk": chunk}[reach]
         return FULL if size is None or size >= capacity else Attended(reach=reach, size=size)
 
-    return tuple(one(kind) for kind in kinds)
+    return tuple(one(index) for index in range(layers.count))
+
+
+@torch.no_grad()
+def find_layers(model: PreTrainedModel) -> Layers:
+    """Returns what the model's layers keep: of one token in transformers' own cache.
+
+    Raises:
+        ModelError: the model does not run, keeps states outside that cache, or keeps them in a module that attends
+            as well.
+    """
+    kind, active = model.config.get_text_config().model_type, list[str]()
+    random = torch.Generator().manual_seed(0)
+    most = model.config.get_text_config().vocab_size
+    tokens = torch.randint(most, (1, TRIAL), generator=random).to(model.device)
+    hooks = list[Any]()
+    try:
+        cache = _Watched(model.config, active)
+        hooks = [hook for name, module in model.named_modules() for hook in _watch(module, name, active)]
+        model(input_ids=tokens[:, :1], past_key_values=cache, use_cache=True)
+        logits = model(input_ids=tokens, use_cache=False).logits[0].float()
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        # Whatever is wrong with code that is not ours makes this model unusable, and nothing else.
+        raise ModelError(f"{kind}: does not run as a causal language model ({first_line(error)})") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Layers(
+        count=len(cache.layers),
+        heads=cache.heads,
+        recurrent=_recurrent(kind, model, cache),
+        tokens=tokens,
+        logits=logits,
+    )
+
+
+def _recurrent(kind: str, model: PreTrainedModel, cache: _Watched) -> Recurrent | None:
+    layers: list[Any] = cache.layers
+    recurrent = [index for index, layer in enumerate(layers) if hasattr(layer, "recurrent_states")]
+    if not recurrent:
+        if getattr(model, "_is_stateful", False):
+            raise ModelError(f"{kind}: keeps a state outside transformers' cache; not supported")
+        return None
+    if shared := set(cache.users.values()) & cache.attending:
+        raise ModelError(f"{kind}: {sorted(shared)[0]} attends and keeps a state in one module; not supported")
+    if set(cache.users) != set(recurrent):
+        raise ModelError(f"{kind}: the modules that keep its states cannot be found; not supported")
+    states: dict[Key, Tensor] = {}
+    for layer in recurrent:
+        kept = layers[layer]
+        for name, tensors in (("conv", kept.conv_states), ("recurrent", kept.recurrent_states)):
+            states |= {(layer, name, index): state[0] for index, state in tensors.items() if state is not None}
+    return Recurrent(states, cache.users)
+
+
+class _Watched(DynamicCache):
+    """A cache that notes what is put into it, and by which modules."""
+
+    def __init__(self, config: Any, active: list[str]):
+        super().__init__(config=config)
+        self._active = active
+        self.heads: dict[int, tuple[int, int, int]] = {}
+        self.users: dict[int, str] = {}
+        self.attending: set[str] = set()
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *given: Any, **named: Any) -> Any:
+        self.attending.add(self._active[-1])
+        self.heads[layer_idx] = key_states.shape[1], key_states.shape[3], value_states.shape[3]
+        return super().update(key_states, value_states, layer_idx, *given, **named)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Any:
+        self.users[layer_idx] = self._active[-1]
+        return super().get_conv_state(layer_idx, state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Any:
+        self.users[layer_idx] = self._active[-1]
+        return super().get_recurrent_state(layer_idx, state_idx)
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **more: Any) -> Tensor:
+        self.users[layer_idx] = self._active[-1]
+        return super().update_conv_state(conv_states, layer_idx, state_idx, **more)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **more: Any) -> Any:
+        self.users[layer_idx] = self._active[-1]
+        return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **more)
+
+
+def _watch(module: nn.Module, name: str, active: list[str]) -> Iterator[Any]:
+    def enter(*_: Any) -> None:
+        active.append(name)
+
+    def leave(*_: Any) -> None:
+        active.pop()
+
+    yield module.register_forward_pre_hook(enter)
+    yield module.register_forward_hook(leave, always_call=True)

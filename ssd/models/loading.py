@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # fronts read configurations and tokenizers only, and this im
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # transformers sets torch's default dtype while it loads, for all threads of the process.
 _LOADING = threading.Lock()
-_RECURRENT = ("ssm", "mamba", "rwkv", "recurrent", "linear_attention", "conv")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -67,8 +66,6 @@ def load_model(folder: Path, *, dtype: str, device: str, max_positions: int) -> 
     # transformers would initialise them at random, so that every start gives other tokens.
     if absent := sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"]))):
         raise ModelError(f"{folder}: the weights lack {', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}")
-    if getattr(model, "_is_stateful", False):
-        raise ModelError(f"{folder}: {type(model).__name__} keeps a state that cannot be rolled back; not supported")
     if not getattr(model, "_supports_attention_backend", False):
         raise ModelError(f"{folder}: {type(model).__name__} cannot use this engine's attention function")
     return model.to(device).eval().requires_grad_(False)
@@ -88,11 +85,6 @@ def check_supported(config: PretrainedConfig, max_positions: int) -> None:
     """
     text = config.get_text_config()
     kind = text.model_type
-    layers = set(getattr(text, "layer_types", None) or ())
-    foreign = {layer for layer in layers if layer not in ("full_attention", "sliding_attention", "chunked_attention")}
-    if foreign or any(word in kind for word in _RECURRENT):
-        what = ", ".join(sorted(foreign)) or kind
-        raise ModelError(f"{kind}: layers of kind {what} keep a state that cannot be rolled back; not supported")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{kind}: encoder-decoder models are not supported")
     rope = getattr(text, "rope_parameters", None) or {}

@@ -13,19 +13,25 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import RequestError
+from ..errors import ModelError, RequestError
 from .attention import row_attention, tree_attention
 from .cache import CacheView, SlotCache
 from .cpu import operators
 from .cpu.rows_linear import RowsLinear
 from .cuda.graphs import Graphs
+from .layers import TRIAL, Layers, find_layers
 from .rows import RowPlan
 from .sharding import Sharding
+from .states import step_by_rows
 
 Attention = Literal["rows", "tree"]
 _NAMES: dict[Attention, str] = {"rows": row_attention.NAME, "tree": tree_attention.NAME}
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+_APART = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.2}
+"""Relative difference (of norms) of logits that only rounding explains, with a wide margin: a wrong mask, position
+or cache gives differences near 1."""
 
 FIRST_CONTEXT = 256
 """Slots of the smallest context tier; each further tier is four times the last."""
@@ -52,6 +58,8 @@ class RunnerOptions:
     whatever else runs."""
     vocabulary: int
     """V. Logits beyond it (padding of the output head) are cut off."""
+    chain: int = 1
+    """Most rows of a decode forward that follow each other in place: a root and its lookahead."""
     compile: bool = False
     """Compile decode forwards (``torch.compile``), once per form and context tier."""
     attention: Attention = "rows"
@@ -83,9 +91,12 @@ class ForwardRunner:
         self.model, self.batch, self.vocabulary = model, options.batch, options.vocabulary
         self.graphs = graphs
         self.attention: Attention = options.attention
+        layers = find_layers(model) if sharding is None else sharding.layers
         model.config._attn_implementation = _NAMES[options.attention]
         model.config.get_text_config()._attn_implementation = _NAMES[options.attention]
         self.device, self.dtype = model.device, model.dtype
+        if layers.recurrent is not None:
+            step_by_rows(model, layers.recurrent)
         self.cache = SlotCache(
             model.config,
             batch=options.batch,
@@ -93,7 +104,8 @@ class ForwardRunner:
             scratch_slots=options.scratch_slots,
             dtype=model.dtype,
             device=model.device,
-            head_shares=sharding.head_shares if sharding is not None else 1,
+            layers=layers,
+            chain=options.chain,
         )
         self.compile = options.compile
         self.parameters = sum(weight.numel() for weight in model.parameters())
@@ -113,6 +125,26 @@ class ForwardRunner:
             self.contexts.append(tier)
             tier *= 4
         self.contexts.append(slots)
+        if sharding is None:
+            self._compare(layers)
+
+    @torch.no_grad()
+    def _compare(self, layers: Layers) -> None:
+        """Decodes what the model was run on, row by row and together. Raises: ModelError: the results differ."""
+        first, rows = TRIAL // 2, TRIAL - TRIAL // 2
+        ids = layers.tokens[0].tolist()
+        self.prefill(0, ids[:first])
+        lengths, whole = torch.full((self.batch,), first, device=self.device), RowPlan.sequential("trial", rows)
+        tokens = layers.tokens[:, first:].expand(self.batch, -1).contiguous()
+        logits = self.logits(whole, tokens, lengths, self.contexts[0])[0]
+        expected = layers.logits[first:, : self.vocabulary]
+        apart = ((logits - expected).norm() / expected.norm()).item()
+        if not apart < _APART[self.dtype]:  # also if it is not a number
+            kind = self.model.config.model_type
+            raise ModelError(
+                f"{kind}: decoding with this engine's cache gives other logits than the model's own forward "
+                f"(relative difference {apart:.2g}); not supported"
+            )
 
     def over(self, model: PreTrainedModel) -> Self:
         """Returns a runner of ``model`` over the same slots: this runner's model with sublayers left out."""
@@ -126,6 +158,11 @@ class ForwardRunner:
         return self._prefill.rows
 
     @property
+    def shares_prefixes(self) -> bool:
+        """Whether a slot's first tokens can be continued by another sequence. Recurrent layers keep the last state."""
+        return self.cache.states is None
+
+    @property
     def fuses(self) -> bool:
         """Whether one large body handed to ``compiled`` is faster than several small ones."""
         return self.compile or self.graphs is not None
@@ -137,7 +174,7 @@ class ForwardRunner:
         The CPU operators do. Experts do not: their number of rows depends on the routing."""
         text = self.model.config.get_text_config()
         experts = any(getattr(text, name, None) for name in _EXPERTS)
-        if self._sharded:
+        if self._sharded or self.cache.states is not None:
             return False
         linears = [type(module) for module in self.model.modules() if isinstance(module, nn.Linear | RowsLinear)]
         return self.attention == "tree" and operators.loaded() and set(linears) == {RowsLinear} and not experts
@@ -145,7 +182,12 @@ class ForwardRunner:
     @property
     def counts(self) -> tuple[int, ...]:
         """Numbers of slots a decode forward may cover, ascending. Few, since each is compiled separately."""
-        if self._sharded or self.device.type != "cpu" or not (self.attention == "tree" and operators.loaded()):
+        if (
+            self._sharded
+            or self.cache.states is not None
+            or self.device.type != "cpu"
+            or not (self.attention == "tree" and operators.loaded())
+        ):
             return (self.batch,)  # other ranks do not know the slots, and other operators would copy their keys
         return (*(4**n for n in range(4) if 4**n < self.batch), self.batch)
 
@@ -242,7 +284,8 @@ class ForwardRunner:
             ids[0, : len(chunk)] = torch.tensor(chunk)
             length = start + first
             lengths = torch.tensor([length], device=self.device)
-            inputs = self._inputs(view, layout, plan.in_place, lengths, self.context_for(length + plan.rows))
+            context = self.context_for(length + plan.rows)
+            inputs = self._inputs(view, layout, plan.in_place, lengths, context, count=len(chunk))
             # The head's result on this one row is not used: transformers cannot leave the head out.
             self.model(input_ids=ids.to(self.device), logits_to_keep=1, **inputs)
 
@@ -292,6 +335,7 @@ class ForwardRunner:
         lengths: Tensor,
         context: int,
         slots: Tensor | None = None,
+        count: int | None = None,
     ) -> dict[str, Any]:
         """Returns positions, mask and cache view of a forward, as keyword arguments of the model."""
         # Rows beyond the capacity are meaningless; they are written to its last slot, which no row attends.
@@ -311,6 +355,7 @@ class ForwardRunner:
             scratch_mask=layout.mask,
             context=context,
             sequences=slots,
+            count=count,
         )
         return {"attention_mask": mask[:, None], "position_ids": positions, "past_key_values": view, "use_cache": True}
 

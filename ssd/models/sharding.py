@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
+from .layers import Layers, find_layers
 from .tensor_group import TensorGroup
 
 # Not divided: norms over single heads, and embeddings, whose division would cost a sum per lookup.
@@ -29,6 +30,8 @@ class Sharding:
     group: TensorGroup
     head_shares: int
     """Ranks among which attention heads, and with them keys and values, are divided: all ranks, or 1."""
+    layers: Layers
+    """What a rank's layers keep."""
 
 
 class Joined(nn.Module):
@@ -74,6 +77,7 @@ def shard(model: PreTrainedModel, group: TensorGroup) -> Sharding:
         ModelError: the model has no plan, its plan has something this engine cannot divide, or its
             heads or features do not divide by the number of ranks.
     """
+    layers = find_layers(model)
     kind, plan = model.config.model_type, dict(model.tp_plan or {})
     if not any(style.startswith("colwise") for name, style in plan.items() if "lm_head" not in name):
         raise ModelError(f"{kind}: transformers has no tensor-parallel plan for it; set target.tensor_parallel=1")
@@ -96,7 +100,8 @@ def shard(model: PreTrainedModel, group: TensorGroup) -> Sharding:
             setattr(parent, name, Summed(child, group, split=style == "rowwise_split_input"))
         else:
             raise ModelError(f"{kind}: {name} has the unknown division {style}; set target.tensor_parallel=1")
-    return Sharding(group=group, head_shares=group.size if by_heads else 1)
+    shares = group.size if by_heads else 1
+    return Sharding(group=group, head_shares=shares, layers=layers.divided(shares))
 
 
 def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, str]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 
-from ..cache import RowStates, head_dim
+from ..cache import RowStates
 from ..cpu import operators
 from .inputs import SCHEMA, AttentionInputs
 from .row_attention import check_window, refuse_unknown
@@ -42,7 +42,8 @@ def try_kernels(config: PretrainedConfig, dtype: torch.dtype, device: torch.devi
         RuntimeError, or ``triton.errors.TritonError``: the device cannot run it (see ``cuda.graphs.refusals``).
     """
     text = config.get_text_config()
-    heads, dim = text.num_attention_heads, head_dim(text)
+    heads = text.num_attention_heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     shared = getattr(text, "num_key_value_heads", None) or heads
     rows = max(1, 64 * shared // heads)
 

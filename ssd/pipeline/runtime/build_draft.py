@@ -39,7 +39,7 @@ def build_draft(plan: Plan, model: PreTrainedModel | None = None, rank: int = 0)
         lookaheads=plan.lookaheads,
         lookahead=first_lookahead(plan.lookaheads),
         ngram=plan.ngram and rank == 0,  # the first rank's candidates are those of all ranks
-        prefix_caching=config.engine.prefix_caching,
+        prefix_caching=config.engine.prefix_caching and draft.runner.shares_prefixes,
         anytime=config.speculation.anytime,
     )
     worker = DraftWorker(draft, options)

@@ -47,7 +47,7 @@ def build_verifier(
         lookaheads=plan.lookaheads,
         ends=frozenset(plan.ends),
         max_model_len=config.engine.max_model_len,
-        prefix_caching=config.engine.prefix_caching,
+        prefix_caching=config.engine.prefix_caching and runner.shares_prefixes,
     )
     sampling = SlotSampling(
         runner.batch,

@@ -61,6 +61,7 @@ def make_runner(
         capacity=engine.max_model_len,
         scratch_slots=scratch,
         prefill_chunk=engine.prefill_chunk,
+        chain=plan.shape.depth + 1,
         vocabulary=plan.vocabulary,
         compile=_compiles(wanted, model),
         attention=_attention(wanted, model),

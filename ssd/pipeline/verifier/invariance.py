@@ -57,10 +57,10 @@ class _Trial:
         fed = self._tokens[list(selected.slots), first : first + plan.rows].tolist()
         return self._decider.decide(plan, self._runner.contexts[0], lengths, fed, slots=selected.index).logits.clone()
 
-    def states(self, selected: Selection, count: int) -> Tensor:
+    def states(self, selected: Selection, count: int) -> list[Tensor]:
         """Keys and values of the first ``count`` tokens in all layers."""
         slots, places = list(selected.slots), slice(self._length, self._length + count)
-        return torch.stack([main[slots, :, places] for part in self._runner.cache.main for main in part])
+        return [main[slots, :, places] for part in self._runner.cache.main for main in part]
 
 
 def _same(trial: _Trial, selector: Selector, one: RowPlan, plan: RowPlan) -> bool:
@@ -76,6 +76,8 @@ def _same(trial: _Trial, selector: Selector, one: RowPlan, plan: RowPlan) -> boo
             alone = trial.logits(one, selected, row, plan.offsets[row])
             if not torch.equal(alone[:, 0], reference[slots, row]):
                 return False
-            if row == plan.in_place - 1 and not torch.equal(trial.states(selected, plan.in_place), kept[:, slots]):
-                return False
+            if row == plan.in_place - 1:
+                own = zip(trial.states(selected, plan.in_place), kept, strict=True)
+                if not all(torch.equal(some, every[slots]) for some, every in own):
+                    return False
     return True

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from ssd.decoding.trees.shape import TreeShape
 from ssd.errors import ModelError
 from ssd.models.cache import SlotCache
+from ssd.models.layers import find_layers
 from ssd.models.loading import load_model, load_tokenizer
 from ssd.models.rows import BLOCK, RowPlan
 from ssd.models.vocabulary import shared_vocabulary
@@ -48,7 +49,8 @@ def small_cache(**sizes: int) -> SlotCache:
     config = LlamaConfig(
         hidden_size=16, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, vocab_size=10
     )
-    return SlotCache(config, batch=3, dtype=torch.float32, device="cpu", **sizes)
+    layers = find_layers(AutoModelForCausalLM.from_config(config))
+    return SlotCache(config, batch=3, dtype=torch.float32, device="cpu", layers=layers, **sizes)
 
 
 def test_cache_is_whole_blocks() -> None:

@@ -1,0 +1,197 @@
+"""States of recurrent layers, with rollback: state-space, linear-attention and short-convolution layers.
+
+A slot holds the state after a token as it holds the token's key: main slots by position (a short ring, since only the
+last certain state is continued), scratch slots for rows without a fixed position. A row continues the state of the row
+or slot before it on its path, so candidate trees and rejected rows need nothing else: what was not accepted is not
+continued.
+
+Layers advance one row at a time, by transformers' own step for one token. So a state has the same bits whatever else
+was verified with its token.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import Key, Recurrent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class StateSlots:
+    """The states of B sequences: by position in a ring of ``ring`` slots, and in ``scratch`` slots."""
+
+    def __init__(self, recurrent: Recurrent, *, batch: int, ring: int, scratch: int, device: torch.device | str):
+        def zeros(slots: int) -> dict[Key, Tensor]:
+            return {
+                key: torch.zeros(batch, slots, *state.shape, dtype=state.dtype, device=device)
+                for key, state in recurrent.states.items()
+            }
+
+        self.ring = ring
+        self.main, self.scratch = zeros(ring), zeros(max(scratch, 1))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(states.nbytes for part in (self.main, self.scratch) for states in part.values())
+
+    def keep(self, batch: Tensor, scratch: Tensor, position: Tensor) -> None:
+        """Copies scratch slots to the ring; arguments as for ``SlotCache.keep``."""
+        for key, main in self.main.items():
+            main[batch, position % self.ring] = self.scratch[key][batch, scratch]
+
+
+class RowSteps:
+    """Where the rows of one forward take their states from and put them.
+
+    Args:
+        slots: the states.
+        batch: ``[B]`` int64, the sequences of the rows.
+        positions: ``[B, R]`` int64.
+        limits: ``[B, R]`` int64; a row follows the token before its limit, unless it follows a scratch slot.
+        scratch_mask: ``[R, X]`` or ``[B, R, X]`` bool, or None: the scratch slots on the row's path.
+        scratch_positions: ``[B, X]`` int64; the row follows the last of them.
+        in_place: n; the first n rows go to the ring.
+        scratch_slots: ``[R - n]`` int64, the slots of the others.
+        count: the first rows that are tokens; the rest is padding. None: all.
+    """
+
+    def __init__(
+        self,
+        slots: StateSlots,
+        batch: Tensor,
+        *,
+        positions: Tensor,
+        limits: Tensor,
+        scratch_mask: Tensor | None,
+        scratch_positions: Tensor,
+        in_place: int,
+        scratch_slots: Tensor,
+        count: int | None,
+    ):
+        self.slots, self.batch = slots, batch
+        self.rows = positions.shape[1] if count is None else count
+        self._places = (positions % slots.ring).unbind(1)
+        self._first = (limits == 0).unbind(1)
+        self._before = ((limits - 1) % slots.ring).unbind(1)
+        self._in_place, self._scratch_slots = in_place, scratch_slots
+        self._follows: tuple[Tensor, ...] | None = None
+        if scratch_mask is not None:
+            shown = scratch_mask.expand(len(batch), -1, -1)
+            last = torch.where(shown, scratch_positions[:, None], -1).max(-1)
+            self._follows, self._aside = last.indices.unbind(1), (last.values >= 0).unbind(1)
+
+    def before(self, row: int, key: Key) -> Tensor:
+        """Returns the states ``[B, ...]`` that a row continues: a copy."""
+        state = self.slots.main[key][self.batch, self._before[row]]
+        shape = (-1, *(1,) * (state.ndim - 1))
+        if self._follows is not None:
+            aside = self.slots.scratch[key][self.batch, self._follows[row]]
+            state = torch.where(self._aside[row].view(shape), aside, state)
+            fresh = self._first[row] & ~self._aside[row]
+        else:
+            fresh = self._first[row]
+        return state.masked_fill(fresh.view(shape), 0)
+
+    def put(self, row: int, key: Key, state: Tensor) -> None:
+        """Stores the states ``[B, ...]`` after a row."""
+        if row < self._in_place:
+            self.slots.main[key][self.batch, self._places[row]] = state
+        else:
+            self.slots.scratch[key][self.batch, self._scratch_slots[row - self._in_place]] = state
+
+
+class RowByRow(nn.Module):
+    """A recurrent module that advances one row at a time. It takes the place of ``mixer``."""
+
+    def __init__(self, mixer: nn.Module, layer: int, keys: list[Key]):
+        super().__init__()
+        self.mixer, self._layer, self._keys = mixer, layer, keys
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("mixer"), name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        view = next(
+            (given for given in (*args, *kwargs.values()) if getattr(given, "steps", None) is not None),
+            None,
+        )
+        if view is None:
+            return self.mixer(hidden_states, *args, **kwargs)
+        steps: RowSteps = view.steps
+
+        def given(each: Any, row: int) -> Any:
+            if each is view:
+                return step
+            if isinstance(each, Tensor) and each.ndim == 4:  # an attention mask, which says nothing about states
+                return None
+            if isinstance(each, Tensor) and each.ndim == 2 and each.shape == hidden_states.shape[:2]:
+                return each[:, row : row + 1]
+            return each
+
+        outputs, extra = [], ()
+        for row in range(steps.rows):
+            step = _Step(self._layer, {key: steps.before(row, key) for key in self._keys})
+            out = self.mixer(
+                hidden_states[:, row : row + 1],
+                *(given(each, row) for each in args),
+                **{name: given(each, row) for name, each in kwargs.items()},
+            )
+            if isinstance(out, tuple):
+                out, extra = out[0], out[1:]
+            outputs.append(out)
+            for key, state in step.states.items():
+                steps.put(row, key, state)
+        padding = hidden_states.shape[1] - steps.rows
+        if padding:
+            outputs.append(outputs[-1].new_zeros(len(hidden_states), padding, *outputs[-1].shape[2:]))
+        whole = torch.cat(outputs, dim=1)
+        return (whole, *extra) if extra else whole
+
+
+class _Step:
+    """The part of transformers' ``Cache`` that a recurrent module reads and writes in a step of one token."""
+
+    def __init__(self, layer: int, states: dict[Key, Tensor]):
+        self._layer, self.states = layer, states
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
+        return self.states[layer_idx, "conv", state_idx]
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
+        return self.states[layer_idx, "recurrent", state_idx]
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        key = layer_idx, "conv", state_idx
+        full = torch.cat([self.states[key], conv_states], dim=-1)
+        self.states[key] = full[..., -self.states[key].shape[-1] :]
+        return full
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        self.states[layer_idx, "recurrent", state_idx] = recurrent_states
+        return recurrent_states
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return True
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 1
+
+
+def step_by_rows(model: PreTrainedModel, recurrent: Recurrent) -> None:
+    """Replaces the model's recurrent modules by ``RowByRow``."""
+    for layer, path in recurrent.mixers.items():
+        parent, _, name = path.rpartition(".")
+        owner, mixer = model.get_submodule(parent), model.get_submodule(path)
+        if not isinstance(mixer, RowByRow):
+            setattr(owner, name, RowByRow(mixer, layer, [key for key in recurrent.states if key[0] == layer]))
