@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -66,6 +68,8 @@ class Layers:
     heads: dict[int, tuple[int, int, int]]
     """By layer that keeps keys and values: H_kv, D of keys, D of values."""
     recurrent: Recurrent | None
+    linears: frozenset[nn.Module]
+    """Linear layers whose weights are used by themselves only."""
     tokens: Tensor
     """``[1, TRIAL]``: what the model was run on."""
     logits: Tensor
@@ -120,24 +124,39 @@ def find_layers(model: PreTrainedModel) -> Layers:
     most = model.config.get_text_config().vocab_size
     tokens = torch.randint(most, (1, TRIAL), generator=random).to(model.device)
     hooks = list[Any]()
-    try:
-        cache = _Watched(model.config, active)
-        hooks = [hook for name, module in model.named_modules() for hook in _watch(module, name, active)]
-        model(input_ids=tokens[:, :1], past_key_values=cache, use_cache=True)
-        logits = model(input_ids=tokens, use_cache=False).logits[0].float()
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        # Whatever is wrong with code that is not ours makes this model unusable, and nothing else.
-        raise ModelError(f"{kind}: does not run as a causal language model ({first_line(error)})") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with _noting(model) as linears:
+        try:
+            cache = _Watched(model.config, active)
+            hooks = [hook for name, module in model.named_modules() for hook in _watch(module, name, active)]
+            model(input_ids=tokens[:, :1], use_cache=True, **{cache_argument(model): cache})
+            logits = model(input_ids=tokens, use_cache=False).logits[0].float()
+        except (
+            AttributeError,
+            IndexError,
+            KeyError,
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            # Whatever is wrong with code that is not ours makes this model unusable, and nothing else.
+            raise ModelError(f"{kind}: does not run as a causal language model ({first_line(error)})") from error
+        finally:
+            for hook in hooks:
+                hook.remove()
     return Layers(
         count=len(cache.layers),
         heads=cache.heads,
         recurrent=_recurrent(kind, model, cache),
+        linears=frozenset(linears),
         tokens=tokens,
         logits=logits,
     )
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """Returns the name of the argument that takes a cache: state-space models have one of their own."""
+    return "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _recurrent(kind: str, model: PreTrainedModel, cache: _Watched) -> Recurrent | None:
@@ -174,6 +193,12 @@ class _Watched(DynamicCache):
         self.heads[layer_idx] = key_states.shape[1], key_states.shape[3], value_states.shape[3]
         return super().update(key_states, value_states, layer_idx, *given, **named)
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0  # also where no layer attends
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Any:
         self.users[layer_idx] = self._active[-1]
         return super().get_conv_state(layer_idx, state_idx)
@@ -191,12 +216,46 @@ class _Watched(DynamicCache):
         return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **more)
 
 
+class _NotedLinear(nn.Linear):
+    """A linear layer that notes who reads its weight."""
+
+    running = False
+    read = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and not self.running:
+            self.read = True
+        return super().__getattr__(name)
+
+
 def _watch(module: nn.Module, name: str, active: list[str]) -> Iterator[Any]:
     def enter(*_: Any) -> None:
         active.append(name)
+        if isinstance(module, _NotedLinear):
+            module.running = True
 
     def leave(*_: Any) -> None:
         active.pop()
+        if isinstance(module, _NotedLinear):
+            module.running = False
 
     yield module.register_forward_pre_hook(enter)
     yield module.register_forward_hook(leave, always_call=True)
+
+
+@contextlib.contextmanager
+def _noting(model: nn.Module) -> Iterator[set[nn.Module]]:
+    """Yields a set, which at the end holds the linear layers whose weight nothing else has read."""
+    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    unread = set[nn.Module]()
+    for module in linears:
+        module.__class__ = _NotedLinear
+    try:
+        yield unread
+    finally:
+        for module in linears:
+            if not module.read:
+                unread.add(module)
+            module.__class__ = nn.Linear
+            for name in ("running", "read"):
+                module.__dict__.pop(name, None)

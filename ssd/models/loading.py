@@ -66,8 +66,6 @@ def load_model(folder: Path, *, dtype: str, device: str, max_positions: int) -> 
     # transformers would initialise them at random, so that every start gives other tokens.
     if absent := sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"]))):
         raise ModelError(f"{folder}: the weights lack {', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}")
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ModelError(f"{folder}: {type(model).__name__} cannot use this engine's attention function")
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import ModelError, RequestError
+from ..errors import ModelError, RequestError, first_line
 from .attention import row_attention, tree_attention
 from .cache import CacheView, SlotCache
 from .cpu import operators
 from .cpu.rows_linear import RowsLinear
 from .cuda.graphs import Graphs
-from .layers import TRIAL, Layers, find_layers
+from .layers import TRIAL, Layers, cache_argument, find_layers
 from .rows import RowPlan
 from .sharding import Sharding
 from .states import step_by_rows
@@ -95,6 +96,7 @@ class ForwardRunner:
         model.config._attn_implementation = _NAMES[options.attention]
         model.config.get_text_config()._attn_implementation = _NAMES[options.attention]
         self.device, self.dtype = model.device, model.dtype
+        self._takes, self._takes_cache = inspect.signature(model.forward).parameters, cache_argument(model)
         if layers.recurrent is not None:
             step_by_rows(model, layers.recurrent)
         self.cache = SlotCache(
@@ -107,6 +109,8 @@ class ForwardRunner:
             layers=layers,
             chain=options.chain,
         )
+        self.linears = layers.linears if sharding is None else None
+        """Linear layers that may be replaced; None for all."""
         self.compile = options.compile
         self.parameters = sum(weight.numel() for weight in model.parameters())
         # On a CPU, half of a small model's time goes into calling its kernels: the calls are made from C++,
@@ -131,16 +135,19 @@ class ForwardRunner:
     @torch.no_grad()
     def _compare(self, layers: Layers) -> None:
         """Decodes what the model was run on, row by row and together. Raises: ModelError: the results differ."""
-        first, rows = TRIAL // 2, TRIAL - TRIAL // 2
+        first, rows, kind = TRIAL // 2, TRIAL - TRIAL // 2, self.model.config.get_text_config().model_type
         ids = layers.tokens[0].tolist()
-        self.prefill(0, ids[:first])
         lengths, whole = torch.full((self.batch,), first, device=self.device), RowPlan.sequential("trial", rows)
         tokens = layers.tokens[:, first:].expand(self.batch, -1).contiguous()
-        logits = self.logits(whole, tokens, lengths, self.contexts[0])[0]
+        try:
+            self.prefill(0, ids[:first])
+            logits = self.logits(whole, tokens, lengths, self.contexts[0])[0]
+        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            what = f"{kind}: does not run with this engine's attention and cache ({first_line(error)})"
+            raise ModelError(what) from error
         expected = layers.logits[first:, : self.vocabulary]
         apart = ((logits - expected).norm() / expected.norm()).item()
         if not apart < _APART[self.dtype]:  # also if it is not a number
-            kind = self.model.config.model_type
             raise ModelError(
                 f"{kind}: decoding with this engine's cache gives other logits than the model's own forward "
                 f"(relative difference {apart:.2g}); not supported"
@@ -357,7 +364,8 @@ class ForwardRunner:
             sequences=slots,
             count=count,
         )
-        return {"attention_mask": mask[:, None], "position_ids": positions, "past_key_values": view, "use_cache": True}
+        given = {"attention_mask": mask[:, None], "position_ids": positions, self._takes_cache: view}
+        return {**{name: value for name, value in given.items() if name in self._takes}, "use_cache": True}
 
 
 def _no_guards(guards: list) -> list[bool]:

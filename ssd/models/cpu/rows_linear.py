@@ -9,6 +9,8 @@ five, 5.1 to 5.3 for ten. A row's result has the same bits whatever the number o
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -38,8 +40,8 @@ class RowsLinear(nn.Module):
         return packed.nbytes
 
 
-def pack_linears(model: nn.Module) -> None:
-    """Replaces every ``nn.Linear`` of a float32 model, in place.
+def pack_linears(model: nn.Module, only: Collection[nn.Module] | None = None) -> None:
+    """Replaces every ``nn.Linear`` of a float32 model, in place; or ``only`` some.
 
     The packed weights share one block of memory. The original ones are freed, unless something else (a tied
     embedding) uses them.
@@ -48,7 +50,7 @@ def pack_linears(model: nn.Module) -> None:
         (module, name)
         for module in model.modules()
         for name, child in module.named_children()
-        if type(child) is nn.Linear
+        if type(child) is nn.Linear and (only is None or child in only)
     ]
     # An upper bound: pages that are never written take no memory.
     memory = torch.ops.ssd.reserve(sum(_most(getattr(*place)) for place in places))

@@ -75,7 +75,7 @@ def make_runner(
         )
     if torch.device(wanted.device).type == "cpu" and wanted.dtype == "float32":
         if operators.available():
-            rows_linear.pack_linears(model)
+            rows_linear.pack_linears(model, runner.linears)
         else:
             lay_out_for_cpu(model)
     return runner
