@@ -30,6 +30,8 @@ VOCABULARY = 160
 PROMPTS = (3, 21)
 """Lengths of the prompts, in tokens: the second is longer than every window."""
 NEW_TOKENS = 20
+LARGEST = 20_000_000
+"""Parameters of a tiny model."""
 Outcome = Literal["equal", "refused", "different", "failed", "not built"]
 
 
@@ -53,10 +55,14 @@ def tiny_causal(model_type: str, *, seed: int = 0) -> PreTrainedModel:
     """Returns a tiny random model of a type. Raises: whatever its configuration or its code raises."""
     kind = CONFIG_MAPPING[model_type]
     config = kind(**_sizes(kind, OWN.get(model_type, {})))
+    with torch.device("meta"):
+        size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"its smallest configuration here has {size / 1e6:.0f} million parameters")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    model.generation_config.eos_token_id = config.get_text_config().eos_token_id
+    model.generation_config.eos_token_id = getattr(config.get_text_config(), "eos_token_id", None)
     return model.eval().requires_grad_(False)
 
 

@@ -26,6 +26,26 @@ COMMON: dict[str, Any] = {
     "moe_intermediate_size": 32,
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "mamba_d_state": 16,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_expand": 2,
+    "mamba_n_groups": 1,
+    "mamba_dt_rank": 8,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 16,
+    "n_groups": 1,
+    "time_step_rank": 8,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8,
     "v_head_dim": 16,
@@ -36,4 +56,44 @@ COMMON: dict[str, Any] = {
     "state_size": 16,
     "is_decoder": True,
 }
-OWN: dict[str, dict[str, Any]] = {}
+_LATENT: dict[str, Any] = {"head_dim": 8, "num_key_value_heads": 4}
+"""Multi-head latent attention: ``head_dim`` is the rotary part."""
+_PER_LAYER: dict[str, Any] = {"vocab_size_per_layer_input": 160, "hidden_size_per_layer_input": 16}
+_SMALL_VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "image_size": 32}
+
+OWN: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        (
+            "axk1",
+            "axk2",
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "glm4_moe_lite",
+            "glm_moe_dsa",
+            "minicpm3",
+            "youtu",
+        ),
+        _LATENT,
+    ),
+    "codegen": {"rotary_dim": 8},
+    "dots1": {"n_shared_experts": 1},
+    "dots3_note": {"num_key_value_heads": 4},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3": {"vision_config": _SMALL_VISION},
+    "gemma3n_text": {
+        **_PER_LAYER,
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "gemma4_text": {**_PER_LAYER, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]], "window_size": 8},
+    "gptj": {"rotary_dim": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "longcat_flash": {**_LATENT, "num_layers": 2, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "xlnet": {"d_head": 16},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
+}
