@@ -188,7 +188,9 @@ class Front:
                 prompt=PromptTokens(text=text, token_ids=tuple(ids)),
                 params=replace(params, n=1, seed=completion_seed(params.seed, index)) if params.n > 1 else params,
                 ends=ends,
-                detokenizer=Detokenizer(self.texts.stream(ids), StopRules.of(params)),
+                detokenizer=Detokenizer(
+                    self.texts.stream(ids, skip_special_tokens=params.skip_special_tokens), StopRules.of(params)
+                ),
                 context_limit=context,
                 caller=caller,
             )

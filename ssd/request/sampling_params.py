@@ -86,6 +86,8 @@ class SamplingParams:
     """Do not stop at an end-of-text id."""
     include_stop_str_in_output: bool = False
     """Keep the stop string, or the text of the stop token, at the end of the text."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text. Stop strings that contain one are found nevertheless."""
     logprobs: int | None = None
     """Report the log-probability of every token, and of this many most probable tokens (at most 20). They are of
     the target's own distribution, before temperature, filters, penalties and biases (vLLM's ``raw_logprobs``)."""
@@ -131,6 +133,7 @@ class SamplingParams:
             "stop_token_ids": token_ids("stop_token_ids", _none_is_empty(self.stop_token_ids), MAX_STOP_TOKEN_IDS),
             "ignore_eos": boolean("ignore_eos", self.ignore_eos),
             "include_stop_str_in_output": boolean("include_stop_str_in_output", self.include_stop_str_in_output),
+            "skip_special_tokens": boolean("skip_special_tokens", self.skip_special_tokens),
             "logprobs": None if self.logprobs is None else integer("logprobs", self.logprobs, 0, MAX_LOGPROBS),
             "structured_outputs": StructuredOutputsParams.of(self.structured_outputs),
             "method": _method(self.method),

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol
 
 from ...request.output import RequestOutput, StreamEvent, TokenLogprob
 from ..parsers.parts import Answer, Part
-from .logprobs import TokenBytes, chat_logprobs, completion_logprobs
+from .logprobs import TokenReader, chat_logprobs, completion_logprobs
 
 
 class Schema(Protocol):
@@ -36,8 +36,8 @@ class Schema(Protocol):
         ...
 
     @staticmethod
-    def logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes, offset: int) -> dict[str, Any]:
-        """``logprobs`` of a choice; ``offset``: characters before the first token."""
+    def logprobs(tokens: Sequence[TokenLogprob], reader: TokenReader) -> dict[str, Any]:
+        """Returns ``logprobs`` of a choice for its next tokens, and moves the reader behind them."""
         ...
 
 
@@ -60,8 +60,8 @@ class Chat:
         return {"delta": {"content": Answer.of(parts).text}}
 
     @staticmethod
-    def logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes, offset: int) -> dict[str, Any]:
-        return chat_logprobs(tokens, texts)
+    def logprobs(tokens: Sequence[TokenLogprob], reader: TokenReader) -> dict[str, Any]:
+        return chat_logprobs(tokens, reader)
 
 
 class Text:
@@ -83,8 +83,8 @@ class Text:
         return {"text": Answer.of(parts).text}
 
     @staticmethod
-    def logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes, offset: int) -> dict[str, Any]:
-        return completion_logprobs(tokens, texts, offset)
+    def logprobs(tokens: Sequence[TokenLogprob], reader: TokenReader) -> dict[str, Any]:
+        return completion_logprobs(tokens, reader)
 
 
 def provenance(event: StreamEvent) -> list[dict[str, Any]]:
