@@ -14,6 +14,7 @@ from ...engine.book import Limits
 from ...request.sampling_params import SamplingParams
 from ..http import strict_json
 from ..http.errors import APIError, shown
+from ..parsers.parser import MakeParser, Plain
 from .answers import Chat, Schema, Text
 from .bodies import (
     MAX_CHOICES,
@@ -52,6 +53,8 @@ class Job:
     """The field that asked for structured output, if one did."""
     headers: Mapping[str, str] = field(default_factory=dict)
     """HTTP headers of the answer: what about the request was ignored or changed."""
+    parser: MakeParser = Plain.make
+    """Makes the parser of each choice's text."""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
