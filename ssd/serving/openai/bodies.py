@@ -111,6 +111,7 @@ class Common(Strict):
     structured_outputs: StructuredOutputs | None = None
     """As in vLLM."""
     max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     provenance: bool | None = None
     """Our extension: report for each token where it came from."""
     priority: Annotated[Whole, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
@@ -118,8 +119,8 @@ class Common(Strict):
 
     @property
     def length_field(self) -> str:
-        """The field that says how long the answer may be, in tokens."""
-        return "max_tokens"
+        """The field that says how long the answer may be: ``max_completion_tokens`` if both are given."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
     def length(self) -> int | None:
@@ -143,7 +144,6 @@ class _Completion(Common):
 
 class _Chat(Common):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: TopCount | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
@@ -156,11 +156,6 @@ class _Chat(Common):
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
     """Whether the tokenizer adds its own special tokens to those of the template."""
-
-    @property
-    def length_field(self) -> str:
-        """``max_completion_tokens`` counts if both are given."""
-        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
     def top_count(self) -> int | None:
@@ -215,6 +210,8 @@ def _invalid(errors: Sequence[ErrorDetails]) -> APIError:
 def _path(error: ErrorDetails) -> list[str]:
     """Returns where a field is, without the names of the forms that pydantic tried."""
     parts = [str(part) for part in error["loc"]]
+    if parts[0] == "response_format":
+        del parts[1:2]  # its type
     return [part for part in parts if part != "str" and not part.startswith(("list[", "dict[", "function-", "union"))]
 
 

@@ -142,10 +142,8 @@ def sort_fields(known: Collection[str], raw: Mapping[str, Any]) -> SortedFields:
                 raise APIError(400, f"{name} is called {CONSTRAINTS[name]} here", param=name, code="unknown_parameter")
         elif name in UNSUPPORTED:
             if not any(_same(value, neutral) for neutral in UNSUPPORTED[name]):
-                why = f": {WHY[name]}" if name in WHY else ""
-                raise APIError(
-                    400, f"{name} is not supported by this server{why}", param=name, code="unsupported_parameter"
-                )
+                why = f": {WHY[name]}" if name in WHY else " by this server"
+                raise APIError(400, f"{name} is not supported{why}", param=name, code="unsupported_parameter")
         elif name not in HARMLESS:
             unknown.append(name)
     return SortedFields(known=given, unknown=tuple(unknown))
