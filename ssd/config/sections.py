@@ -114,6 +114,11 @@ class ServerConfig(Section):
     metrics: Literal["key", "open"] | Annotated[int, Field(ge=1, le=65535)] = "key"
     """Access to ``/metrics``. ``key``: as to every path. ``open``: without an API key. A number: on this port of
     ``server.host`` instead, without a key."""
+    request_metrics: Literal["none", "summary", "detailed"] = "summary"
+    """``metrics`` of answers: none, times and acceptance, or with lists of each round's drafted and accepted tokens."""
+    otlp_traces_endpoint: str | None = Field(default=None, min_length=1)
+    """URL of an OpenTelemetry collector that traces of requests are sent to: OTLP over HTTP if its path is
+    ``/v1/traces``, else over gRPC. Needs ``ssd-engine[otel]``."""
     shadow_rate: Number = Field(default=0.0, ge=0, le=1)
     """Share of the finished requests that are decoded again plainly and compared."""
     lane: str | None = Field(default=None, min_length=1)

@@ -54,7 +54,8 @@ def add_generation(app: FastAPI, engine: AsyncEngine, jobs: JobReader) -> None:
         except ClientDisconnect:
             return Response(status_code=CLIENT_GONE)
         job = await asyncio.to_thread(read, raw) if len(raw) > aside else read(raw)
-        generation = await Generation.start(engine, job, request.scope.get("ssd.client", ""))
+        client, traced = request.scope.get("ssd.client", ""), request.scope.get("ssd.trace")
+        generation = await Generation.start(engine, job, client, traced)
         return EventStream(generation) if job.stream else await _unless_gone(request, generation)
 
     @app.post("/v1/completions")
