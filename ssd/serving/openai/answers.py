@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 from ...request.output import RequestOutput, StreamEvent, TokenLogprob
+from ..parsers.parts import Answer, Part
 from .logprobs import TokenBytes, chat_logprobs, completion_logprobs
 
 
@@ -25,13 +26,13 @@ class Schema(Protocol):
     """Content of the chunk with the finish reason."""
 
     @staticmethod
-    def whole(text: str) -> dict[str, Any]:
-        """A choice with its whole text."""
+    def whole(answer: Answer) -> dict[str, Any]:
+        """Returns the content of a choice of a whole answer."""
         ...
 
     @staticmethod
-    def part(text: str) -> dict[str, Any]:
-        """A choice of a chunk with a part of the text."""
+    def part(parts: Sequence[Part]) -> dict[str, Any]:
+        """Returns the content of a choice of a chunk."""
         ...
 
     @staticmethod
@@ -51,12 +52,12 @@ class Chat:
     closing: ClassVar[dict[str, Any]] = {"delta": {}}
 
     @staticmethod
-    def whole(text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}}
+    def whole(answer: Answer) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": answer.text}}
 
     @staticmethod
-    def part(text: str) -> dict[str, Any]:
-        return {"delta": {"content": text}}
+    def part(parts: Sequence[Part]) -> dict[str, Any]:
+        return {"delta": {"content": Answer.of(parts).text}}
 
     @staticmethod
     def logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes, offset: int) -> dict[str, Any]:
@@ -74,12 +75,12 @@ class Text:
     closing: ClassVar[dict[str, Any]] = {"text": ""}
 
     @staticmethod
-    def whole(text: str) -> dict[str, Any]:
-        return {"text": text}
+    def whole(answer: Answer) -> dict[str, Any]:
+        return {"text": answer.text}
 
     @staticmethod
-    def part(text: str) -> dict[str, Any]:
-        return {"text": text}
+    def part(parts: Sequence[Part]) -> dict[str, Any]:
+        return {"text": Answer.of(parts).text}
 
     @staticmethod
     def logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes, offset: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ...engine.book import Limits
 from ...request.sampling_params import SamplingParams
 from ..http import strict_json
 from ..http.errors import APIError, shown
+from ..parsers.parser import MakeParser, Plain
 from .answers import Chat, Schema, Text
 from .bodies import (
     COMPLETION_MAX_TOKENS,
@@ -44,6 +45,8 @@ class Job:
     priority: int = 0
     structured_by: str = "structured_outputs"
     """The field that asked for structured output, if one did."""
+    parser: MakeParser = Plain.make
+    """Makes the parser of each choice's text."""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
