@@ -99,6 +99,8 @@ class ServerConfig(Section):
     """Requests that may wait for a slot; further ones are answered with status 429."""
     max_tokens_in_flight: int = Field(default=2**18, ge=16)
     """Prompt and output tokens of all requests, waiting or running; a request beyond is answered with status 429."""
+    responses_bytes: int = Field(default=2**26, ge=0)
+    """Memory for answers of /v1/responses that clients may refer to later. 0 keeps none."""
     shadow_rate: Number = Field(default=0.0, ge=0, le=1)
     """Share of the finished requests that are decoded again plainly and compared."""
     lane: str | None = Field(default=None, min_length=1)

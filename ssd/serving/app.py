@@ -11,15 +11,18 @@ from .. import __version__
 from ..config.sections import Config
 from ..engine.async_engine import AsyncEngine, server_limits
 from ..errors import ConfigError, SSDError
+from .anthropic.errors import AnthropicErrors
+from .anthropic.routes import MESSAGES, add_messages
 from .http.border import App, Border
 from .http.errors import APIError, ErrorFormat, OpenAIErrors, as_api_error
 from .http.guard import Guard
 from .http.state import add_state
-from .anthropic.errors import AnthropicErrors
-from .anthropic.routes import MESSAGES
 from .metrics import Metrics
 from .openai.jobs import JobReader
 from .openai.routes import Models, add_generation, add_models
+from .responses.reader import ResponsesReader
+from .responses.routes import add_responses
+from .responses.store import ResponseStore
 
 
 def build_app(engine: AsyncEngine, metrics: Metrics, *, model: str) -> App:
@@ -40,7 +43,10 @@ def build_app(engine: AsyncEngine, metrics: Metrics, *, model: str) -> App:
         draft_lost=lambda: float(engine.degraded is not None),
     )
     app = FastAPI(title="ssd", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    add_generation(app, engine, JobReader(engine, model=model, limits=server_limits(config)))
+    jobs = JobReader(engine, model=model, limits=server_limits(config))
+    add_generation(app, engine, jobs)
+    add_responses(app, engine, ResponsesReader(engine, jobs, ResponseStore(config.server.responses_bytes)))
+    add_messages(app, engine, jobs)
     add_models(app, Models(model, config))
     add_state(app, engine, metrics, model)
 

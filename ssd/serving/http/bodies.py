@@ -74,9 +74,7 @@ def passed_on(
     for name, value in extra.items():
         if name in foreign:
             if foreign[name] is not None and not any(value == neutral for neutral in foreign[name]):
-                raise APIError(
-                    400, f"{name} is not supported by this server", param=name, code="unsupported_parameter"
-                )
+                raise APIError(400, f"{name} is not supported by this server", param=name, code="unsupported_parameter")
         elif name in refused:
             raise APIError(400, f"{name} is not a parameter of {door}", param=name, code="unknown_parameter")
         else:
@@ -115,7 +113,7 @@ def _told(error: ErrorDetails) -> str:
     """Returns what is wrong with a value. Where only certain values are supported, the message names the one given."""
     context = error.get("ctx", {})
     if error["type"] == "union_tag_invalid":
-        name, given, expected = context["discriminator"], context["tag"], context["expected_tags"]
+        name, given, expected = context["discriminator"].strip("'"), context["tag"], context["expected_tags"]
         return f"{name} '{shown(given)}' is not supported by this server; it can be {expected}"
     if error["type"] == "literal_error" and isinstance(error["input"], str):
         return f"'{shown(error['input'])}' is not supported by this server; it can be {context['expected']}"

@@ -79,13 +79,10 @@ class Guard:
         given = [token] if kind.lower() == "bearer" else []
         given += [headers["x-api-key"]] if "x-api-key" in headers else []  # Anthropic's clients
         digests = [_digest(one.strip()) for one in given]
-        matches = [
-            name for digest in digests for name, key in self._keys.items() if hmac.compare_digest(digest, key)
-        ]
+        matches = [name for digest in digests for name, key in self._keys.items() if hmac.compare_digest(digest, key)]
         if not matches:
-            raise APIError(
-                401, "this server needs an API key: Authorization: Bearer KEY, or x-api-key: KEY", code="invalid_api_key"
-            )
+            told = "this server needs an API key: Authorization: Bearer KEY, or x-api-key: KEY"
+            raise APIError(401, told, code="invalid_api_key")
         return matches[0]
 
     def _check_body(self, scope: Scope, headers: dict[str, str]) -> None:

@@ -95,9 +95,7 @@ class AllowedTools(Fields):
     tools: list[NamedTool]
 
 
-ToolChoice = (
-    Literal["none", "auto", "required"] | Annotated[NamedTool | AllowedTools, Field(discriminator="type")]
-)
+ToolChoice = Literal["none", "auto", "required"] | Annotated[NamedTool | AllowedTools, Field(discriminator="type")]
 
 
 class PlainText(Fields):

@@ -8,7 +8,6 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from .answer import PREFIXES
 from .bodies import (
     FunctionCall,
     FunctionCallOutput,
@@ -17,10 +16,10 @@ from .bodies import (
     Message,
     OutputText,
     ReasoningItem,
-    ReasoningText,
     Refusal,
     ResponsesBody,
 )
+from .writer import PREFIXES
 
 ITEMS: TypeAdapter[list[Item]] = TypeAdapter(list[Item])
 

@@ -62,7 +62,7 @@ class ResponseStore:
             raise APIError(
                 404,
                 f"there is no response '{shown(name)}'; this server keeps responses in memory "
-                f"(server.responses_bytes={self._limit}), drops the least recently used, and keeps none with store: false",
+                f"(server.responses_bytes={self._limit}) and drops the least recently used",
                 param=param,
                 code="not_found" if param is None else "previous_response_not_found",
             )

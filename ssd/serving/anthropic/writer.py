@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...request.output import RequestOutput
@@ -15,10 +15,11 @@ BROKEN = "INVALID_JSON"
 """Key of a tool's input that is no JSON object, as Anthropic's documentation proposes. The value is its text."""
 DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking")}
 """By type of block: the type of its deltas, and the field of block and delta that holds the text."""
+STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 INPUT_DELTA = ("input_json_delta", "partial_json")
 
 
-class Answer:
+class MessageWriter:
     """Writes one message. Methods return the events of what they add to it.
 
     Args:
@@ -67,21 +68,20 @@ class Answer:
             events = self._begin_block({"type": kind, field: "", **signature})
         return [*events, self._delta(delta, field, part.text)]
 
-    def end(self, output: RequestOutput) -> list[Event]:
-        """Ends the message: its stop reason and usage are known."""
+    def end(self, output: RequestOutput, finish_reason: str, *, more: Mapping[str, Any]) -> list[Event]:
+        """Ends the message.
+
+        Args:
+            finish_reason: ``stop``, ``length`` or ``tool_calls``.
+            more: further fields of the message, and of the event with its usage.
+        """
         events = self._end_block()
         stop = output.stop_reason if output.stop_reason in self._stop_sequences else None
-        ending = {"stop_reason": self._stop_reason(output, stop), "stop_sequence": stop}
+        reason = "stop_sequence" if stop is not None and finish_reason == "stop" else STOP_REASONS[finish_reason]
+        ending = {"stop_reason": reason, "stop_sequence": stop}
         usage = _usage(len(output.prompt_token_ids), cached=output.num_cached_tokens, output=len(output.token_ids))
-        self.message |= {**ending, "usage": usage}
-        return [*events, {"type": "message_delta", "delta": ending, "usage": usage}, {"type": "message_stop"}]
-
-    def _stop_reason(self, output: RequestOutput, stop: Any) -> str:
-        if output.finish_reason == "length":
-            return "max_tokens"
-        if stop is not None:
-            return "stop_sequence"
-        return "tool_use" if any(block["type"] == "tool_use" for block in self._content) else "end_turn"
+        self.message |= {**ending, "usage": usage, **more}
+        return [*events, {"type": "message_delta", "delta": ending, "usage": usage, **more}, {"type": "message_stop"}]
 
     def _begin_block(self, block: dict[str, Any]) -> list[Event]:
         ended = self._end_block()

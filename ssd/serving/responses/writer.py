@@ -21,7 +21,7 @@ PARTS = {
 """The one content part of an output item, by the item's type."""
 
 
-class Answer:
+class ResponseWriter:
     """Writes one response. Methods return the events of what they add to it.
 
     Args:
@@ -70,21 +70,21 @@ class Answer:
             return [*events, self._delta("response.reasoning_text.delta", part.text, content_index=0)]
         return [*events, self._delta("response.output_text.delta", part.text, content_index=0, logprobs=[])]
 
-    def end(self, output: RequestOutput, *, reasoning_tokens: int = 0, metrics: Mapping[str, Any] = {}) -> list[Event]:
+    def end(self, output: RequestOutput, *, more: Mapping[str, Any]) -> list[Event]:
         """Ends the response.
 
         Args:
-            metrics: more fields of the response.
+            more: further fields of the response.
         """
         cut = output.finish_reason == "length"
         status = "incomplete" if cut else "completed"
         events = self._end_item(status)
         self.response |= {
-            **metrics,
+            **more,
             "status": status,
             "completed_at": None if cut else int(time.time()),
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            "usage": usage(output, reasoning_tokens),
+            "usage": usage(output),
         }
         return [*events, self._event(f"response.{status}", response=self.response)]
 
@@ -128,9 +128,7 @@ class Answer:
         if kind == "function_call":
             place = {"item_id": item["id"], "output_index": index}
             change: dict[str, Any] = {"arguments": text}
-            events = [
-                self._event("response.function_call_arguments.done", **place, name=item["name"], arguments=text)
-            ]
+            events = [self._event("response.function_call_arguments.done", **place, name=item["name"], arguments=text)]
         else:
             part = {**PARTS[kind], "text": text}
             change = {"content": [part]}
@@ -143,13 +141,13 @@ class Answer:
         return [*events, self._event("response.output_item.done", output_index=index, item=item)]
 
 
-def usage(output: RequestOutput, reasoning_tokens: int) -> dict[str, Any]:
+def usage(output: RequestOutput) -> dict[str, Any]:
     """Returns ``usage``. Counts are tokens."""
     prompt, answer = len(output.prompt_token_ids), len(output.token_ids)
     return {
         "input_tokens": prompt,
         "input_tokens_details": {"cached_tokens": output.num_cached_tokens, "cache_write_tokens": 0},
         "output_tokens": answer,
-        "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
+        "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": prompt + answer,
     }
