@@ -8,7 +8,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from ssd.serving.openai.bodies import UNSUPPORTED, ChatBody, CompletionBody
+from ssd.serving.openai.bodies import ChatBody, CompletionBody
+from ssd.serving.openai.fields import UNSUPPORTED
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 JSON_KIND = "application/json"

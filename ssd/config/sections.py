@@ -101,6 +101,13 @@ class ServerConfig(Section):
     """Prompt and output tokens of all requests, waiting or running; a request beyond is answered with status 429."""
     responses_bytes: int = Field(default=2**26, ge=0)
     """Memory for answers of /v1/responses that clients may refer to later. 0 keeps none."""
+    keep_alive_s: int = Field(default=75, ge=1, le=86400)
+    """How long an idle connection stays open for a client's next request."""
+    drain_s: Number = Field(default=25.0, ge=0, le=86400)
+    """How long running requests may take to finish after SIGTERM or Ctrl-C. 0 cuts them at once."""
+    metrics: Literal["key", "open"] | Annotated[int, Field(ge=1, le=65535)] = "key"
+    """Access to ``/metrics``. ``key``: as to every path. ``open``: without an API key. A number: on this port of
+    ``server.host`` instead, without a key."""
     shadow_rate: Number = Field(default=0.0, ge=0, le=1)
     """Share of the finished requests that are decoded again plainly and compared."""
     lane: str | None = Field(default=None, min_length=1)

@@ -203,13 +203,12 @@ class LocalPipeline:
                 with contextlib.suppress(OSError):  # the worker is gone, and orders were still to be written
                     process.stdin.close()
         for process in self._processes.values():
-            for end in (lambda: None, process.terminate, process.kill):
-                end()
-                try:
+            try:
+                process.wait(LEAVE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(LEAVE_S)
-                    break
-                except subprocess.TimeoutExpired:
-                    continue
         for lane in self.lanes.values():
             lane.close()
         self._folder.cleanup()

@@ -14,7 +14,7 @@ from .border import App, Message, Receive, Scope, Send
 from .errors import APIError, shown
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/favicon.ico"})
-"""Paths that reveal nothing of users' text: no key is needed."""
+"""Paths that need no key. They reveal nothing about users' text."""
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 MIN_KEY = 16
 """Characters of an API key."""
@@ -33,6 +33,7 @@ class Guard:
     def __init__(self, app: App, config: ServerConfig):
         self._app, self._config = app, config
         self._keys = read_keys(config)
+        self._open = OPEN_PATHS | ({"/metrics"} if config.metrics == "open" else frozenset())
         self._hosts = {name.lower() for name in config.allowed_hosts}
         if is_loopback(config.host):
             self._hosts |= LOOPBACK_NAMES | {config.host.lower()}
@@ -73,7 +74,7 @@ class Guard:
     def _check_key(self, scope: Scope, headers: dict[str, str]) -> str:
         """Returns the client's name, by which clients take turns."""
         address = scope.get("client") or ("",)
-        if not self._keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+        if not self._keys or scope["path"] in self._open or scope["method"] == "OPTIONS":
             return f"address {address[0]}"
         kind, _, token = headers.get("authorization", "").partition(" ")
         given = [token] if kind.lower() == "bearer" else []

@@ -9,17 +9,18 @@ from __future__ import annotations
 import secrets
 from abc import abstractmethod
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import Field, ValidationError, create_model
 
 from ...errors import RequestError
 from ...request.methods import ServedMethod
 from ...request.sampling_params import MAX_LOGPROBS, MAX_SEED, SamplingParams, completion_seed
 from ..http import strict_json
-from ..http.errors import MAX_NAME, APIError, as_api_error, shown
-from .structured import REPLACED, ResponseFormat, StructuredOutputs, structured_outputs
+from ..http.errors import APIError, as_api_error, shown
+from .fields import supported
+from .messages import ChatMessage, Strict
+from .structured import ResponseFormat, StructuredOutputs, structured_outputs
 
 MAX_STOPS = 16
 MAX_NAMED = 1024
@@ -72,54 +73,12 @@ PARAMETERS = (
 )
 """A new sampling parameter is one line here, and must not be in ``UNSUPPORTED``."""
 
-NOTHING: tuple[Any, ...] = (None,)
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "audio": NOTHING,
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "function_call": (None, "none"),
-    "functions": (None, []),
-    "modalities": (None, ["text"]),
-    "parallel_tool_calls": (None, False, True),
-    "prediction": NOTHING,
-    "reasoning_effort": (None, "none"),
-    "service_tier": (None, "auto", "default"),
-    "store": (None, False),
-    "suffix": (None, ""),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
-    "top_logprobs": (None, 0),
-    "verbosity": (None, "medium"),
-    "web_search_options": NOTHING,
-}
-"""OpenAI's and vLLM's fields that are not supported, and the values that ask for nothing: those are accepted."""
 
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class StreamOptions(_Body):
+class StreamOptions(Strict):
     include_usage: bool | None = None
 
 
-class TextPart(_Body):
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(_Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
-    name: str | None = None
-
-    def plain(self) -> dict[str, str]:
-        """Returns role and text, as chat templates take them."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
-
-
-class Common(_Body):
+class Common(Strict):
     """Fields that both endpoints have, beside ``PARAMETERS``."""
 
     model: str
@@ -180,7 +139,7 @@ def read_body(cls: type[Body], raw: Any) -> Body:
         raise APIError(400, "the body must be a JSON object")
     strict_json.check(raw)
     try:
-        body = cls.model_validate(_supported(cls, raw))
+        body = cls.model_validate(supported(cls.model_fields, raw))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         parts = [str(part) for part in first["loc"]]
@@ -191,28 +150,6 @@ def read_body(cls: type[Body], raw: Any) -> Body:
     if getattr(body, "top_logprobs", None) and body.top_count is None:
         raise APIError(400, "top_logprobs is only allowed when logprobs is true", param="top_logprobs")
     return body
-
-
-def _supported(cls: type[Common], raw: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields without those that ask for nothing. Raises: APIError: a field that is not supported."""
-    given: dict[str, Any] = {}
-    for name, value in raw.items():
-        if name in cls.model_fields:
-            given[name] = value
-        elif name in REPLACED:
-            raise APIError(400, f"{name} is now {REPLACED[name]}", param=name, code="unknown_parameter")
-        elif name not in UNSUPPORTED:
-            near = get_close_matches(name[:MAX_NAME], [*cls.model_fields, *UNSUPPORTED], n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise APIError(400, f"unknown parameter '{shown(name)}'{hint}", param=name, code="unknown_parameter")
-        elif not any(_same(value, neutral) for neutral in UNSUPPORTED[name]):
-            raise APIError(400, f"{name} is not supported by this server", param=name, code="unsupported_parameter")
-    return given
-
-
-def _same(value: Any, neutral: Any) -> bool:
-    """Whether a value is a neutral one, where 1.0 counts as 1 but true does not."""
-    return value == neutral and (type(value) is type(neutral) or isinstance(value, float))
 
 
 def sampling_params(body: Common, *, max_tokens: int, seed: int) -> SamplingParams:

@@ -13,7 +13,8 @@ import pytest
 
 from ssd.engine.request import Caller
 from ssd.request.sampling_params import SamplingParams, completion_seed
-from ssd.serving.openai.bodies import PARAMETERS, UNSUPPORTED
+from ssd.serving.openai.bodies import PARAMETERS
+from ssd.serving.openai.fields import UNSUPPORTED
 from ssd.testing.twins.served import Served
 
 KEY = "a-key-of-at-least-16"
