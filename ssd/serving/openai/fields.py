@@ -184,6 +184,8 @@ class UnknownFields:
 
 
 def _nearest(name: str, known: Collection[str]) -> str | None:
+    if "." in name:  # a field of a field, which is similar to its other fields
+        return None
     near = get_close_matches(name[:MAX_NAME], [*known, *UNSUPPORTED, *HARMLESS], n=1)
     return near[0] if near else None
 
