@@ -52,6 +52,8 @@ class Generation:
         self._texts = TokenBytes(engine.tokenizer)
         self._characters: Counter[int] = Counter()
         """By choice: characters of the tokens whose log-probabilities were sent."""
+        self._generated = 0
+        """Tokens of all choices so far."""
 
     @classmethod
     async def start(
@@ -127,6 +129,7 @@ class Generation:
             async with contextlib.aclosing(self.deltas()) as deltas:
                 async for delta in deltas:
                     index, event = delta.index, delta.event
+                    self._generated += len(event.token_ids)
                     logprobs = self._logprobs(index, event.logprobs)
                     if delta.parts or logprobs or (self.job.provenance and event.token_ids):
                         yield self._chunk(index, {**schema.part(delta.parts), **self._origins(event)}, logprobs)
@@ -187,8 +190,12 @@ class Generation:
         finish_reason: str | None = None,
     ) -> bytes:
         choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
-        nothing_yet = {"usage": None} if self.job.usage else {}
-        return sse({**self.job.head, "choices": [choice], **nothing_yet})
+        usage = {"usage": None} if self.job.usage else {}
+        if self.job.running_usage:
+            prompt = sum(map(len, self.job.prompts))
+            counts = {"prompt_tokens": prompt, "completion_tokens": self._generated}
+            usage = {"usage": {**counts, "total_tokens": prompt + self._generated}}
+        return sse({**self.job.head, "choices": [choice], **usage})
 
     def _metrics(self, outputs: list[RequestOutput]) -> dict[str, Any] | None:
         """``metrics`` of the whole answer: of requests with one choice."""

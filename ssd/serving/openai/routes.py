@@ -33,7 +33,7 @@ class EventStream(StreamingResponse):
         super().__init__(
             generation.chunks(),
             media_type="text/event-stream",
-            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no", **generation.job.headers},
         )
         self._generation = generation
 
@@ -108,7 +108,7 @@ async def _unless_gone(request: Request, generation: Generation) -> Response:
     try:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
         if answer.done():
-            return JSONResponse(answer.result())
+            return JSONResponse(answer.result(), headers=dict(generation.job.headers))
         return Response(status_code=CLIENT_GONE)
     finally:
         for task in (answer, gone):
