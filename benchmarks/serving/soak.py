@@ -39,6 +39,7 @@ PROBE_S = 0.05
 CALM_SHARE = 0.2
 HEAVY_PAUSE_S = 0.5
 STALLS = "ssd:event_loop_stall_seconds"
+SETTINGS = ["server.model_name=soaked", "server.chat_template=embedded/chat_template.jinja"]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
@@ -223,6 +224,11 @@ class Soak:
                 below = int(float(count))
         return found
 
+    @property
+    def stalls(self) -> int:
+        """Stalls of the event loop above ``MAX_STALL_S`` while there were heavy requests."""
+        return sum(count for bound, count in self.phases["heavy"].stalls.items() if bound > MAX_STALL_S)
+
     def growth_mib(self) -> dict[str, float]:
         """Returns by how much each process's memory grew between the second quarter of the run and the last."""
         quarter = len(self.memory) // 4
@@ -251,11 +257,9 @@ def main() -> None:
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ssd-soak-") as folder:
         config = uncompiled(chosen.pair, Path(folder), chosen.batch)
-        overrides = ["server.model_name=soaked", "server.chat_template=embedded/chat_template.jinja"]
-        with Server(str(config), overrides) as server:
+        with Server(str(config), SETTINGS) as server:
             soak = Soak(server, "soaked", clients=chosen.clients, minutes=chosen.minutes)
             asyncio.run(soak.run())
-    stalls = sum(count for bound, count in soak.phases["heavy"].stalls.items() if bound > MAX_STALL_S)
     growth = soak.growth_mib()
     result = {
         "pair": chosen.pair,
@@ -264,11 +268,11 @@ def main() -> None:
         "answered": dict(sorted(soak.answered.items())),
         "heavy": dict(sorted(soak.statuses.items())),
         "errors": dict(soak.errors.most_common(20)),
-        "stalls_above_100_ms": stalls,
+        "stalls_above_100_ms": soak.stalls,
         "growth_mib": growth,
         "phases": {name: phase.summary() for name, phase in soak.phases.items()},
     }
-    report(result, chosen.json, good=not soak.errors and not stalls and max(growth.values()) <= chosen.growth_mib)
+    report(result, chosen.json, good=not soak.errors and not soak.stalls and max(growth.values()) <= chosen.growth_mib)
 
 
 if __name__ == "__main__":
