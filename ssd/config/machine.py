@@ -82,13 +82,18 @@ def _quota(folder: Path) -> list[float]:
     return []
 
 
-def socket_folder(prefix: str) -> tempfile.TemporaryDirectory[str]:
+def socket_folder(prefix: str, within: str | None = None) -> tempfile.TemporaryDirectory[str]:
     """Makes a folder for sockets that only this user may enter: in the temporary folder, or in a shorter one if its
     path is too long for sockets.
+
+    Args:
+        within: a folder of sockets to make it in instead.
 
     Raises:
         PipelineError: none can be made.
     """
+    if within is not None:
+        return tempfile.TemporaryDirectory(prefix=prefix, dir=within)
     for parent in (None, *SOCKET_FOLDERS):
         with contextlib.suppress(OSError):
             folder = tempfile.TemporaryDirectory(prefix=prefix, dir=parent)

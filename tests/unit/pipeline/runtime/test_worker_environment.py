@@ -128,7 +128,8 @@ def test_sockets_have_short_paths(tmp_path: Path, length: int, letter: str, temp
     long = tmp_path / (letter * min(length, 120)) / (letter * max(1, length - 120))
     long.mkdir(parents=True)
     temporary(long)
-    with socket_folder("ssd-front-") as name:
+    with socket_folder("ssd-front-") as name, socket_folder("ssd-lane-", name) as inner:
+        assert Path(inner).parent == Path(name)
         assert len(name.encode()) + SOCKET_NAME <= MAX_SOCKET_PATH
         assert Path(name).stat().st_mode & 0o777 == 0o700
         lane, _ = ZmqLane.bind(f"ipc://{name}/{'d' * (SOCKET_NAME - 1)}")
