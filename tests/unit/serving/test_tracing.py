@@ -91,8 +91,14 @@ def test_rounds_are_events_of_decode(traced: Traced) -> None:
 
 
 def test_a_request_joins_the_trace_of_its_client(traced: Traced) -> None:
-    chat = {**{k: v for k, v in BODY.items() if k != "prompt"}, "messages": [{"role": "user", "content": "x"}]}
-    for path, body, operation in (("/v1/completions", BODY, "text_completion"), ("/v1/chat/completions", chat, "chat")):
+    messages = [{"role": "user", "content": "x"}]
+    doors: list[tuple[str, dict[str, Any], str]] = [
+        ("/v1/completions", BODY, "text_completion"),
+        ("/v1/chat/completions", {"model": "tiny", "messages": messages, "max_tokens": 9}, "chat"),
+        ("/v1/messages", {"model": "tiny", "messages": messages, "max_tokens": 9}, "chat"),
+        ("/v1/responses", {"model": "tiny", "input": "x", "max_output_tokens": 20}, "chat"),
+    ]
+    for path, body, operation in doors:
         assert traced.server.ask("POST", path, body, PARENT)[0] == 200
         whole = traced.spans()["llm_request"]
         assert f"{whole.context.trace_id:032x}" == "0af7651916cd43dd8448eb211c80319c"
