@@ -52,7 +52,8 @@ def add_messages(app: FastAPI, engine: AsyncEngine, jobs: JobReader) -> None:
             return Response(status_code=CLIENT_GONE)
         body, job = await asyncio.to_thread(read, raw)
         try:
-            generation = await Generation.start(engine, job, request.scope.get("ssd.client", ""))
+            client, traced = request.scope.get("ssd.client", ""), request.scope.get("ssd.trace")
+            generation = await Generation.start(engine, job, client, traced)
         except APIError as error:
             raise renamed(error, NAMES) from None
         writer = MessageWriter(

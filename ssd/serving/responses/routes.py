@@ -41,7 +41,7 @@ def add_responses(app: FastAPI, engine: AsyncEngine, reader: ResponsesReader) ->
         client = client_of(request)
         asked = await asyncio.to_thread(reader.read, raw, client)
         try:
-            generation = await Generation.start(engine, asked.job, client)
+            generation = await Generation.start(engine, asked.job, client, request.scope.get("ssd.trace"))
         except APIError as error:
             raise renamed(error, NAMES) from None
         answer = _Answer(reader, asked, generation)
