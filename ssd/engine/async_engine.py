@@ -91,6 +91,11 @@ class AsyncEngine:
         return self._pipeline is not None and self._front.ready and self.failure is None
 
     @property
+    def accepting(self) -> bool:
+        """New requests are taken."""
+        return self.ready and self._refusal is None
+
+    @property
     def degraded(self) -> str | None:
         """Why the draft is missing, or None."""
         return self._front.degraded

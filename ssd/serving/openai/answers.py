@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 from ...request.output import RequestOutput, StreamEvent, TokenLogprob
+from ..parsers.parts import Answer, Part
 from .logprobs import TokenBytes, chat_logprobs, completion_logprobs
 
 
@@ -25,13 +26,13 @@ class Schema(Protocol):
     """Content of the chunk with the finish reason."""
 
     @staticmethod
-    def whole(text: str) -> dict[str, Any]:
-        """A choice with its whole text."""
+    def whole(answer: Answer) -> dict[str, Any]:
+        """Returns the content of a choice of a whole answer."""
         ...
 
     @staticmethod
-    def part(text: str) -> dict[str, Any]:
-        """A choice of a chunk with a part of the text."""
+    def part(parts: Sequence[Part]) -> dict[str, Any]:
+        """Returns the content of a choice of a chunk."""
         ...
 
     @staticmethod
@@ -51,12 +52,12 @@ class Chat:
     closing: ClassVar[dict[str, Any]] = {"delta": {}}
 
     @staticmethod
-    def whole(text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}}
+    def whole(answer: Answer) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": answer.text}}
 
     @staticmethod
-    def part(text: str) -> dict[str, Any]:
-        return {"delta": {"content": text}}
+    def part(parts: Sequence[Part]) -> dict[str, Any]:
+        return {"delta": {"content": Answer.of(parts).text}}
 
     @staticmethod
     def logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes, offset: int) -> dict[str, Any]:
@@ -74,12 +75,12 @@ class Text:
     closing: ClassVar[dict[str, Any]] = {"text": ""}
 
     @staticmethod
-    def whole(text: str) -> dict[str, Any]:
-        return {"text": text}
+    def whole(answer: Answer) -> dict[str, Any]:
+        return {"text": answer.text}
 
     @staticmethod
-    def part(text: str) -> dict[str, Any]:
-        return {"text": text}
+    def part(parts: Sequence[Part]) -> dict[str, Any]:
+        return {"text": Answer.of(parts).text}
 
     @staticmethod
     def logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes, offset: int) -> dict[str, Any]:
@@ -110,30 +111,4 @@ def usage(prompts: Sequence[Sequence[int]], owners: Sequence[int], outputs: Sequ
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
-    }
-
-
-def speculation_metrics(by_draft_length: dict[int, list[int]], lookahead: int) -> dict[str, Any]:
-    """``metrics.speculative_decoding`` as vLLM defines it (docs/features/speculative_decoding/acceptance_metrics.md).
-
-    Args:
-        by_draft_length: ``[k][j]`` steps that accepted j of k draft tokens.
-        lookahead: K.
-    """
-    histogram = [0] * (max([lookahead, *by_draft_length]) + 1)
-    for counts in by_draft_length.values():
-        for accepted, count in enumerate(counts):
-            histogram[accepted] += count
-    steps = sum(histogram)
-    accepted = sum(j * count for j, count in enumerate(histogram))
-    drafted = sum(k * sum(counts) for k, counts in by_draft_length.items())
-    return {
-        "mean_acceptance_length": 1 + accepted / steps if steps else None,
-        "draft_acceptance_rate": accepted / drafted if drafted else None,
-        "acceptance_histogram": histogram,
-        "acceptance_histogram_by_draft_length": {str(k): counts for k, counts in sorted(by_draft_length.items())},
-        "num_spec_steps": steps,
-        "num_accepted_draft_tokens": accepted,
-        "num_draft_tokens": drafted,
-        "num_spec_tokens": lookahead,
     }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ...engine.async_engine import AsyncEngine
@@ -15,10 +17,25 @@ from ...errors import RequestError, SSDError
 from ...request.output import RequestOutput, StreamEvent, TokenLogprob
 from ..http.errors import APIError, as_api_error
 from ..http.sse import sse
-from .answers import provenance, speculation_metrics, usage
+from ..parsers.parser import CallIds
+from ..parsers.parts import Answer, Call, Part
+from .answers import provenance, usage
 from .bodies import refused
 from .jobs import Job
 from .logprobs import TokenBytes
+from .request_metrics import request_metrics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Delta:
+    """What became final of one choice with one event of its request."""
+
+    index: int
+    """Which choice."""
+    parts: tuple[Part, ...]
+    event: StreamEvent
+    finish_reason: str | None = None
+    """``stop``, ``length`` or ``tool_calls`` with a choice's last event, which has its output."""
 
 
 class Generation:
@@ -31,19 +48,27 @@ class Generation:
     def __init__(self, engine: AsyncEngine, job: Job, streams: Sequence[RequestStream]):
         self.job, self.streams = job, streams
         self._lookahead = engine.config.speculation.depth if engine.config.draft is not None else 0
+        self._level = engine.config.server.request_metrics
         self._texts = TokenBytes(engine.tokenizer)
         self._characters: Counter[int] = Counter()
         """By choice: characters of the tokens whose log-probabilities were sent."""
+        self._generated = 0
+        """Tokens of all choices so far."""
 
     @classmethod
-    async def start(cls, engine: AsyncEngine, job: Job, client: str) -> Generation:
+    async def start(
+        cls, engine: AsyncEngine, job: Job, client: str, trace_headers: Mapping[str, str] | None = None
+    ) -> Generation:
         """Starts all requests of a job, or none.
+
+        Args:
+            trace_headers: as in ``Caller``.
 
         Raises:
             APIError: the engine refuses a parameter.
             OverloadedError, PipelineError: as ``AsyncEngine.open``.
         """
-        caller = Caller(client=client, priority=job.priority, label=job.head["id"])
+        caller = Caller(client=client, priority=job.priority, label=job.head["id"], trace_headers=trace_headers or {})
         asked = [(job.prompts[prompt], params) for prompt, params in job.choices]
         try:
             return cls(engine, job, await engine.open_all(asked, caller=caller))
@@ -55,14 +80,43 @@ class Generation:
         for stream in self.streams:
             stream.cancel()
 
-    async def whole(self) -> dict[str, Any]:
-        """Returns the answer as one object. Raises: PipelineError, APIError."""
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """Yields the answer as typed parts while it comes. Every front door writes its answer from them.
+
+        The text of an event and the text of its parts may differ: a parser holds text back and drops markers. When the
+        iterator ends, all requests that are not over are given up.
+
+        Raises:
+            PipelineError: the pipeline broke.
+            APIError: a request failed, or the server gave it up.
+        """
+        parsers = [self.job.parser(self._call_ids(index)) for index in range(len(self.streams))]
+        called: set[int] = set()
         try:
-            finished = [await self._finished(index) for index in range(len(self.streams))]
+            async with contextlib.aclosing(merged(self.streams)) as events:
+                async for index, event in events:
+                    parts = parsers[index].feed(event.text)
+                    reason: str | None = None
+                    if event.output is not None:
+                        reason = checked(event.output, self.job).finish_reason
+                        parts += parsers[index].finish()
+                    if any(isinstance(part, Call) for part in parts):
+                        called.add(index)
+                    if reason == "stop" and index in called:
+                        reason = "tool_calls"
+                    yield Delta(index=index, parts=tuple(parts), event=event, finish_reason=reason)
         finally:
             self.cancel()
+
+    async def whole(self) -> dict[str, Any]:
+        """Returns the answer as one object. Raises: PipelineError, APIError."""
+        everything: list[list[Delta]] = [[] for _ in self.streams]
+        async with contextlib.aclosing(self.deltas()) as deltas:
+            async for delta in deltas:
+                everything[delta.index].append(delta)
+        finished = [self._choice(index, deltas) for index, deltas in enumerate(everything)]
         outputs = [output for output, _ in finished]
-        return {**self.job.head, "choices": [choice for _, choice in finished], **self._totals(outputs)}
+        return {**self.job.head, "choices": [choice for _, choice in finished], **self.totals(outputs)}
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Yields server-sent events. An error after the beginning is the last event."""
@@ -72,38 +126,49 @@ class Generation:
             if schema.opening is not None:
                 for index in range(len(self.streams)):
                     yield self._chunk(index, schema.opening)
-            async with contextlib.aclosing(merged(self.streams)) as events:
-                async for index, event in events:
+            async with contextlib.aclosing(self.deltas()) as deltas:
+                async for delta in deltas:
+                    index, event = delta.index, delta.event
+                    self._generated += len(event.token_ids)
                     logprobs = self._logprobs(index, event.logprobs)
-                    if event.text or logprobs or (self.job.provenance and event.token_ids):
-                        yield self._chunk(index, {**schema.part(event.text), **self._origins(event)}, logprobs)
+                    if delta.parts or logprobs or (self.job.provenance and event.token_ids):
+                        yield self._chunk(index, {**schema.part(delta.parts), **self._origins(event)}, logprobs)
                     if event.output is not None:
-                        outputs[index] = checked(event.output, self.job)
-                        yield self._chunk(index, schema.closing, finish_reason=event.output.finish_reason)
+                        outputs[index] = event.output
+                        yield self._chunk(index, schema.closing, finish_reason=delta.finish_reason)
             if self.job.usage:
                 listed = [outputs[index] for index in range(len(self.streams))]
-                yield sse({**self.job.head, "choices": [], **self._totals(listed)})
+                yield sse({**self.job.head, "choices": [], **self.totals(listed)})
             yield b"data: [DONE]\n\n"
         except (SSDError, APIError) as error:
             yield sse(as_api_error(error).body)
-        finally:
-            self.cancel()
 
-    async def _finished(self, index: int) -> tuple[RequestOutput, dict[str, Any]]:
-        """Waits for one choice. Returns its output and its part of the answer."""
-        tokens: list[dict[str, Any]] = []
-        output: RequestOutput | None = None
-        async for event in self.streams[index]:
-            tokens += provenance(event)
-            output = event.output
+    def totals(self, outputs: list[RequestOutput]) -> dict[str, Any]:
+        """Returns ``usage`` and ``metrics`` of the whole answer.
+
+        Args:
+            outputs: of all choices, in order.
+        """
+        owners = [prompt for prompt, _ in self.job.choices]
+        return {"usage": usage(self.job.prompts, owners, outputs), "metrics": self._metrics(outputs)}
+
+    def _choice(self, index: int, deltas: Sequence[Delta]) -> tuple[RequestOutput, dict[str, Any]]:
+        """Returns the output of one choice, and its part of the answer."""
+        output = deltas[-1].event.output
         assert output is not None, "the last event of a request has its output"
         choice = {
             "index": index,
-            **self.job.schema.whole(checked(output, self.job).text),
+            **self.job.schema.whole(Answer.of(part for delta in deltas for part in delta.parts)),
             "logprobs": self._logprobs(index, output.logprobs),
-            "finish_reason": output.finish_reason,
+            "finish_reason": deltas[-1].finish_reason,
         }
-        return output, {**choice, "provenance": tokens} if self.job.provenance else choice
+        if self.job.provenance:
+            choice["provenance"] = [token for delta in deltas for token in provenance(delta.event)]
+        return output, choice
+
+    def _call_ids(self, index: int) -> CallIds:
+        """Ids of a choice's tool calls: a function of the job's id, the choice and the call."""
+        return lambda call: hashlib.sha256(f"{self.job.id}/{index}/{call}".encode()).hexdigest()
 
     def _origins(self, event: StreamEvent) -> dict[str, Any]:
         return {"provenance": provenance(event), "drafted": event.drafted} if self.job.provenance else {}
@@ -125,31 +190,19 @@ class Generation:
         finish_reason: str | None = None,
     ) -> bytes:
         choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
-        nothing_yet = {"usage": None} if self.job.usage else {}
-        return sse({**self.job.head, "choices": [choice], **nothing_yet})
+        usage = {"usage": None} if self.job.usage else {}
+        if self.job.running_usage:
+            prompt = sum(map(len, self.job.prompts))
+            counts = {"prompt_tokens": prompt, "completion_tokens": self._generated}
+            usage = {"usage": {**counts, "total_tokens": prompt + self._generated}}
+        return sse({**self.job.head, "choices": [choice], **usage})
 
-    def _totals(self, outputs: list[RequestOutput]) -> dict[str, Any]:
-        """``usage`` and ``metrics`` of the whole answer."""
-        owners = [prompt for prompt, _ in self.job.choices]
-        return {"usage": usage(self.job.prompts, owners, outputs), "metrics": self._metrics(outputs)}
-
-    def _metrics(self, outputs: list[RequestOutput]) -> dict[str, Any]:
-        """vLLM's per-request metrics, for requests with one choice, and our own beside them."""
+    def _metrics(self, outputs: list[RequestOutput]) -> dict[str, Any] | None:
+        """``metrics`` of the whole answer: of requests with one choice."""
         if len(outputs) != 1:
             return {"speculative_decoding": None}
         [output], [stream] = outputs, self.streams
-        record, request = output.speculation, stream.request
-        return {
-            "speculative_decoding": speculation_metrics(request.steps.by_draft_length, self._lookahead),
-            "ssd": {
-                "rounds": record.rounds,
-                "lookups": record.lookups,
-                "hits": record.hits,
-                "hit_rate": record.hit_rate,
-                "decode_s": output.decode_s,
-                "seed": request.params.seed,
-            },
-        }
+        return request_metrics(stream.request, output, lookahead=self._lookahead, level=self._level)
 
 
 async def merged(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, StreamEvent], None]:
