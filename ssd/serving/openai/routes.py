@@ -33,7 +33,7 @@ class EventStream(StreamingResponse):
         super().__init__(
             events,
             media_type="text/event-stream",
-            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no", **generation.job.headers},
         )
         self._generation = generation
 
@@ -53,7 +53,7 @@ def add_generation(app: FastAPI, engine: AsyncEngine, jobs: JobReader) -> None:
         except ClientDisconnect:
             return Response(status_code=CLIENT_GONE)
         job = await asyncio.to_thread(read, raw) if len(raw) > aside else read(raw)
-        generation = await Generation.start(engine, job, request.scope.get("ssd.client", ""))
+        generation = await started(request, engine, job)
         if job.stream:
             return EventStream(generation, generation.chunks())
         return await unless_gone(request, generation, generation.whole())
@@ -107,6 +107,12 @@ def check_ready(engine: AsyncEngine) -> None:
         raise as_api_error(PipelineError(str(engine.failure or "the models are still loading")))
 
 
+async def started(request: Request, engine: AsyncEngine, job: Job) -> Generation:
+    """Starts a job for a request. Raises: as ``Generation.start``."""
+    client, traced = request.scope.get("ssd.client", ""), request.scope.get("ssd.trace")
+    return await Generation.start(engine, job, client, traced)
+
+
 async def unless_gone(request: Request, generation: Generation, whole: Coroutine[Any, Any, dict[str, Any]]) -> Response:
     """Waits for the whole answer of a generation; gives it up if the client disconnects."""
     answer = asyncio.ensure_future(whole)
@@ -114,7 +120,7 @@ async def unless_gone(request: Request, generation: Generation, whole: Coroutine
     try:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
         if answer.done():
-            return JSONResponse(answer.result())
+            return JSONResponse(answer.result(), headers=dict(generation.job.headers))
         return Response(status_code=CLIENT_GONE)
     finally:
         for task in (answer, gone):

@@ -1,11 +1,11 @@
-"""What a parser does, and the parser of an answer that is nothing but text."""
+"""What a parser does, the parser of plain text, and how parsers are put together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from .parts import Part, Text
+from .parts import Arguments, Call, Part, Text
 
 
 class Parser(Protocol):
@@ -15,7 +15,7 @@ class Parser(Protocol):
     """
 
     def feed(self, text: str) -> list[Part]:
-        """Takes more text, in characters. Returns the parts that later text cannot change."""
+        """Takes more text. Returns the parts that later text cannot change."""
         ...
 
     def finish(self) -> list[Part]:
@@ -24,7 +24,7 @@ class Parser(Protocol):
 
 
 CallIds = Callable[[int], str]
-"""Returns the id of an answer's call, given the call's index."""
+"""Returns a hexadecimal digest for an answer's call, given the call's index."""
 MakeParser = Callable[[CallIds], Parser]
 
 
@@ -41,3 +41,39 @@ class Plain:
     def make(cls, _ids: CallIds) -> Parser:
         """Returns a parser for one answer."""
         return cls()
+
+
+class Chain:
+    """Feeds the visible text of one parser to the next."""
+
+    def __init__(self, first: Parser, then: Parser):
+        self._first, self._then = first, then
+
+    def feed(self, text: str) -> list[Part]:
+        return self._passed(self._first.feed(text))
+
+    def finish(self) -> list[Part]:
+        return [*self._passed(self._first.finish()), *self._then.finish()]
+
+    def _passed(self, parts: Iterable[Part]) -> list[Part]:
+        passed: list[Part] = []
+        for part in parts:
+            passed += self._then.feed(part.text) if isinstance(part, Text) else [part]
+        return passed
+
+
+class FirstCall:
+    """Leaves out every tool call but the first."""
+
+    def __init__(self, inner: Parser):
+        self._inner = inner
+
+    def feed(self, text: str) -> list[Part]:
+        return _first(self._inner.feed(text))
+
+    def finish(self) -> list[Part]:
+        return _first(self._inner.finish())
+
+
+def _first(parts: Iterable[Part]) -> list[Part]:
+    return [part for part in parts if not (isinstance(part, Call | Arguments) and part.index)]

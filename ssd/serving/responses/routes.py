@@ -18,7 +18,7 @@ from ..http.bodies import read_fields, renamed
 from ..http.errors import APIError, as_api_error, shown
 from ..http.sse import typed_sse
 from ..openai.generation import Generation
-from ..openai.routes import CLIENT_GONE, EventStream, check_ready, unless_gone
+from ..openai.routes import CLIENT_GONE, EventStream, check_ready, started, unless_gone
 from .pages import Page, page_of
 from .reader import Asked, ResponsesReader
 from .translation import DOOR, NAMES
@@ -37,10 +37,9 @@ def add_responses(app: FastAPI, engine: AsyncEngine, reader: ResponsesReader) ->
             raw = await request.body()
         except ClientDisconnect:
             return Response(status_code=CLIENT_GONE)
-        client = client_of(request)
-        asked = await asyncio.to_thread(reader.read, raw, client)
+        asked = await asyncio.to_thread(reader.read, raw, client_of(request))
         try:
-            generation = await Generation.start(engine, asked.job, client)
+            generation = await started(request, engine, asked.job)
         except APIError as error:
             raise renamed(error, NAMES) from None
         answer = _Answer(reader, asked, generation)

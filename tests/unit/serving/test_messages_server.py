@@ -43,7 +43,8 @@ def error_of(text: str) -> dict[str, Any]:
     """The error of an answer, in Anthropic's shape and with a message of one line."""
     body = json.loads(text)
     assert set(body) == {"type", "error", "request_id"} and set(body["error"]) == {"type", "message"}
-    ErrorResponse.model_validate(body)
+    if body["error"]["type"] != "request_too_large":  # documented, but not among the client's types
+        ErrorResponse.model_validate(body)
     assert body["error"]["message"] and "\n" not in body["error"]["message"] and len(body["error"]["message"]) <= 1000
     return body["error"]
 
@@ -168,10 +169,10 @@ def test_a_body_that_is_too_long(served: Served) -> None:
 
 
 def test_too_much_at_once() -> None:
-    server = Served("engine.max_batch=1", "server.max_queue=0", round_s=0.05)
+    server = Served("engine.max_batch=1", "server.max_queue=0", round_s=0.1)
     try:
-        with client_of(server).messages.stream(model="tiny", max_tokens=300, messages=HELLO) as stream:
-            next(iter(stream))
+        with client_of(server).messages.stream(model="tiny", max_tokens=400, messages=HELLO) as stream:
+            next(event for event in stream if event.type == "text")
             status, headers, text = server.ask("POST", PATH, VALID)
             assert (status, error_of(text)["type"]) == (429, "rate_limit_error") and headers["retry-after"]
         server.until(lambda: server.engine.running == 0)
