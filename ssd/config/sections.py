@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, JsonValue, field_validator
 
 from .speculation import Number, Section, SpeculationConfig
 
@@ -89,7 +89,15 @@ class ServerConfig(Section):
     api_key_file: str | None = Field(default=None, min_length=1)
     """A file with one key per line; clients send a key as a bearer token."""
     chat_template: str | None = Field(default=None, min_length=1)
-    """A Jinja file, for models whose tokenizer has no chat template."""
+    """A Jinja file to use instead of the tokenizer's chat template, or the name of one of the tokenizer's templates."""
+    chat_template_kwargs: dict[str, JsonValue] = Field(default={})
+    """Variables of the chat template (``enable_thinking: false``), for requests that do not set them."""
+    trust_request_chat_template: bool = False
+    """Render chat templates that requests bring. A template is a program: trust every client."""
+    unknown_parameters: Literal["ignore", "refuse"] = "ignore"
+    """``ignore``: unknown request fields have no effect and are named in a response header. ``refuse``: status 400."""
+    long_requests: Literal["refuse", "cut"] = "refuse"
+    """Where ``max_tokens`` is more than the prompt leaves room for. ``refuse``: status 400. ``cut``: lower it."""
     allowed_hosts: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
     """Host names, besides the bound address, that requests may be addressed to."""
     allowed_origins: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
@@ -106,6 +114,11 @@ class ServerConfig(Section):
     metrics: Literal["key", "open"] | Annotated[int, Field(ge=1, le=65535)] = "key"
     """Access to ``/metrics``. ``key``: as to every path. ``open``: without an API key. A number: on this port of
     ``server.host`` instead, without a key."""
+    request_metrics: Literal["none", "summary", "detailed"] = "summary"
+    """``metrics`` of answers: none, times and acceptance, or with lists of each round's drafted and accepted tokens."""
+    otlp_traces_endpoint: str | None = Field(default=None, min_length=1)
+    """URL of an OpenTelemetry collector that traces of requests are sent to: OTLP over HTTP if its path is
+    ``/v1/traces``, else over gRPC. Needs ``ssd-engine[otel]``."""
     shadow_rate: Number = Field(default=0.0, ge=0, le=1)
     """Share of the finished requests that are decoded again plainly and compared."""
     lane: str | None = Field(default=None, min_length=1)

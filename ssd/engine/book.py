@@ -164,8 +164,9 @@ class RequestBook:
         request.move(Input.COMMIT)
         if request.state is not State.DECODING:
             return Step()
+        request.last_s = self._clock()
         if request.first_s is None:
-            request.first_s = self._clock()
+            request.first_s = request.last_s
         event = request.commit(message)
         if request.detokenizer.stopped:
             # The rest of the block, and what the verifier decodes until it reads the cancel, does not count.

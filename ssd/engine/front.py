@@ -34,10 +34,11 @@ from ..request import prompts
 from ..request.methods import WITH_DRAFT
 from ..request.sampling_params import MAX_TOKENS, SamplingParams, completion_seed
 from .book import VERIFIER, Limits, RequestBook, Step
-from .detokenize import Detokenizer
+from .detokenize import Detokenizer, StopRules
 from .request import Caller, PromptTokens, Request
 from .resolve import resolve
 from .restarts import DraftRestarts, News, ignore
+from .token_text import TokenTexts
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class Front:
         self.config = load_config(config, overrides)
         check_sizes(self.config)
         self.tokenizer, self.plan = make_plan(self.config)
+        self.texts = TokenTexts(self.tokenizer)
         self.info: dict[str, Any] = {}
         """What the workers that are ready reported about themselves, by role."""
         self._book = RequestBook(limits)
@@ -186,12 +188,7 @@ class Front:
                 prompt=PromptTokens(text=text, token_ids=tuple(ids)),
                 params=replace(params, n=1, seed=completion_seed(params.seed, index)) if params.n > 1 else params,
                 ends=ends,
-                detokenizer=Detokenizer(
-                    self.tokenizer,
-                    params.stop,
-                    include_stop=params.include_stop_str_in_output,
-                    min_tokens=params.min_tokens,
-                ),
+                detokenizer=Detokenizer(self.texts.stream(ids), StopRules.of(params)),
                 context_limit=context,
                 caller=caller,
             )

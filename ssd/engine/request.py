@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -85,22 +85,31 @@ class Caller:
     """Of the requests that wait, those with the lowest value go first, as in vLLM. Nothing that runs is interrupted.
     Values other than 0 need ``engine.scheduling=priority``."""
     label: str = ""
-    """The owner's name for the request, for log lines."""
+    """The owner's name for the request, for log lines and traces."""
+    trace_headers: Mapping[str, str] = field(default_factory=dict)
+    """``traceparent`` and ``tracestate`` of the trace that the request belongs to, if it belongs to one."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Steps:
-    """Rounds of one request that verified draft tokens, counted as vLLM does."""
+    """Rounds of one request that verified draft tokens, counted as vLLM does. Lists have an entry for each round."""
 
     by_draft_length: dict[int, list[int]] = field(default_factory=dict)
     """``by_draft_length[k][j]`` rounds accepted j of k draft tokens."""
+    accepted: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+    committed_s: list[float] = field(default_factory=list)
+    """Seconds on the verifier's monotonic clock."""
 
-    def add(self, drafted: int, accepted: int) -> None:
+    def add(self, drafted: int, accepted: int, committed_s: float) -> None:
         """Counts one round."""
         length = max(drafted, accepted)  # a sibling may be accepted where the chain has no token
         if length:
             counts = self.by_draft_length.setdefault(length, [0] * (length + 1))
             counts[accepted] += 1
+            self.accepted.append(accepted)
+            self.drafted.append(length)
+            self.committed_s.append(committed_s)
 
 
 class Request:
@@ -130,6 +139,7 @@ class Request:
         self.number, self.prompt, self.prompt_ids, self.params = number, prompt.text, prompt.token_ids, params
         self.detokenizer, self.ends, self.index = detokenizer, ends, index
         self.client, self.priority, self.label = caller.client, caller.priority, caller.label
+        self.trace_headers = caller.trace_headers
         self.state = State.QUEUED
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
@@ -142,6 +152,7 @@ class Request:
         self.added_s = 0.0
         self.sent_s: float | None = None
         self.first_s: float | None = None
+        self.last_s: float | None = None
         self.cost = min(len(self.prompt_ids) + params.max_tokens, context_limit)
         """Most tokens it may occupy."""
 
@@ -161,7 +172,7 @@ class Request:
         accepted = min(message.accepted, len(kept))
         rest: Provenance = "plain" if message.origin == "plain" else "bonus"
         self.token_ids.extend(kept)
-        self.steps.add(message.drafted, message.accepted)
+        self.steps.add(message.drafted, message.accepted, message.committed_s)
         logprobs = None
         if self.logprobs is not None and message.logprobs is not None:
             logprobs = TokenLogprob.from_columns(kept, message.logprobs)

@@ -7,6 +7,7 @@ import contextlib
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
@@ -20,9 +21,13 @@ from .app import build_app
 from .http.border import App
 from .http.state import metrics_app
 from .lane.server import LaneServer
+from .loop_watch import watch_loop
 from .metrics import Metrics
 from .openai.jobs import model_name
 from .shadow import observed_engine
+
+if TYPE_CHECKING:
+    from .tracing import Tracing
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 GRACE_S = 3
@@ -81,15 +86,16 @@ async def serve(
         PipelineError: The workers did not come up, or the pipeline broke.
     """
     metrics = Metrics()
-    engine, shadow = observed_engine(config, metrics, launch=launch)
     model = model_name(config)
+    tracing = traces(config.server.otlp_traces_endpoint, model)
+    engine, shadow = observed_engine(config, metrics, launch=launch, observers=tracing)
     app = build_app(engine, metrics, model=model)
     listener = _listen(config.server.host, config.server.port, "server.port")
     server = _server(app, config.server, access_log=access_log)
     servings = [(server, listener)]
     if isinstance(config.server.metrics, int):
         scraped = _listen(config.server.host, config.server.metrics, "server.metrics")
-        servings.append((_server(metrics_app(metrics), config.server, access_log=access_log), scraped))
+        servings.append((_server(metrics_app(metrics, model), config.server, access_log=access_log), scraped))
     host, port = listener.getsockname()[:2]
     started(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
@@ -113,6 +119,7 @@ async def serve(
     serving, *others = [asyncio.ensure_future(one.serve([bound])) for one, bound in servings]
     starting = asyncio.ensure_future(_start(engine, ready))
     stopping = asyncio.ensure_future(stop())
+    watching = asyncio.ensure_future(watch_loop(metrics.stalls.observe))
     lane: LaneServer | None = None
     try:
         if config.server.lane is not None:
@@ -123,7 +130,8 @@ async def serve(
             await _until_over(serving, engine)
         await serving
     finally:
-        stopping.cancel()
+        for task in (stopping, watching):
+            task.cancel()
         starting.cancel()
         with contextlib.suppress(asyncio.CancelledError, SSDError):
             await starting
@@ -136,8 +144,27 @@ async def serve(
             await lane.close()
         await shadow.close()
         await engine.close()
+        for tracer in tracing:
+            await asyncio.to_thread(tracer.close)
         for number in STOPPING:
             loop.remove_signal_handler(number)
+
+
+def traces(endpoint: str | None, model: str) -> list[Tracing]:
+    """Returns what traces requests: one observer, or none without an endpoint.
+
+    Raises: UsageError: OpenTelemetry is not installed.
+    """
+    if endpoint is None:
+        return []
+    try:
+        from .tracing import Tracing
+
+        return [Tracing.to(endpoint, model)]
+    except ImportError as error:
+        raise UsageError(
+            f"server.otlp_traces_endpoint needs OpenTelemetry ({error}): pip install 'ssd-engine[otel]'"
+        ) from None
 
 
 async def _drain(

@@ -86,11 +86,13 @@ def test_both_formats_and_bad_lines(tmp_path: Path) -> None:
     progress = perform(source, out)
     good, bad = read(out), read(tmp_path / "out.jsonl.errors")
     assert [r.get("custom_id") or r["id"] for r in good] == ["line-1", "a", "b", "three"]
-    assert [r["line"] for r in bad] == [2, 6, 7, 8, 9, 10, 12]
+    assert [r.get("line") or (r["error"] or {}).get("line") for r in bad] == [2, 6, None, 8, 9, 10, 12]
     assert (progress.total, progress.done, progress.failed) == (11, 11, 7)
     assert len(good[1]["response"]["body"]["choices"]) == 2 and good[1]["response"]["status_code"] == 200
     assert good[2]["response"]["body"]["choices"][0]["message"]["role"] == "assistant"
-    assert "echo" in bad[2]["error"]["message"] and "in use" in bad[1]["error"]["message"]
+    refused = bad[2]["response"]
+    assert refused["status_code"] == 400 and "echo" in refused["body"]["error"]["message"]
+    assert "in use" in bad[1]["error"]["message"]
     assert "max_model_len" in bad[4]["error"]["message"] and bad[5]["error"]["param"] == "typo"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.errors"]
 
@@ -264,9 +266,11 @@ def hostile_file(path: Path) -> Path:
 def check_hostile(out: Path) -> None:
     assert [record["id"] for record in read(out)] == [f"good-{n}" for n in range(len(HOSTILE))]
     bad = read(out.with_name(out.name + ".errors"))
-    assert [record["line"] for record in bad] == [2 * n + 2 for n in range(len(HOSTILE))]
-    for record, (raw, said) in zip(bad, HOSTILE, strict=True):
-        message = record["error"]["message"]
+    errors = [record["error"] or record["response"]["body"]["error"] for record in bad]
+    for number, (record, error, (raw, said)) in enumerate(zip(bad, errors, HOSTILE, strict=True)):
+        if record["error"] is not None:
+            assert 2 * number + 2 == (record["line"] if "line" in record else error["line"])
+        message = error["message"]
         assert said in message and "\n" not in message and len(message) <= 600, (raw[:80], message)
 
 

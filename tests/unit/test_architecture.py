@@ -67,6 +67,7 @@ FENCED = {
     "transformers": ("ssd/models/", "ssd/engine/", "ssd/testing/", "ssd/bench/peers/worker.py"),
     "typer": ("ssd/cli/",),
     "fastapi": ("ssd/serving/",),
+    "opentelemetry": ("ssd/serving/tracing.py",),
     "uvicorn": ("ssd/serving/", "ssd/testing/twins/served.py"),
 }
 DECODING_IMPORTS = {"torch", "ssd"}

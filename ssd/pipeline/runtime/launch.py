@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import itertools
 import json
+import os
+import stat
 import subprocess
 import sys
 import tempfile
@@ -16,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ...config.sections import rank_of, section_of
 from ...errors import PipelineError, WorkerError
-from ..transport.lanes import ControlLane, InprocLane, ZmqLane
+from ..transport.lanes import ControlLane, InprocLane, ZmqLane, socket_folder
 from ..transport.messages import Shutdown
 from .plan import Plan
 
@@ -146,8 +149,10 @@ class LocalPipeline:
     """
 
     def __init__(self, plan: Plan):
-        # Only this user may enter the folder, which holds the sockets.
-        self._folder = tempfile.TemporaryDirectory(prefix="ssd-front-")
+        try:
+            self._folder = socket_folder("ssd-front-")
+        except PipelineError as error:
+            raise WorkerError(f"could not start the workers: {error}") from error
         self._plan, self._starts = plan, itertools.count()
         self.lanes: dict[str, ControlLane] = {}
         self._processes: dict[str, subprocess.Popen] = {}
@@ -164,7 +169,10 @@ class LocalPipeline:
         lane, endpoint = ZmqLane.bind(f"ipc://{Path(self._folder.name) / role}-{next(self._starts)}")
         self.lanes[role] = lane
         process = subprocess.Popen(
-            [sys.executable, "-m", "ssd.pipeline.runtime.process"], stdin=subprocess.PIPE, start_new_session=True
+            [sys.executable, "-m", "ssd.pipeline.runtime.process"],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+            env=worker_environment(),
         )
         self._processes[role] = process
         orders = {"role": role, "front": endpoint, "folder": self._folder.name, "plan": self._plan.to_dict()}
@@ -212,6 +220,31 @@ class LocalPipeline:
         for lane in self.lanes.values():
             lane.close()
         self._folder.cleanup()
+
+
+def worker_environment() -> dict[str, str]:
+    """Returns the environment of a worker process: this process's, completed for libraries that keep caches.
+
+    They ask for the user's name and home, which a container's arbitrary user may not have: the name becomes ``uid-N``,
+    and the home a private folder in the temporary one, which later starts find again.
+    """
+    environment, user = dict(os.environ), f"uid-{os.getuid()}"
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        environment["USER"] = user
+    try:
+        Path.home()
+    except RuntimeError:
+        home = Path(tempfile.gettempdir(), f"ssd-home-{user}")
+        with contextlib.suppress(FileExistsError):
+            home.mkdir(mode=0o700)
+        status = home.lstat()
+        # Compiled code is loaded from there, so nobody else may have made it.
+        if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode) or status.st_mode & 0o022:
+            home = Path(tempfile.mkdtemp(prefix="ssd-home-"))
+        environment["HOME"] = str(home)
+    return environment
 
 
 def launch_here(plan: Plan) -> Pipeline:

@@ -69,6 +69,8 @@ class Batch:
         total = sum(1 for _ in read_lines(source, self._model))
         if not total:
             raise UsageError(f"{source} has no lines")
+        if out.exists() and out.samefile(source):
+            raise UsageError(f"{out} is the input; give another output file")
         if not out.parent.is_dir():
             raise UsageError(f"{out}: the folder {str(out.parent)!r} does not exist; create it first")
         self.journal = Journal(out, fingerprint(source, _settings(config)), restart=restart)

@@ -15,13 +15,16 @@ from .errors import APIError, shown
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/favicon.ico"})
 """Paths that need no key. They reveal nothing about users' text."""
+TRACE_HEADERS = ("traceparent", "tracestate")
+"""W3C's headers that name the trace a request belongs to."""
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 MIN_KEY = 16
 """Characters of an API key."""
 
 
 class Guard:
-    """Passes requests on to ``app``, or raises an ``APIError`` for the border to answer.
+    """Passes requests on to ``app``, or raises an ``APIError`` for the border to answer. Adds the client's name and
+    the trace's headers to the scope (``ssd.client``, ``ssd.trace``).
 
     A page of another origin cannot use a server on loopback: its ``Origin`` is refused, and so is the ``Host``
     of a rebound name. Bodies must be JSON, which browsers do not send across origins without a preflight.
@@ -49,6 +52,7 @@ class Guard:
         self._check_host(headers)
         self._check_origin(headers)
         scope["ssd.client"] = self._check_key(scope, headers)
+        scope["ssd.trace"] = {name: headers[name] for name in TRACE_HEADERS if name in headers}
         self._check_body(scope, headers)
         await self._app(scope, self._bounded(receive), send)
 

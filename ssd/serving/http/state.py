@@ -28,24 +28,24 @@ PAGE_POLICY = (
 KEEP_ALIVE_S = 10.0
 
 
-def metrics_app(metrics: Metrics) -> FastAPI:
+def metrics_app(metrics: Metrics, model: str) -> FastAPI:
     """Returns an application that serves ``/metrics`` alone, for a port of its own."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    _add_metrics(app, metrics)
+    _add_metrics(app, metrics, model)
     return app
 
 
-def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
+def _add_metrics(app: FastAPI, metrics: Metrics, model: str) -> None:
     @app.get("/metrics")
     async def prometheus() -> Response:
-        return Response(metrics.text, media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(metrics.text(model), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def add_state(app: FastAPI, engine: AsyncEngine, metrics: Metrics, model: str) -> None:
     """Adds the routes. ``/metrics`` is left out if it has a port of its own."""
     config = engine.config
     if not isinstance(config.server.metrics, int):
-        _add_metrics(app, metrics)
+        _add_metrics(app, metrics, model)
 
     @app.get("/health")
     async def health() -> Response:

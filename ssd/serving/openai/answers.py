@@ -112,29 +112,3 @@ def usage(prompts: Sequence[Sequence[int]], owners: Sequence[int], outputs: Sequ
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
     }
-
-
-def speculation_metrics(by_draft_length: dict[int, list[int]], lookahead: int) -> dict[str, Any]:
-    """``metrics.speculative_decoding`` as vLLM defines it (docs/features/speculative_decoding/acceptance_metrics.md).
-
-    Args:
-        by_draft_length: ``[k][j]`` steps that accepted j of k draft tokens.
-        lookahead: K.
-    """
-    histogram = [0] * (max([lookahead, *by_draft_length]) + 1)
-    for counts in by_draft_length.values():
-        for accepted, count in enumerate(counts):
-            histogram[accepted] += count
-    steps = sum(histogram)
-    accepted = sum(j * count for j, count in enumerate(histogram))
-    drafted = sum(k * sum(counts) for k, counts in by_draft_length.items())
-    return {
-        "mean_acceptance_length": 1 + accepted / steps if steps else None,
-        "draft_acceptance_rate": accepted / drafted if drafted else None,
-        "acceptance_histogram": histogram,
-        "acceptance_histogram_by_draft_length": {str(k): counts for k, counts in sorted(by_draft_length.items())},
-        "num_spec_steps": steps,
-        "num_accepted_draft_tokens": accepted,
-        "num_draft_tokens": drafted,
-        "num_spec_tokens": lookahead,
-    }

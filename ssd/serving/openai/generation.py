@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,11 @@ from ..http.errors import APIError, as_api_error
 from ..http.sse import sse
 from ..parsers.parser import CallIds
 from ..parsers.parts import Answer, Call, Part
-from .answers import provenance, speculation_metrics, usage
+from .answers import provenance, usage
 from .bodies import refused
 from .jobs import Job
 from .logprobs import TokenBytes
+from .request_metrics import request_metrics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,19 +48,27 @@ class Generation:
     def __init__(self, engine: AsyncEngine, job: Job, streams: Sequence[RequestStream]):
         self.job, self.streams = job, streams
         self._lookahead = engine.config.speculation.depth if engine.config.draft is not None else 0
+        self._level = engine.config.server.request_metrics
         self._texts = TokenBytes(engine.tokenizer)
         self._characters: Counter[int] = Counter()
         """By choice: characters of the tokens whose log-probabilities were sent."""
+        self._generated = 0
+        """Tokens of all choices so far."""
 
     @classmethod
-    async def start(cls, engine: AsyncEngine, job: Job, client: str) -> Generation:
+    async def start(
+        cls, engine: AsyncEngine, job: Job, client: str, trace_headers: Mapping[str, str] | None = None
+    ) -> Generation:
         """Starts all requests of a job, or none.
+
+        Args:
+            trace_headers: as in ``Caller``.
 
         Raises:
             APIError: the engine refuses a parameter.
             OverloadedError, PipelineError: as ``AsyncEngine.open``.
         """
-        caller = Caller(client=client, priority=job.priority, label=job.head["id"])
+        caller = Caller(client=client, priority=job.priority, label=job.head["id"], trace_headers=trace_headers or {})
         asked = [(job.prompts[prompt], params) for prompt, params in job.choices]
         try:
             return cls(engine, job, await engine.open_all(asked, caller=caller))
@@ -120,6 +129,7 @@ class Generation:
             async with contextlib.aclosing(self.deltas()) as deltas:
                 async for delta in deltas:
                     index, event = delta.index, delta.event
+                    self._generated += len(event.token_ids)
                     logprobs = self._logprobs(index, event.logprobs)
                     if delta.parts or logprobs or (self.job.provenance and event.token_ids):
                         yield self._chunk(index, {**schema.part(delta.parts), **self._origins(event)}, logprobs)
@@ -180,26 +190,19 @@ class Generation:
         finish_reason: str | None = None,
     ) -> bytes:
         choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
-        nothing_yet = {"usage": None} if self.job.usage else {}
-        return sse({**self.job.head, "choices": [choice], **nothing_yet})
+        usage = {"usage": None} if self.job.usage else {}
+        if self.job.running_usage:
+            prompt = sum(map(len, self.job.prompts))
+            counts = {"prompt_tokens": prompt, "completion_tokens": self._generated}
+            usage = {"usage": {**counts, "total_tokens": prompt + self._generated}}
+        return sse({**self.job.head, "choices": [choice], **usage})
 
-    def _metrics(self, outputs: list[RequestOutput]) -> dict[str, Any]:
-        """vLLM's per-request metrics, for requests with one choice, and our own beside them."""
+    def _metrics(self, outputs: list[RequestOutput]) -> dict[str, Any] | None:
+        """``metrics`` of the whole answer: of requests with one choice."""
         if len(outputs) != 1:
             return {"speculative_decoding": None}
         [output], [stream] = outputs, self.streams
-        record, request = output.speculation, stream.request
-        return {
-            "speculative_decoding": speculation_metrics(request.steps.by_draft_length, self._lookahead),
-            "ssd": {
-                "rounds": record.rounds,
-                "lookups": record.lookups,
-                "hits": record.hits,
-                "hit_rate": record.hit_rate,
-                "decode_s": output.decode_s,
-                "seed": request.params.seed,
-            },
-        }
+        return request_metrics(stream.request, output, lookahead=self._lookahead, level=self._level)
 
 
 async def merged(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, StreamEvent], None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,6 @@ from ..http.errors import APIError, shown
 from ..parsers.parser import MakeParser, Plain
 from .answers import Chat, Schema, Text
 from .bodies import (
-    COMPLETION_MAX_TOKENS,
     MAX_CHOICES,
     ChatBody,
     CompletionBody,
@@ -25,7 +25,11 @@ from .bodies import (
     seeds,
     structured_by,
 )
-from .chat import ChatTemplate
+from .chat import ChatTemplate, Rendering
+from .fields import UnknownFields
+
+CUT_HEADER = "x-ssd-max-tokens"
+"""The length that was granted, in tokens, where it is less than was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,11 +44,15 @@ class Job:
     stream: bool
     usage: bool
     """Whether a stream ends with a usage chunk."""
+    running_usage: bool = False
+    """Whether every chunk of a stream has the usage so far."""
     provenance: bool
     """Whether tokens are reported with their provenance."""
     priority: int = 0
     structured_by: str = "structured_outputs"
     """The field that asked for structured output, if one did."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """HTTP headers of the answer: what about the request was ignored or changed."""
     parser: MakeParser = Plain.make
     """Makes the parser of each choice's text."""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -69,13 +77,15 @@ class JobReader:
         limits: what the engine takes at once; a request that never fits is refused. No limit by default.
 
     Raises:
-        ConfigError: the chat template cannot be read.
+        ConfigError: the chat template cannot be read, or its variables are wrong.
     """
 
     def __init__(self, engine: AsyncEngine, *, model: str, limits: Limits | None = None):
         self._engine, self._model, self._limits = engine, model, limits or Limits()
         self._context = engine.config.engine.max_model_len
-        self._template = ChatTemplate(engine.tokenizer, engine.config.server.chat_template)
+        self._cutting = engine.config.server.long_requests == "cut"
+        self._template = ChatTemplate(engine.tokenizer, engine.config.server)
+        self._unknown = UnknownFields(engine.config.server.unknown_parameters)
 
     def read_completion(self, raw: bytes) -> Job:
         """Reads the bytes of a /v1/completions body. Raises: APIError."""
@@ -87,34 +97,34 @@ class JobReader:
 
     def completion(self, given: Any) -> Job:
         """Reads a parsed /v1/completions body. Raises: APIError."""
-        body: Any = self._body(CompletionBody, given)
+        body, headers = self._body(CompletionBody, given)
         prompt = body.prompt
         listed = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
         if not listed:
             raise APIError(400, "prompt must not be an empty list", param="prompt")
         self._check_count(len(listed), body)
         prompts = [self._engine.tokenize(one) if isinstance(one, str) else one for one in listed]
-        return self._job(Text(), body, prompts, body.max_tokens, COMPLETION_MAX_TOKENS)
+        return self._job(Text(), body, prompts, headers)
 
     def chat(self, given: Any) -> Job:
         """Reads a parsed /v1/chat/completions body. Raises: APIError."""
-        body: Any = self._body(ChatBody, given)
-        if body.max_tokens is not None and body.max_completion_tokens is not None:
-            raise APIError(400, "give max_tokens or max_completion_tokens, not both", param="max_completion_tokens")
+        body, headers = self._body(ChatBody, given)
         self._check_count(1, body)
-        prompt = self._template.tokens([message.plain() for message in body.messages])
-        return self._job(Chat(), body, [prompt], body.max_completion_tokens or body.max_tokens, self._context)
+        prompt = self._template.tokens([message.for_template() for message in body.messages], rendering=rendering(body))
+        return self._job(Chat(), body, [prompt], headers)
 
-    def _body(self, kind: type[Any], given: Any) -> Any:
-        body = read_body(kind, given)
-        if body.model != self._model:
+    def _body(self, kind: type[Any], given: Any) -> tuple[Any, dict[str, str]]:
+        """Returns a checked body, and headers of the answer. Raises: APIError."""
+        body, unknown = read_body(kind, given)
+        headers = self._unknown.take(unknown, kind.model_fields)
+        if body.model and body.model != self._model:
             raise APIError(
                 404,
                 f"the model '{shown(body.model)}' does not exist; this server has {self._model!r}",
                 param="model",
                 code="model_not_found",
             )
-        return body
+        return body, headers
 
     def _check_count(self, prompts: int, body: Any) -> None:
         """Raises: APIError: more choices than a request may have, or than ever find a place."""
@@ -128,43 +138,63 @@ class JobReader:
                     400, f"{count} choices never fit: this server holds {places} (server.max_queue)", param="n"
                 )
 
-    def _job(self, schema: Schema, body: Any, prompts: list[list[int]], asked: int | None, default: int) -> Job:
-        """Args: asked: the length asked for, in tokens. default: the length otherwise, where there is room."""
+    def _job(self, schema: Schema, body: Any, prompts: list[list[int]], headers: Mapping[str, str]) -> Job:
         n = body.n or 1
-        if asked is None:
-            limits = [max(1, min(default, self._context - len(prompt), self._share(prompts, n))) for prompt in prompts]
-        else:
-            limits = [asked] * len(prompts)
-            for prompt in prompts:
-                self._check_context(schema, len(prompt), asked)
-        self._check_budget(prompts, limits, n)
+        limits = [self._limit(schema, body, prompts, index) for index in range(len(prompts))]
+        if body.length is not None and min(limits) < body.length:
+            headers = {**headers, CUT_HEADER: str(min(limits))}
+        self._check_budget(body, prompts, limits)
         choices = [
             (index, sampling_params(body, max_tokens=limit, seed=seed))
             for index, limit in enumerate(limits)
             for seed in seeds(body, n)
         ]
+        options = body.stream_options
         return Job(
             schema=schema,
             model=self._model,
             prompts=prompts,
             choices=choices,
             stream=bool(body.stream),
-            usage=bool(body.stream_options and body.stream_options.include_usage),
+            usage=bool(options and options.include_usage),
+            running_usage=bool(options and options.continuous_usage_stats),
             provenance=bool(body.provenance),
             priority=body.priority or 0,
             structured_by=structured_by(body),
+            headers=headers,
         )
 
-    def _check_context(self, schema: Schema, length: int, asked: int) -> None:
-        """Raises: APIError: prompt and answer are longer than the context."""
-        if length and length + asked > self._context:
+    def _limit(self, schema: Schema, body: Any, prompts: list[list[int]], index: int) -> int:
+        """Returns how many tokens the answer to a prompt may have: as many as asked for, or else the endpoint's
+        default, at most as many as there is room for.
+
+        Raises: APIError: the prompt is empty or leaves no room, or more were asked for than there is room for.
+        """
+        length, where = len(prompts[index]), f"prompt {index}" if len(prompts) > 1 else "the prompt"
+        if not length:
+            raise APIError(
+                400, f"{where} is empty; give at least one token", param=schema.prompt_field, code="invalid_value"
+            )
+        room = self._context - length
+        if room < 1:
             raise APIError(
                 400,
-                f"this model's context is {self._context} tokens (engine.max_model_len); the prompt has {length} and "
-                f"{asked} were asked for",
+                f"{where} has {length} tokens; this model's context of {self._context} (engine.max_model_len) takes "
+                f"prompts of at most {self._context - 1}",
                 param=schema.prompt_field,
                 code="context_length_exceeded",
             )
+        if body.length is None:
+            return max(1, min(body.default_length or room, room, self._share(prompts, body.n or 1)))
+        if body.length > room and not self._cutting:
+            raise APIError(
+                400,
+                f"{body.length_field} is {body.length}, and there is room for {room}: {where} has {length} tokens and "
+                f"this model's context is {self._context} (engine.max_model_len)",
+                param=body.length_field,
+                code="context_length_exceeded",
+            )
+        return min(body.length, room)
 
     def _share(self, prompts: list[list[int]], n: int) -> int:
         """Tokens of the limit on tokens in flight that are left for each choice's answer."""
@@ -172,16 +202,16 @@ class JobReader:
             return self._context
         return (self._limits.tokens - n * sum(map(len, prompts))) // (n * len(prompts))
 
-    def _check_budget(self, prompts: list[list[int]], limits: list[int], n: int) -> None:
+    def _check_budget(self, body: Any, prompts: list[list[int]], limits: list[int]) -> None:
         """Raises: APIError: the request is over the limit on tokens in flight even on an idle server."""
         costs = (min(len(prompt) + limit, self._context) for prompt, limit in zip(prompts, limits, strict=True))
-        cost = n * sum(costs)
+        cost = (body.n or 1) * sum(costs)
         if self._limits.tokens is not None and cost > self._limits.tokens:
             raise APIError(
                 400,
                 f"this request may need {cost} tokens and never fits: this server holds {self._limits.tokens} "
-                "(server.max_tokens_in_flight); lower max_tokens, n or the number of prompts",
-                param="max_tokens",
+                f"(server.max_tokens_in_flight); lower {body.length_field}, n or the number of prompts",
+                param=body.length_field,
                 code="invalid_value",
             )
 
@@ -189,3 +219,20 @@ class JobReader:
 def model_name(config: Config) -> str:
     """The name by which requests ask for the model: the configured one, or the last part of the target's path."""
     return config.server.model_name or config.target.model.rstrip("/").rpartition("/")[2]
+
+
+def rendering(body: Any) -> Rendering:
+    """Returns what a chat body says about the template. As in vLLM, ``reasoning_effort`` also sets
+    ``enable_thinking``, unless the request does."""
+    variables: dict[str, Any] = {}
+    if body.reasoning_effort is not None:
+        variables = {"enable_thinking": body.reasoning_effort != "none", "reasoning_effort": body.reasoning_effort}
+    ends_open = bool(body.continue_final_message)
+    return Rendering(
+        template=body.chat_template,
+        variables={**variables, **(body.chat_template_kwargs or {})},
+        documents=body.documents,
+        add_generation_prompt=not ends_open if body.add_generation_prompt is None else body.add_generation_prompt,
+        continue_final_message=ends_open,
+        add_special_tokens=bool(body.add_special_tokens),
+    )

@@ -33,7 +33,7 @@ class EventStream(StreamingResponse):
         super().__init__(
             generation.chunks(),
             media_type="text/event-stream",
-            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no", **generation.job.headers},
         )
         self._generation = generation
 
@@ -54,7 +54,8 @@ def add_generation(app: FastAPI, engine: AsyncEngine, jobs: JobReader) -> None:
         except ClientDisconnect:
             return Response(status_code=CLIENT_GONE)
         job = await asyncio.to_thread(read, raw) if len(raw) > aside else read(raw)
-        generation = await Generation.start(engine, job, request.scope.get("ssd.client", ""))
+        client, traced = request.scope.get("ssd.client", ""), request.scope.get("ssd.trace")
+        generation = await Generation.start(engine, job, client, traced)
         return EventStream(generation) if job.stream else await _unless_gone(request, generation)
 
     @app.post("/v1/completions")
@@ -107,7 +108,7 @@ async def _unless_gone(request: Request, generation: Generation) -> Response:
     try:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
         if answer.done():
-            return JSONResponse(answer.result())
+            return JSONResponse(answer.result(), headers=dict(generation.job.headers))
         return Response(status_code=CLIENT_GONE)
     finally:
         for task in (answer, gone):
