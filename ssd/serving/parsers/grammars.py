@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ def call_grammar(format: AnswerFormat, thinking: Thinking, asked: Asked) -> str:
     return "\n".join(["%llguidance {}", *writer(format, thinking, asked).rules(), ""])
 
 
-class _Writer:
+class _Writer(ABC):
     """Base of the writers of grammars. Rules: ``start``, ``think``, ``arguments_N`` of tool N, ``answer``."""
 
     def __init__(self, format: AnswerFormat, thinking: Thinking, asked: Asked):
@@ -51,7 +52,7 @@ class _Writer:
 
     def rules(self) -> list[str]:
         """Returns the lines of the grammar."""
-        lines = self._start()
+        lines = self._start() if self._asked.tools else self._no_calls()
         for index, tool in enumerate(self._asked.tools):
             held = self._asked.forced or tool.strict
             lines.append(f"arguments_{index}: {self._arguments(tool, held)}")
@@ -59,8 +60,14 @@ class _Writer:
             lines.append(f"answer: %json {json.dumps(self._asked.answer)}")
         return lines
 
+    @abstractmethod
     def _start(self) -> list[str]:
-        raise NotImplementedError
+        """Returns ``start`` and the rules that it needs, but for those of arguments and ``answer``."""
+
+    def _no_calls(self) -> list[str]:
+        """Returns the same for an answer without calls."""
+        thought, lines = self._thought()
+        return [f"start: {thought}answer", *lines]
 
     def _arguments(self, tool: Tool, held: bool) -> str:
         return f"%json {json.dumps(_object(tool.schema) if held else {'type': 'object'})}"
@@ -197,11 +204,11 @@ class _Harmony(_Writer):
         if self._asked.forced:
             return [f'start: {channel} ("analysis" {message} FREE {again})? {calls}', self._free]
         said = "FREE" if self._asked.answer is None else "answer"
-        return [
-            f'start: {channel} (("analysis" | "commentary") {message} FREE {again})* '
-            f'({calls} | "final" {message} {said})',
-            self._free,
-        ]
+        before = f'{channel} (("analysis" | "commentary") {message} FREE {again})*'
+        last = _either([*([calls] if self._asked.tools else []), f'"final" {message} {said}'])
+        return [f"start: {before} {last}", self._free]
+
+    _no_calls = _start
 
     @property
     def _free(self) -> str:
