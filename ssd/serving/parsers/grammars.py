@@ -182,9 +182,11 @@ class _Llama3(_Writer):
         calls = one if self._asked.first_only else f'{one} ("; " {one})*'
         if self._asked.forced:
             return [f"start: {thought}{calls}", *lines]
-        calls = f"{self._marker(Llama3.TAG)}? {calls}"
+        tag = self._marker(Llama3.TAG)
         if self._asked.answer is not None:
-            return [f"start: {thought}({calls} | answer)", *lines]
+            # Without the tag both begin with a bracket, and the library would have to choose there.
+            return [f"start: {thought}({tag} {calls} | answer)", *lines]
+        calls = f"{tag}? {calls}"
         free = rf"FREE: /([ \t\r\n]*[^ \t\r\n{{](?s:.*))?/ & ~/(?s:.*){_escaped(Llama3.TAG)}(?s:.*)/"
         return [f"start: {thought}({calls} | FREE)", free, *lines]
 
