@@ -111,6 +111,8 @@ class ServerConfig(Section):
     """Requests that may wait for a slot; further ones are answered with status 429."""
     max_tokens_in_flight: int = Field(default=2**18, ge=16)
     """Prompt and output tokens of all requests, waiting or running; a request beyond is answered with status 429."""
+    responses_bytes: int = Field(default=2**26, ge=0)
+    """Memory for answers of /v1/responses that clients may refer to later. 0 keeps none."""
     keep_alive_s: int = Field(default=75, ge=1, le=86400)
     """How long an idle connection stays open for a client's next request."""
     drain_s: Number = Field(default=25.0, ge=0, le=86400)

@@ -1,0 +1,137 @@
+"""Routes of the Responses API."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Iterable
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
+
+from ...engine.async_engine import AsyncEngine
+from ...errors import SSDError
+from ..http.bodies import renamed
+from ..http.errors import APIError, as_api_error, shown
+from ..http.sse import typed_sse
+from ..openai.generation import Generation
+from ..openai.routes import CLIENT_GONE, EventStream, check_ready, unless_gone
+from .reader import Asked, ResponsesReader
+from .translation import DOOR, NAMES
+from .writer import Event, ResponseWriter
+
+ONE = f"{DOOR}/{{name}}"
+MAX_LISTED = 100
+"""Items of one page of a list."""
+
+
+def add_responses(app: FastAPI, engine: AsyncEngine, reader: ResponsesReader) -> None:
+    store = reader.store
+
+    @app.post(DOOR)
+    async def create(request: Request) -> Response:
+        check_ready(engine)
+        try:
+            raw = await request.body()
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_GONE)
+        client = client_of(request)
+        asked = await asyncio.to_thread(reader.read, raw, client)
+        try:
+            generation = await Generation.start(engine, asked.job, client)
+        except APIError as error:
+            raise renamed(error, NAMES) from None
+        answer = _Answer(reader, asked, generation)
+        if asked.job.stream:
+            return EventStream(generation, answer.events())
+        return await unless_gone(request, generation, answer.whole())
+
+    @app.get(ONE)
+    async def one(request: Request, name: str, stream: bool = False) -> Response:
+        if stream:
+            raise APIError(400, "stream is not supported here; responses are kept once they ended", param="stream")
+        return Response(store.get(client_of(request), name).response, media_type="application/json")
+
+    @app.delete(ONE)
+    async def delete(request: Request, name: str) -> dict[str, Any]:
+        store.drop(client_of(request), name)
+        return {"id": name, "object": "response", "deleted": True}
+
+    @app.post(f"{ONE}/cancel")
+    async def cancel(request: Request, name: str) -> Response:
+        store.get(client_of(request), name)
+        raise APIError(400, f"response '{shown(name)}' is over; to cancel one that runs, close its connection")
+
+    @app.get(f"{ONE}/input_items")
+    async def items(
+        request: Request,
+        name: str,
+        order: Literal["asc", "desc"] = "desc",
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = 20,
+    ) -> dict[str, Any]:
+        listed = json.loads(store.get(client_of(request), name).input)
+        if order == "desc":
+            listed.reverse()
+        ids = [item["id"] for item in listed]
+        if after is not None and after not in ids:
+            raise APIError(404, f"there is no item '{shown(after)}'", param="after", code="not_found")
+        start = 0 if after is None else ids.index(after) + 1
+        page, ids = listed[start : start + limit], ids[start : start + limit]
+        return {
+            "object": "list",
+            "data": page,
+            "first_id": ids[0] if ids else "",
+            "last_id": ids[-1] if ids else "",
+            "has_more": start + limit < len(listed),
+        }
+
+
+def client_of(request: Request) -> str:
+    """Returns the name of the client, by which responses are kept apart."""
+    return request.scope.get("ssd.client", "")
+
+
+class _Answer:
+    """The answer to one request."""
+
+    def __init__(self, reader: ResponsesReader, asked: Asked, generation: Generation):
+        self._reader, self._asked, self._generation = reader, asked, generation
+        self._writer = ResponseWriter(asked.head)
+
+    async def whole(self) -> dict[str, Any]:
+        """Returns the response. Raises: PipelineError, APIError."""
+        async for _ in self._written():
+            pass
+        return self._writer.response
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Yields server-sent events. After an error the last one says that the response failed."""
+        try:
+            yield _encoded(self._writer.begin())
+            async with contextlib.aclosing(self._written()) as written:
+                async for events in written:
+                    yield _encoded(events)
+        except (SSDError, APIError) as error:
+            yield _encoded(self._writer.fail(renamed(as_api_error(error), NAMES)))
+
+    async def _written(self) -> AsyncIterator[list[Event]]:
+        """Writes the response while its parts come, and keeps it. Yields the events of each step."""
+        async with contextlib.aclosing(self._generation.deltas()) as deltas:
+            async for delta in deltas:
+                events = [event for part in delta.parts for event in self._writer.add(part)]
+                output = delta.event.output
+                if output is not None:
+                    metrics = self._generation.totals([output])["metrics"]
+                    events += self._writer.end(output, more={"metrics": metrics})
+                    # Before the client knows that the response ended, and may continue it.
+                    self._reader.keep(self._asked, self._writer.response)
+                if events:
+                    yield events
+
+
+def _encoded(events: Iterable[Event]) -> bytes:
+    return b"".join(map(typed_sse, events))
