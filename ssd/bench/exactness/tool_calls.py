@@ -57,6 +57,9 @@ SIZES = range(1, 10)
 FREE_EVERY = 4
 """Of so many answers one may be text with calls in it; the others must be calls."""
 
+FREE = 24
+"""Most characters of a piece of free text."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Way:
@@ -177,7 +180,7 @@ def _job(
 ) -> Job:
     """Returns the job of one prompt. Ids of calls are the same with every method."""
     format, forced = way.format, index % FREE_EVERY != 0
-    grammar = call_grammar(format, format.thinking(way.prompt_end), Asked(tools=TOOLS, forced=forced))
+    grammar = _bounded(call_grammar(format, format.thinking(way.prompt_end), Asked(tools=TOOLS, forced=forced)))
     params = SamplingParams(
         temperature=temperatures[index % len(temperatures)],
         seed=index,
@@ -197,6 +200,12 @@ def _job(
         parser=parser,
         id=f"{way.name}/{index}",
     )
+
+
+def _bounded(grammar: str) -> str:
+    """Returns the grammar with short pieces of free text: small models would never come to a call."""
+    short = f"/(?s:.{{0,{FREE}}})"
+    return grammar.replace("/(?s:.*)/ &", f"{short}/ &").replace("[lazy]: /(?s:.*)", f"[lazy]: {short}")
 
 
 async def _written(engine: AsyncEngine, job: Job) -> _Written:
