@@ -99,6 +99,8 @@ WHY = {
     "modalities": "this server answers with text",
     "prompt_embeds": "this server reads text and token ids",
     "suffix": "text is only generated at the end of a prompt",
+    "tool_choice": "it is a field of /v1/chat/completions",
+    "tools": "they are a field of /v1/chat/completions",
 }
 """What the error says beside the field's name."""
 
@@ -184,6 +186,8 @@ class UnknownFields:
 
 
 def _nearest(name: str, known: Collection[str]) -> str | None:
+    if "." in name:  # a field of a field, which is similar to its other fields
+        return None
     near = get_close_matches(name[:MAX_NAME], [*known, *UNSUPPORTED, *HARMLESS], n=1)
     return near[0] if near else None
 
