@@ -115,6 +115,14 @@ class ChatTemplate:
         text = self._text(messages, tools or None, rendering)
         return list(self._tokenizer(text, add_special_tokens=rendering.add_special_tokens)["input_ids"])
 
+    @property
+    def source(self) -> str | None:
+        """The Jinja text of the template, with tools; None if there is none."""
+        try:
+            return self._selected(None, [{}])
+        except APIError:
+            return None
+
     def _text(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, rendering: Rendering) -> str:
         if rendering.template is not None and not self._trusting:
             raise APIError(
