@@ -97,6 +97,7 @@ class JobReader:
 
     def completion(self, given: Any) -> Job:
         """Reads a parsed /v1/completions body. Raises: APIError."""
+        self._check_items(given.get("prompt") if isinstance(given, dict) else None)
         body, headers = self._body(CompletionBody, given)
         prompt = body.prompt
         listed = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
@@ -112,6 +113,20 @@ class JobReader:
         self._check_count(1, body)
         prompt = self._template.tokens([message.for_template() for message in body.messages], rendering=rendering(body))
         return self._job(Chat(), body, [prompt], headers)
+
+    def _check_items(self, prompt: Any) -> None:
+        """Refuses a list that is too long whatever is in it. Validating its items would keep other requests waiting.
+
+        Raises: APIError.
+        """
+        if isinstance(prompt, list) and len(prompt) > max(MAX_CHOICES, self._context):
+            raise APIError(
+                400,
+                f"the prompt has {len(prompt)} items; this server takes at most {MAX_CHOICES} prompts, or the "
+                f"{self._context - 1} tokens that leave room in its context (engine.max_model_len)",
+                param="prompt",
+                code="context_length_exceeded",
+            )
 
     def _body(self, kind: type[Any], given: Any) -> tuple[Any, dict[str, str]]:
         """Returns a checked body, and headers of the answer. Raises: APIError."""
