@@ -119,6 +119,7 @@ class JobReader:
 
     def completion(self, given: Any) -> Job:
         """Reads a parsed /v1/completions body. Raises: APIError."""
+        self._check_items(given.get("prompt") if isinstance(given, dict) else None)
         body, headers = self._body(CompletionBody, given)
         prompt = body.prompt
         listed = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
@@ -141,6 +142,20 @@ class JobReader:
         end = self._engine.tokenizer.decode(prompt[-PROMPT_END:], skip_special_tokens=False)
         answer = shape(use, self._format, end, structured=body.structured_outputs, response_format=body.response_format)
         return self._job(Chat(), body, [prompt], headers, answer)
+
+    def _check_items(self, prompt: Any) -> None:
+        """Refuses a list that is too long whatever is in it. Validating its items would keep other requests waiting.
+
+        Raises: APIError.
+        """
+        if isinstance(prompt, list) and len(prompt) > max(MAX_CHOICES, self._context):
+            raise APIError(
+                400,
+                f"the prompt has {len(prompt)} items; this server takes at most {MAX_CHOICES} prompts, or the "
+                f"{self._context - 1} tokens that leave room in its context (engine.max_model_len)",
+                param="prompt",
+                code="context_length_exceeded",
+            )
 
     def _body(self, kind: type[Any], given: Any) -> tuple[Any, dict[str, str]]:
         """Returns a checked body, and headers of the answer. Raises: APIError."""
