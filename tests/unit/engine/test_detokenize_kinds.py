@@ -6,13 +6,12 @@ import codecs
 import functools
 from collections.abc import Sequence
 
-import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from ssd.engine.detokenize import Detokenizer, StopRules
+from ssd.engine.detokenize import Detokenizer
 from ssd.engine.token_text import TokenTexts
 from ssd.testing.models.tiny import tiny_tokenizer
 
