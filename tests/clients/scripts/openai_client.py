@@ -74,7 +74,12 @@ def chat() -> None:
 def chat_stream_with_usage() -> None:
     chunks = list(
         client.chat.completions.create(
-            model=MODEL, messages=ASKED, temperature=0, max_tokens=8, stream=True, stream_options={"include_usage": True}
+            model=MODEL,
+            messages=ASKED,
+            temperature=0,
+            max_tokens=8,
+            stream=True,
+            stream_options={"include_usage": True},
         )
     )
     assert chunks[-1].usage.completion_tokens == 8 and not chunks[-1].choices
@@ -200,9 +205,7 @@ def responses_stream() -> None:
 
 @check
 def responses_parse() -> None:
-    answer = client.responses.parse(
-        model=MODEL, input=QUESTION, text_format=City, temperature=0, max_output_tokens=64
-    )
+    answer = client.responses.parse(model=MODEL, input=QUESTION, text_format=City, temperature=0, max_output_tokens=64)
     assert isinstance(answer.output_parsed, City)
 
 
