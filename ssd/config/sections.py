@@ -94,6 +94,10 @@ class ServerConfig(Section):
     """Variables of the chat template (``enable_thinking: false``), for requests that do not set them."""
     trust_request_chat_template: bool = False
     """Render chat templates that requests bring. A template is a program: trust every client."""
+    tool_parser: Literal["auto", "none", "hermes", "qwen3_xml", "llama3_json", "mistral", "gpt_oss"] = "auto"
+    """The format of the model's tool calls. ``auto``: by the markers in chat template and vocabulary."""
+    reasoning_parser: Literal["auto", "none", "think", "deepseek_r1", "mistral", "gpt_oss"] = "auto"
+    """The format of the model's reasoning, which answers give apart from the text. ``auto`` as above."""
     unknown_parameters: Literal["ignore", "refuse"] = "ignore"
     """``ignore``: unknown request fields have no effect and are named in a response header. ``refuse``: status 400."""
     long_requests: Literal["refuse", "cut"] = "refuse"

@@ -22,6 +22,7 @@ from ..http.errors import APIError, as_api_error, shown
 from .fields import sort_fields
 from .messages import ChatMessage, Stored, Strict
 from .structured import ResponseFormat, StructuredOutputs, structured_outputs
+from .tools import MAX_TOOLS, FunctionTool, Shape, ToolChoice
 
 MAX_STOPS = 16
 MAX_NAMED = 1024
@@ -68,6 +69,7 @@ PARAMETERS = (
     Parameter("stop_token_ids", list[TokenId]),
     Parameter("ignore_eos", bool),
     Parameter("include_stop_str_in_output", bool),
+    Parameter("skip_special_tokens", bool),
     Parameter("min_tokens", Integer),
     Parameter("presence_penalty", Number),
     Parameter("frequency_penalty", Number),
@@ -154,6 +156,9 @@ class _Chat(Common):
     """Given to the chat template."""
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     add_special_tokens: bool | None = None
     """Whether the tokenizer adds its own special tokens to those of the template."""
 
@@ -215,8 +220,11 @@ def _path(error: ErrorDetails) -> list[str]:
     return [part for part in parts if part != "str" and not part.startswith(("list[", "dict[", "function-", "union"))]
 
 
-def sampling_params(body: Common, *, max_tokens: int, seed: int) -> SamplingParams:
+def sampling_params(body: Common, *, max_tokens: int, seed: int, shape: Shape | None = None) -> SamplingParams:
     """Returns the ``SamplingParams`` of one choice.
+
+    Args:
+        shape: of a chat answer.
 
     Raises:
         APIError: 400: a value out of range.
@@ -228,13 +236,16 @@ def sampling_params(body: Common, *, max_tokens: int, seed: int) -> SamplingPara
         if value is not None:
             fields[parameter.sampling or parameter.name] = value
     fields["seed"], fields["logprobs"] = seed, body.top_count
-    fields["structured_outputs"] = structured_outputs(body.structured_outputs, body.response_format)
+    if shape is None:
+        fields["structured_outputs"] = structured_outputs(body.structured_outputs, body.response_format)
+    else:
+        fields["structured_outputs"] = shape.structured
     if fields.get("top_k") == -1:  # vLLM's value for all tokens
         fields["top_k"] = 0
     try:
         return SamplingParams(**fields)
     except RequestError as error:
-        raise refused(error, structured_by(body)) from None
+        raise refused(error, structured_by(body) if shape is None else shape.structured_by) from None
 
 
 def refused(error: RequestError, structured_by: str = "structured_outputs") -> APIError:
@@ -247,7 +258,7 @@ def refused(error: RequestError, structured_by: str = "structured_outputs") -> A
     name = message.split(maxsplit=1)[0].rstrip(":").split(".")[0]
     if name == "structured_outputs":
         name = structured_by
-        if name == "response_format":
+        if name in ("response_format", "tools"):
             message = name + message[message.index(" ") :]
     elif name not in _SAMPLING and name not in ("priority", "prompt"):
         return as_api_error(error)

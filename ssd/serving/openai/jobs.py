@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from ...engine.book import Limits
 from ...request.sampling_params import SamplingParams
 from ..http import strict_json
 from ..http.errors import APIError, shown
+from ..parsers.formats import AnswerFormat
 from ..parsers.parser import MakeParser, Plain
 from .answers import Chat, Schema, Text
 from .bodies import (
@@ -27,9 +29,14 @@ from .bodies import (
 )
 from .chat import ChatTemplate, Rendering
 from .fields import UnknownFields
+from .tools import Shape, ToolUse, shape
 
 CUT_HEADER = "x-ssd-max-tokens"
 """The length that was granted, in tokens, where it is less than was asked for."""
+PROMPT_END = 64
+"""Tokens at the end of a prompt that tell whether the answer begins inside of reasoning."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +93,13 @@ class JobReader:
         self._cutting = engine.config.server.long_requests == "cut"
         self._template = ChatTemplate(engine.tokenizer, engine.config.server)
         self._unknown = UnknownFields(engine.config.server.unknown_parameters)
+        self._format = AnswerFormat.of(
+            engine.tokenizer,
+            self._template.source,
+            calls=engine.config.server.tool_parser,
+            reasoning=engine.config.server.reasoning_parser,
+        )
+        log.info("tool calls are read as %s, reasoning as %s", self._format.calls, self._format.reasoning)
 
     def read_completion(self, raw: bytes) -> Job:
         """Reads the bytes of a /v1/completions body. Raises: APIError."""
@@ -110,8 +124,12 @@ class JobReader:
         """Reads a parsed /v1/chat/completions body. Raises: APIError."""
         body, headers = self._body(ChatBody, given)
         self._check_count(1, body)
-        prompt = self._template.tokens([message.for_template() for message in body.messages], rendering=rendering(body))
-        return self._job(Chat(), body, [prompt], headers)
+        use = ToolUse.of(body.tools, body.tool_choice, body.parallel_tool_calls, format=self._format)
+        messages = [message.for_template() for message in body.messages]
+        prompt = self._template.tokens(messages, tools=use.shown, rendering=rendering(body))
+        end = self._engine.tokenizer.decode(prompt[-PROMPT_END:], skip_special_tokens=False)
+        answer = shape(use, self._format, end, structured=body.structured_outputs, response_format=body.response_format)
+        return self._job(Chat(), body, [prompt], headers, answer)
 
     def _body(self, kind: type[Any], given: Any) -> tuple[Any, dict[str, str]]:
         """Returns a checked body, and headers of the answer. Raises: APIError."""
@@ -138,14 +156,21 @@ class JobReader:
                     400, f"{count} choices never fit: this server holds {places} (server.max_queue)", param="n"
                 )
 
-    def _job(self, schema: Schema, body: Any, prompts: list[list[int]], headers: Mapping[str, str]) -> Job:
+    def _job(
+        self,
+        schema: Schema,
+        body: Any,
+        prompts: list[list[int]],
+        headers: Mapping[str, str],
+        answer: Shape | None = None,
+    ) -> Job:
         n = body.n or 1
         limits = [self._limit(schema, body, prompts, index) for index in range(len(prompts))]
         if body.length is not None and min(limits) < body.length:
             headers = {**headers, CUT_HEADER: str(min(limits))}
         self._check_budget(body, prompts, limits)
         choices = [
-            (index, sampling_params(body, max_tokens=limit, seed=seed))
+            (index, sampling_params(body, max_tokens=limit, seed=seed, shape=answer))
             for index, limit in enumerate(limits)
             for seed in seeds(body, n)
         ]
@@ -160,7 +185,8 @@ class JobReader:
             running_usage=bool(options and options.continuous_usage_stats),
             provenance=bool(body.provenance),
             priority=body.priority or 0,
-            structured_by=structured_by(body),
+            structured_by=structured_by(body) if answer is None else answer.structured_by,
+            parser=Plain.make if answer is None else answer.parser,
             headers=headers,
         )
 
