@@ -180,7 +180,7 @@ def tools_stream() -> None:
         max_tokens=96,
     ) as stream:
         kinds = {event.type for event in stream}
-        [call] = stream.get_final_completion().choices[0].message.tool_calls
+        call, *_ = stream.get_final_completion().choices[0].message.tool_calls
     assert isinstance(call.function.parsed_arguments, get_weather)
     assert {"tool_calls.function.arguments.delta", "tool_calls.function.arguments.done"} <= kinds
 
@@ -215,7 +215,7 @@ def responses_tools() -> None:
     answer = client.responses.create(
         model=MODEL, input=QUESTION, tools=[tool], tool_choice="required", temperature=0, max_output_tokens=96
     )
-    [call] = [item for item in answer.output if item.type == "function_call"]
+    call, *_ = [item for item in answer.output if item.type == "function_call"]
     assert json.loads(call.arguments)["city"] in ("Paris", "Rome")
     told = {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny."}
     client.responses.create(
