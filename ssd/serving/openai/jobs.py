@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 import uuid
@@ -16,7 +17,7 @@ from ...request.sampling_params import SamplingParams
 from ..http import strict_json
 from ..http.errors import APIError, shown
 from ..parsers.formats import AnswerFormat
-from ..parsers.parser import MakeParser, Plain
+from ..parsers.parser import CallIds, MakeParser, Plain
 from .answers import Chat, Schema, Text
 from .bodies import (
     MAX_CHOICES,
@@ -74,6 +75,10 @@ class Job:
             "created": self.created,
             "model": self.model,
         }
+
+    def call_ids(self, choice: int) -> CallIds:
+        """Returns what makes the ids of a choice's tool calls: a function of the job, the choice and the call."""
+        return lambda call: hashlib.sha256(f"{self.id}/{choice}/{call}".encode()).hexdigest()
 
 
 class JobReader:
