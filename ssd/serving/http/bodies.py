@@ -113,17 +113,20 @@ def _path(loc: tuple[int | str, ...], kind: str, given: Any) -> list[int | str]:
     """Returns where in the body an error lies: pydantic's location without the names of types."""
     path: list[int | str] = []
     for part in loc:
-        if (isinstance(given, dict) and part in given) or (
-            isinstance(given, list) and isinstance(part, int) and part < len(given)
-        ):
-            inner = given[part]
-        else:
-            continue
-        path.append(part)
-        given = inner
+        inner = _inner(given, part)
+        if inner:
+            path.append(part)
+            given = inner[0]
     if kind == "missing":
         path.append(loc[-1])
     return path
+
+
+def _inner(value: Any, part: int | str) -> tuple[Any, ...]:
+    """Returns the item or field of a value, if it has such a one."""
+    if isinstance(value, dict):
+        return (value[part],) if part in value else ()
+    return tuple(value[part : part + 1]) if isinstance(value, list) and isinstance(part, int) else ()
 
 
 def _about_value(error: ErrorDetails) -> int:

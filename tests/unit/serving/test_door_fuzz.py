@@ -96,7 +96,7 @@ JUNK: list[Any] = [
     {"type": "image"},
     {"type": None},
     {"\n": {}},
-    [{}] * 20,
+    [{} for _ in range(20)],
     "y" * 2000,
 ]
 
@@ -128,10 +128,10 @@ def damaged(draw: Any, path: str) -> dict[str, Any]:
             del holder[last]
         elif kind == "add" and isinstance(holder, dict):
             holder[draw(st.sampled_from(["type", "text", "content", "role", "odd", "name", "n"]))] = draw(
-                st.sampled_from(JUNK)
+                st.sampled_from(JUNK).map(copy.deepcopy)
             )
         else:
-            holder[last] = draw(st.sampled_from(JUNK))
+            holder[last] = draw(st.sampled_from(JUNK).map(copy.deepcopy))
         if not body:
             break
     return body
