@@ -70,6 +70,7 @@ class AsyncEngine:
         loaded = load_config(config, overrides)
         self._front = Front(loaded, limits=limits or server_limits(loaded), tell=self._tell_draft)
         self.config, self.tokenizer = self._front.config, self._front.tokenizer
+        self.texts = self._front.texts
         self._launch, self._observer = launch, observer
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="ssd-prepare")
         self._compiling = ThreadPoolExecutor(COMPILING_THREADS, thread_name_prefix="ssd-compile")

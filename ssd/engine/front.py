@@ -27,6 +27,7 @@ from ..pipeline.transport.messages import (
     Ready,
     Rejoined,
     Reopen,
+    Scored,
     Welcome,
     encode,
 )
@@ -169,7 +170,7 @@ class Front:
         """
         prompt, params = prompts.one(prompt, params)
         ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
-        self._check_prompt(ids)
+        self._check_prompt(ids, params.max_tokens)
         self._check_method(params)
         if caller is not None and caller.priority and self.config.engine.scheduling != "priority":
             raise RequestError("priority is off: start with engine.scheduling=priority, or leave it out")
@@ -188,7 +189,9 @@ class Front:
                 prompt=PromptTokens(text=text, token_ids=tuple(ids)),
                 params=replace(params, n=1, seed=completion_seed(params.seed, index)) if params.n > 1 else params,
                 ends=ends,
-                detokenizer=Detokenizer(self.texts.stream(ids), StopRules.of(params)),
+                detokenizer=Detokenizer(
+                    self.texts.stream(ids, skip_special_tokens=params.skip_special_tokens), StopRules.of(params)
+                ),
                 context_limit=context,
                 caller=caller,
             )
@@ -221,7 +224,7 @@ class Front:
 
         Raises: UsageError, WorkerError: The worker cannot go on. PipelineError: The message is out of turn.
         """
-        if isinstance(message, Committed | Finished):
+        if isinstance(message, Scored | Committed | Finished):
             return self._book.handle(message)
         if isinstance(message, Hello):
             return self._greet(role, message)
@@ -267,14 +270,13 @@ class Front:
             first, *_ = why.splitlines() or [""]
             log.warning("the %s is lost; nobody prepares its share of the outcomes: %s", role, first)
 
-    def _check_prompt(self, ids: Sequence[int]) -> None:
+    def _check_prompt(self, ids: Sequence[int], max_tokens: int) -> None:
         if not ids:
             raise RequestError("the prompt is empty; give at least one token")
         limit = self.config.engine.max_model_len
-        if len(ids) >= limit:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens; engine.max_model_len={limit} leaves room for {limit - 1}"
-            )
+        room = limit - min(max_tokens, 1)
+        if len(ids) > room:
+            raise RequestError(f"the prompt has {len(ids)} tokens; engine.max_model_len={limit} leaves room for {room}")
         if max(ids) >= self.plan.vocabulary:
             raise RequestError(f"prompt token ids must be in [0, {self.plan.vocabulary}); got {max(ids)}")
 

@@ -7,21 +7,41 @@ each, so that the draft proposes what the target may choose.
 
 from __future__ import annotations
 
+import json
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...errors import RequestError
+from ...request.schemas.prepare import PreparedSchema, prepare, subschemas
 from ...request.structured import StructuredOutputsParams
+from .keys import KeyScan, KeyTokens
 
 KEPT = 64
 """Compiled grammars that a worker keeps, those used last."""
+COMPILE_S = 20.0
+"""How long a request waits for its grammar to be compiled."""
+WHITESPACE = r" |\r?\n(?: {0,24}|\t{0,8})"
+"""What may stand between two tokens of JSON, unless the request says otherwise: a blank, or a line break and an
+indentation. It has an end, so that no model writes blanks until its limit."""
+LIMITS = {"step_lexer_fuel": 100_000, "max_lexer_states": 50_000}
+"""llguidance's limits that differ from its defaults: they bound the time of a mask and the memory of a grammar (about
+2 kB for each state)."""
+TRIALS, TRIAL_TOKENS, TRIAL_S = 2, 32, 0.3
+"""Random outputs that are begun to see whether a grammar stays within the limits, the tokens of each, and the time for
+all."""
+LOCATED, LOCATE_S = 200, 1.0
+"""Most parts of a refused schema that are compiled by themselves to find the cause, and the time for it."""
+_LIMIT_WORDS = ("too many", "too large", "fuel", "limit")
+"""In messages about the library's limits."""
 
 
 class GrammarMatcher:
@@ -30,10 +50,14 @@ class GrammarMatcher:
     Args:
         matcher: ``llguidance.LLMatcher``.
         vocabulary: V.
+        kind: What kind of grammar it is, for messages.
+        keys: Tokens that can complete a key; None if the grammar itself keeps keys apart.
     """
 
-    def __init__(self, matcher: Any, vocabulary: int):
-        self._matcher, self._vocabulary = matcher, vocabulary
+    def __init__(self, matcher: Any, vocabulary: int, *, kind: str, keys: KeyTokens | None):
+        self._matcher, self._vocabulary, self._kind, self._keys = matcher, vocabulary, kind, keys
+        self._scan = KeyScan()
+        self._failure: str | None = None
 
     @property
     def complete(self) -> bool:
@@ -42,12 +66,22 @@ class GrammarMatcher:
 
     @property
     def error(self) -> str | None:
-        """Why the library gave up, for example at one of its limits; None if it did not."""
-        return _problem(self._matcher)
+        """Why the grammar cannot continue, for example because of one of the library's limits; None if it can."""
+        return self._failure
 
     def advance(self, token: int) -> bool:
-        """Consumes a certain token. Returns False, and changes nothing, if the grammar does not allow it."""
-        return self._matcher.try_consume_tokens([token]) == 1
+        """Consumes a certain token. Returns False, and changes nothing but ``error``, if the grammar does not allow
+        it."""
+        if self._matcher.try_consume_tokens([token]) == 1:
+            if self._keys is not None:
+                self._scan = self._keys.after(self._scan, [token])
+            return True
+        # The row's mask came from a copy of the matcher, so its error is not in this one.
+        copy = self._matcher.deep_copy()
+        packed = copy.compute_bitmask()
+        why = _problem(copy) or (None if any(packed) else "no token can follow the output so far")
+        self._failure = None if why is None else _failed(self._kind, why)
+        return False
 
     def allowed(self, paths: Sequence[Sequence[int]]) -> Tensor:
         """Returns what may follow the certain tokens and each path, ``[R, V]`` bool on the host.
@@ -80,22 +114,31 @@ class GrammarMatcher:
         if taken < len(path) and not matcher.is_stopped():
             return np.ones(self._vocabulary, dtype=bool)
         packed = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-        return np.unpackbits(packed, count=self._vocabulary, bitorder="little").astype(bool)
+        mask = np.unpackbits(packed, count=self._vocabulary, bitorder="little").astype(bool)
+        return mask if self._keys is None else self._keys.restrict(mask, self._keys.after(self._scan, path))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Compiled:
+    """A grammar at the beginning of an output."""
+
+    matcher: Any
+    open_keys: bool
 
 
 class Grammars:
-    """Compiles grammars for one vocabulary, in a thread: rounds go on meanwhile, since llguidance compiles without
+    """Compiles grammars for one vocabulary, in a thread: rounds continue meanwhile, since llguidance compiles without
     holding the interpreter's lock.
 
     Args:
-        tokenizer: returns a fast tokenizer of transformers; called once, at the first request that needs it.
+        tokenizer: Returns a fast tokenizer of transformers; called once, at the first request that needs it.
         vocabulary: V.
-        ends: end-of-text ids.
+        ends: End-of-text ids.
     """
 
     def __init__(self, tokenizer: Callable[[], Any], *, vocabulary: int, ends: Iterable[int]):
         self._load, self._vocabulary, self._ends = tokenizer, vocabulary, list(ends)
-        self._compiled: OrderedDict[StructuredOutputsParams, Future[Any]] = OrderedDict()
+        self._compiled: OrderedDict[StructuredOutputsParams, Future[_Compiled]] = OrderedDict()
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar")
 
     def ready(self, wanted: StructuredOutputsParams) -> bool:
@@ -106,11 +149,19 @@ class Grammars:
         """Returns a matcher at the beginning of an output, once the grammar is compiled.
 
         Raises:
-            RequestError: the grammar cannot be compiled; the message says why in one line.
+            RequestError: The grammar cannot be compiled, or not in time; the message says why in one line.
         """
-        return GrammarMatcher(self._started(wanted).result().deep_copy(), self._vocabulary)
+        try:
+            compiled = self._started(wanted).result(COMPILE_S)
+        except TimeoutError:
+            raise _refused(wanted, f"it was not compiled within {COMPILE_S:g} s; make it smaller") from None
+        return self._matching(wanted, compiled.matcher.deep_copy(), compiled.open_keys)
 
-    def _started(self, wanted: StructuredOutputsParams) -> Future[Any]:
+    def _matching(self, wanted: StructuredOutputsParams, matcher: Any, open_keys: bool) -> GrammarMatcher:
+        keys = self._key_tokens if open_keys else None
+        return GrammarMatcher(matcher, self._vocabulary, kind=wanted.kind, keys=keys)
+
+    def _started(self, wanted: StructuredOutputsParams) -> Future[_Compiled]:
         if wanted not in self._compiled:
             self._compiled[wanted] = self._compiler.submit(self._compile, wanted)
             if len(self._compiled) > KEPT:
@@ -127,26 +178,101 @@ class Grammars:
         except ValueError as error:
             raise RequestError(f"structured_outputs does not work with this model's tokenizer: {error}") from None
 
-    def _compile(self, wanted: StructuredOutputsParams) -> Any:
-        from llguidance import LLMatcher
+    @cached_property
+    def _key_tokens(self) -> KeyTokens:
+        return KeyTokens([self._tokenizer.decode_bytes([token]) for token in range(self._vocabulary)])
 
+    def _compile(self, wanted: StructuredOutputsParams) -> _Compiled:
+        if wanted.kind not in ("json", "json_object"):
+            try:
+                matcher = self._built(_grammar(wanted))
+            except ValueError as error:
+                raise _refused(wanted, str(error)) from None
+            return self._tried(wanted, _Compiled(matcher=matcher, open_keys=False))
         try:
-            matcher = LLMatcher(self._tokenizer, _grammar(wanted), log_level=0)
+            schema = _parsed(wanted)
+            prepared = prepare(schema, closed=wanted.disable_additional_properties)
         except (ValueError, RecursionError) as error:
             raise _refused(wanted, str(error)) from None
-        first = GrammarMatcher(matcher, self._vocabulary).allowed([()])[0]
-        if (problem := _problem(matcher)) is not None:
-            raise _refused(wanted, problem)
-        first[self._ends] = False
-        if not first.any() and not matcher.is_accepting():
-            raise _refused(wanted, "no text matches")
+        try:
+            matcher = self._built(_json_grammar(wanted, prepared))
+        except ValueError as error:
+            raise _refused(wanted, self._located(wanted, schema) or str(error)) from None
+        return self._tried(wanted, _Compiled(matcher=matcher, open_keys=prepared.open_keys))
+
+    def _built(self, grammar: str) -> Any:
+        """Returns the matcher of a grammar in llguidance's notation. Raises: ValueError."""
+        from llguidance import LLMatcher, LLParserLimits
+
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
+        matcher_error = _problem(matcher)
+        if matcher_error is not None:
+            raise ValueError(matcher_error)
         return matcher
+
+    def _tried(self, wanted: StructuredOutputsParams, compiled: _Compiled) -> _Compiled:
+        """Returns the grammar after some random outputs of it were begun.
+
+        Raises:
+            RequestError: No text matches, or the library's limits are exceeded.
+        """
+        ends = [end for end in self._ends if 0 <= end < self._vocabulary]
+        began, rng = time.monotonic(), np.random.default_rng(0)
+        for trial in range(TRIALS):
+            matcher = compiled.matcher.deep_copy()
+            for position in range(TRIAL_TOKENS):
+                packed = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+                if (problem := _problem(matcher)) is not None:
+                    raise _refused(wanted, problem)
+                mask = np.unpackbits(packed, count=self._vocabulary, bitorder="little").astype(bool)
+                mask[ends] = False
+                if not mask.any():
+                    if not trial and not position and not matcher.is_accepting():
+                        raise _refused(wanted, "no text matches")
+                    break
+                matcher.try_consume_tokens([int(rng.choice(np.flatnonzero(mask)))])
+                if matcher.is_stopped() or time.monotonic() - began > TRIAL_S:
+                    break
+        return compiled
+
+    def _located(self, wanted: StructuredOutputsParams, schema: Any) -> str | None:
+        """Returns the library's error about the smallest part of a schema that it refuses, with that part's path."""
+        until = time.monotonic() + LOCATE_S
+        for count, path in enumerate(subschemas(schema)):
+            if count >= LOCATED or time.monotonic() > until:
+                return None
+            try:
+                self._built(_json_grammar(wanted, prepare(schema, at=path)))
+            except ValueError as error:
+                return f"{error} (at {path})"
+        return None
+
+
+def _parsed(wanted: StructuredOutputsParams) -> Any:
+    """Returns the schema that the output follows. Raises: ValueError: it is not JSON."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON")
+
+    if wanted.json_object:
+        return {"type": "object"}
+    assert isinstance(wanted.json, str)
+    return json.loads(wanted.json, parse_constant=refuse)
+
+
+def _json_grammar(wanted: StructuredOutputsParams, prepared: PreparedSchema) -> str:
+    from llguidance import LLMatcher
+
+    options: Any = {"whitespace_pattern": wanted.whitespace_pattern or WHITESPACE}
+    if wanted.disable_any_whitespace:
+        options = {"whitespace_flexible": False}
+    # The library takes options beside an object only.
+    schema = prepared.schema if isinstance(prepared.schema, dict) else {"anyOf": [prepared.schema]}
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
 
 
 def _grammar(wanted: StructuredOutputsParams) -> str:
     """Returns the grammar in llguidance's notation. Raises: ValueError."""
-    import json
-
     from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 
@@ -154,24 +280,19 @@ def _grammar(wanted: StructuredOutputsParams) -> str:
         return LLMatcher.grammar_from_regex(wanted.regex)
     if wanted.choice is not None:
         return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, wanted.choice)))
-    if wanted.grammar is not None:
-        try:
-            return LLMatcher.grammar_from_lark(any_to_lark(wanted.grammar))
-        except GbnfToLarkError as error:
-            raise ValueError(str(error)) from None
-    schema = '{"type":"object"}' if wanted.json_object else wanted.json
-    options: Any = {}
-    if wanted.disable_any_whitespace:
-        options["whitespace_flexible"] = False
-    if wanted.whitespace_pattern:
-        options["whitespace_pattern"] = wanted.whitespace_pattern
-    assert isinstance(schema, str)
-    json.loads(schema)  # its error message refers to the schema; llguidance's refers to its own notation
-    return LLMatcher.grammar_from_json_schema(schema, overrides=options or None)
+    assert wanted.grammar is not None
+    try:
+        return LLMatcher.grammar_from_lark(any_to_lark(wanted.grammar))
+    except GbnfToLarkError as error:
+        raise ValueError(str(error)) from None
 
 
 def _refused(wanted: StructuredOutputsParams, why: str) -> RequestError:
     return RequestError(f"structured_outputs.{wanted.kind} cannot be used: {_one_line(why)}")
+
+
+def _failed(kind: str, why: str) -> str:
+    return f"structured_outputs.{kind} cannot continue: {_one_line(why)}"
 
 
 def _problem(matcher: Any) -> str | None:
@@ -181,5 +302,6 @@ def _problem(matcher: Any) -> str | None:
 
 
 def _one_line(message: str) -> str:
-    """Returns llguidance's message without the parser's state."""
-    return " ".join(message.split("<state>")[0].split())[:300]
+    """Returns llguidance's message without the parser's state, in one line."""
+    line = " ".join(message.split("<state>")[0].split())[:300]
+    return f"it is too large or too ambiguous ({line})" if any(word in line for word in _LIMIT_WORDS) else line

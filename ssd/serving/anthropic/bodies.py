@@ -90,23 +90,19 @@ class JsonFormat(Fields):
 
 class OutputConfig(Fields):
     format: JsonFormat | None = None
-
-
-class Metadata(Fields):
-    user_id: str | None = None
+    effort: str | None = None
 
 
 class CountBody(Body):
     """/v1/messages/count_tokens."""
 
-    model: str
+    model: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)]
     system: str | list[Text] | None = None
     tools: list[Tool] | None = None
     tool_choice: Annotated[ToolChoice | NamedToolChoice, Field(discriminator="type")] | None = None
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
-    metadata: Metadata | None = None
 
 
 class MessagesBody(CountBody):

@@ -18,7 +18,7 @@ from ..http.errors import APIError, as_api_error
 from ..http.sse import typed_sse
 from ..openai.generation import Generation
 from ..openai.jobs import Job, JobReader
-from ..openai.routes import CLIENT_GONE, EventStream, check_ready, unless_gone
+from ..openai.routes import CLIENT_GONE, EventStream, check_ready, started, unless_gone
 from .bodies import CountBody, MessagesBody
 from .errors import REQUEST_ID, AnthropicErrors, request_id
 from .translation import NAMES, chat_body
@@ -52,7 +52,7 @@ def add_messages(app: FastAPI, engine: AsyncEngine, jobs: JobReader) -> None:
             return Response(status_code=CLIENT_GONE)
         body, job = await asyncio.to_thread(read, raw)
         try:
-            generation = await Generation.start(engine, job, request.scope.get("ssd.client", ""))
+            generation = await started(request, engine, job)
         except APIError as error:
             raise renamed(error, NAMES) from None
         writer = MessageWriter(

@@ -21,21 +21,27 @@ from .bodies import (
     ToolUse,
 )
 
-NAMES = {"stop": "stop_sequences", "response_format": "output_config.format"}
+NAMES = {
+    "stop": "stop_sequences",
+    "response_format": "output_config.format",
+    "reasoning_effort": "output_config.effort",
+}
 """The client's name of each chat field that has another name here."""
 EXTRAS = {"priority", "structured_outputs", "chat_template_kwargs"}
 """Chat fields, besides sampling parameters, that a Messages body may have."""
 REFUSED = (set(ChatBody.model_fields) - {parameter.name for parameter in PARAMETERS} - EXTRAS) | set(NAMES)
-NOTHING = (None, [], {})
-FOREIGN = {
+NOTHING: tuple[Any, ...] = ([], {})
+FOREIGN: dict[str, tuple[Any, ...] | None] = {
     "cache_control": None,
     "container": NOTHING,
     "context_management": (*NOTHING, {"edits": []}),
     "diagnostics": None,
     "inference_geo": None,
+    "metadata": None,
     "mcp_servers": NOTHING,
     "service_tier": None,
-    "speed": (None, "standard"),
+    "n": (1,),
+    "speed": ("standard",),
     "user_profile_id": None,
     "workspace_id": None,
 }
@@ -53,7 +59,9 @@ def chat_body(body: CountBody, door: str) -> dict[str, Any]:
         APIError: 400: a field is not supported.
     """
     chat: dict[str, Any] = passed_on(body.model_extra or {}, foreign=FOREIGN, refused=REFUSED, door=door)
-    chat |= {"model": body.model, "messages": chat_messages(body)}
+    chat["messages"] = chat_messages(body)
+    if body.model is not None:
+        chat["model"] = body.model
     if isinstance(body.messages[-1], AssistantMessage):
         # The answer continues the client's last message.
         chat |= {"add_generation_prompt": False, "continue_final_message": True}
@@ -66,8 +74,8 @@ def chat_body(body: CountBody, door: str) -> dict[str, Any]:
     if body.output_config is not None and body.output_config.format is not None:
         schema = {"name": "output", "schema": body.output_config.format.schema_}
         chat["response_format"] = {"type": "json_schema", "json_schema": schema}
-    if body.metadata is not None and body.metadata.user_id is not None:
-        chat["user"] = body.metadata.user_id
+    if body.output_config is not None and body.output_config.effort is not None:
+        chat["reasoning_effort"] = body.output_config.effort
     chat |= _tools(body)
     if isinstance(body, MessagesBody):
         chat |= {"max_tokens": body.max_tokens, "stream": bool(body.stream)}

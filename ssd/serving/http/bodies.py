@@ -37,6 +37,11 @@ def read_body(cls: type[Read], raw: bytes) -> Read:
     if not isinstance(given, dict):
         raise APIError(400, "the body must be a JSON object")
     strict_json.check(given)
+    return read_fields(cls, given)
+
+
+def read_fields(cls: type[Read], given: dict[str, Any]) -> Read:
+    """Reads fields, as of a query. Raises: APIError: 400, naming the field."""
     try:
         return cls.model_validate(given)
     except ValidationError as error:
@@ -46,11 +51,11 @@ def read_body(cls: type[Read], raw: bytes) -> Read:
 def invalid(error: ValidationError, given: dict[str, Any]) -> APIError:
     """Returns the error answer to a body that pydantic refused.
 
-    A value that may be of several types fails once for each; the error that lies deepest in the body is the one that
-    is about the type meant.
+    A value that may be of several types fails once for each. The error that lies deepest in the body is about the type
+    that was meant; at the same depth it is one about the value rather than its type.
     """
     found = [(_path(one["loc"], one["type"], given), one) for one in error.errors(include_url=False)]
-    path, first = max(found, key=lambda one: len(one[0]))
+    path, first = max(found, key=lambda one: (len(one[0]), _about_value(one[1])))
     where = ".".join(shown(str(part)) for part in path)
     return APIError(400, f"{where}: {_told(first)}", param=str(path[0]) if path else None, code="invalid_value")
 
@@ -58,7 +63,8 @@ def invalid(error: ValidationError, given: dict[str, Any]) -> APIError:
 def passed_on(
     extra: Mapping[str, Any], *, foreign: Mapping[str, Any], refused: Collection[str], door: str
 ) -> dict[str, Any]:
-    """Returns the fields of a body that are not its door's own, and that its chat body takes as they are.
+    """Returns the fields of a body that are not its door's own, and that its chat body takes as they are. Null is not
+    taken: it asks for nothing.
 
     Args:
         extra: all fields that are not the door's own.
@@ -72,14 +78,21 @@ def passed_on(
     """
     kept: dict[str, Any] = {}
     for name, value in extra.items():
+        if value is None:
+            continue
         if name in foreign:
-            if foreign[name] is not None and not any(value == neutral for neutral in foreign[name]):
+            if foreign[name] is not None and not any(_same(value, neutral) for neutral in foreign[name]):
                 raise APIError(400, f"{name} is not supported by this server", param=name, code="unsupported_parameter")
         elif name in refused:
             raise APIError(400, f"{name} is not a parameter of {door}", param=name, code="unknown_parameter")
         else:
             kept[name] = value
     return kept
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Whether a value is a neutral one, where true is not 1."""
+    return type(value) is type(neutral) and value == neutral
 
 
 def renamed(error: APIError, names: Mapping[str, str]) -> APIError:
@@ -107,6 +120,14 @@ def _path(loc: tuple[int | str, ...], kind: str, given: Any) -> list[int | str]:
     if kind == "missing":
         path.append(loc[-1])
     return path
+
+
+def _about_value(error: ErrorDetails) -> int:
+    """Returns how sure it is that an error is about a value of the right type."""
+    if error["type"] == "union_tag_invalid":
+        return 2
+    of_type = error["type"].endswith("_type")
+    return int(not of_type and (error["type"] != "literal_error" or isinstance(error["input"], str)))
 
 
 def _told(error: ErrorDetails) -> str:

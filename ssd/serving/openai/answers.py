@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 from ...request.output import RequestOutput, StreamEvent, TokenLogprob
 from ..parsers import parts as parsed
 from ..parsers.parts import Answer, Part
-from .logprobs import TokenBytes, chat_logprobs, completion_logprobs
+from .logprobs import TokenReader, chat_logprobs, completion_logprobs
 
 
 class Schema(Protocol):
@@ -37,8 +37,8 @@ class Schema(Protocol):
         ...
 
     @staticmethod
-    def logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes, offset: int) -> dict[str, Any]:
-        """``logprobs`` of a choice; ``offset``: characters before the first token."""
+    def logprobs(tokens: Sequence[TokenLogprob], reader: TokenReader) -> dict[str, Any]:
+        """Returns ``logprobs`` of a choice for its next tokens, and moves the reader behind them."""
         ...
 
 
@@ -92,8 +92,8 @@ class Chat:
         return {"delta": delta}
 
     @staticmethod
-    def logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes, offset: int) -> dict[str, Any]:
-        return chat_logprobs(tokens, texts)
+    def logprobs(tokens: Sequence[TokenLogprob], reader: TokenReader) -> dict[str, Any]:
+        return chat_logprobs(tokens, reader)
 
 
 class Text:
@@ -115,8 +115,8 @@ class Text:
         return {"text": Answer.of(parts).text}
 
     @staticmethod
-    def logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes, offset: int) -> dict[str, Any]:
-        return completion_logprobs(tokens, texts, offset)
+    def logprobs(tokens: Sequence[TokenLogprob], reader: TokenReader) -> dict[str, Any]:
+        return completion_logprobs(tokens, reader)
 
 
 def _reasoning(text: str) -> dict[str, str]:

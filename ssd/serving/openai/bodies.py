@@ -69,6 +69,7 @@ PARAMETERS = (
     Parameter("stop_token_ids", list[TokenId]),
     Parameter("ignore_eos", bool),
     Parameter("include_stop_str_in_output", bool),
+    Parameter("skip_special_tokens", bool),
     Parameter("min_tokens", Integer),
     Parameter("presence_penalty", Number),
     Parameter("frequency_penalty", Number),

@@ -85,7 +85,12 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._variables = config.chat_template_kwargs
         self._trusting = config.trust_request_chat_template
-        self._reserved = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages", "conversations"}
+        self._reserved = {
+            *inspect.signature(tokenizer.apply_chat_template).parameters,
+            "messages",
+            "conversations",
+            "self",
+        }
         self._forms = lru_cache(maxsize=KEPT_FORMATS)(self._probed)
         self._template = None if config.chat_template is None else self._read(config.chat_template)
         _check_variables(self._variables, self._reserved)

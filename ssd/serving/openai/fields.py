@@ -48,7 +48,6 @@ HARMLESS = frozenset(
 
 NOTHING: tuple[Any, ...] = (None,)
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "add_special_tokens": (None, True),
     "audio": NOTHING,
     "best_of": (None, 1),
     "cache_salt": NOTHING,
@@ -72,8 +71,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "return_token_ids": (None, False),
     "return_tokens_as_token_ids": (None, False),
     "routed_experts_prompt_start": (None, 0),
-    "skip_special_tokens": (None, True),
-    "spaces_between_special_tokens": (None, True),
+    "spaces_between_special_tokens": (None, True, False),
     "suffix": (None, ""),
     "thinking_token_budget": (None, -1),
     "tool_choice": (None, "none", "auto"),
@@ -188,6 +186,8 @@ class UnknownFields:
 
 
 def _nearest(name: str, known: Collection[str]) -> str | None:
+    if "." in name:  # a field of a field, which is similar to its other fields
+        return None
     near = get_close_matches(name[:MAX_NAME], [*known, *UNSUPPORTED, *HARMLESS], n=1)
     return near[0] if near else None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from ..parsers.parts import Answer, Call, Part
 from .answers import provenance, usage
 from .bodies import refused
 from .jobs import Job
-from .logprobs import TokenBytes
+from .logprobs import TokenReader
 from .request_metrics import request_metrics
 
 
@@ -47,9 +46,11 @@ class Generation:
         self.job, self.streams = job, streams
         self._lookahead = engine.config.speculation.depth if engine.config.draft is not None else 0
         self._level = engine.config.server.request_metrics
-        self._texts = TokenBytes(engine.tokenizer)
-        self._characters: Counter[int] = Counter()
-        """By choice: characters of the tokens whose log-probabilities were sent."""
+        self._readers = [
+            TokenReader(engine.texts, request.prompt_ids, skip_special_tokens=request.params.skip_special_tokens)
+            for request in (stream.request for stream in streams)
+        ]
+        """By choice: behind the tokens whose log-probabilities were sent."""
         self._generated = 0
         """Tokens of all choices so far."""
 
@@ -169,11 +170,7 @@ class Generation:
 
     def _logprobs(self, index: int, tokens: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
         """Log-probabilities of the next tokens of a choice."""
-        if not tokens:
-            return None
-        offset = self._characters[index]
-        self._characters[index] += sum(self._texts.characters(token.token_id) for token in tokens)
-        return self.job.schema.logprobs(tokens, self._texts, offset)
+        return self.job.schema.logprobs(tokens, self._readers[index]) if tokens else None
 
     def _chunk(
         self,

@@ -53,8 +53,7 @@ def add_generation(app: FastAPI, engine: AsyncEngine, jobs: JobReader) -> None:
         except ClientDisconnect:
             return Response(status_code=CLIENT_GONE)
         job = await asyncio.to_thread(read, raw) if len(raw) > aside else read(raw)
-        client, traced = request.scope.get("ssd.client", ""), request.scope.get("ssd.trace")
-        generation = await Generation.start(engine, job, client, traced)
+        generation = await started(request, engine, job)
         if job.stream:
             return EventStream(generation, generation.chunks())
         return await unless_gone(request, generation, generation.whole())
@@ -106,6 +105,12 @@ def check_ready(engine: AsyncEngine) -> None:
     """Raises: APIError: 503: the models are not loaded, or the pipeline broke."""
     if not engine.ready:
         raise as_api_error(PipelineError(str(engine.failure or "the models are still loading")))
+
+
+async def started(request: Request, engine: AsyncEngine, job: Job) -> Generation:
+    """Starts a job for a request. Raises: as ``Generation.start``."""
+    client, traced = request.scope.get("ssd.client", ""), request.scope.get("ssd.trace")
+    return await Generation.start(engine, job, client, traced)
 
 
 async def unless_gone(request: Request, generation: Generation, whole: Coroutine[Any, Any, dict[str, Any]]) -> Response:

@@ -142,7 +142,7 @@ Includable = Literal[
 class ResponsesBody(Body):
     """/v1/responses."""
 
-    model: str
+    model: str | None = None
     input: str | Annotated[list[Item], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Count | None = None

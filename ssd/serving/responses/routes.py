@@ -6,26 +6,25 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Iterable
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 
 from ...engine.async_engine import AsyncEngine
 from ...errors import SSDError
-from ..http.bodies import renamed
+from ..http.bodies import read_fields, renamed
 from ..http.errors import APIError, as_api_error, shown
 from ..http.sse import typed_sse
 from ..openai.generation import Generation
-from ..openai.routes import CLIENT_GONE, EventStream, check_ready, unless_gone
+from ..openai.routes import CLIENT_GONE, EventStream, check_ready, started, unless_gone
+from .pages import Page, page_of
 from .reader import Asked, ResponsesReader
 from .translation import DOOR, NAMES
 from .writer import Event, ResponseWriter
 
 ONE = f"{DOOR}/{{name}}"
-MAX_LISTED = 100
-"""Items of one page of a list."""
 
 
 def add_responses(app: FastAPI, engine: AsyncEngine, reader: ResponsesReader) -> None:
@@ -38,10 +37,9 @@ def add_responses(app: FastAPI, engine: AsyncEngine, reader: ResponsesReader) ->
             raw = await request.body()
         except ClientDisconnect:
             return Response(status_code=CLIENT_GONE)
-        client = client_of(request)
-        asked = await asyncio.to_thread(reader.read, raw, client)
+        asked = await asyncio.to_thread(reader.read, raw, client_of(request))
         try:
-            generation = await Generation.start(engine, asked.job, client)
+            generation = await started(request, engine, asked.job)
         except APIError as error:
             raise renamed(error, NAMES) from None
         answer = _Answer(reader, asked, generation)
@@ -50,8 +48,8 @@ def add_responses(app: FastAPI, engine: AsyncEngine, reader: ResponsesReader) ->
         return await unless_gone(request, generation, answer.whole())
 
     @app.get(ONE)
-    async def one(request: Request, name: str, stream: bool = False) -> Response:
-        if stream:
+    async def one(request: Request, name: str) -> Response:
+        if request.query_params.get("stream", "false").lower() not in ("false", "0", ""):
             raise APIError(400, "stream is not supported here; responses are kept once they ended", param="stream")
         return Response(store.get(client_of(request), name).response, media_type="application/json")
 
@@ -66,28 +64,9 @@ def add_responses(app: FastAPI, engine: AsyncEngine, reader: ResponsesReader) ->
         raise APIError(400, f"response '{shown(name)}' is over; to cancel one that runs, close its connection")
 
     @app.get(f"{ONE}/input_items")
-    async def items(
-        request: Request,
-        name: str,
-        order: Literal["asc", "desc"] = "desc",
-        after: str | None = None,
-        limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = 20,
-    ) -> dict[str, Any]:
-        listed = json.loads(store.get(client_of(request), name).input)
-        if order == "desc":
-            listed.reverse()
-        ids = [item["id"] for item in listed]
-        if after is not None and after not in ids:
-            raise APIError(404, f"there is no item '{shown(after)}'", param="after", code="not_found")
-        start = 0 if after is None else ids.index(after) + 1
-        page, ids = listed[start : start + limit], ids[start : start + limit]
-        return {
-            "object": "list",
-            "data": page,
-            "first_id": ids[0] if ids else "",
-            "last_id": ids[-1] if ids else "",
-            "has_more": start + limit < len(listed),
-        }
+    async def items(request: Request, name: str) -> dict[str, Any]:
+        stored = store.get(client_of(request), name)
+        return page_of(json.loads(stored.input), read_fields(Page, dict(request.query_params)))
 
 
 def client_of(request: Request) -> str:

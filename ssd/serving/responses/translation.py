@@ -21,25 +21,28 @@ NAMES = {
     "verbosity": "text.verbosity",
 }
 """The client's name of each chat field that has another name here."""
-EXTRAS = {"priority", "structured_outputs", "chat_template_kwargs", "user", "safety_identifier"}
+EXTRAS = {"priority", "structured_outputs", "chat_template_kwargs"}
 """Chat fields, besides sampling parameters, that a Responses body may have."""
 REFUSED = (set(ChatBody.model_fields) - {parameter.name for parameter in PARAMETERS} - EXTRAS) | set(NAMES)
-NOTHING = (None, [], {})
-FOREIGN = {
+NOTHING: tuple[Any, ...] = ([], {})
+FOREIGN: dict[str, tuple[Any, ...] | None] = {
     "access_programs": None,
-    "background": (None, False),
+    "background": (False,),
     "background_options": None,
     "context_management": NOTHING,
     "conversation": NOTHING,
     "image": NOTHING,
     "max_tool_calls": None,  # of OpenAI's own tools
     "moderation": NOTHING,
+    "n": (1,),
     "prompt": NOTHING,
     "prompt_cache_key": None,
     "prompt_cache_options": None,
     "prompt_cache_retention": None,
+    "safety_identifier": None,
     "service_tier": None,
-    "top_logprobs": (None, 0),
+    "top_logprobs": (0,),
+    "user": None,
 }
 """Fields of the Responses API that have no effect here, and the values they may have; None for any."""
 
@@ -55,14 +58,14 @@ def chat_body(body: ResponsesBody, items: Sequence[Item]) -> dict[str, Any]:
     """
     chat: dict[str, Any] = passed_on(body.model_extra or {}, foreign=FOREIGN, refused=REFUSED, door=DOOR)
     instructions = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
-    chat |= {
+    chat |= {"messages": instructions + chat_messages(items), "stream": bool(body.stream)}
+    own = {
         "model": body.model,
-        "messages": instructions + chat_messages(items),
-        "stream": bool(body.stream),
         "max_completion_tokens": body.max_output_tokens,
         "temperature": body.temperature,
         "top_p": body.top_p,
     }
+    chat |= {name: value for name, value in own.items() if value is not None}
     if body.stream_options is not None and not body.stream:
         raise APIError(400, "stream_options is only allowed when stream is true", param="stream_options")
     if body.reasoning is not None and body.reasoning.effort is not None:

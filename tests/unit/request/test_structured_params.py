@@ -55,7 +55,7 @@ REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
     ({"json": "{"}, "Expecting"),
     ({"json": {"type": "objekt"}}, "objekt"),
     ({"json": {"$ref": "http://example.com/schema"}}, "does not fetch"),
-    ({"json": {"not": {"type": "string"}}}, "not"),
+    ({"json": {"not": {"pattern": "a"}}}, "not at # cannot be held"),
     ({"json": "false"}, "nsatisfiable"),
     ({"json_object": True, "whitespace_pattern": "("}, "unclosed group"),
     ({"grammar": "start: nothing"}, "unknown name"),

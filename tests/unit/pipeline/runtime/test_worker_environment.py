@@ -12,12 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from ssd.config import machine
+from ssd.config.machine import (
+    MAX_SOCKET_PATH,
+    SOCKET_NAME,
+    core_count,
+    environment_with_caches,
+    socket_folder,
+    usable_cores,
+)
 from ssd.errors import ConfigError, PipelineError
 from ssd.pipeline.runtime import cores
-from ssd.pipeline.runtime.cores import core_count, set_threads, usable_cores
-from ssd.pipeline.runtime.launch import worker_environment
-from ssd.pipeline.transport import lanes
-from ssd.pipeline.transport.lanes import MAX_SOCKET_PATH, SOCKET_NAME, ZmqLane, socket_folder
+from ssd.pipeline.runtime.cores import set_threads
+from ssd.pipeline.transport.lanes import ZmqLane
 
 V2, V1 = "0::/kube/pod\n", "4:memory:/m\n3:cpu,cpuacct:/docker/abc\n1:name=systemd:/\n"
 
@@ -121,7 +128,8 @@ def test_sockets_have_short_paths(tmp_path: Path, length: int, letter: str, temp
     long = tmp_path / (letter * min(length, 120)) / (letter * max(1, length - 120))
     long.mkdir(parents=True)
     temporary(long)
-    with socket_folder("ssd-front-") as name:
+    with socket_folder("ssd-front-") as name, socket_folder("ssd-lane-", name) as inner:
+        assert Path(inner).parent == Path(name)
         assert len(name.encode()) + SOCKET_NAME <= MAX_SOCKET_PATH
         assert Path(name).stat().st_mode & 0o777 == 0o700
         lane, _ = ZmqLane.bind(f"ipc://{name}/{'d' * (SOCKET_NAME - 1)}")
@@ -133,7 +141,7 @@ def test_without_a_place_for_sockets(
     tmp_path: Path, temporary: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     temporary(tmp_path / "nowhere")
-    monkeypatch.setattr(lanes, "SOCKET_FOLDERS", (str(tmp_path / "no"), str(tmp_path / ("x" * 100))))
+    monkeypatch.setattr(machine, "SOCKET_FOLDERS", (str(tmp_path / "no"), str(tmp_path / ("x" * 100))))
     (tmp_path / ("x" * 100)).mkdir()
     with pytest.raises(PipelineError, match="TMPDIR"):
         socket_folder("ssd-front-")
@@ -150,7 +158,7 @@ def homeless(*_: object) -> None:
 def test_a_known_user_keeps_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/somewhere")
     monkeypatch.setenv("USER", "somebody")
-    assert worker_environment() == dict(os.environ)
+    assert environment_with_caches() == dict(os.environ)
 
 
 def test_an_unknown_user_gets_a_name_and_a_home(
@@ -160,11 +168,11 @@ def test_an_unknown_user_gets_a_name_and_a_home(
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(getpass, "getuser", unknown)
     monkeypatch.setattr(Path, "home", homeless)
-    environment = worker_environment()
+    environment = environment_with_caches()
     home = Path(environment["HOME"])
     assert environment["USER"] == f"uid-{os.getuid()}"
     assert home.parent == tmp_path and home.stat().st_mode & 0o777 == 0o700
-    assert worker_environment()["HOME"] == str(home)  # its caches are found again
+    assert environment_with_caches()["HOME"] == str(home)  # its caches are found again
     assert "HOME" not in os.environ
 
 
@@ -183,5 +191,5 @@ def test_a_home_that_somebody_else_prepared_is_not_used(
     else:
         planted.mkdir()
         planted.chmod(0o777)
-    home = Path(worker_environment()["HOME"])
+    home = Path(environment_with_caches()["HOME"])
     assert home != planted and home.parent == tmp_path and home.stat().st_mode & 0o777 == 0o700
