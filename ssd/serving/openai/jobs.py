@@ -133,7 +133,14 @@ class JobReader:
         messages = [message.for_template() for message in body.messages]
         prompt = self._template.tokens(messages, tools=use.shown, rendering=rendering(body))
         end = self._engine.tokenizer.decode(prompt[-PROMPT_END:], skip_special_tokens=False)
-        answer = shape(use, self._format, end, structured=body.structured_outputs, response_format=body.response_format)
+        answer = shape(
+            use,
+            self._format,
+            end,
+            structured=body.structured_outputs,
+            response_format=body.response_format,
+            show_specials=body.skip_special_tokens is False,
+        )
         return self._job(Chat(), body, [prompt], headers, answer)
 
     def _body(self, kind: type[Any], given: Any) -> tuple[Any, dict[str, str]]:
