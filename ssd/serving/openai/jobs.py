@@ -138,7 +138,14 @@ class JobReader:
         self._check_count(1, body)
         use, prompt = self._chat_prompt(body)
         end = self._engine.tokenizer.decode(prompt[-PROMPT_END:], skip_special_tokens=False)
-        answer = shape(use, self._format, end, structured=body.structured_outputs, response_format=body.response_format)
+        answer = shape(
+            use,
+            self._format,
+            end,
+            structured=body.structured_outputs,
+            response_format=body.response_format,
+            show_specials=body.skip_special_tokens is False,
+        )
         return self._job(Chat(), body, [prompt], headers, answer)
 
     def _check_items(self, prompt: Any) -> None:
