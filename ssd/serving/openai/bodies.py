@@ -98,6 +98,10 @@ class StreamOptions(Stored):
     include_obfuscation: bool | None = None
     """Without effect: chunks are not padded."""
 
+    @property
+    def asking(self) -> bool:
+        return any(self.model_dump().values())
+
 
 class Common(Strict):
     """Fields that both endpoints have, beside ``PARAMETERS``."""
@@ -189,7 +193,7 @@ def read_body(cls: type[Body], raw: Any) -> tuple[Body, tuple[str, ...]]:
         body = cls.model_validate(fields.known)
     except ValidationError as error:
         raise _invalid(error.errors(include_url=False)) from None
-    if body.stream_options is not None and not body.stream:
+    if body.stream_options is not None and body.stream_options.asking and not body.stream:
         raise APIError(400, "stream_options is only allowed when stream is true", param="stream_options")
     if getattr(body, "top_logprobs", None) and body.top_count is None:
         raise APIError(400, "top_logprobs is only allowed when logprobs is true", param="top_logprobs")
@@ -245,6 +249,8 @@ def sampling_params(
         fields["structured_outputs"] = structured_outputs(body.structured_outputs, body.response_format)
     else:
         fields["structured_outputs"] = shape.structured
+        if shape.specials:
+            fields["skip_special_tokens"] = False
     if fields.get("top_k") == -1:  # vLLM's value for all tokens
         fields["top_k"] = 0
     try:

@@ -119,6 +119,7 @@ class JobReader:
 
     def completion(self, given: Any) -> Job:
         """Reads a parsed /v1/completions body. Raises: APIError."""
+        self._check_items(given.get("prompt") if isinstance(given, dict) else None)
         body, headers = self._body(CompletionBody, given)
         prompt = body.prompt
         listed = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
@@ -135,12 +136,45 @@ class JobReader:
         """Reads a parsed /v1/chat/completions body. Raises: APIError."""
         body, headers = self._body(ChatBody, given)
         self._check_count(1, body)
+        use, prompt = self._chat_prompt(body)
+        end = self._engine.tokenizer.decode(prompt[-PROMPT_END:], skip_special_tokens=False)
+        answer = shape(
+            use,
+            self._format,
+            end,
+            structured=body.structured_outputs,
+            response_format=body.response_format,
+            show_specials=body.skip_special_tokens is False,
+        )
+        return self._job(Chat(), body, [prompt], headers, answer)
+
+    def _check_items(self, prompt: Any) -> None:
+        """Refuses a list that is too long whatever is in it. Validating its items would keep other requests waiting.
+
+        Raises: APIError.
+        """
+        if isinstance(prompt, list) and len(prompt) > max(MAX_CHOICES, self._context):
+            raise APIError(
+                400,
+                f"the prompt has {len(prompt)} items; this server takes at most {MAX_CHOICES} prompts, or the "
+                f"{self._context - 1} tokens that leave room in its context (engine.max_model_len)",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+
+    def chat_prompt(self, given: Any) -> list[int]:
+        """Reads a parsed /v1/chat/completions body. Returns the token ids of its prompt, however many they are.
+
+        Raises:
+            APIError: 400.
+        """
+        body, _ = self._body(ChatBody, given)
+        return self._chat_prompt(body)[1]
+
+    def _chat_prompt(self, body: Any) -> tuple[ToolUse, list[int]]:
         use = ToolUse.of(body.tools, body.tool_choice, body.parallel_tool_calls, format=self._format)
         messages = [message.for_template() for message in body.messages]
-        prompt = self._template.tokens(messages, tools=use.shown, rendering=rendering(body))
-        end = self._engine.tokenizer.decode(prompt[-PROMPT_END:], skip_special_tokens=False)
-        answer = shape(use, self._format, end, structured=body.structured_outputs, response_format=body.response_format)
-        return self._job(Chat(), body, [prompt], headers, answer)
+        return use, self._template.tokens(messages, tools=use.shown, rendering=rendering(body))
 
     def _body(self, kind: type[Any], given: Any) -> tuple[Any, dict[str, str]]:
         """Returns a checked body, and headers of the answer. Raises: APIError."""
