@@ -95,8 +95,15 @@ class ServerConfig(Section):
     """Variables of the chat template (``enable_thinking: false``), for requests that do not set them."""
     trust_request_chat_template: bool = False
     """Render chat templates that requests bring. A template is a program: trust every client."""
+    tool_parser: Literal["auto", "none", "hermes", "qwen3_xml", "llama3_json", "mistral", "gpt_oss"] = "auto"
+    """The format of the model's tool calls. ``auto``: by the markers in chat template and vocabulary."""
+    reasoning_parser: Literal["auto", "none", "think", "deepseek_r1", "mistral", "gpt_oss"] = "auto"
+    """The format of the model's reasoning, which answers give apart from the text. ``auto`` as above."""
     unknown_parameters: Literal["ignore", "refuse"] = "ignore"
     """``ignore``: unknown request fields have no effect and are named in a response header. ``refuse``: status 400."""
+    generation_config: Literal["auto", "none"] = "auto"
+    """Sampling parameters that requests leave out. ``auto``: those of the target's ``generation_config.json``, then the
+    API's defaults. ``none``: the API's defaults."""
     long_requests: Literal["refuse", "cut"] = "refuse"
     """Where ``max_tokens`` is more than the prompt leaves room for. ``refuse``: status 400. ``cut``: lower it."""
     allowed_hosts: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
@@ -108,6 +115,8 @@ class ServerConfig(Section):
     """Requests that may wait for a slot; further ones are answered with status 429."""
     max_tokens_in_flight: int = Field(default=2**18, ge=16)
     """Prompt and output tokens of all requests, waiting or running; a request beyond is answered with status 429."""
+    responses_bytes: int = Field(default=2**26, ge=0)
+    """Memory for answers of /v1/responses that clients may refer to later. 0 keeps none."""
     keep_alive_s: int = Field(default=75, ge=1, le=86400)
     """How long an idle connection stays open for a client's next request."""
     drain_s: Number = Field(default=25.0, ge=0, le=86400)

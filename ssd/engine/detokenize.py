@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -95,7 +94,7 @@ class Detokenizer:
         found: list[tuple[int, str]] = []
         for (text, places), known in zip(self._views(), self._known, strict=True):
             # None that counts ends within the known text: it would have been found before.
-            before = len(known if text.startswith(known) else os.path.commonprefix((known, text)))
+            before = _common(known, text)
             for stop in self._stop.strings:
                 if (at := text.find(stop, max(0, before + 1 - len(stop)))) >= 0:
                     found.append((places[at], stop))
@@ -134,6 +133,13 @@ class Detokenizer:
 
 _View = tuple[str, Sequence[int]]
 """A text, and for each of its characters and its end the place in the text without special tokens."""
+
+
+def _common(known: str, text: str) -> int:
+    """Returns how many characters at the beginning are equal."""
+    if text.startswith(known):
+        return len(known)
+    return next((i for i, (a, b) in enumerate(zip(known, text, strict=False)) if a != b), len(text))
 
 
 def _view(text: str, marks: Sequence[tuple[int, str]]) -> _View:

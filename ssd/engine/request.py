@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from ..errors import PipelineError
-from ..pipeline.transport.messages import Committed, Submit
+from ..pipeline.transport.messages import Committed, Scored, Submit
 from ..request.output import (
     FinishReason,
     Provenance,
@@ -40,6 +40,7 @@ class Input(Enum):
     """What can happen to one request."""
 
     SEND = auto()
+    SCORE = auto()
     COMMIT = auto()
     STOP = auto()
     CANCEL = auto()
@@ -49,6 +50,7 @@ class Input(Enum):
 TRANSITIONS: dict[tuple[State, Input], State] = {
     (State.QUEUED, Input.SEND): State.SENT,
     (State.QUEUED, Input.CANCEL): State.DONE,
+    (State.SENT, Input.SCORE): State.SENT,
     (State.SENT, Input.COMMIT): State.DECODING,
     (State.SENT, Input.CANCEL): State.CANCELLED,
     (State.SENT, Input.FINISH): State.DONE,
@@ -56,10 +58,11 @@ TRANSITIONS: dict[tuple[State, Input], State] = {
     (State.DECODING, Input.STOP): State.STOPPED,
     (State.DECODING, Input.CANCEL): State.CANCELLED,
     (State.DECODING, Input.FINISH): State.DONE,
-    # Commits that were on their way when the cancel was sent.
+    # What was on its way when the cancel was sent.
     (State.STOPPED, Input.COMMIT): State.STOPPED,
     (State.STOPPED, Input.CANCEL): State.STOPPED,
     (State.STOPPED, Input.FINISH): State.DONE,
+    (State.CANCELLED, Input.SCORE): State.CANCELLED,
     (State.CANCELLED, Input.COMMIT): State.CANCELLED,
     (State.CANCELLED, Input.CANCEL): State.CANCELLED,
     (State.CANCELLED, Input.FINISH): State.DONE,
@@ -143,6 +146,8 @@ class Request:
         self.state = State.QUEUED
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+        self.prompt_logprobs: list[TokenLogprob | None] | None = None if params.prompt_logprobs is None else [None]
+        """Of the prompt's first tokens, as far as they are scored. Complete before the first event."""
         self.record = SpeculationRecord()
         """Counts of the rounds received so far. Final where the front ends the request."""
         self.steps = Steps()
@@ -160,6 +165,12 @@ class Request:
     def message(self) -> Submit:
         """The message that sends it to the verifier."""
         return Submit(request=self.number, prompt=list(self.prompt_ids), params=self.params)
+
+    def score(self, message: Scored) -> None:
+        """Adds the log-probabilities of the next prompt tokens."""
+        if self.prompt_logprobs is not None:
+            left = self.prompt_ids[len(self.prompt_logprobs) :]
+            self.prompt_logprobs.extend(TokenLogprob.from_columns(left, message.logprobs))
 
     def commit(self, message: Committed) -> StreamEvent:
         """Adds a round's tokens, up to the one that completes a stop string (``detokenizer.stopped``)."""
@@ -221,6 +232,7 @@ class Request:
             stop_reason=stopped_by if reason == "stop" else None,
             error=error if reason == "error" else None,
             logprobs=None if self.logprobs is None else tuple(self.logprobs),
+            prompt_logprobs=None if self.prompt_logprobs is None else tuple(self.prompt_logprobs),
             index=self.index,
             num_cached_tokens=self.cached,
         )

@@ -6,8 +6,8 @@ decoders make that possible:
 * Tokens are decoded as strings, in order, after special tokens are dropped (``convert_tokens_to_string``).
 * Apart from bytes, what a string adds depends only on whether it is the first one, a later one, or the last one. A
   decoder may strip the space of the first, and drop the word border after the last.
-* Bytes come in two kinds. A byte-level decoder joins the bytes of all tokens and replaces what is not UTF-8 by U+FFFD. A
-  byte-fallback decoder joins a run of byte tokens such as ``<0xF0>``: if the run as a whole is not UTF-8, each of its
+* Bytes come in two kinds. A byte-level decoder joins the bytes of all tokens and replaces what is not UTF-8 by U+FFFD.
+  A byte-fallback decoder joins a run of byte tokens such as ``<0xF0>``: if the run as a whole is not UTF-8, each of its
   bytes becomes U+FFFD. So a run is certain when another token ends it, or when it can no longer become UTF-8.
 """
 
@@ -135,6 +135,10 @@ class TextStream(ABC):
         text = self._texts[token]
         return text.string if self._skip and text.special else ""
 
+    @abstractmethod
+    def raw(self, token: int) -> bytes:
+        """Returns what a token would add. It may be a part of a character; tokens that are left out add nothing."""
+
     @property
     @abstractmethod
     def open(self) -> str:
@@ -165,6 +169,10 @@ class _ByteLevelStream(TextStream):
             self._utf8.decode(text.raw)
         self._begun = bool(self._partial)
         """The prompt has begun a character, and so far no other has followed it."""
+
+    def raw(self, token: int) -> bytes:
+        text = self._texts[token]
+        return b"" if self._left_out(text) else text.raw
 
     @property
     def open(self) -> str:
@@ -215,6 +223,13 @@ class _StringStream(TextStream):
         self._run, self._complete, self._characters = self._run[self._complete :], 0, ""
         self._begun = len(self._run)
         """Bytes of the run that the prompt has."""
+
+    def raw(self, token: int) -> bytes:
+        text = self._texts[token]
+        if self._left_out(text):
+            return b""
+        within = self._before or self._run or (text.byte and not text.raw.isascii())
+        return text.raw if within else (text.first.last + text.first.more).encode()
 
     @property
     def open(self) -> str:

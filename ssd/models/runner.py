@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, Literal, NamedTuple, Self
@@ -232,6 +232,19 @@ class ForwardRunner:
         Raises:
             RequestError: they do not fit the cache.
         """
+        # The head's result on this one row is not used: transformers cannot leave the head out.
+        for _ in self._chunks(slot, tokens, start, kept=1):
+            pass
+
+    @torch.no_grad()
+    def prefill_logits(self, slot: int, tokens: Sequence[int], start: int = 0) -> Tensor:
+        """Does what ``prefill`` does, for at most ``chunk`` tokens, and returns their logits ``[T, V]`` in the
+        model's type."""
+        [logits] = self._chunks(slot, tokens, start, kept=self.chunk)
+        return logits[0, : len(tokens), : self.vocabulary]
+
+    def _chunks(self, slot: int, tokens: Sequence[int], start: int, kept: int) -> Iterator[Tensor]:
+        """Computes keys and values chunk by chunk. Yields the logits of the last ``kept`` rows of each."""
         plan, layout = self._prefill, self._layout(self._prefill)
         if start + len(tokens) > self.cache.main_slots:
             raise RequestError(f"{start + len(tokens)} tokens do not fit the cache")
@@ -243,8 +256,7 @@ class ForwardRunner:
             length = start + first
             lengths = torch.tensor([length], device=self.device)
             inputs = self._inputs(view, layout, plan.in_place, lengths, self.context_for(length + plan.rows))
-            # The head's result on this one row is not used: transformers cannot leave the head out.
-            self.model(input_ids=ids.to(self.device), logits_to_keep=1, **inputs)
+            yield self.model(input_ids=ids.to(self.device), logits_to_keep=kept, **inputs).logits
 
     def copy(self, source: int, slot: int, length: int) -> None:
         """Copies keys and values of ``source``'s first ``length`` tokens to ``slot``."""

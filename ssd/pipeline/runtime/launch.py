@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import itertools
 import json
-import os
-import stat
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from ...config.machine import socket_folder, worker_environment
 from ...config.sections import rank_of, section_of
 from ...errors import PipelineError, WorkerError
-from ..transport.lanes import ControlLane, InprocLane, ZmqLane, socket_folder
+from ..transport.lanes import ControlLane, InprocLane, ZmqLane
 from ..transport.messages import Shutdown
 from .plan import Plan
 
@@ -220,31 +217,6 @@ class LocalPipeline:
         for lane in self.lanes.values():
             lane.close()
         self._folder.cleanup()
-
-
-def worker_environment() -> dict[str, str]:
-    """Returns the environment of a worker process: this process's, completed for libraries that keep caches.
-
-    They ask for the user's name and home, which a container's arbitrary user may not have: the name becomes ``uid-N``,
-    and the home a private folder in the temporary one, which later starts find again.
-    """
-    environment, user = dict(os.environ), f"uid-{os.getuid()}"
-    try:
-        getpass.getuser()
-    except (KeyError, OSError):
-        environment["USER"] = user
-    try:
-        Path.home()
-    except RuntimeError:
-        home = Path(tempfile.gettempdir(), f"ssd-home-{user}")
-        with contextlib.suppress(FileExistsError):
-            home.mkdir(mode=0o700)
-        status = home.lstat()
-        # Compiled code is loaded from there, so nobody else may have made it.
-        if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode) or status.st_mode & 0o022:
-            home = Path(tempfile.mkdtemp(prefix="ssd-home-"))
-        environment["HOME"] = str(home)
-    return environment
 
 
 def launch_here(plan: Plan) -> Pipeline:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import select
-import tempfile
 from typing import Protocol
 
 import zmq
@@ -13,12 +11,6 @@ import zmq
 from ...errors import PipelineError
 from .messages import MAX_MESSAGE_BYTES, Message, decode, encode
 
-SOCKET_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
-"""Where sockets go if the path of the temporary folder is too long for them."""
-MAX_SOCKET_PATH = 107
-"""Bytes of a Unix socket's path."""
-SOCKET_NAME = 48
-"""Bytes to leave for folders and names below a folder of sockets."""
 SEND_S = 5.0
 """How long ``send`` waits for the other end to appear."""
 _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)  # plain numbers: every round looks, and enums are slow
@@ -74,22 +66,6 @@ class InprocLane:
 
     def close(self) -> None:
         return
-
-
-def socket_folder(prefix: str) -> tempfile.TemporaryDirectory[str]:
-    """Makes a folder for sockets that only this user may enter: in the temporary folder, or in a shorter one if its
-    path is too long for sockets.
-
-    Raises:
-        PipelineError: none can be made.
-    """
-    for parent in (None, *SOCKET_FOLDERS):
-        with contextlib.suppress(OSError):
-            folder = tempfile.TemporaryDirectory(prefix=prefix, dir=parent)
-            if len(folder.name.encode()) + SOCKET_NAME <= MAX_SOCKET_PATH:
-                return folder
-            folder.cleanup()
-    raise PipelineError("no folder for sockets can be made: set TMPDIR to a writable folder with a short path")
 
 
 class ZmqLane:

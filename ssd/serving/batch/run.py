@@ -164,6 +164,8 @@ def _settings(config: Config) -> dict[str, Any]:
         "max_model_len": config.engine.max_model_len,
         "model_name": config.server.model_name,
         "chat_template": config.server.chat_template,
+        "chat_template_kwargs": config.server.chat_template_kwargs,
+        "long_requests": config.server.long_requests,
     }
 
 

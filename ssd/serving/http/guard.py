@@ -80,11 +80,14 @@ class Guard:
         address = scope.get("client") or ("",)
         if not self._keys or scope["path"] in self._open or scope["method"] == "OPTIONS":
             return f"address {address[0]}"
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        digest = _digest(given.strip())
-        matches = [name for name, key in self._keys.items() if hmac.compare_digest(digest, key)]
-        if kind.lower() != "bearer" or not matches:
-            raise APIError(401, "this server needs an API key: Authorization: Bearer KEY", code="invalid_api_key")
+        kind, _, token = headers.get("authorization", "").partition(" ")
+        given = [token] if kind.lower() == "bearer" else []
+        given += [headers["x-api-key"]] if "x-api-key" in headers else []  # Anthropic's clients
+        digests = [_digest(one.strip()) for one in given]
+        matches = [name for digest in digests for name, key in self._keys.items() if hmac.compare_digest(digest, key)]
+        if not matches:
+            told = "this server needs an API key: Authorization: Bearer KEY, or x-api-key: KEY"
+            raise APIError(401, told, code="invalid_api_key")
         return matches[0]
 
     def _check_body(self, scope: Scope, headers: dict[str, str]) -> None:

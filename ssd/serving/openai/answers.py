@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 from ...request.output import RequestOutput, StreamEvent, TokenLogprob
+from ..parsers import parts as parsed
 from ..parsers.parts import Answer, Part
-from .logprobs import TokenBytes, chat_logprobs, completion_logprobs
+from .logprobs import TokenReader, chat_logprobs, completion_logprobs
 
 
 class Schema(Protocol):
@@ -36,8 +37,8 @@ class Schema(Protocol):
         ...
 
     @staticmethod
-    def logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes, offset: int) -> dict[str, Any]:
-        """``logprobs`` of a choice; ``offset``: characters before the first token."""
+    def logprobs(tokens: Sequence[TokenLogprob], reader: TokenReader) -> dict[str, Any]:
+        """Returns ``logprobs`` of a choice for its next tokens, and moves the reader behind them."""
         ...
 
 
@@ -53,15 +54,46 @@ class Chat:
 
     @staticmethod
     def whole(answer: Answer) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": answer.text}}
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text}
+        if not answer.text and (answer.calls or answer.reasoning):
+            message["content"] = None
+        if answer.reasoning:
+            message |= _reasoning(answer.reasoning)
+        if answer.calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in answer.calls
+            ]
+        return {"message": message}
 
     @staticmethod
     def part(parts: Sequence[Part]) -> dict[str, Any]:
-        return {"delta": {"content": Answer.of(parts).text}}
+        delta: dict[str, Any] = {}
+        calls: dict[int, dict[str, Any]] = {}
+        text, reasoning = "", ""
+        for part in parts:
+            match part:
+                case parsed.Text():
+                    text += part.text
+                case parsed.Reasoning():
+                    reasoning += part.text
+                case parsed.Call():
+                    function = {"name": part.name, "arguments": ""}
+                    calls[part.index] = {"index": part.index, "id": part.id, "type": "function", "function": function}
+                case parsed.Arguments():
+                    call = calls.setdefault(part.index, {"index": part.index, "function": {"arguments": ""}})
+                    call["function"]["arguments"] += part.text
+        if reasoning:
+            delta |= _reasoning(reasoning)
+        if text or not parts:
+            delta["content"] = text
+        if calls:
+            delta["tool_calls"] = list(calls.values())
+        return {"delta": delta}
 
     @staticmethod
-    def logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes, offset: int) -> dict[str, Any]:
-        return chat_logprobs(tokens, texts)
+    def logprobs(tokens: Sequence[TokenLogprob], reader: TokenReader) -> dict[str, Any]:
+        return chat_logprobs(tokens, reader)
 
 
 class Text:
@@ -83,8 +115,13 @@ class Text:
         return {"text": Answer.of(parts).text}
 
     @staticmethod
-    def logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes, offset: int) -> dict[str, Any]:
-        return completion_logprobs(tokens, texts, offset)
+    def logprobs(tokens: Sequence[TokenLogprob], reader: TokenReader) -> dict[str, Any]:
+        return completion_logprobs(tokens, reader)
+
+
+def _reasoning(text: str) -> dict[str, str]:
+    """Returns vLLM's field with reasoning, under its present and its former name."""
+    return {"reasoning": text, "reasoning_content": text}
 
 
 def provenance(event: StreamEvent) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
@@ -22,6 +22,7 @@ from ..http.errors import APIError, as_api_error, shown
 from .fields import sort_fields
 from .messages import ChatMessage, Stored, Strict
 from .structured import ResponseFormat, StructuredOutputs, structured_outputs
+from .tools import MAX_TOOLS, FunctionTool, Shape, ToolChoice
 
 MAX_STOPS = 16
 MAX_NAMED = 1024
@@ -68,6 +69,7 @@ PARAMETERS = (
     Parameter("stop_token_ids", list[TokenId]),
     Parameter("ignore_eos", bool),
     Parameter("include_stop_str_in_output", bool),
+    Parameter("skip_special_tokens", bool),
     Parameter("min_tokens", Integer),
     Parameter("presence_penalty", Number),
     Parameter("frequency_penalty", Number),
@@ -95,6 +97,10 @@ class StreamOptions(Stored):
     """As in vLLM: every chunk has the usage so far."""
     include_obfuscation: bool | None = None
     """Without effect: chunks are not padded."""
+
+    @property
+    def asking(self) -> bool:
+        return any(self.model_dump().values())
 
 
 class Common(Strict):
@@ -135,6 +141,8 @@ class Common(Strict):
 class _Completion(Common):
     default_length: ClassVar[int | None] = 16
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    add_special_tokens: bool | None = None
+    """Whether the tokenizer adds its special tokens to a text prompt. The default is true, as in vLLM."""
     logprobs: TopCount | None = None
 
     @property
@@ -154,6 +162,9 @@ class _Chat(Common):
     """Given to the chat template."""
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     add_special_tokens: bool | None = None
     """Whether the tokenizer adds its own special tokens to those of the template."""
 
@@ -182,7 +193,7 @@ def read_body(cls: type[Body], raw: Any) -> tuple[Body, tuple[str, ...]]:
         body = cls.model_validate(fields.known)
     except ValidationError as error:
         raise _invalid(error.errors(include_url=False)) from None
-    if body.stream_options is not None and not body.stream:
+    if body.stream_options is not None and body.stream_options.asking and not body.stream:
         raise APIError(400, "stream_options is only allowed when stream is true", param="stream_options")
     if getattr(body, "top_logprobs", None) and body.top_count is None:
         raise APIError(400, "top_logprobs is only allowed when logprobs is true", param="top_logprobs")
@@ -215,8 +226,14 @@ def _path(error: ErrorDetails) -> list[str]:
     return [part for part in parts if part != "str" and not part.startswith(("list[", "dict[", "function-", "union"))]
 
 
-def sampling_params(body: Common, *, max_tokens: int, seed: int) -> SamplingParams:
+def sampling_params(
+    body: Common, *, max_tokens: int, seed: int, defaults: Mapping[str, Any], shape: Shape | None = None
+) -> SamplingParams:
     """Returns the ``SamplingParams`` of one choice.
+
+    Args:
+        defaults: sampling parameters of the server, where the request leaves them out.
+        shape: of a chat answer.
 
     Raises:
         APIError: 400: a value out of range.
@@ -224,17 +241,22 @@ def sampling_params(body: Common, *, max_tokens: int, seed: int) -> SamplingPara
     fields: dict[str, Any] = {"max_tokens": max_tokens}
     for parameter in PARAMETERS:
         value = getattr(body, parameter.name)
-        value = parameter.default if value is None else value
+        value = defaults.get(parameter.name, parameter.default) if value is None else value
         if value is not None:
             fields[parameter.sampling or parameter.name] = value
     fields["seed"], fields["logprobs"] = seed, body.top_count
-    fields["structured_outputs"] = structured_outputs(body.structured_outputs, body.response_format)
+    if shape is None:
+        fields["structured_outputs"] = structured_outputs(body.structured_outputs, body.response_format)
+    else:
+        fields["structured_outputs"] = shape.structured
+        if shape.specials:
+            fields["skip_special_tokens"] = False
     if fields.get("top_k") == -1:  # vLLM's value for all tokens
         fields["top_k"] = 0
     try:
         return SamplingParams(**fields)
     except RequestError as error:
-        raise refused(error, structured_by(body)) from None
+        raise refused(error, structured_by(body) if shape is None else shape.structured_by) from None
 
 
 def refused(error: RequestError, structured_by: str = "structured_outputs") -> APIError:
@@ -247,7 +269,7 @@ def refused(error: RequestError, structured_by: str = "structured_outputs") -> A
     name = message.split(maxsplit=1)[0].rstrip(":").split(".")[0]
     if name == "structured_outputs":
         name = structured_by
-        if name == "response_format":
+        if name in ("response_format", "tools"):
             message = name + message[message.index(" ") :]
     elif name not in _SAMPLING and name not in ("priority", "prompt"):
         return as_api_error(error)

@@ -85,7 +85,12 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._variables = config.chat_template_kwargs
         self._trusting = config.trust_request_chat_template
-        self._reserved = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages", "conversations"}
+        self._reserved = {
+            *inspect.signature(tokenizer.apply_chat_template).parameters,
+            "messages",
+            "conversations",
+            "self",
+        }
         self._forms = lru_cache(maxsize=KEPT_FORMATS)(self._probed)
         self._template = None if config.chat_template is None else self._read(config.chat_template)
         _check_variables(self._variables, self._reserved)
@@ -109,6 +114,14 @@ class ChatTemplate:
         rendering = rendering or Rendering()
         text = self._text(messages, tools or None, rendering)
         return list(self._tokenizer(text, add_special_tokens=rendering.add_special_tokens)["input_ids"])
+
+    @property
+    def source(self) -> str | None:
+        """The Jinja text of the template, with tools; None if there is none."""
+        try:
+            return self._selected(None, [{}])
+        except APIError:
+            return None
 
     def _text(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, rendering: Rendering) -> str:
         if rendering.template is not None and not self._trusting:

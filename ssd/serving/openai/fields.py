@@ -48,7 +48,6 @@ HARMLESS = frozenset(
 
 NOTHING: tuple[Any, ...] = (None,)
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "add_special_tokens": (None, True),
     "audio": NOTHING,
     "best_of": (None, 1),
     "cache_salt": NOTHING,
@@ -72,8 +71,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "return_token_ids": (None, False),
     "return_tokens_as_token_ids": (None, False),
     "routed_experts_prompt_start": (None, 0),
-    "skip_special_tokens": (None, True),
-    "spaces_between_special_tokens": (None, True),
+    "spaces_between_special_tokens": (None, True, False),
     "suffix": (None, ""),
     "thinking_token_budget": (None, -1),
     "tool_choice": (None, "none", "auto"),
@@ -101,6 +99,8 @@ WHY = {
     "modalities": "this server answers with text",
     "prompt_embeds": "this server reads text and token ids",
     "suffix": "text is only generated at the end of a prompt",
+    "tool_choice": "it is a field of /v1/chat/completions",
+    "tools": "they are a field of /v1/chat/completions",
 }
 """What the error says beside the field's name."""
 
@@ -176,7 +176,8 @@ class UnknownFields:
         if self._refusing:
             name, near = next(iter(hints.items()))
             hint = f" (did you mean {near!r}?)" if near else ""
-            raise APIError(400, f"unknown parameter '{shown(name)}'{hint}", param=name, code="unknown_parameter")
+            param = name.partition(".")[0]
+            raise APIError(400, f"unknown parameter '{shown(name)}'{hint}", param=param, code="unknown_parameter")
         for name in names:
             if len(self._logged) < MAX_LOGGED and shown(name) not in self._logged:
                 self._logged.add(shown(name))
@@ -186,6 +187,8 @@ class UnknownFields:
 
 
 def _nearest(name: str, known: Collection[str]) -> str | None:
+    if "." in name:  # a field of a field, which is similar to its other fields
+        return None
     near = get_close_matches(name[:MAX_NAME], [*known, *UNSUPPORTED, *HARMLESS], n=1)
     return near[0] if near else None
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...config.load import resolve_model_path
 from ...config.sections import Config
 from ...engine.async_engine import AsyncEngine
 from ...engine.book import Limits
+from ...models.generation_config import sampling_defaults
 from ...request.sampling_params import SamplingParams
 from ..http import strict_json
 from ..http.errors import APIError, shown
-from ..parsers.parser import MakeParser, Plain
+from ..parsers.formats import AnswerFormat
+from ..parsers.parser import CallIds, MakeParser, Plain
 from .answers import Chat, Schema, Text
 from .bodies import (
     MAX_CHOICES,
@@ -27,9 +32,14 @@ from .bodies import (
 )
 from .chat import ChatTemplate, Rendering
 from .fields import UnknownFields
+from .tools import Shape, ToolUse, shape
 
 CUT_HEADER = "x-ssd-max-tokens"
 """The length that was granted, in tokens, where it is less than was asked for."""
+PROMPT_END = 64
+"""Tokens at the end of a prompt that tell whether the answer begins inside of reasoning."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +78,10 @@ class Job:
             "model": self.model,
         }
 
+    def call_ids(self, choice: int) -> CallIds:
+        """Returns what makes the ids of a choice's tool calls: a function of the job, the choice and the call."""
+        return lambda call: hashlib.sha256(f"{self.id}/{choice}/{call}".encode()).hexdigest()
+
 
 class JobReader:
     """Reads request bodies for one engine. Safe to call from any thread.
@@ -86,6 +100,14 @@ class JobReader:
         self._cutting = engine.config.server.long_requests == "cut"
         self._template = ChatTemplate(engine.tokenizer, engine.config.server)
         self._unknown = UnknownFields(engine.config.server.unknown_parameters)
+        self._defaults = server_defaults(engine.config)
+        self._format = AnswerFormat.of(
+            engine.tokenizer,
+            self._template.source,
+            calls=engine.config.server.tool_parser,
+            reasoning=engine.config.server.reasoning_parser,
+        )
+        log.info("tool calls are read as %s, reasoning as %s", self._format.calls, self._format.reasoning)
 
     def read_completion(self, raw: bytes) -> Job:
         """Reads the bytes of a /v1/completions body. Raises: APIError."""
@@ -97,21 +119,62 @@ class JobReader:
 
     def completion(self, given: Any) -> Job:
         """Reads a parsed /v1/completions body. Raises: APIError."""
+        self._check_items(given.get("prompt") if isinstance(given, dict) else None)
         body, headers = self._body(CompletionBody, given)
         prompt = body.prompt
         listed = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
         if not listed:
             raise APIError(400, "prompt must not be an empty list", param="prompt")
         self._check_count(len(listed), body)
-        prompts = [self._engine.tokenize(one) if isinstance(one, str) else one for one in listed]
+        special = body.add_special_tokens is not False
+        prompts = [
+            self._engine.tokenize(one, add_special_tokens=special) if isinstance(one, str) else one for one in listed
+        ]
         return self._job(Text(), body, prompts, headers)
 
     def chat(self, given: Any) -> Job:
         """Reads a parsed /v1/chat/completions body. Raises: APIError."""
         body, headers = self._body(ChatBody, given)
         self._check_count(1, body)
-        prompt = self._template.tokens([message.for_template() for message in body.messages], rendering=rendering(body))
-        return self._job(Chat(), body, [prompt], headers)
+        use, prompt = self._chat_prompt(body)
+        end = self._engine.tokenizer.decode(prompt[-PROMPT_END:], skip_special_tokens=False)
+        answer = shape(
+            use,
+            self._format,
+            end,
+            structured=body.structured_outputs,
+            response_format=body.response_format,
+            show_specials=body.skip_special_tokens is False,
+        )
+        return self._job(Chat(), body, [prompt], headers, answer)
+
+    def _check_items(self, prompt: Any) -> None:
+        """Refuses a list that is too long whatever is in it. Validating its items would keep other requests waiting.
+
+        Raises: APIError.
+        """
+        if isinstance(prompt, list) and len(prompt) > max(MAX_CHOICES, self._context):
+            raise APIError(
+                400,
+                f"the prompt has {len(prompt)} items; this server takes at most {MAX_CHOICES} prompts, or the "
+                f"{self._context - 1} tokens that leave room in its context (engine.max_model_len)",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+
+    def chat_prompt(self, given: Any) -> list[int]:
+        """Reads a parsed /v1/chat/completions body. Returns the token ids of its prompt, however many they are.
+
+        Raises:
+            APIError: 400.
+        """
+        body, _ = self._body(ChatBody, given)
+        return self._chat_prompt(body)[1]
+
+    def _chat_prompt(self, body: Any) -> tuple[ToolUse, list[int]]:
+        use = ToolUse.of(body.tools, body.tool_choice, body.parallel_tool_calls, format=self._format)
+        messages = [message.for_template() for message in body.messages]
+        return use, self._template.tokens(messages, tools=use.shown, rendering=rendering(body))
 
     def _body(self, kind: type[Any], given: Any) -> tuple[Any, dict[str, str]]:
         """Returns a checked body, and headers of the answer. Raises: APIError."""
@@ -138,14 +201,21 @@ class JobReader:
                     400, f"{count} choices never fit: this server holds {places} (server.max_queue)", param="n"
                 )
 
-    def _job(self, schema: Schema, body: Any, prompts: list[list[int]], headers: Mapping[str, str]) -> Job:
+    def _job(
+        self,
+        schema: Schema,
+        body: Any,
+        prompts: list[list[int]],
+        headers: Mapping[str, str],
+        answer: Shape | None = None,
+    ) -> Job:
         n = body.n or 1
         limits = [self._limit(schema, body, prompts, index) for index in range(len(prompts))]
         if body.length is not None and min(limits) < body.length:
             headers = {**headers, CUT_HEADER: str(min(limits))}
         self._check_budget(body, prompts, limits)
         choices = [
-            (index, sampling_params(body, max_tokens=limit, seed=seed))
+            (index, sampling_params(body, max_tokens=limit, seed=seed, defaults=self._defaults, shape=answer))
             for index, limit in enumerate(limits)
             for seed in seeds(body, n)
         ]
@@ -160,7 +230,8 @@ class JobReader:
             running_usage=bool(options and options.continuous_usage_stats),
             provenance=bool(body.provenance),
             priority=body.priority or 0,
-            structured_by=structured_by(body),
+            structured_by=structured_by(body) if answer is None else answer.structured_by,
+            parser=Plain.make if answer is None else answer.parser,
             headers=headers,
         )
 
@@ -219,6 +290,20 @@ class JobReader:
 def model_name(config: Config) -> str:
     """The name by which requests ask for the model: the configured one, or the last part of the target's path."""
     return config.server.model_name or config.target.model.rstrip("/").rpartition("/")[2]
+
+
+def server_defaults(config: Config) -> dict[str, Any]:
+    """Returns the sampling parameters of requests that leave them out, and logs them if the model sets any."""
+    if config.server.generation_config == "none":
+        return {}
+    defaults = sampling_defaults(resolve_model_path(config.target.model))
+    if defaults:
+        log.warning(
+            "the model's generation_config.json sets defaults of requests: %s (server.generation_config=none takes "
+            "OpenAI's)",
+            ", ".join(f"{name}={value}" for name, value in defaults.items()),
+        )
+    return defaults
 
 
 def rendering(body: Any) -> Rendering:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -29,9 +29,9 @@ class EventStream(StreamingResponse):
     """The server-sent events of a generation. The generation is cancelled when the response ends, also one that
     never began."""
 
-    def __init__(self, generation: Generation):
+    def __init__(self, generation: Generation, events: AsyncIterator[bytes]):
         super().__init__(
-            generation.chunks(),
+            events,
             media_type="text/event-stream",
             headers={"cache-control": "no-cache", "x-accel-buffering": "no", **generation.job.headers},
         )
@@ -47,16 +47,16 @@ class EventStream(StreamingResponse):
 def add_generation(app: FastAPI, engine: AsyncEngine, jobs: JobReader) -> None:
     async def run(request: Request, read: Callable[[bytes], Job], *, aside: int) -> Response:
         """Args: aside: bodies of more bytes are read in a thread."""
-        if not engine.ready:
-            raise as_api_error(PipelineError(str(engine.failure or "the models are still loading")))
+        check_ready(engine)
         try:
             raw = await request.body()
         except ClientDisconnect:
             return Response(status_code=CLIENT_GONE)
         job = await asyncio.to_thread(read, raw) if len(raw) > aside else read(raw)
-        client, traced = request.scope.get("ssd.client", ""), request.scope.get("ssd.trace")
-        generation = await Generation.start(engine, job, client, traced)
-        return EventStream(generation) if job.stream else await _unless_gone(request, generation)
+        generation = await started(request, engine, job)
+        if job.stream:
+            return EventStream(generation, generation.chunks())
+        return await unless_gone(request, generation, generation.whole())
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -101,9 +101,21 @@ def add_models(app: FastAPI, models: Models) -> None:
         return models.named(name)
 
 
-async def _unless_gone(request: Request, generation: Generation) -> Response:
-    """Waits for the whole answer; gives it up if the client disconnects."""
-    answer = asyncio.ensure_future(generation.whole())
+def check_ready(engine: AsyncEngine) -> None:
+    """Raises: APIError: 503: the models are not loaded, or the pipeline broke."""
+    if not engine.ready:
+        raise as_api_error(PipelineError(str(engine.failure or "the models are still loading")))
+
+
+async def started(request: Request, engine: AsyncEngine, job: Job) -> Generation:
+    """Starts a job for a request. Raises: as ``Generation.start``."""
+    client, traced = request.scope.get("ssd.client", ""), request.scope.get("ssd.trace")
+    return await Generation.start(engine, job, client, traced)
+
+
+async def unless_gone(request: Request, generation: Generation, whole: Coroutine[Any, Any, dict[str, Any]]) -> Response:
+    """Waits for the whole answer of a generation; gives it up if the client disconnects."""
+    answer = asyncio.ensure_future(whole)
     gone = asyncio.ensure_future(_disconnected(request.receive))
     try:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)

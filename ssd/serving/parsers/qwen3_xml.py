@@ -66,19 +66,30 @@ class Qwen3XML(CallReader):
                 return
             pieces: list[str] = []
             whole = yield from self._until((self.PARAMETER_END,), pieces.append)
-            value = _json("".join(pieces), self._schemas.get(name, {}), key)
+            value = _json("".join(pieces), parameter_schema(self._schemas.get(name, {}), key))
             self._argue(f"{opening}{json.dumps(key, ensure_ascii=False)}: {value if whole else value[:-1]}")
             if not whole:
                 return
             opening = ", "
 
 
-def _json(text: str, schema: Mapping[str, Any], key: str) -> str:
+def parameter_schema(schema: Mapping[str, Any], key: str) -> Any:
+    """Returns the schema of one parameter, with the definitions that it may refer to."""
+    properties = schema.get("properties")
+    own = properties.get(key, True) if isinstance(properties, Mapping) else True
+    if not isinstance(own, Mapping):
+        return own
+    shared = {name: schema[name] for name in ("$defs", "definitions") if isinstance(schema.get(name), Mapping)}
+    match str(own.get("$ref")).split("/"):
+        case ["#", group, name] if name in shared.get(group, ()) and isinstance(shared[group][name], Mapping):
+            own = {**shared[group][name], **{key: value for key, value in own.items() if key != "$ref"}}
+    return {**shared, **own}
+
+
+def _json(text: str, schema: Any) -> str:
     """Returns a parameter's text as JSON."""
     text = text.removeprefix("\n").removesuffix("\n")
-    properties = schema.get("properties")
-    own = properties.get(key) if isinstance(properties, Mapping) else None
-    if not (isinstance(own, Mapping) and own.get("type") == "string"):
+    if not (isinstance(schema, Mapping) and schema.get("type") == "string"):
         try:
             json.loads(text)
         except (ValueError, RecursionError):

@@ -39,6 +39,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
         "min_tokens",
         "seed",
         "logprobs",
+        "prompt_logprobs",
     )
 } | {
     "stop": st.one_of(TEXTS, st.lists(TEXTS, max_size=3), st.just(["a"] * 100)),

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import http.server
 import json
+import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -86,8 +91,14 @@ def test_rounds_are_events_of_decode(traced: Traced) -> None:
 
 
 def test_a_request_joins_the_trace_of_its_client(traced: Traced) -> None:
-    chat = {**{k: v for k, v in BODY.items() if k != "prompt"}, "messages": [{"role": "user", "content": "x"}]}
-    for path, body, operation in (("/v1/completions", BODY, "text_completion"), ("/v1/chat/completions", chat, "chat")):
+    messages = [{"role": "user", "content": "x"}]
+    doors: list[tuple[str, dict[str, Any], str]] = [
+        ("/v1/completions", BODY, "text_completion"),
+        ("/v1/chat/completions", {"model": "tiny", "messages": messages, "max_tokens": 9}, "chat"),
+        ("/v1/messages", {"model": "tiny", "messages": messages, "max_tokens": 9}, "chat"),
+        ("/v1/responses", {"model": "tiny", "input": "x", "max_output_tokens": 20}, "chat"),
+    ]
+    for path, body, operation in doors:
         assert traced.server.ask("POST", path, body, PARENT)[0] == 200
         whole = traced.spans()["llm_request"]
         assert f"{whole.context.trace_id:032x}" == "0af7651916cd43dd8448eb211c80319c"
@@ -118,6 +129,53 @@ def test_a_client_that_leaves(traced: Traced) -> None:
     assert traced.tracing._rounds == {}
 
 
+@pytest.mark.parametrize("path", ["/v1/traces", "/prefix/v1/traces/"])
+def test_spans_reach_a_collector(path: str) -> None:
+    """OTLP over HTTP, as collectors take it."""
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    taken: list[tuple[str, bytes]] = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            taken.append((self.path, gzip.decompress(body) if self.headers["content-encoding"] == "gzip" else body))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        [tracing] = traces(f"http://127.0.0.1:{collector.server_port}{path}", "tiny")
+        server = Served(observers=[tracing])
+        try:
+            assert server.ask("POST", "/v1/completions", BODY)[0] == 200
+        finally:
+            server.close()
+            tracing.close()  # sends what is left
+            collector.shutdown()
+    [(where, raw)] = taken
+    [resource] = ExportTraceServiceRequest.FromString(raw).resource_spans
+    assert where == path
+    assert "ssd" in [attribute.value.string_value for attribute in resource.resource.attributes]
+    assert {span.name for span in resource.scope_spans[0].spans} == {"llm_request", "queue", "prefill", "decode"}
+
+
+def test_a_collector_that_is_not_there_harms_nobody() -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc")
+    [tracing] = traces("http://127.0.0.1:9", "tiny")
+    server = Served(observers=[tracing])
+    try:
+        assert server.ask("POST", "/v1/completions", BODY)[0] == 200
+    finally:
+        server.close()
+        began_s = time.monotonic()
+        tracing.close()
+    assert time.monotonic() - began_s < 30
+
+
 def test_without_opentelemetry_the_option_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert traces(None, "tiny") == []
     monkeypatch.setitem(sys.modules, "ssd.serving.tracing", None)
@@ -127,7 +185,5 @@ def test_without_opentelemetry_the_option_is_refused(monkeypatch: pytest.MonkeyP
 
 def test_serving_does_not_import_opentelemetry() -> None:
     """It is an optional dependency."""
-    import subprocess
-
     code = "import sys, ssd.serving.run; sys.exit('ssd.serving.tracing' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

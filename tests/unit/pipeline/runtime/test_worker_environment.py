@@ -12,12 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from ssd.config import machine
+from ssd.config.machine import (
+    MAX_SOCKET_PATH,
+    SOCKET_NAME,
+    core_count,
+    socket_folder,
+    usable_cores,
+    worker_environment,
+)
 from ssd.errors import ConfigError, PipelineError
 from ssd.pipeline.runtime import cores
-from ssd.pipeline.runtime.cores import core_count, set_threads, usable_cores
-from ssd.pipeline.runtime.launch import worker_environment
-from ssd.pipeline.transport import lanes
-from ssd.pipeline.transport.lanes import MAX_SOCKET_PATH, SOCKET_NAME, ZmqLane, socket_folder
+from ssd.pipeline.runtime.cores import set_threads
+from ssd.pipeline.transport.lanes import ZmqLane
 
 V2, V1 = "0::/kube/pod\n", "4:memory:/m\n3:cpu,cpuacct:/docker/abc\n1:name=systemd:/\n"
 
@@ -121,7 +128,8 @@ def test_sockets_have_short_paths(tmp_path: Path, length: int, letter: str, temp
     long = tmp_path / (letter * min(length, 120)) / (letter * max(1, length - 120))
     long.mkdir(parents=True)
     temporary(long)
-    with socket_folder("ssd-front-") as name:
+    with socket_folder("ssd-front-") as name, socket_folder("ssd-lane-", name) as inner:
+        assert Path(inner).parent == Path(name)
         assert len(name.encode()) + SOCKET_NAME <= MAX_SOCKET_PATH
         assert Path(name).stat().st_mode & 0o777 == 0o700
         lane, _ = ZmqLane.bind(f"ipc://{name}/{'d' * (SOCKET_NAME - 1)}")
@@ -133,7 +141,7 @@ def test_without_a_place_for_sockets(
     tmp_path: Path, temporary: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     temporary(tmp_path / "nowhere")
-    monkeypatch.setattr(lanes, "SOCKET_FOLDERS", (str(tmp_path / "no"), str(tmp_path / ("x" * 100))))
+    monkeypatch.setattr(machine, "SOCKET_FOLDERS", (str(tmp_path / "no"), str(tmp_path / ("x" * 100))))
     (tmp_path / ("x" * 100)).mkdir()
     with pytest.raises(PipelineError, match="TMPDIR"):
         socket_folder("ssd-front-")
@@ -150,7 +158,20 @@ def homeless(*_: object) -> None:
 def test_a_known_user_keeps_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/somewhere")
     monkeypatch.setenv("USER", "somebody")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     assert worker_environment() == dict(os.environ)
+
+
+@pytest.mark.parametrize("variable", [None, *sorted(machine.WAITING)])
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(
+    variable: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in machine.WAITING:
+        monkeypatch.delenv(name, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(variable, "7")
+    found = {name: value for name, value in worker_environment().items() if name in machine.WAITING}
+    assert found == ({"OMP_WAIT_POLICY": "PASSIVE"} if variable is None else {variable: "7"})
 
 
 def test_an_unknown_user_gets_a_name_and_a_home(
