@@ -6,7 +6,7 @@ hour, K the lookahead, and R_0 plain decoding's rate on the same D_t devices:
 * device-seconds per million tokens: 10⁶ D_t / R for the target, 10⁶ D_d / R for the draft;
 * money per million tokens: (D_t p_t + D_d p_d) / 3600 · 10⁶ / R;
 * break-even speedup: S = (D_t p_t + D_d p_d) / (D_t p_t), the R / R_0 at which the money is plain decoding's;
-* break-even tokens per round: L = S R_0 t / b, with the simulated round time t in seconds;
+* break-even tokens per round: L = S R_0 T / b, with the simulated round time T in seconds;
 * break-even acceptance: the α with 1 + α + α² + … + α^K = L, for a chain of K tokens that are each accepted with
   probability α.
 """
