@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from pydantic import TypeAdapter
 
 from ssd import LLM, SamplingParams, StructuredOutputsParams
@@ -14,8 +15,10 @@ PROMPT = "def main():\n    config = "
 OVERRIDES = ("target.compile=false", "draft.compile=false", "speculation.governor=false", "engine.max_batch=4")
 
 
-def test_methods_agree_and_outputs_parse() -> None:
-    adapters = [TypeAdapter(kind) for kind in KINDS.values()]
+@pytest.mark.parametrize("step", [6, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_methods_agree_and_outputs_parse(step: int) -> None:
+    kinds = dict(list(KINDS.items())[::step])
+    adapters = [TypeAdapter(kind) for kind in kinds.values()]
     params = [
         SamplingParams(
             temperature=0.0 if index % 2 else 0.8,
@@ -32,10 +35,10 @@ def test_methods_agree_and_outputs_parse() -> None:
         )
         assert llm.degraded is None
     finished = 0
-    for name, adapter, one, other in zip(KINDS, adapters, plain, ssd, strict=True):
+    for name, adapter, one, other in zip(kinds, adapters, plain, ssd, strict=True):
         assert one.token_ids == other.token_ids, name
         assert one.finish_reason == other.finish_reason and one.finish_reason in ("stop", "length"), name
         if one.finish_reason == "stop":
             finished += 1
             adapter.validate_json(one.text)
-    assert finished > len(KINDS) / 2
+    assert finished > len(kinds) / 2

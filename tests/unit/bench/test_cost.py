@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from ssd.bench.simulate.simulator import Setting, simulate
 from ssd.config.load import load_config
 from ssd.config.sections import CostConfig
 
+PUBLISHED = Path(__file__).resolve().parents[3] / "benchmarks/results/validate.json"
 PRICES = Prices(target=3.6, draft=0.9, currency="EUR")
 SPACE = Space(lookaheads=(2, 4), budgets=(4, 16), rows=())
 
@@ -132,6 +134,19 @@ def test_a_check_compares_measured_and_simulated_device_seconds() -> None:
     assert check.error == 0
     seconds = check.to_json()["device_seconds_per_million"]
     assert seconds == {"measured": pytest.approx(10_000), "simulated": pytest.approx(10_000)}
+
+
+def test_published_runs_cost_what_the_simulator_says() -> None:
+    """Real runs of settings that the profile was not fitted to."""
+    checks = json.loads(PUBLISHED.read_text(encoding="utf-8"))["checks"]
+    errors = []
+    for found in checks:
+        numbers = {name: found[name] for name in ("measured", "simulated", "machine")}
+        told = Check(setting=Setting(**found["setting"]), **numbers).to_json()["device_seconds_per_million"]
+        count = 2 if found["setting"]["method"] == "ssd" else 1
+        assert told["measured"] == pytest.approx(count * 1e6 / found["measured"])
+        errors.append(abs(told["measured"] / told["simulated"] - 1))
+    assert len(errors) >= 16 and sum(errors) / len(errors) < 0.1
 
 
 @pytest.mark.parametrize(
