@@ -261,7 +261,7 @@ HOSTILE: list[tuple[bytes, str]] = [
     (b'{"custom_id": "q", "method": "POST", "url": {"a": 1}, "body": {}}', "url"),
     (b'{"custom_id": "r", "method": "POST", "url": "/v1/completions", "body": []}', "body"),
     (b'{"custom_id": "s", "method": "POST", "url": "/v1/completions", "body": {"stream": true}}', "stream"),
-    (b'{"custom_id": "t", "method": "POST", "url": "/v1/completions", "body": {"seed": "x"}}', "model"),
+    (b'{"custom_id": "t", "method": "POST", "url": "/v1/completions", "body": {"seed": "x"}}', "prompt"),
     (b'{"body": 1}', "custom_id"),
     (b'{"id": "good-0", "prompt": "x"}', "in use"),
     (b'{"prompt": "' + b"x" * (MAX_LINE_BYTES + 10) + b'"}', "longer than"),
