@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
@@ -141,6 +141,8 @@ class Common(Strict):
 class _Completion(Common):
     default_length: ClassVar[int | None] = 16
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    add_special_tokens: bool | None = None
+    """Whether the tokenizer adds its special tokens to a text prompt. The default is true, as in vLLM."""
     logprobs: TopCount | None = None
 
     @property
@@ -224,10 +226,13 @@ def _path(error: ErrorDetails) -> list[str]:
     return [part for part in parts if part != "str" and not part.startswith(("list[", "dict[", "function-", "union"))]
 
 
-def sampling_params(body: Common, *, max_tokens: int, seed: int, shape: Shape | None = None) -> SamplingParams:
+def sampling_params(
+    body: Common, *, max_tokens: int, seed: int, defaults: Mapping[str, Any], shape: Shape | None = None
+) -> SamplingParams:
     """Returns the ``SamplingParams`` of one choice.
 
     Args:
+        defaults: sampling parameters of the server, where the request leaves them out.
         shape: of a chat answer.
 
     Raises:
@@ -236,7 +241,7 @@ def sampling_params(body: Common, *, max_tokens: int, seed: int, shape: Shape | 
     fields: dict[str, Any] = {"max_tokens": max_tokens}
     for parameter in PARAMETERS:
         value = getattr(body, parameter.name)
-        value = parameter.default if value is None else value
+        value = defaults.get(parameter.name, parameter.default) if value is None else value
         if value is not None:
             fields[parameter.sampling or parameter.name] = value
     fields["seed"], fields["logprobs"] = seed, body.top_count

@@ -20,7 +20,7 @@ from .answers import provenance, usage
 from .bodies import refused
 from .jobs import Job
 from .logprobs import TokenReader
-from .request_metrics import request_metrics
+from .request_metrics import Level, request_metrics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ class Generation:
     def __init__(self, engine: AsyncEngine, job: Job, streams: Sequence[RequestStream]):
         self.job, self.streams = job, streams
         self._lookahead = engine.config.speculation.depth if engine.config.draft is not None else 0
-        self._level = engine.config.server.request_metrics
+        self._level: Level = engine.config.server.request_metrics
         self._readers = [
             TokenReader(engine.texts, request.prompt_ids, skip_special_tokens=request.params.skip_special_tokens)
             for request in (stream.request for stream in streams)
