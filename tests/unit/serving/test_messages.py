@@ -113,6 +113,8 @@ def test_tool_calls_and_their_results_reach_the_template() -> None:
         (None, {}),
         ('{"a": ', '{"a": '),
         ("not JSON", "not JSON"),
+        ("[1]", "[1]"),
+        ("null", "null"),
         ('{"a": NaN}', '{"a": NaN}'),
         (r'{"a": "\ud800"}', r'{"a": "\ud800"}'),
         ('{"a": 1e999}', '{"a": 1e999}'),
