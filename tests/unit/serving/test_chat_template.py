@@ -237,7 +237,7 @@ def test_named_templates(served: Served, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"), [(b"{% for %}", "not a Jinja template"), (b"\xff", "cannot be read")], ids=["syntax", "bytes"]
 )
-def test_a_broken_file_is_told_at_the_start(served: Served, tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_broken_file_is_reported_at_startup(served: Served, tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "broken.jinja").write_bytes(content)
     with pytest.raises(ConfigError, match=said):
         made(served, CHATML, chat_template=str(tmp_path / "broken.jinja"))
