@@ -170,7 +170,7 @@ def test_calls_reach_the_template_as_mappings(served: Served) -> None:
     ids=["text", "empty", "space", "lines"],
 )
 def test_the_last_message_can_be_continued(served: Served, last: str, expected: str) -> None:
-    options = {"continue_final_message": True, "add_generation_prompt": False}
+    options: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False}
     assert rendered(served, CHATML, USER, {"role": "assistant", "content": last}, **options) == expected
     parts = {"role": "assistant", "content": [{"type": "text", "text": last}]}
     assert rendered(served, CHATML, USER, parts, **options) == expected
