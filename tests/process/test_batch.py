@@ -75,7 +75,7 @@ def test_both_formats_and_bad_lines(tmp_path: Path) -> None:
         {"custom_id": "b", "method": "POST", "url": "/v1/chat/completions", "body": chat},
         "",
         {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {**body, "prompt": "x"}},
-        {"custom_id": "c", "method": "POST", "url": "/v1/completions", "body": {**body, "prompt": "x", "echo": True}},
+        {"custom_id": "c", "method": "POST", "url": "/v1/completions", "body": {**body, "prompt": "x", "top_p": 7}},
         {"custom_id": "d", "method": "GET", "url": "/v1/completions", "body": {}},
         {"prompt": "p" * 5000},
         {"id": "two", "prompt": [5, 6], "max_tokens": 3, "typo": 1},
@@ -83,7 +83,7 @@ def test_both_formats_and_bad_lines(tmp_path: Path) -> None:
         "[1]",
     ]
     source, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
-    progress = perform(source, out)
+    progress = perform(source, out, "server.unknown_parameters=refuse")
     good, bad = read(out), read(tmp_path / "out.jsonl.errors")
     assert [r.get("custom_id") or r["id"] for r in good] == ["line-1", "a", "b", "three"]
     assert [r.get("line") or (r["error"] or {}).get("line") for r in bad] == [2, 6, None, 8, 9, 10, 12]
@@ -91,7 +91,7 @@ def test_both_formats_and_bad_lines(tmp_path: Path) -> None:
     assert len(good[1]["response"]["body"]["choices"]) == 2 and good[1]["response"]["status_code"] == 200
     assert good[2]["response"]["body"]["choices"][0]["message"]["role"] == "assistant"
     refused = bad[2]["response"]
-    assert refused["status_code"] == 400 and "echo" in refused["body"]["error"]["message"]
+    assert refused["status_code"] == 400 and "top_p" in refused["body"]["error"]["message"]
     assert "in use" in bad[1]["error"]["message"]
     assert "max_model_len" in bad[4]["error"]["message"] and bad[5]["error"]["param"] == "typo"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.errors"]
@@ -109,8 +109,9 @@ def test_another_run_is_not_mixed_in(tmp_path: Path) -> None:
         Batch(config_of(), source, out)
     job.journal.add([{"line": 1, "ok": True, "result": {"id": "r0"}}])
     job.journal.close()
-    with pytest.raises(UsageError, match="another run"):
-        perform(source, out, "numerics=fast")
+    for other in ("numerics=fast", "server.unknown_parameters=refuse", "server.long_requests=cut"):
+        with pytest.raises(UsageError, match="another run"):
+            perform(source, out, other)
     write(source, plain(4))
     with pytest.raises(UsageError, match="another run"):
         perform(source, out)
@@ -248,7 +249,7 @@ HOSTILE: list[tuple[bytes, str]] = [
     (b'{"custom_id": "q", "method": "POST", "url": {"a": 1}, "body": {}}', "url"),
     (b'{"custom_id": "r", "method": "POST", "url": "/v1/completions", "body": []}', "body"),
     (b'{"custom_id": "s", "method": "POST", "url": "/v1/completions", "body": {"stream": true}}', "stream"),
-    (b'{"custom_id": "t", "method": "POST", "url": "/v1/completions", "body": {"seed": "x"}}', "model"),
+    (b'{"custom_id": "t", "method": "POST", "url": "/v1/completions", "body": {"seed": "x"}}', "prompt"),
     (b'{"body": 1}', "custom_id"),
     (b'{"id": "good-0", "prompt": "x"}', "in use"),
     (b'{"prompt": "' + b"x" * (MAX_LINE_BYTES + 10) + b'"}', "longer than"),
