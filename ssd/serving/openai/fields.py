@@ -176,7 +176,8 @@ class UnknownFields:
         if self._refusing:
             name, near = next(iter(hints.items()))
             hint = f" (did you mean {near!r}?)" if near else ""
-            raise APIError(400, f"unknown parameter '{shown(name)}'{hint}", param=name, code="unknown_parameter")
+            param = name.partition(".")[0]
+            raise APIError(400, f"unknown parameter '{shown(name)}'{hint}", param=param, code="unknown_parameter")
         for name in names:
             if len(self._logged) < MAX_LOGGED and shown(name) not in self._logged:
                 self._logged.add(shown(name))

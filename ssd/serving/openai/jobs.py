@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...config.load import resolve_model_path
 from ...config.sections import Config
 from ...engine.async_engine import AsyncEngine
 from ...engine.book import Limits
+from ...models.generation_config import sampling_defaults
 from ...request.sampling_params import SamplingParams
 from ..http import strict_json
 from ..http.errors import APIError, shown
@@ -98,6 +100,7 @@ class JobReader:
         self._cutting = engine.config.server.long_requests == "cut"
         self._template = ChatTemplate(engine.tokenizer, engine.config.server)
         self._unknown = UnknownFields(engine.config.server.unknown_parameters)
+        self._defaults = server_defaults(engine.config)
         self._format = AnswerFormat.of(
             engine.tokenizer,
             self._template.source,
@@ -123,7 +126,10 @@ class JobReader:
         if not listed:
             raise APIError(400, "prompt must not be an empty list", param="prompt")
         self._check_count(len(listed), body)
-        prompts = [self._engine.tokenize(one) if isinstance(one, str) else one for one in listed]
+        special = body.add_special_tokens is not False
+        prompts = [
+            self._engine.tokenize(one, add_special_tokens=special) if isinstance(one, str) else one for one in listed
+        ]
         return self._job(Text(), body, prompts, headers)
 
     def chat(self, given: Any) -> Job:
@@ -190,7 +196,7 @@ class JobReader:
             headers = {**headers, CUT_HEADER: str(min(limits))}
         self._check_budget(body, prompts, limits)
         choices = [
-            (index, sampling_params(body, max_tokens=limit, seed=seed, shape=answer))
+            (index, sampling_params(body, max_tokens=limit, seed=seed, defaults=self._defaults, shape=answer))
             for index, limit in enumerate(limits)
             for seed in seeds(body, n)
         ]
@@ -265,6 +271,20 @@ class JobReader:
 def model_name(config: Config) -> str:
     """The name by which requests ask for the model: the configured one, or the last part of the target's path."""
     return config.server.model_name or config.target.model.rstrip("/").rpartition("/")[2]
+
+
+def server_defaults(config: Config) -> dict[str, Any]:
+    """Returns the sampling parameters of requests that leave them out, and logs them if the model sets any."""
+    if config.server.generation_config == "none":
+        return {}
+    defaults = sampling_defaults(resolve_model_path(config.target.model))
+    if defaults:
+        log.warning(
+            "the model's generation_config.json sets defaults of requests: %s (server.generation_config=none takes "
+            "OpenAI's)",
+            ", ".join(f"{name}={value}" for name, value in defaults.items()),
+        )
+    return defaults
 
 
 def rendering(body: Any) -> Rendering:
