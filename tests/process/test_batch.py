@@ -75,7 +75,7 @@ def test_both_formats_and_bad_lines(tmp_path: Path) -> None:
         {"custom_id": "b", "method": "POST", "url": "/v1/chat/completions", "body": chat},
         "",
         {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {**body, "prompt": "x"}},
-        {"custom_id": "c", "method": "POST", "url": "/v1/completions", "body": {**body, "prompt": "x", "echo": True}},
+        {"custom_id": "c", "method": "POST", "url": "/v1/completions", "body": {**body, "prompt": "x", "top_p": 7}},
         {"custom_id": "d", "method": "GET", "url": "/v1/completions", "body": {}},
         {"prompt": "p" * 5000},
         {"id": "two", "prompt": [5, 6], "max_tokens": 3, "best_of": 3},
@@ -83,7 +83,7 @@ def test_both_formats_and_bad_lines(tmp_path: Path) -> None:
         "[1]",
     ]
     source, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
-    progress = perform(source, out)
+    progress = perform(source, out, "server.unknown_parameters=refuse")
     good, bad = read(out), read(tmp_path / "out.jsonl.errors")
     assert [r.get("custom_id") or r["id"] for r in good] == ["line-1", "a", "b", "three"]
     assert [r.get("line") or (r["error"] or {}).get("line") for r in bad] == [2, 6, None, 8, 9, 10, 12]
@@ -91,7 +91,7 @@ def test_both_formats_and_bad_lines(tmp_path: Path) -> None:
     assert len(good[1]["response"]["body"]["choices"]) == 2 and good[1]["response"]["status_code"] == 200
     assert good[2]["response"]["body"]["choices"][0]["message"]["role"] == "assistant"
     refused = bad[2]["response"]
-    assert refused["status_code"] == 400 and "echo" in refused["body"]["error"]["message"]
+    assert refused["status_code"] == 400 and "top_p" in refused["body"]["error"]["message"]
     assert "in use" in bad[1]["error"]["message"]
     assert "max_model_len" in bad[4]["error"]["message"] and bad[5]["error"]["param"] == "best_of"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.errors"]
@@ -122,8 +122,9 @@ def test_another_run_is_not_mixed_in(tmp_path: Path) -> None:
         Batch(config_of(), source, out)
     job.journal.add([{"line": 1, "ok": True, "result": {"id": "r0"}}])
     job.journal.close()
-    with pytest.raises(UsageError, match="another run"):
-        perform(source, out, "numerics=fast")
+    for other in ("numerics=fast", "server.unknown_parameters=refuse", "server.long_requests=cut"):
+        with pytest.raises(UsageError, match="another run"):
+            perform(source, out, other)
     write(source, plain(4))
     with pytest.raises(UsageError, match="another run"):
         perform(source, out)
@@ -325,10 +326,10 @@ def test_an_unexpected_error_ends_one_line(tmp_path: Path, place: str, monkeypat
     original = getattr(target, name)
     calls = itertools.count()
 
-    def breaking(*args: Any, **rest: Any) -> Any:
+    def breaking(*args: Any, **more: Any) -> Any:
         if "broken" in str(args) or (place == "whole" and next(calls) == 1):
             raise ZeroDivisionError("the inside")
-        return original(*args, **rest)
+        return original(*args, **more)
 
     monkeypatch.setattr(target, name, breaking)
     progress = perform(source, out)
