@@ -34,9 +34,9 @@ WHITESPACE = r" |\r?\n(?: {0,24}|\t{0,8})"
 indentation. It has an end, so that no model writes blanks until its limit."""
 MASK_FUEL, MAX_STATES = 100_000, 50_000
 """Limits of llguidance: they bound the time of a mask and the memory of a grammar (about 2 kB for each state)."""
-TRIALS, TRIAL_TOKENS, TRIAL_S = 2, 32, 0.3
-"""Random outputs that are begun to see whether a grammar stays within the limits, the tokens of each, and the time for
-all."""
+TRIALS, TRIAL_TOKENS, TRIAL_LEAST, TRIAL_S = 2, 32, 4, 0.3
+"""Random outputs that are begun to see whether a grammar stays within the limits, the tokens of each at most and
+at least, and the time for all."""
 LOCATED, LOCATE_S = 200, 1.0
 """Most parts of a refused schema that are compiled by themselves to find the cause, and the time for it."""
 
@@ -171,7 +171,10 @@ class Grammars:
                         raise _refused(wanted, "no text matches")
                     break
                 matcher.try_consume_tokens([int(rng.choice(np.flatnonzero(mask)))])
-                if matcher.is_stopped() or time.monotonic() - began > TRIAL_S:
+                if (wrong := problem(matcher)) is not None:
+                    raise _refused(wanted, wrong)
+                late = position >= TRIAL_LEAST and time.monotonic() - began > TRIAL_S
+                if matcher.is_stopped() or late:
                     break
         return compiled
 

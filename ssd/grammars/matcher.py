@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .keys import KeyScan, KeyTokens
 
-_LIMIT_WORDS = ("too many", "too large", "fuel", "limit")
+_LIMIT_WORDS = ("too many", "too large", "fuel", "limit", "max is")
 """In messages about the library's limits."""
+_TOO_LARGE = "it is too large or too ambiguous"
 
 
 class GrammarMatcher:
@@ -102,4 +103,6 @@ def problem(matcher: Any) -> str | None:
 def one_line(message: str) -> str:
     """Returns llguidance's message without the parser's state, in one line."""
     line = " ".join(message.split("<state>")[0].split())[:300]
-    return f"it is too large or too ambiguous ({line})" if any(word in line for word in _LIMIT_WORDS) else line
+    if line.startswith(_TOO_LARGE) or not any(word in line for word in _LIMIT_WORDS):
+        return line
+    return f"{_TOO_LARGE} ({line})"

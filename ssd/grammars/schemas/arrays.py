@@ -7,6 +7,7 @@ or, with more values, in the order of the list. Elsewhere ``uniqueItems`` is not
 from __future__ import annotations
 
 from itertools import combinations, permutations
+from math import comb, perm
 from typing import Any
 
 from .document import Document
@@ -46,8 +47,11 @@ def listed(schema: Any, document: Document, path: str) -> list[Any] | None:
     return distinct
 
 
-def of_distinct(schema: dict[str, Any], document: Document, path: str) -> dict[str, Any] | None:
+def of_distinct(schema: dict[str, Any], document: Document, path: str, *, most_arrays: int) -> dict[str, Any] | None:
     """Returns what to add to an array schema with ``uniqueItems``; None if nothing makes its items distinct.
+
+    Args:
+        most_arrays: How many arrays may be listed.
 
     Raises:
         SchemaError: No array is valid.
@@ -63,10 +67,14 @@ def of_distinct(schema: dict[str, Any], document: Document, path: str) -> dict[s
     longest = len(options) if most is None else min(most, len(options))
     if least > longest:
         raise SchemaError("uniqueItems", path, f"allows {longest} items at most; minItems is {least}")
-    if len(options) > MAX_IN_ORDER:
+    count, lengths = len(options), range(least, longest + 1)
+    if count <= MAX_IN_ANY_ORDER and sum(perm(count, length) for length in lengths) <= most_arrays:
+        ways: Any = permutations
+    elif count <= MAX_IN_ORDER and sum(comb(count, length) for length in lengths) <= most_arrays:
+        ways = combinations
+    else:
         return {"maxItems": longest}
-    ways = permutations if len(options) <= MAX_IN_ANY_ORDER else combinations
-    arrays = [array for length in range(least, longest + 1) for array in ways(options, length)]
+    arrays = [array for length in lengths for array in ways(options, length)]
     return {"anyOf": [_array(array) for array in arrays]}
 
 

@@ -33,6 +33,8 @@ _PARTS = frozenset({"allOf", "not", "if", "then", "else", "dependentSchemas"})
 """Keywords whose schemas describe an object together with others."""
 MAX_BRANCHES = 200
 """Most branches of a ``oneOf``: each is compared with each."""
+MAX_ARRAYS = 1500
+"""Arrays that are listed for ``uniqueItems`` in one schema."""
 MAX_PREPARED = 100_000
 """Schemas of a prepared document."""
 
@@ -77,6 +79,7 @@ class _Preparation:
         self._names: dict[tuple[str, str | None], str] = {}
         self._waiting: deque[tuple[str, Any, str]] = deque()
         self._left = MAX_PREPARED
+        self._arrays_left = MAX_ARRAYS
         self.open_keys = False
 
     def result(self, at: str) -> dict[str, Any] | bool:
@@ -163,6 +166,7 @@ class _Preparation:
             tagged = self._tagged(given, branch, where)
             branches.append(branch if tagged is None else tagged[0])
             prepared.append(self._prepared(branch, where) if tagged is None else tagged[1])
+        others: list[list[Any]] = [[] for _ in branches]
         for first, second in self._exclusion.overlaps(branches, path):
             # Exactly one of two that overlap: none holds where the other does.
             for one, other in ((first, second), (second, first)):
@@ -175,8 +179,8 @@ class _Preparation:
                         f"cannot be held: branches {first} and {second} may both be valid; use anyOf, or give each a "
                         "required property with a const that differs",
                     ) from None
-                prepared[one] = {"allOf": [prepared[one], self._prepared(opposite, path)]}
-        return {"anyOf": prepared}
+                others[one].append(self._prepared(opposite, path))
+        return {"anyOf": [{"allOf": [own, *rest]} if rest else own for own, rest in zip(prepared, others, strict=True)]}
 
     def _tagged(self, given: dict[str, Any], branch: Any, path: str) -> tuple[Any, Any] | None:
         """Returns a branch of a discriminated union, as it was given and prepared, with its tag required: programs that
@@ -242,13 +246,18 @@ class _Preparation:
         """Returns the arrays of an array schema with ``uniqueItems`` whose items are a few listed values."""
         if not given.get("uniqueItems") or given.get("type") != "array" or given.keys() - _OF_ARRAYS - ANNOTATIONS:
             return None
-        found = arrays.of_distinct(given, self._document, path)
-        return found if found and "anyOf" in found else None
+        found = self._distinct(given, path)
+        return found if "anyOf" in found else None
+
+    def _distinct(self, given: dict[str, Any], path: str) -> dict[str, Any]:
+        found = arrays.of_distinct(given, self._document, path, most_arrays=self._arrays_left) or {}
+        self._arrays_left -= len(found.get("anyOf", ()))
+        return found
 
     def _unique(self, given: dict[str, Any], value: bool, path: str) -> dict[str, Any]:
         if not value:
             return {}
-        found = arrays.of_distinct(given, self._document, path.rpartition("/")[0]) or {}
+        found = self._distinct(given, path.rpartition("/")[0])
         others = [one for one in sorted(types(given)) if one != "array"]
         return {"anyOf": [{"type": others}, *found["anyOf"]]} if others and "anyOf" in found else found
 
