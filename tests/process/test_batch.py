@@ -325,10 +325,10 @@ def test_an_unexpected_error_ends_one_line(tmp_path: Path, place: str, monkeypat
     original = getattr(target, name)
     calls = itertools.count()
 
-    def breaking(*args: Any) -> Any:
+    def breaking(*args: Any, **named: Any) -> Any:
         if "broken" in str(args) or (place == "whole" and next(calls) == 1):
             raise ZeroDivisionError("the inside")
-        return original(*args)
+        return original(*args, **named)
 
     monkeypatch.setattr(target, name, breaking)
     progress = perform(source, out)
