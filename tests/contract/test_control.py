@@ -71,6 +71,7 @@ PARAMS = SamplingParams(
     min_tokens=2,
     n=3,
     include_stop_str_in_output=True,
+    skip_special_tokens=False,
     logprobs=2,
     prompt_logprobs=3,
 )
