@@ -23,6 +23,7 @@ from .openai.routes import Models, add_generation, add_models
 from .responses.reader import ResponsesReader
 from .responses.routes import add_responses
 from .responses.store import ResponseStore
+from .tokens import Tokens, add_tokens
 
 
 def build_app(engine: AsyncEngine, metrics: Metrics, *, model: str) -> App:
@@ -48,6 +49,7 @@ def build_app(engine: AsyncEngine, metrics: Metrics, *, model: str) -> App:
     add_responses(app, engine, ResponsesReader(engine, jobs, ResponseStore(config.server.responses_bytes)))
     add_messages(app, engine, jobs)
     add_models(app, Models(model, config))
+    add_tokens(app, Tokens(engine, jobs))
     add_state(app, engine, metrics, model)
 
     async def refuse(request: Request, error: Exception) -> Response:

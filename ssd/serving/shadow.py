@@ -128,7 +128,7 @@ class Shadow:
 
     async def _replay(self, request: Request) -> RequestOutput | None:
         """Returns the request's output without speculation, or None if somebody else had to go first."""
-        params = replace(request.params, method="none", logprobs=None)
+        params = replace(request.params, method="none", logprobs=None, prompt_logprobs=None)
         async with await self._engine.open(request.prompt_ids, params, caller=Caller(client=CLIENT)) as stream:
             answer = asyncio.ensure_future(stream.output())
             try:

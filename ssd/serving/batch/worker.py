@@ -56,17 +56,21 @@ class LineWorker:
         return {**body, "max_tokens": max(1, min(PLAIN_MAX_TOKENS, room))}
 
 
+ABOUT_TOKENS = ("logprobs", "prompt_logprobs", "token_ids", "prompt_token_ids")
+"""What a request may ask about tokens."""
+
+
 def _success(line: Line, answer: dict[str, Any]) -> dict[str, Any]:
     if line.openai:
         return _openai_result(line, 200, answer)
     [choice] = answer["choices"]
-    message = choice.get("message")
+    message, told = choice.get("message"), {**answer, **choice}
     return {
         "id": line.id,
         "text": choice["text"] if message is None else message["content"],
         **({"message": message} if message is not None else {}),
         "finish_reason": choice["finish_reason"],
-        **({"logprobs": choice["logprobs"]} if choice["logprobs"] else {}),
+        **{name: told[name] for name in ABOUT_TOKENS if told.get(name) is not None},
         "usage": answer["usage"],
         "metrics": answer["metrics"],
     }

@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from .border import App, Message, Receive, Scope, Send
 from .errors import APIError, shown
 
-OPEN_PATHS = frozenset({"/", "/health", "/ready", "/favicon.ico"})
+OPEN_PATHS = frozenset({"/", "/health", "/ping", "/ready", "/favicon.ico"})
 """Paths that need no key. They reveal nothing about users' text."""
 TRACE_HEADERS = ("traceparent", "tracestate")
 """W3C's headers that name the trace a request belongs to."""

@@ -55,6 +55,18 @@ def add_state(app: FastAPI, engine: AsyncEngine, metrics: Metrics, model: str) -
             status_code=503 if failure else 200,
         )
 
+    @app.get("/ping")
+    async def ping() -> Response:
+        return await health()
+
+    @app.get("/version")
+    async def version() -> dict[str, Any]:
+        return {"version": __version__}
+
+    @app.get("/load")
+    async def load() -> dict[str, Any]:
+        return {"server_load": engine.running + engine.queued}
+
     @app.get("/ready")
     async def ready() -> Response:
         return JSONResponse({"ready": engine.accepting}, status_code=200 if engine.accepting else 503)

@@ -21,6 +21,8 @@ class Schema(Protocol):
     """``object`` of a chunk of a stream."""
     prompt_field: ClassVar[str]
     """The request field with the prompt."""
+    prompt_in_choices: ClassVar[bool]
+    """Whether each choice says what is asked about its prompt; otherwise the answer does."""
     opening: ClassVar[dict[str, Any] | None]
     """Content of each choice's first chunk, if a stream begins with one."""
     closing: ClassVar[dict[str, Any]]
@@ -49,6 +51,7 @@ class Chat:
     kind: ClassVar = "chat.completion"
     chunk_kind: ClassVar = "chat.completion.chunk"
     prompt_field: ClassVar = "messages"
+    prompt_in_choices: ClassVar = False
     opening: ClassVar[dict[str, Any] | None] = {"delta": {"role": "assistant", "content": ""}}
     closing: ClassVar[dict[str, Any]] = {"delta": {}}
 
@@ -103,6 +106,7 @@ class Text:
     kind: ClassVar = "text_completion"
     chunk_kind: ClassVar = "text_completion"
     prompt_field: ClassVar = "prompt"
+    prompt_in_choices: ClassVar = True
     opening: ClassVar[dict[str, Any] | None] = None
     closing: ClassVar[dict[str, Any]] = {"text": ""}
 

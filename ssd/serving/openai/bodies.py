@@ -46,7 +46,7 @@ def _whole(value: Any) -> Any:
 Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, Field(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
 Integer = Annotated[Whole, Field(ge=-MAX_INT64, le=MAX_INT64)]
-Count = Annotated[Whole, Field(ge=1, le=MAX_INT64)]
+Length = Annotated[Whole, Field(ge=0, le=MAX_INT64)]
 TopCount = Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT64)]
 Stop = str | Annotated[list[str], Field(max_length=MAX_STOPS)]
@@ -114,8 +114,13 @@ class Common(Strict):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     """As in vLLM."""
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
+    max_tokens: Length | None = None
+    """0 computes the prompt only."""
+    max_completion_tokens: Length | None = None
+    prompt_logprobs: TopCount | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    """As in vLLM: report log-probabilities and ids of the prompt's tokens, ids of all tokens, ids in place of texts."""
     provenance: bool | None = None
     """Our extension: report for each token where it came from."""
     priority: Annotated[Whole, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
@@ -131,6 +136,11 @@ class Common(Strict):
         return cast(int | None, getattr(self, self.length_field))
 
     @property
+    def prompt_count(self) -> int | None:
+        """As ``top_count``, for the prompt."""
+        return self.prompt_logprobs
+
+    @property
     @abstractmethod
     def top_count(self) -> int | None:
         """How many of the most probable tokens to report at each position; None for no log-probabilities."""
@@ -142,10 +152,16 @@ class _Completion(Common):
     add_special_tokens: bool | None = None
     """Whether the tokenizer adds its special tokens to a text prompt. The default is true, as in vLLM."""
     logprobs: TopCount | None = None
+    echo: bool | None = None
+    """Begin each choice with its prompt, and its log-probabilities with those of the prompt."""
 
     @property
     def top_count(self) -> int | None:
         return self.logprobs
+
+    @property
+    def prompt_count(self) -> int | None:
+        return self.logprobs if self.echo and self.prompt_logprobs is None else self.prompt_logprobs
 
 
 class _Chat(Common):
@@ -195,6 +211,8 @@ def read_body(cls: type[Body], raw: Any) -> tuple[Body, tuple[str, ...]]:
         raise APIError(400, "stream_options is only allowed when stream is true", param="stream_options")
     if getattr(body, "top_logprobs", None) and body.top_count is None:
         raise APIError(400, "top_logprobs is only allowed when logprobs is true", param="top_logprobs")
+    if body.stream and body.prompt_logprobs is not None:
+        raise APIError(400, "prompt_logprobs is only allowed when stream is false", param="prompt_logprobs")
     options = raw.get("stream_options") or {}
     nested = (f"stream_options.{name}" for name in options if name not in StreamOptions.model_fields)
     return body, (*fields.unknown, *nested)
@@ -242,7 +260,7 @@ def sampling_params(
         value = defaults.get(parameter.name, parameter.default) if value is None else value
         if value is not None:
             fields[parameter.sampling or parameter.name] = value
-    fields["seed"], fields["logprobs"] = seed, body.top_count
+    fields |= {"seed": seed, "logprobs": body.top_count, "prompt_logprobs": body.prompt_count}
     if shape is None:
         fields["structured_outputs"] = structured_outputs(body.structured_outputs, body.response_format)
     else:

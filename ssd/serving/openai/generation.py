@@ -6,20 +6,21 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from ...engine.async_engine import AsyncEngine
 from ...engine.request import Caller
 from ...engine.stream import RequestStream
 from ...errors import RequestError, SSDError
-from ...request.output import RequestOutput, StreamEvent, TokenLogprob
+from ...request.output import RequestOutput, StreamEvent
 from ..http.errors import APIError, as_api_error
 from ..http.sse import sse
 from ..parsers.parts import Answer, Call, Part
 from .answers import provenance, usage
 from .bodies import refused
 from .jobs import Job
-from .logprobs import TokenReader
+from .logprobs import ChoiceTokens
 from .request_metrics import Level, request_metrics
 
 
@@ -46,11 +47,11 @@ class Generation:
         self.job, self.streams = job, streams
         self._lookahead = engine.config.speculation.depth if engine.config.draft is not None else 0
         self._level: Level = engine.config.server.request_metrics
-        self._readers = [
-            TokenReader(engine.texts, request.prompt_ids, skip_special_tokens=request.params.skip_special_tokens)
-            for request in (stream.request for stream in streams)
+        self._tokens = [
+            ChoiceTokens(engine.texts, stream.request, job.details, prompt)
+            for stream, (prompt, _) in zip(streams, job.choices, strict=True)
         ]
-        """By choice: behind the tokens whose log-probabilities were sent."""
+        """By choice: behind the tokens that were told."""
         self._generated = 0
         """Tokens of all choices so far."""
 
@@ -115,26 +116,35 @@ class Generation:
                 everything[delta.index].append(delta)
         finished = [self._choice(index, deltas) for index, deltas in enumerate(everything)]
         outputs = [output for output, _ in finished]
-        return {**self.job.head, "choices": [choice for _, choice in finished], **self.totals(outputs)}
+        about = {} if self.job.schema.prompt_in_choices else self._about_prompt(0)
+        return {**self.job.head, "choices": [choice for _, choice in finished], **about, **self.totals(outputs)}
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Yields server-sent events. An error after the beginning is the last event."""
-        schema = self.job.schema
+        schema, details = self.job.schema, self.job.details
         outputs: dict[int, RequestOutput] = {}
+        begun: set[int] = set()
         try:
             if schema.opening is not None:
                 for index in range(len(self.streams)):
-                    yield self._chunk(index, schema.opening)
+                    yield self._chunk(index, schema.opening, about=self._tokens[index].prompt_ids())
             async with contextlib.aclosing(self.deltas()) as deltas:
                 async for delta in deltas:
                     index, event = delta.index, delta.event
                     self._generated += len(event.token_ids)
-                    logprobs = self._logprobs(index, event.logprobs)
-                    if delta.parts or logprobs or (self.job.provenance and event.token_ids):
-                        yield self._chunk(index, {**schema.part(delta.parts), **self._origins(event)}, logprobs)
+                    echoed, logprobs = self._tokens[index].read(schema, event.logprobs)
+                    listed = event.token_ids and (self.job.provenance or details.token_ids)
+                    if echoed or delta.parts or logprobs or listed:
+                        content = _after(echoed, schema.part(delta.parts))
+                        content |= self._origins(event) | self._tokens[index].ids(event.token_ids)
+                        if schema.prompt_in_choices and index not in begun:
+                            content |= self._tokens[index].prompt_ids()
+                        begun.add(index)
+                        yield self._chunk(index, content, logprobs)
                     if event.output is not None:
                         outputs[index] = event.output
-                        yield self._chunk(index, schema.closing, finish_reason=delta.finish_reason)
+                        closing = {**schema.closing, "stop_reason": event.output.stop_reason}
+                        yield self._chunk(index, closing, finish_reason=delta.finish_reason)
             if self.job.usage:
                 listed = [outputs[index] for index in range(len(self.streams))]
                 yield sse({**self.job.head, "choices": [], **self.totals(listed)})
@@ -155,11 +165,15 @@ class Generation:
         """Returns the output of one choice, and its part of the answer."""
         output = deltas[-1].event.output
         assert output is not None, "the last event of a request has its output"
+        echoed, logprobs = self._tokens[index].read(self.job.schema, output.logprobs)
         choice = {
             "index": index,
-            **self.job.schema.whole(Answer.of(part for delta in deltas for part in delta.parts)),
-            "logprobs": self._logprobs(index, output.logprobs),
+            **_after(echoed, self.job.schema.whole(Answer.of(part for delta in deltas for part in delta.parts))),
+            "logprobs": logprobs,
             "finish_reason": deltas[-1].finish_reason,
+            "stop_reason": output.stop_reason,
+            **self._tokens[index].ids(output.token_ids),
+            **(self._about_prompt(index) if self.job.schema.prompt_in_choices else {}),
         }
         if self.job.provenance:
             choice["provenance"] = [token for delta in deltas for token in provenance(delta.event)]
@@ -168,9 +182,10 @@ class Generation:
     def _origins(self, event: StreamEvent) -> dict[str, Any]:
         return {"provenance": provenance(event), "drafted": event.drafted} if self.job.provenance else {}
 
-    def _logprobs(self, index: int, tokens: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
-        """Log-probabilities of the next tokens of a choice."""
-        return self.job.schema.logprobs(tokens, self._readers[index]) if tokens else None
+    def _about_prompt(self, index: int) -> dict[str, Any]:
+        """Returns what is asked about a choice's prompt."""
+        tokens = self._tokens[index]
+        return {**tokens.prompt_scores(), **tokens.prompt_ids()}
 
     def _chunk(
         self,
@@ -179,14 +194,16 @@ class Generation:
         logprobs: dict[str, Any] | None = None,
         *,
         finish_reason: str | None = None,
+        about: Mapping[str, Any] = MappingProxyType({}),
     ) -> bytes:
+        """Args: about: fields beside the choices."""
         choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
         usage = {"usage": None} if self.job.usage else {}
         if self.job.running_usage:
             prompt = sum(map(len, self.job.prompts))
             counts = {"prompt_tokens": prompt, "completion_tokens": self._generated}
             usage = {"usage": {**counts, "total_tokens": prompt + self._generated}}
-        return sse({**self.job.head, "choices": [choice], **usage})
+        return sse({**self.job.head, "choices": [choice], **about, **usage})
 
     def _metrics(self, outputs: list[RequestOutput]) -> dict[str, Any] | None:
         """``metrics`` of the whole answer: of requests with one choice."""
@@ -194,6 +211,11 @@ class Generation:
             return {"speculative_decoding": None}
         [output], [stream] = outputs, self.streams
         return request_metrics(stream.request, output, lookahead=self._lookahead, level=self._level)
+
+
+def _after(echoed: str, content: dict[str, Any]) -> dict[str, Any]:
+    """Returns the content of a text completion's choice with the prompt before it."""
+    return {**content, "text": echoed + content["text"]} if echoed else content
 
 
 async def merged(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, StreamEvent], None]:

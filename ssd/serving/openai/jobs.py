@@ -6,7 +6,7 @@ import hashlib
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ from .bodies import (
 )
 from .chat import ChatTemplate, Rendering
 from .fields import UnknownFields
+from .logprobs import TokenDetails
 from .tools import Shape, ToolUse, shape
 
 CUT_HEADER = "x-ssd-max-tokens"
@@ -61,6 +62,8 @@ class Job:
     priority: int = 0
     structured_by: str = "structured_outputs"
     """The field that asked for structured output, if one did."""
+    details: TokenDetails = field(default_factory=TokenDetails)
+    """What the answer says about tokens beside its text."""
     headers: Mapping[str, str] = field(default_factory=dict)
     """HTTP headers of the answer: what about the request was ignored or changed."""
     parser: MakeParser = Plain.make
@@ -130,7 +133,8 @@ class JobReader:
         prompts = [
             self._engine.tokenize(one, add_special_tokens=special) if isinstance(one, str) else one for one in listed
         ]
-        return self._job(Text(), body, prompts, headers)
+        texts = [one if isinstance(one, str) else self._decode(one) for one in listed] if body.echo else []
+        return self._job(Text(), body, prompts, headers, echoed=texts)
 
     def chat(self, given: Any) -> Job:
         """Reads a parsed /v1/chat/completions body. Raises: APIError."""
@@ -176,17 +180,21 @@ class JobReader:
         messages = [message.for_template() for message in body.messages]
         return use, self._template.tokens(messages, tools=use.shown, rendering=rendering(body))
 
+    def check_model(self, name: str | None) -> None:
+        """Raises: APIError: 404: there is no model of that name."""
+        if name and name != self._model:
+            raise APIError(
+                404,
+                f"the model '{shown(name)}' does not exist; this server has {self._model!r}",
+                param="model",
+                code="model_not_found",
+            )
+
     def _body(self, kind: type[Any], given: Any) -> tuple[Any, dict[str, str]]:
         """Returns a checked body, and headers of the answer. Raises: APIError."""
         body, unknown = read_body(kind, given)
         headers = self._unknown.take(unknown, kind.model_fields)
-        if body.model and body.model != self._model:
-            raise APIError(
-                404,
-                f"the model '{shown(body.model)}' does not exist; this server has {self._model!r}",
-                param="model",
-                code="model_not_found",
-            )
+        self.check_model(body.model)
         return body, headers
 
     def _check_count(self, prompts: int, body: Any) -> None:
@@ -208,6 +216,7 @@ class JobReader:
         prompts: list[list[int]],
         headers: Mapping[str, str],
         answer: Shape | None = None,
+        echoed: Sequence[str] = (),
     ) -> Job:
         n = body.n or 1
         limits = [self._limit(schema, body, prompts, index) for index in range(len(prompts))]
@@ -233,7 +242,17 @@ class JobReader:
             structured_by=structured_by(body) if answer is None else answer.structured_by,
             parser=Plain.make if answer is None else answer.parser,
             headers=headers,
+            details=TokenDetails(
+                echoed=tuple(echoed),
+                prompt_logprobs=body.prompt_logprobs is not None,
+                token_ids=bool(body.return_token_ids),
+                called_by_id=bool(body.return_tokens_as_token_ids),
+            ),
         )
+
+    def _decode(self, tokens: list[int]) -> str:
+        """Returns the text of a prompt given as token ids."""
+        return self._engine.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _limit(self, schema: Schema, body: Any, prompts: list[list[int]], index: int) -> int:
         """Returns how many tokens the answer to a prompt may have: as many as asked for, or else the endpoint's
@@ -246,12 +265,12 @@ class JobReader:
             raise APIError(
                 400, f"{where} is empty; give at least one token", param=schema.prompt_field, code="invalid_value"
             )
-        room = self._context - length
-        if room < 1:
+        room, least = self._context - length, 0 if body.length == 0 else 1
+        if room < least:
             raise APIError(
                 400,
                 f"{where} has {length} tokens; this model's context of {self._context} (engine.max_model_len) takes "
-                f"prompts of at most {self._context - 1}",
+                f"prompts of at most {self._context - least}",
                 param=schema.prompt_field,
                 code="context_length_exceeded",
             )

@@ -1,11 +1,12 @@
-"""Log-probabilities in OpenAI's two response schemas."""
+"""Log-probabilities in OpenAI's two response schemas, and what else an answer says about its tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from ...engine.request import Request
 from ...engine.token_text import TokenTexts
 from ...request.output import TokenLogprob
 
@@ -56,6 +57,116 @@ class TokenReader:
     def add(self, token: int) -> None:
         """Goes on to the place after a token."""
         self._final += len(self._stream.add(token))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IdToken(ReadToken):
+    """A token that is called by its id, ``token_id:7``."""
+
+    @property
+    def distinct(self) -> str:
+        return self.name
+
+
+class IdReader(TokenReader):
+    """Reads tokens that are called by their ids."""
+
+    def __getitem__(self, token: int) -> ReadToken:
+        return IdToken(name=f"token_id:{token}", raw=super().__getitem__(token).raw)
+
+
+class Schema(Protocol):
+    """How an endpoint writes log-probabilities."""
+
+    @staticmethod
+    def logprobs(tokens: Sequence[TokenLogprob], reader: TokenReader) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenDetails:
+    """What an answer says about the prompt and the tokens, beside its text and ``logprobs``."""
+
+    echoed: tuple[str, ...] = ()
+    """The texts of the job's prompts, if each choice begins with its prompt."""
+    prompt_logprobs: bool = False
+    token_ids: bool = False
+    called_by_id: bool = False
+    """Whether log-probabilities call tokens by their ids."""
+
+
+class ChoiceTokens:
+    """The tokens of one choice, as its answer shows them. Parts of the answer are read in order.
+
+    Args:
+        request: Of the choice. Its prompt is scored before its first event.
+        prompt: Which of the job's prompts it completes.
+    """
+
+    def __init__(self, texts: TokenTexts, request: Request, details: TokenDetails, prompt: int):
+        self._texts, self._request, self._details = texts, request, details
+        self._echoed = details.echoed[prompt] if details.echoed else None
+        """The prompt's text, until it is read."""
+        params, ids, kind = request.params, request.prompt_ids, IdReader if details.called_by_id else TokenReader
+        skip = params.skip_special_tokens
+        if self._echoed is not None:
+            skip = skip and _decoded(texts, ids) == self._echoed  # otherwise the prompt spells special tokens out
+            ids = ()
+        self._reader = kind(texts, ids, skip_special_tokens=skip)
+
+    def read(self, schema: Schema, tokens: Sequence[TokenLogprob] | None) -> tuple[str, dict[str, Any] | None]:
+        """Reads the next tokens.
+
+        Returns: the text that stands before theirs, which is the echoed prompt or ``""``, and ``logprobs`` of both.
+        """
+        before, self._echoed = self._echoed, None
+        if before is None or self._request.logprobs is None or self._request.prompt_logprobs is None:
+            return before or "", schema.logprobs(tokens, self._reader) if tokens else None
+        first, *_ = self._request.prompt_ids
+        told = {
+            "text_offset": [0],
+            "tokens": [self._reader[first].distinct],
+            "token_logprobs": [None],
+            "top_logprobs": [None],
+        }
+        self._reader.add(first)
+        scored = [token for token in self._request.prompt_logprobs if token is not None]
+        for name, values in completion_logprobs([*scored, *(tokens or ())], self._reader).items():
+            told[name] += values
+        return before, told
+
+    def ids(self, tokens: Sequence[int]) -> dict[str, Any]:
+        """Returns ``token_ids`` of a part of the answer, if asked for."""
+        return {"token_ids": list(tokens)} if self._details.token_ids else {}
+
+    def prompt_ids(self) -> dict[str, Any]:
+        """Returns ``prompt_token_ids``, if asked for."""
+        return {"prompt_token_ids": list(self._request.prompt_ids)} if self._details.token_ids else {}
+
+    def prompt_scores(self) -> dict[str, Any]:
+        """Returns ``prompt_logprobs`` as vLLM does, if asked for: for each token of the prompt what could have stood
+        there, the token itself first."""
+        if not self._details.prompt_logprobs or self._request.prompt_logprobs is None:
+            return {}
+        told, reader = list[dict[str, Any] | None](), TokenReader(self._texts, skip_special_tokens=False)
+        for token, scored in zip(self._request.prompt_ids, self._request.prompt_logprobs, strict=True):
+            told.append(None if scored is None else _candidates(scored, reader))
+            reader.add(token)
+        return {"prompt_logprobs": told}
+
+
+def _decoded(texts: TokenTexts, tokens: Sequence[int]) -> str:
+    stream = texts.stream()
+    return "".join([stream.add(token) for token in tokens]) + stream.tail
+
+
+def _candidates(scored: TokenLogprob, reader: TokenReader) -> dict[str, Any]:
+    """Returns a token and the most probable ones in its place, by id."""
+    ranked = [(scored.token_id, scored.logprob, scored.rank)]
+    ranked += [(id, value, rank) for rank, (id, value) in enumerate(scored.top, 1) if id != scored.token_id]
+    return {
+        str(id): {"logprob": max(value, LEAST), "rank": rank, "decoded_token": reader[id].name}
+        for id, value, rank in ranked
+    }
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob], reader: TokenReader) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class Models:
     """The one model, as OpenAI's API describes models."""
 
     def __init__(self, name: str, config: Config):
-        self._name, self._length = name, config.engine.max_model_len
+        self._name, self._root, self._length = name, config.target.model, config.engine.max_model_len
         self._began = int(time.time())
 
     def described(self) -> dict[str, Any]:
@@ -81,7 +81,28 @@ class Models:
             "object": "model",
             "created": self._began,
             "owned_by": "ssd",
+            "root": self._root,
+            "parent": None,
             "max_model_len": self._length,
+            "permission": [self._permission],
+        }
+
+    @property
+    def _permission(self) -> dict[str, Any]:
+        """What old clients of OpenAI's API read, as vLLM writes it."""
+        return {
+            "id": f"modelperm-{self._name}",
+            "object": "model_permission",
+            "created": self._began,
+            "allow_create_engine": False,
+            "allow_sampling": True,
+            "allow_logprobs": True,
+            "allow_search_indices": False,
+            "allow_view": True,
+            "allow_fine_tuning": False,
+            "organization": "*",
+            "group": None,
+            "is_blocking": False,
         }
 
     def named(self, name: str) -> dict[str, Any]:

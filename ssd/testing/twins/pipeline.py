@@ -18,6 +18,7 @@ from ...pipeline.transport.messages import (
     Message,
     Ready,
     RoundReport,
+    Scored,
     Shutdown,
     Submit,
     Watch,
@@ -97,10 +98,20 @@ class ScriptedPipeline:
                 message = self._lane.receive(0)
             for index, slot in enumerate(self._slots):
                 if slot is None and self._waiting:
-                    self._slots[index] = _Slot(submit=self._waiting.popleft())
+                    self._slots[index] = self._begin(self._waiting.popleft())
             if self.busy:
                 time.sleep(self._round_s)
                 self._round()
+
+    def _begin(self, submit: Submit) -> _Slot | None:
+        """Scores the prompt if that is asked for. None: there is nothing to generate."""
+        count, following = submit.params.prompt_logprobs, submit.prompt[1:]
+        if count is not None and following:
+            self._lane.send(Scored(request=submit.request, logprobs=scripted_logprobs(following, count)))
+        if submit.params.max_tokens:
+            return _Slot(submit=submit)
+        self._lane.send(Finished(request=submit.request, reason="length", record=SpeculationRecord(), decode_s=0.0))
+        return None
 
     def _take(self, message: Message) -> None:
         if isinstance(message, Submit):
