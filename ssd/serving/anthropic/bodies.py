@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..http.bodies import Body, Fields
+from ..openai.bodies import Count
 
 
 class Text(Fields):
@@ -108,6 +109,6 @@ class CountBody(Body):
 class MessagesBody(CountBody):
     """/v1/messages."""
 
-    max_tokens: Annotated[int, Field(ge=1, le=2**63 - 1)]
+    max_tokens: Count
     stop_sequences: list[str] | None = None
     stream: bool | None = None

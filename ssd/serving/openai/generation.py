@@ -144,6 +144,11 @@ class Generation:
         except (SSDError, APIError) as error:
             yield sse(as_api_error(error).body)
 
+    def logprobs(self, delta: Delta) -> dict[str, Any] | None:
+        """Returns the log-probabilities of an event's tokens, if the job asks for them. Takes events in order, each
+        once."""
+        return self._logprobs(delta.index, delta.event.logprobs)
+
     def totals(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """Returns ``usage`` and ``metrics`` of the whole answer.
 

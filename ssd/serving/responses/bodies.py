@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from ..http.bodies import Body, Fields
+from ..openai.bodies import Count, TopCount
 
-Count = Annotated[int, Field(ge=1, le=2**63 - 1)]
+LOGPROBS = "message.output_text.logprobs"
 
 
 class InputText(Fields):
@@ -128,6 +129,7 @@ class StreamOptions(Fields):
 
 
 Includable = Literal[
+    "message.output_text.logprobs",
     "reasoning.encrypted_content",
     "file_search_call.results",
     "web_search_call.results",
@@ -136,7 +138,8 @@ Includable = Literal[
     "computer_call_output.output.image_url",
     "code_interpreter_call.outputs",
 ]
-"""What an answer may include besides what it always has. This server's answers hold nothing of it."""
+"""What an answer may include besides what it always has. Answers of this server have nothing of it but
+log-probabilities."""
 
 
 class ResponsesBody(Body):
@@ -158,5 +161,6 @@ class ResponsesBody(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     include: list[Includable] | None = None
+    top_logprobs: TopCount | None = None
     truncation: Literal["auto", "disabled"] | None = None
     metadata: dict[str, str] | None = None

@@ -237,6 +237,7 @@ def test_other_fields() -> None:
         service_tier="auto",
         container=None,
         mcp_servers=[],
+        context_management={"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
         output_config={"effort": "low", "format": {"type": "json_schema", "schema": {"type": "object"}}},
     )
     assert chat == {

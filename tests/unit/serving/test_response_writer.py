@@ -301,7 +301,6 @@ def test_other_fields() -> None:
         ("conversation", "conv_1"),
         ("prompt", {"id": "p"}),
         ("context_management", [{"type": "compaction"}]),
-        ("top_logprobs", 2),
         ("n", 2),
         ("messages", []),
         ("max_tokens", 5),
