@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -352,6 +354,22 @@ def test_clients_do_not_see_each_other() -> None:
     store = ResponseStore(100)
     store.put("key 1", "a", stored(10))
     assert kept(store, "key 1", "a") and not kept(store, "key 2", "a")
+
+
+def test_a_store_used_by_threads() -> None:
+    store = ResponseStore(100)
+
+    def use(worker: int) -> None:
+        for turn in range(300):
+            store.put("me", f"{worker}-{turn}", stored(30))
+            for other in range(4):
+                if kept(store, "me", f"{other}-{turn}") and other == worker:
+                    with contextlib.suppress(APIError):
+                        store.drop("me", f"{other}-{turn}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(use, range(4)))
+    assert 0 <= store.size <= 100 and store.size % 30 == 0
 
 
 def test_a_store_without_memory() -> None:
