@@ -12,6 +12,8 @@ from pathlib import Path
 
 from ..errors import ConfigError, PipelineError
 
+WAITING = frozenset({"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"})
+"""Variables that say how OpenMP's threads wait."""
 SOCKET_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 """Where sockets go if the path of the temporary folder is too long for them."""
 MAX_SOCKET_PATH = 107
@@ -103,13 +105,18 @@ def socket_folder(prefix: str, within: str | None = None) -> tempfile.TemporaryD
     raise PipelineError("no folder for sockets can be made: set TMPDIR to a writable folder with a short path")
 
 
-def environment_with_caches() -> dict[str, str]:
-    """Returns this process's environment, completed for a worker whose libraries keep caches.
+def worker_environment() -> dict[str, str]:
+    """Returns the environment of a worker process: this process's, completed.
 
-    They ask for the user's name and home, which a container's arbitrary user may not have: the name becomes ``uid-N``,
-    and the home a private folder in the temporary one, which later starts find again.
+    Threads that wait for others sleep, unless the user says how they wait. By default they spin, and on cores that
+    other programs use too, plain decoding on two cores is then many times slower.
+
+    Libraries that keep caches ask for the user's name and home, which a container's arbitrary user may not have: the
+    name becomes ``uid-N``, and the home a private folder in the temporary one, which later starts find again.
     """
     environment, user = dict(os.environ), f"uid-{os.getuid()}"
+    if not environment.keys() & WAITING:
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
     try:
         getpass.getuser()
     except (KeyError, OSError):

@@ -100,6 +100,9 @@ class ServerConfig(Section):
     """The format of the model's reasoning, which answers give apart from the text. ``auto`` as above."""
     unknown_parameters: Literal["ignore", "refuse"] = "ignore"
     """``ignore``: unknown request fields have no effect and are named in a response header. ``refuse``: status 400."""
+    generation_config: Literal["auto", "none"] = "auto"
+    """Sampling parameters that requests leave out. ``auto``: those of the target's ``generation_config.json``, then the
+    API's defaults. ``none``: the API's defaults."""
     long_requests: Literal["refuse", "cut"] = "refuse"
     """Where ``max_tokens`` is more than the prompt leaves room for. ``refuse``: status 400. ``cut``: lower it."""
     allowed_hosts: list[Annotated[str, Field(min_length=1)]] = Field(default=[])

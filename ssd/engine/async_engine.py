@@ -222,9 +222,12 @@ class AsyncEngine:
         """Runs one request to its end. Cancelling the call cancels the request. Raises: As ``open``."""
         return await (await self.open(prompt, params)).output()
 
-    def tokenize(self, text: str) -> list[int]:
-        """Returns the token ids of a prompt, as ``open`` makes them. Raises: RequestError: It is not valid Unicode."""
-        return self._front.tokenize(text)
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Returns the token ids of a prompt, by default as ``open`` makes them.
+
+        Raises: RequestError: It is not valid Unicode.
+        """
+        return self._front.tokenize(text, add_special_tokens=add_special_tokens)
 
     async def failed(self) -> SSDError:
         """Waits until the pipeline breaks. Returns why it did."""

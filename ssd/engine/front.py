@@ -12,11 +12,12 @@ from typing import Any
 from ..config.load import load_config, resolve_model_path
 from ..config.sections import Config, rank_of, section_of
 from ..errors import ConfigError, PipelineError, RequestError, UsageError, WorkerError
+from ..grammars.compiler import Grammars
+from ..models.generation_config import end_ids
 from ..models.loading import load_tokenizer, read_config
 from ..models.skipping import SkipSet
 from ..models.vocabulary import shared_vocabulary
 from ..pipeline.runtime.plan import Plan, check_sizes
-from ..pipeline.sampling.grammar import Grammars
 from ..pipeline.transport.messages import (
     MAX_MESSAGE_BYTES,
     Committed,
@@ -156,10 +157,14 @@ class Front:
         """Takes in that the launcher could not start the draft again."""
         self._restarts.lost(str(error) or type(error).__name__)
 
-    def tokenize(self, text: str) -> list[int]:
-        """Returns the token ids of a prompt. Raises: RequestError: UTF-8 cannot encode the text."""
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Returns the token ids of a prompt. Raises: RequestError: UTF-8 cannot encode the text.
+
+        Args:
+            add_special_tokens: Add those that the tokenizer puts around a text, such as a beginning-of-text token.
+        """
         asked = prompts.one(text)
-        return list(self.tokenizer(asked.prompt, add_special_tokens=True)["input_ids"])
+        return list(self.tokenizer(asked.prompt, add_special_tokens=add_special_tokens)["input_ids"])
 
     def make(self, prompt: str | Sequence[int], params: SamplingParams, caller: Caller | None = None) -> list[Request]:
         """Returns the requests of a prompt, one for each completion: checked, and not yet submitted.
@@ -308,8 +313,6 @@ def make_plan(config: Config) -> tuple[Any, Plan]:
     Raises:
         UsageError: A model is missing, or the tokenizers do not match.
     """
-    from transformers import GenerationConfig
-
     target = resolve_model_path(config.target.model)
     tokenizer = load_tokenizer(target)
 
@@ -330,8 +333,5 @@ def make_plan(config: Config) -> tuple[Any, Plan]:
         other = load_tokenizer(draft)
         sizes.append(head(draft))
     vocabulary = shared_vocabulary(tokenizer, other, sizes[0], sizes[-1])
-    ends = {tokenizer.eos_token_id}
-    if (target / "generation_config.json").is_file():
-        given = GenerationConfig.from_pretrained(target, local_files_only=True).eos_token_id
-        ends |= set(given) if isinstance(given, list) else {given}
-    return tokenizer, Plan(config=config, vocabulary=vocabulary, ends=tuple(sorted(ends - {None})))
+    ends = end_ids(target, read_config(target), tokenizer, vocabulary=vocabulary)
+    return tokenizer, Plan(config=config, vocabulary=vocabulary, ends=ends)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -196,6 +197,9 @@ async def _drain(
 
 async def _start(engine: AsyncEngine, ready: Callable[[], None]) -> None:
     await engine.start()
+    # What libraries made stays for good: looking through it again and again would take a tenth of a second each time.
+    gc.collect()
+    gc.freeze()
     ready()
 
 

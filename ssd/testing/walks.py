@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from ..pipeline.sampling.grammar import Grammars
+from ..grammars.compiler import Grammars
 from ..request.structured import StructuredOutputsParams
 
 _CLOSING = tuple('"]},')

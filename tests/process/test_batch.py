@@ -78,7 +78,7 @@ def test_both_formats_and_bad_lines(tmp_path: Path) -> None:
         {"custom_id": "c", "method": "POST", "url": "/v1/completions", "body": {**body, "prompt": "x", "echo": True}},
         {"custom_id": "d", "method": "GET", "url": "/v1/completions", "body": {}},
         {"prompt": "p" * 5000},
-        {"id": "two", "prompt": [5, 6], "max_tokens": 3, "typo": 1},
+        {"id": "two", "prompt": [5, 6], "max_tokens": 3, "best_of": 3},
         {"id": "three", "prompt": [5, 6], "max_tokens": 3},
         "[1]",
     ]
@@ -93,8 +93,21 @@ def test_both_formats_and_bad_lines(tmp_path: Path) -> None:
     refused = bad[2]["response"]
     assert refused["status_code"] == 400 and "echo" in refused["body"]["error"]["message"]
     assert "in use" in bad[1]["error"]["message"]
-    assert "max_model_len" in bad[4]["error"]["message"] and bad[5]["error"]["param"] == "typo"
+    assert "max_model_len" in bad[4]["error"]["message"] and bad[5]["error"]["param"] == "best_of"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.errors"]
+
+
+def test_unknown_fields_of_lines_are_logged_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = [{"prompt": [5, 6], "max_tokens": 3, "seed": 1, **change} for change in ({}, {"typo": 1}, {"typo": 2})]
+    source, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    assert perform(source, out).failed == 0
+    assert len({line["text"] for line in read(out)}) == 1
+    assert [record.getMessage() for record in caplog.records if "'typo'" in record.getMessage()] == [
+        "unknown request parameter 'typo' is ignored (server.unknown_parameters)"
+    ]
+    refused = tmp_path / "refused.jsonl"
+    assert perform(source, refused, "server.unknown_parameters=refuse").failed == 2
+    assert {line["error"]["param"] for line in read(tmp_path / "refused.jsonl.errors")} == {"typo"}
 
 
 def test_another_run_is_not_mixed_in(tmp_path: Path) -> None:

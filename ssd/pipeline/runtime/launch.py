@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from ...config.machine import environment_with_caches, socket_folder
+from ...config.machine import socket_folder, worker_environment
 from ...config.sections import rank_of, section_of
 from ...errors import PipelineError, WorkerError
 from ..transport.lanes import ControlLane, InprocLane, ZmqLane
@@ -169,7 +169,7 @@ class LocalPipeline:
             [sys.executable, "-m", "ssd.pipeline.runtime.process"],
             stdin=subprocess.PIPE,
             start_new_session=True,
-            env=environment_with_caches(),
+            env=worker_environment(),
         )
         self._processes[role] = process
         orders = {"role": role, "front": endpoint, "folder": self._folder.name, "plan": self._plan.to_dict()}

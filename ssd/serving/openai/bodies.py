@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
@@ -98,6 +98,10 @@ class StreamOptions(Stored):
     include_obfuscation: bool | None = None
     """Without effect: chunks are not padded."""
 
+    @property
+    def asking(self) -> bool:
+        return any(self.model_dump().values())
+
 
 class Common(Strict):
     """Fields that both endpoints have, beside ``PARAMETERS``."""
@@ -137,6 +141,8 @@ class Common(Strict):
 class _Completion(Common):
     default_length: ClassVar[int | None] = 16
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    add_special_tokens: bool | None = None
+    """Whether the tokenizer adds its special tokens to a text prompt. The default is true, as in vLLM."""
     logprobs: TopCount | None = None
 
     @property
@@ -187,7 +193,7 @@ def read_body(cls: type[Body], raw: Any) -> tuple[Body, tuple[str, ...]]:
         body = cls.model_validate(fields.known)
     except ValidationError as error:
         raise _invalid(error.errors(include_url=False)) from None
-    if body.stream_options is not None and not body.stream:
+    if body.stream_options is not None and body.stream_options.asking and not body.stream:
         raise APIError(400, "stream_options is only allowed when stream is true", param="stream_options")
     if getattr(body, "top_logprobs", None) and body.top_count is None:
         raise APIError(400, "top_logprobs is only allowed when logprobs is true", param="top_logprobs")
@@ -220,10 +226,13 @@ def _path(error: ErrorDetails) -> list[str]:
     return [part for part in parts if part != "str" and not part.startswith(("list[", "dict[", "function-", "union"))]
 
 
-def sampling_params(body: Common, *, max_tokens: int, seed: int, shape: Shape | None = None) -> SamplingParams:
+def sampling_params(
+    body: Common, *, max_tokens: int, seed: int, defaults: Mapping[str, Any], shape: Shape | None = None
+) -> SamplingParams:
     """Returns the ``SamplingParams`` of one choice.
 
     Args:
+        defaults: sampling parameters of the server, where the request leaves them out.
         shape: of a chat answer.
 
     Raises:
@@ -232,7 +241,7 @@ def sampling_params(body: Common, *, max_tokens: int, seed: int, shape: Shape | 
     fields: dict[str, Any] = {"max_tokens": max_tokens}
     for parameter in PARAMETERS:
         value = getattr(body, parameter.name)
-        value = parameter.default if value is None else value
+        value = defaults.get(parameter.name, parameter.default) if value is None else value
         if value is not None:
             fields[parameter.sampling or parameter.name] = value
     fields["seed"], fields["logprobs"] = seed, body.top_count

@@ -26,6 +26,7 @@ HARMLESS = frozenset(
         "guided_decoding_backend",
         "metadata",
         "moderation",
+        "parallel_tool_calls",
         "prediction",
         "prompt_cache_key",
         "prompt_cache_options",
@@ -73,6 +74,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (None, True, False),
     "suffix": (None, ""),
     "thinking_token_budget": (None, -1),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
     "top_logprobs": (None, 0),
     "truncate_prompt_tokens": NOTHING,
     "use_beam_search": (None, False),
@@ -96,6 +99,8 @@ WHY = {
     "modalities": "this server answers with text",
     "prompt_embeds": "this server reads text and token ids",
     "suffix": "text is only generated at the end of a prompt",
+    "tool_choice": "it is a field of /v1/chat/completions",
+    "tools": "they are a field of /v1/chat/completions",
 }
 """What the error says beside the field's name."""
 
@@ -171,7 +176,8 @@ class UnknownFields:
         if self._refusing:
             name, near = next(iter(hints.items()))
             hint = f" (did you mean {near!r}?)" if near else ""
-            raise APIError(400, f"unknown parameter '{shown(name)}'{hint}", param=name, code="unknown_parameter")
+            param = name.partition(".")[0]
+            raise APIError(400, f"unknown parameter '{shown(name)}'{hint}", param=param, code="unknown_parameter")
         for name in names:
             if len(self._logged) < MAX_LOGGED and shown(name) not in self._logged:
                 self._logged.add(shown(name))

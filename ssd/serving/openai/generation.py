@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +15,12 @@ from ...errors import RequestError, SSDError
 from ...request.output import RequestOutput, StreamEvent, TokenLogprob
 from ..http.errors import APIError, as_api_error
 from ..http.sse import sse
-from ..parsers.parser import CallIds
 from ..parsers.parts import Answer, Call, Part
 from .answers import provenance, usage
 from .bodies import refused
 from .jobs import Job
 from .logprobs import TokenReader
-from .request_metrics import request_metrics
+from .request_metrics import Level, request_metrics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +45,7 @@ class Generation:
     def __init__(self, engine: AsyncEngine, job: Job, streams: Sequence[RequestStream]):
         self.job, self.streams = job, streams
         self._lookahead = engine.config.speculation.depth if engine.config.draft is not None else 0
-        self._level = engine.config.server.request_metrics
+        self._level: Level = engine.config.server.request_metrics
         self._readers = [
             TokenReader(engine.texts, request.prompt_ids, skip_special_tokens=request.params.skip_special_tokens)
             for request in (stream.request for stream in streams)
@@ -91,7 +89,7 @@ class Generation:
             PipelineError: the pipeline broke.
             APIError: a request failed, or the server gave it up.
         """
-        parsers = [self.job.parser(self._call_ids(index)) for index in range(len(self.streams))]
+        parsers = [self.job.parser(self.job.call_ids(index)) for index in range(len(self.streams))]
         called: set[int] = set()
         try:
             async with contextlib.aclosing(merged(self.streams)) as events:
@@ -171,10 +169,6 @@ class Generation:
         if self.job.provenance:
             choice["provenance"] = [token for delta in deltas for token in provenance(delta.event)]
         return output, choice
-
-    def _call_ids(self, index: int) -> CallIds:
-        """Ids of a choice's tool calls: a function of the job's id, the choice and the call."""
-        return lambda call: hashlib.sha256(f"{self.job.id}/{index}/{call}".encode()).hexdigest()
 
     def _origins(self, event: StreamEvent) -> dict[str, Any]:
         return {"provenance": provenance(event), "drafted": event.drafted} if self.job.provenance else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 import uuid
@@ -9,14 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...config.load import resolve_model_path
 from ...config.sections import Config
 from ...engine.async_engine import AsyncEngine
 from ...engine.book import Limits
+from ...models.generation_config import sampling_defaults
 from ...request.sampling_params import SamplingParams
 from ..http import strict_json
 from ..http.errors import APIError, shown
 from ..parsers.formats import AnswerFormat
-from ..parsers.parser import MakeParser, Plain
+from ..parsers.parser import CallIds, MakeParser, Plain
 from .answers import Chat, Schema, Text
 from .bodies import (
     MAX_CHOICES,
@@ -75,6 +78,10 @@ class Job:
             "model": self.model,
         }
 
+    def call_ids(self, choice: int) -> CallIds:
+        """Returns what makes the ids of a choice's tool calls: a function of the job, the choice and the call."""
+        return lambda call: hashlib.sha256(f"{self.id}/{choice}/{call}".encode()).hexdigest()
+
 
 class JobReader:
     """Reads request bodies for one engine. Safe to call from any thread.
@@ -93,6 +100,7 @@ class JobReader:
         self._cutting = engine.config.server.long_requests == "cut"
         self._template = ChatTemplate(engine.tokenizer, engine.config.server)
         self._unknown = UnknownFields(engine.config.server.unknown_parameters)
+        self._defaults = server_defaults(engine.config)
         self._format = AnswerFormat.of(
             engine.tokenizer,
             self._template.source,
@@ -111,13 +119,17 @@ class JobReader:
 
     def completion(self, given: Any) -> Job:
         """Reads a parsed /v1/completions body. Raises: APIError."""
+        self._check_items(given.get("prompt") if isinstance(given, dict) else None)
         body, headers = self._body(CompletionBody, given)
         prompt = body.prompt
         listed = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
         if not listed:
             raise APIError(400, "prompt must not be an empty list", param="prompt")
         self._check_count(len(listed), body)
-        prompts = [self._engine.tokenize(one) if isinstance(one, str) else one for one in listed]
+        special = body.add_special_tokens is not False
+        prompts = [
+            self._engine.tokenize(one, add_special_tokens=special) if isinstance(one, str) else one for one in listed
+        ]
         return self._job(Text(), body, prompts, headers)
 
     def chat(self, given: Any) -> Job:
@@ -142,6 +154,20 @@ class JobReader:
         use = ToolUse.of(body.tools, body.tool_choice, body.parallel_tool_calls, format=self._format)
         messages = [message.for_template() for message in body.messages]
         return use, self._template.tokens(messages, tools=use.shown, rendering=rendering(body))
+
+    def _check_items(self, prompt: Any) -> None:
+        """Refuses a list that is too long whatever is in it. Validating its items would keep other requests waiting.
+
+        Raises: APIError.
+        """
+        if isinstance(prompt, list) and len(prompt) > max(MAX_CHOICES, self._context):
+            raise APIError(
+                400,
+                f"the prompt has {len(prompt)} items; this server takes at most {MAX_CHOICES} prompts, or the "
+                f"{self._context - 1} tokens that leave room in its context (engine.max_model_len)",
+                param="prompt",
+                code="context_length_exceeded",
+            )
 
     def _body(self, kind: type[Any], given: Any) -> tuple[Any, dict[str, str]]:
         """Returns a checked body, and headers of the answer. Raises: APIError."""
@@ -182,7 +208,7 @@ class JobReader:
             headers = {**headers, CUT_HEADER: str(min(limits))}
         self._check_budget(body, prompts, limits)
         choices = [
-            (index, sampling_params(body, max_tokens=limit, seed=seed, shape=answer))
+            (index, sampling_params(body, max_tokens=limit, seed=seed, defaults=self._defaults, shape=answer))
             for index, limit in enumerate(limits)
             for seed in seeds(body, n)
         ]
@@ -257,6 +283,20 @@ class JobReader:
 def model_name(config: Config) -> str:
     """The name by which requests ask for the model: the configured one, or the last part of the target's path."""
     return config.server.model_name or config.target.model.rstrip("/").rpartition("/")[2]
+
+
+def server_defaults(config: Config) -> dict[str, Any]:
+    """Returns the sampling parameters of requests that leave them out, and logs them if the model sets any."""
+    if config.server.generation_config == "none":
+        return {}
+    defaults = sampling_defaults(resolve_model_path(config.target.model))
+    if defaults:
+        log.warning(
+            "the model's generation_config.json sets defaults of requests: %s (server.generation_config=none takes "
+            "OpenAI's)",
+            ", ".join(f"{name}={value}" for name, value in defaults.items()),
+        )
+    return defaults
 
 
 def rendering(body: Any) -> Rendering:

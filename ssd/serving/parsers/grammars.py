@@ -16,6 +16,8 @@ from .mistral import Mistral
 from .qwen3_xml import Qwen3XML, parameter_schema
 
 ANYTHING = "/(?s:.*)/"
+WHITESPACE = r" |\r?\n(?: {0,24}|\t{0,8})"
+"""What may stand between two tokens of JSON. It has an end, so that no model writes blanks until its limit."""
 SPACES = r"/[ \t\r\n]*/"
 
 
@@ -57,7 +59,7 @@ class _Writer(ABC):
             held = self._asked.forced or tool.strict
             lines.append(f"arguments_{index}: {self._arguments(tool, held)}")
         if self._asked.answer is not None:
-            lines.append(f"answer: %json {json.dumps(self._asked.answer)}")
+            lines.append(f"answer: {_json(self._asked.answer)}")
         return lines
 
     @abstractmethod
@@ -70,7 +72,7 @@ class _Writer(ABC):
         return [f"start: {thought}answer", *lines]
 
     def _arguments(self, tool: Tool, held: bool) -> str:
-        return f"%json {json.dumps(_object(tool.schema) if held else {'type': 'object'})}"
+        return _json(_object(tool.schema if held else {}))
 
     def _marker(self, marker: str) -> str:
         """Returns a marker as an element of a rule: a token where it is one."""
@@ -170,7 +172,7 @@ def _parameter(schema: Any, held: bool) -> str:
     if isinstance(schema, dict) and schema.get("type") == "string":
         values = schema.get("enum", [schema["const"]] if "const" in schema else [])
         return f"{_either(map(json.dumps, values))} {end}" if values else "text"
-    return f"%json {json.dumps(schema)} {end}"
+    return f"{_json(schema)} {end}"
 
 
 class _Llama3(_Writer):
@@ -182,9 +184,11 @@ class _Llama3(_Writer):
         calls = one if self._asked.first_only else f'{one} ("; " {one})*'
         if self._asked.forced:
             return [f"start: {thought}{calls}", *lines]
-        calls = f"{self._marker(Llama3.TAG)}? {calls}"
+        tag = self._marker(Llama3.TAG)
         if self._asked.answer is not None:
-            return [f"start: {thought}({calls} | answer)", *lines]
+            # Without the tag both begin with a bracket, and the library would have to choose there.
+            return [f"start: {thought}({tag} {calls} | answer)", *lines]
+        calls = f"{tag}? {calls}"
         free = rf"FREE: /([ \t\r\n]*[^ \t\r\n{{](?s:.*))?/ & ~/(?s:.*){_escaped(Llama3.TAG)}(?s:.*)/"
         return [f"start: {thought}({calls} | FREE)", free, *lines]
 
@@ -215,6 +219,12 @@ class _Harmony(_Writer):
         """Text without markers."""
         spelled = [marker for marker in harmony.MARKERS if marker not in self._format.tokens]
         return f"FREE: {ANYTHING}" + "".join(f" & ~/(?s:.*){_escaped(marker)}(?s:.*)/" for marker in spelled)
+
+
+def _json(schema: Any) -> str:
+    """Returns an expression for JSON of a schema."""
+    spaced = {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}} if isinstance(schema, Mapping) else schema
+    return f"%json {json.dumps(spaced)}"
 
 
 def _object(schema: Mapping[str, Any]) -> dict[str, Any]:

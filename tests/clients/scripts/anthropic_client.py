@@ -50,7 +50,7 @@ def tools() -> None:
     answer = client.messages.create(
         model=MODEL, max_tokens=96, messages=ASKED, tools=[TOOL], tool_choice={"type": "any"}, extra_body=EXACT
     )
-    [call] = [block for block in answer.content if block.type == "tool_use"]
+    call, *_ = [block for block in answer.content if block.type == "tool_use"]
     assert answer.stop_reason == "tool_use" and call.input["city"] in ("Paris", "Rome")
     told = {"type": "tool_result", "tool_use_id": call.id, "content": "Sunny."}
     client.messages.create(
@@ -67,7 +67,7 @@ def tools_stream() -> None:
         model=MODEL, max_tokens=96, messages=ASKED, tools=[TOOL], tool_choice={"type": "any"}, extra_body=EXACT
     ) as stream:
         kinds = {event.type for event in stream}
-        [call] = [block for block in stream.get_final_message().content if block.type == "tool_use"]
+        call, *_ = [block for block in stream.get_final_message().content if block.type == "tool_use"]
     assert "input_json" in kinds and call.input["city"] in ("Paris", "Rome")
 
 

@@ -69,7 +69,7 @@ def structured_by_function() -> None:
 def bind_tools() -> None:
     messages = [HumanMessage(QUESTION)]
     answer = model().bind_tools([get_weather], tool_choice="any").invoke(messages)
-    [call] = answer.tool_calls
+    call, *_ = answer.tool_calls
     messages += [answer, ToolMessage(get_weather.invoke(call["args"]), tool_call_id=call["id"])]
     model(max_tokens=8).bind_tools([get_weather]).invoke(messages)
 

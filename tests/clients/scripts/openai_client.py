@@ -74,7 +74,12 @@ def chat() -> None:
 def chat_stream_with_usage() -> None:
     chunks = list(
         client.chat.completions.create(
-            model=MODEL, messages=ASKED, temperature=0, max_tokens=8, stream=True, stream_options={"include_usage": True}
+            model=MODEL,
+            messages=ASKED,
+            temperature=0,
+            max_tokens=8,
+            stream=True,
+            stream_options={"include_usage": True},
         )
     )
     assert chunks[-1].usage.completion_tokens == 8 and not chunks[-1].choices
@@ -175,7 +180,7 @@ def tools_stream() -> None:
         max_tokens=96,
     ) as stream:
         kinds = {event.type for event in stream}
-        [call] = stream.get_final_completion().choices[0].message.tool_calls
+        call, *_ = stream.get_final_completion().choices[0].message.tool_calls
     assert isinstance(call.function.parsed_arguments, get_weather)
     assert {"tool_calls.function.arguments.delta", "tool_calls.function.arguments.done"} <= kinds
 
@@ -200,9 +205,7 @@ def responses_stream() -> None:
 
 @check
 def responses_parse() -> None:
-    answer = client.responses.parse(
-        model=MODEL, input=QUESTION, text_format=City, temperature=0, max_output_tokens=64
-    )
+    answer = client.responses.parse(model=MODEL, input=QUESTION, text_format=City, temperature=0, max_output_tokens=64)
     assert isinstance(answer.output_parsed, City)
 
 
@@ -212,7 +215,7 @@ def responses_tools() -> None:
     answer = client.responses.create(
         model=MODEL, input=QUESTION, tools=[tool], tool_choice="required", temperature=0, max_output_tokens=96
     )
-    [call] = [item for item in answer.output if item.type == "function_call"]
+    call, *_ = [item for item in answer.output if item.type == "function_call"]
     assert json.loads(call.arguments)["city"] in ("Paris", "Rome")
     told = {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny."}
     client.responses.create(

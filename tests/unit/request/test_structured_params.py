@@ -9,7 +9,7 @@ import pytest
 
 from ssd import RequestError, SamplingParams, StructuredOutputsParams
 from ssd.errors import PipelineError
-from ssd.pipeline.sampling.grammar import Grammars
+from ssd.grammars.compiler import Grammars
 from ssd.pipeline.transport.messages import Submit, decode, encode
 from ssd.request.structured import MAX_BYTES
 from ssd.serving.lane import wire

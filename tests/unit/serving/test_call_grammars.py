@@ -140,7 +140,8 @@ def test_free_text_with_strict_calls(markers: str, calls: str) -> None:
 def test_a_call_or_json(markers: str, calls: str) -> None:
     written, asked = Written(markers, calls), Asked(tools=TOOLS, answer={"type": "object", "required": ["a"]})
     said = "<|channel|>final<|message|>" if calls == "gpt_oss" else ""
-    assert written.allows(asked, as_written(written, ONE[calls]))
+    tag = "<|python_tag|>" if calls == "llama3_json" else ""
+    assert written.allows(asked, tag + as_written(written, ONE[calls]))
     assert written.allows(asked, said + '{"a": 1}')
     assert not written.allows(asked, said + '{"b": 1}') and not written.allows(asked, said + "Hello!")
 
@@ -190,3 +191,46 @@ def as_written(written: Written, text: str) -> str:
     calls = [piece.split("[ARGS]") for piece in text.split("[TOOL_CALLS]")[1:]]
     objects: list[Any] = [f'{{"name": "{name}", "arguments": {arguments}}}' for name, arguments in calls]
     return f"[TOOL_CALLS][{', '.join(objects)}]"
+
+
+def with_tokens(*special: str, ordinary: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    made = tokenizer("text")
+    made.add_tokens([AddedToken(text, special=True) for text in special])
+    made.add_tokens([AddedToken(text, special=False) for text in ordinary])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("made", "template", "calls", "reasoning"),
+    [
+        (with_tokens(), None, "hermes", "none"),
+        (with_tokens("<|im_start|>", ordinary=("<tool_call>", "<think>", "</think>")), "", "hermes", "think"),
+        (with_tokens(), "{{ '<tool_call>' }} {{ '<think></think>' }}", "hermes", "think"),
+        (with_tokens(ordinary=("<tool_call>",)), "<function=name> <parameter=key>", "qwen3_xml", "none"),
+        (with_tokens("<|python_tag|>", "<|eot_id|>"), "", "llama3_json", "none"),
+        (with_tokens("<|python_tag|>"), "<tool_call>", "hermes", "none"),
+        (with_tokens("[TOOL_CALLS]"), "", "mistral", "none"),
+        (with_tokens("[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]"), "", "mistral", "mistral"),
+        (with_tokens(*CALL_FORMATS["gpt_oss"]), "", "gpt_oss", "gpt_oss"),
+    ],
+    ids=["nothing", "qwen3", "template", "qwen3_coder", "llama3", "hermes3", "mistral", "magistral", "gpt_oss"],
+)
+def test_formats_are_chosen_by_markers(made: Any, template: str | None, calls: str, reasoning: str) -> None:
+    format = AnswerFormat.of(made, template)
+    assert (format.calls, format.reasoning) == (calls, reasoning)
+    special = {token.content for token in made.added_tokens_decoder.values() if token.special}
+    used = {*CALL_FORMATS[calls], *REASONING_FORMATS.get(reasoning, ())}
+    assert format.special is bool(special & used)
+    assert set(format.hidden) == special - used
+    assert AnswerFormat.of(made, template, calls="none", reasoning="none").calls == "none"
+
+
+def test_special_tokens_that_are_no_markers_are_hidden() -> None:
+    format = AnswerFormat.of(with_tokens("[TOOL_CALLS]", "<|odd|>"), None)
+    text = "See <|odd|>this<|o.[TOOL_CALLS]now{}"
+    for chunks in ([text], text):
+        parser = format.parser("", tools=TOOLS)(str)
+        answer = Answer.of([part for chunk in chunks for part in parser.feed(chunk)] + parser.finish())
+        assert (answer.text, [call.name for call in answer.calls]) == ("See this<|o.", ["now"])
+    parser = format.parser("", tools=TOOLS, show_specials=True)(str)
+    assert Answer.of([*parser.feed(text), *parser.finish()]).text == "See <|odd|>this<|o."

@@ -245,7 +245,11 @@ def test_many_unknown_fields_cost_little(served: Served) -> None:
         ({"stop": "z", "mirostat": 2}, "mirostat", "unknown parameter 'mirostat'"),
         ({"x" * 100_000: 1}, "x" * 64, "unknown parameter"),
         ({"line\nbreak": 1}, "line\\nbreak", "unknown parameter"),
-        ({"stream": True, "stream_options": {"chunky": True}}, "stream_options.chunky", "unknown parameter"),
+        (
+            {"stream": True, "stream_options": {"chunky": True}},
+            "stream_options",
+            "unknown parameter 'stream_options.chunky'",
+        ),
     ],
     ids=["typo", "other", "long", "line-break", "nested"],
 )

@@ -241,11 +241,11 @@ def test_logprobs_of_chat(served: Served, stream: bool) -> None:
 
 def test_openai_raises_its_own_errors(served: Served) -> None:
     client = served.client()
-    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
+    with pytest.raises(openai.BadRequestError, match="functions is not supported"):
         client.chat.completions.create(
             model="tiny",
             messages=[{"role": "user", "content": "x"}],
-            tools=[{"type": "function", "function": {"name": "f"}}],
+            functions=[{"name": "f"}],
         )
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")

@@ -66,3 +66,6 @@ def test_options_are_booleans_of_a_stream(served: Served, name: str) -> None:
     for change in ({"stream": True, "stream_options": {name: "yes"}}, {"stream_options": {name: True}}):
         status, _, text = served.ask("POST", "/v1/completions", {"prompt": "x", "max_tokens": 2, **change})
         assert (status, json.loads(text)["error"]["param"]) == (400, "stream_options")
+    for nothing in ({}, {name: False}, {name: None}):  # asks for nothing, stream or not
+        body = {"prompt": "x", "max_tokens": 2, "stream_options": nothing}
+        assert served.ask("POST", "/v1/completions", body)[0] == 200

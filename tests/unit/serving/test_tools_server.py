@@ -266,3 +266,22 @@ def test_a_conversation_with_a_tool(saying: Saying) -> None:
     )
     assert answer.choices[0].message.content == "It is sunny."
     assert "tool: sunny" in saying.prompts[-1]
+
+
+def test_calls_through_the_other_front_doors(saying: Saying) -> None:
+    flat = {"type": "function", **WEATHER["function"], "strict": False}
+    said = saying.client.responses.create(model="tiny", input=f"SAY {CALLS}", tools=[flat], max_output_tokens=200)
+    found = [(item.name, item.arguments) for item in said.output if item.type == "function_call"]
+    assert found == [("get_weather", CITY), ("now", "{}")]
+    tool = {"name": "get_weather", "input_schema": WEATHER["function"]["parameters"]}
+    body = {
+        "model": "tiny",
+        "max_tokens": 200,
+        "messages": [{"role": "user", "content": f"SAY {CALLS}"}],
+        "tools": [tool],
+    }
+    status, _, text = saying.served.ask("POST", "/v1/messages", body)
+    answer = json.loads(text)
+    assert (status, answer["stop_reason"]) == (200, "tool_use")
+    assert [block["type"] for block in answer["content"]] == ["text", "tool_use", "tool_use"]
+    assert answer["content"][1]["input"] == {"city": "Paris"}

@@ -17,9 +17,9 @@ from ssd.config.machine import (
     MAX_SOCKET_PATH,
     SOCKET_NAME,
     core_count,
-    environment_with_caches,
     socket_folder,
     usable_cores,
+    worker_environment,
 )
 from ssd.errors import ConfigError, PipelineError
 from ssd.pipeline.runtime import cores
@@ -158,7 +158,20 @@ def homeless(*_: object) -> None:
 def test_a_known_user_keeps_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/somewhere")
     monkeypatch.setenv("USER", "somebody")
-    assert environment_with_caches() == dict(os.environ)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert worker_environment() == dict(os.environ)
+
+
+@pytest.mark.parametrize("variable", [None, *sorted(machine.WAITING)])
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(
+    variable: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in machine.WAITING:
+        monkeypatch.delenv(name, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(variable, "7")
+    found = {name: value for name, value in worker_environment().items() if name in machine.WAITING}
+    assert found == ({"OMP_WAIT_POLICY": "PASSIVE"} if variable is None else {variable: "7"})
 
 
 def test_an_unknown_user_gets_a_name_and_a_home(
@@ -168,11 +181,11 @@ def test_an_unknown_user_gets_a_name_and_a_home(
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(getpass, "getuser", unknown)
     monkeypatch.setattr(Path, "home", homeless)
-    environment = environment_with_caches()
+    environment = worker_environment()
     home = Path(environment["HOME"])
     assert environment["USER"] == f"uid-{os.getuid()}"
     assert home.parent == tmp_path and home.stat().st_mode & 0o777 == 0o700
-    assert environment_with_caches()["HOME"] == str(home)  # its caches are found again
+    assert worker_environment()["HOME"] == str(home)  # its caches are found again
     assert "HOME" not in os.environ
 
 
@@ -191,5 +204,5 @@ def test_a_home_that_somebody_else_prepared_is_not_used(
     else:
         planted.mkdir()
         planted.chmod(0o777)
-    home = Path(environment_with_caches()["HOME"])
+    home = Path(worker_environment()["HOME"])
     assert home != planted and home.parent == tmp_path and home.stat().st_mode & 0o777 == 0o700

@@ -13,11 +13,11 @@ import pytest
 from ssd import SamplingParams
 from ssd.config.load import load_config
 from ssd.engine.front import make_plan
+from ssd.grammars.compiler import Grammars
 from ssd.pipeline.draft.worker import DraftWorker
 from ssd.pipeline.runtime.build_draft import build_draft
 from ssd.pipeline.runtime.build_verifier import build_verifier
 from ssd.pipeline.runtime.plan import Plan
-from ssd.pipeline.sampling.grammar import Grammars
 from ssd.pipeline.transport.messages import Submit
 from ssd.pipeline.verifier.worker import VerifierWorker
 from ssd.testing.twins.rounds import decode_alone, play

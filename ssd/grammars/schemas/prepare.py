@@ -29,6 +29,8 @@ _OF_ARRAYS = frozenset({"type", "items", "minItems", "maxItems", "uniqueItems"})
 _APPLICATORS = frozenset({"allOf", "anyOf", "oneOf", "$ref", "if", "not", "dependentSchemas"})
 _LAST = frozenset({"not", "if", "dependentRequired", "dependentSchemas", "dependencies", "uniqueItems"})
 """Rewritten to schemas that come last, so that properties keep their order."""
+_PARTS = frozenset({"allOf", "not", "if", "then", "else", "dependentSchemas"})
+"""Keywords whose schemas describe an object together with others."""
 MAX_BRANCHES = 200
 """Most branches of a ``oneOf``: each is compared with each."""
 MAX_PREPARED = 100_000
@@ -114,7 +116,7 @@ class _Preparation:
         elif _names_patterns_only(given) and "/allOf/" not in path:
             # Pydantic writes a dictionary of constrained names so, and means no others.
             out["additionalProperties"] = False
-        elif self._closed and _describes_object(given) and not given.keys() & {"patternProperties", "$ref"}:
+        elif self._closed and _is_whole_object(given, path):
             out.setdefault("additionalProperties", False)
         if out.get("additionalProperties") is not False and _describes_object(given):
             self.open_keys = True
@@ -283,7 +285,7 @@ class _Preparation:
 
     def _limit_names(self, given: dict[str, Any], out: dict[str, Any], path: str) -> None:
         """Rewrites ``propertyNames`` to properties that are listed, or to a pattern of names."""
-        names = self._document.followed(given["propertyNames"], path)
+        names: Any = self._document.followed(given["propertyNames"], path)
         rest = out.get("additionalProperties", True)
         if names is True or names == {} or (is_object(names) and names.keys() <= {"type", "title", "description"}):
             return
@@ -301,7 +303,7 @@ class _Preparation:
         out["patternProperties"], out["additionalProperties"] = {pattern: rest}, False
         self.open_keys = True
 
-    def _name_pattern(self, names: dict[str, Any], path: str) -> str:
+    def _name_pattern(self, names: Any, path: str) -> str:
         prepared = self._prepared(names, joined(path, "propertyNames"))
         asked = prepared.keys() - {"type"} if is_object(prepared) else {"propertyNames"}
         if asked == {"pattern"}:
@@ -339,6 +341,13 @@ def _names_patterns_only(schema: dict[str, Any]) -> bool:
     """Whether the schema is of objects whose names follow patterns, and says no more."""
     told = schema.keys() - ANNOTATIONS
     return told <= {"type", "patternProperties", "minProperties", "maxProperties"} and "patternProperties" in told
+
+
+def _is_whole_object(schema: dict[str, Any], path: str) -> bool:
+    """Whether the schema alone says which properties an object has."""
+    if schema.keys() & {*_APPLICATORS, "patternProperties"} or _PARTS & {*path.split("/")}:
+        return False
+    return "properties" in schema or schema.get("type") == "object"
 
 
 def _describes_object(schema: dict[str, Any]) -> bool:

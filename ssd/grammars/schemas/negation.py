@@ -35,9 +35,13 @@ def negated(schema: Any, document: Document, path: str, depth: int = 0) -> Any:
         NotNegatable: There is none.
         SchemaError: A reference is wrong.
     """
-    schema = document.followed(schema, path)
-    if isinstance(schema, bool):
-        return not schema
+    followed = document.followed(schema, path)
+    if isinstance(followed, bool):
+        return not followed
+    return _opposite(followed, document, path, depth)
+
+
+def _opposite(schema: Any, document: Document, path: str, depth: int) -> Any:
     if not is_object(schema) or depth > MAX_DEPTH:
         raise NotNegatable("not")
 
@@ -52,7 +56,7 @@ def negated(schema: Any, document: Document, path: str, depth: int = 0) -> Any:
             branches.append(_other_types([value] if isinstance(value, str) else value))
         elif keyword in ("const", "enum"):
             branches += _other_values([value] if keyword == "const" else value)
-        elif keyword in _OPPOSITE_LIMITS and isinstance(value, int | float) and not isinstance(value, bool):
+        elif keyword in _OPPOSITE_LIMITS and type_of(value) in ("integer", "number"):
             branches += _beyond(keyword, value)
         elif keyword == "required":
             branches += [{"type": "object", "properties": {name: False}} for name in value]

@@ -117,12 +117,14 @@ def _near(keyword: str) -> str | None:
 
 def _inner(keyword: str, value: Any) -> list[tuple[tuple[str | int, ...], Any]]:
     """Returns the schemas that a keyword's value contains, and where."""
-    if keyword in _ONE or keyword.startswith("unevaluated") or (keyword == "items" and not isinstance(value, list)):
+    if keyword == "items" and isinstance(value, list):
+        return [((index,), part) for index, part in enumerate(value)]
+    if keyword in (*_ONE, "items") or keyword.startswith("unevaluated"):
         return [((), value)]
-    if keyword in _LISTS or keyword == "items":
+    if keyword in _LISTS:
         return [((index,), part) for index, part in enumerate(value)]
     if keyword in _MAPS:
         return [((name,), part) for name, part in value.items()]
     if keyword == "dependencies":
-        return [((name,), part) for name, part in value.items() if not isinstance(part, list)]
+        return [((name,), part) for name, part in value.items() if not _are_names(part)]
     return []

@@ -10,14 +10,15 @@ from itertools import combinations, permutations
 from typing import Any
 
 from .document import Document
-from .exclusive import same, type_of, values
-from .terms import SchemaError, is_object
+from .exclusive import same, type_of, types, values
+from .terms import ANNOTATIONS, SchemaError, is_object
 
 MAX_IN_ANY_ORDER = 5
 """Most values whose arrays are listed in every order (326 arrays)."""
 MAX_IN_ORDER = 8
 """Most values whose arrays are listed in the order of the values (256 arrays)."""
 MAX_LISTED = 256
+_RANGE = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"})
 
 
 def listed(schema: Any, document: Document, path: str) -> list[Any] | None:
@@ -25,24 +26,22 @@ def listed(schema: Any, document: Document, path: str) -> list[Any] | None:
     schema = document.followed(schema, path)
     if not is_object(schema):
         return None
-    found = values(schema)
-    if found is None and schema.get("type") == "boolean":
-        found = [False, True]
-    if found is None and schema.get("type") == "null":
-        found = [None]
-    if found is None and schema.get("type") == "integer":
+    told = schema.keys() - ANNOTATIONS - {"type"}
+    found: list[Any] | None = None
+    if told and told <= {"const", "enum"}:
+        found = values(schema)
+    elif not told:
+        found = {"boolean": [False, True], "null": [None]}.get(str(schema.get("type")))
+    elif told <= _RANGE and schema.get("type") == "integer":
         found = _range(schema)
-    if found is None and isinstance(schema.get("anyOf"), list) and "type" not in schema:
+    elif told == {"anyOf"} and "type" not in schema:
         parts = [listed(branch, document, path) for branch in schema["anyOf"]]
         found = [value for part in parts for value in part or ()] if None not in parts else None
     if found is None or len(found) > MAX_LISTED:
         return None
-    kinds = schema.get("type", type_of)
-    kinds = [kinds] if isinstance(kinds, str) else kinds
-    distinct: list[Any] = []
+    kinds, distinct = types(schema), list[Any]()
     for value in found:
-        fits = callable(kinds) or type_of(value) in kinds or (type_of(value) == "integer" and "number" in kinds)
-        if fits and not any(same(value, one) for one in distinct):
+        if ("anyOf" in told or type_of(value) in kinds) and not any(same(value, one) for one in distinct):
             distinct.append(value)
     return distinct
 
@@ -82,6 +81,6 @@ def _range(schema: dict[str, Any]) -> list[Any] | None:
         low = schema["exclusiveMinimum"] + 1
     if isinstance(schema.get("exclusiveMaximum"), int) and high is None:
         high = schema["exclusiveMaximum"] - 1
-    if not isinstance(low, int) or not isinstance(high, int) or "multipleOf" in schema:
+    if not isinstance(low, int) or not isinstance(high, int):
         return None
     return list(range(low, high + 1)) if high - low < MAX_LISTED else None

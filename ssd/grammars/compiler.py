@@ -1,8 +1,6 @@
-"""Grammars for structured output, compiled and matched by ``llguidance`` (the only file that imports it).
+"""Grammars for structured output, compiled by ``llguidance`` (the only file that imports it).
 
-A worker compiles a grammar once and copies its matcher for every request. A matcher's state is that after the certain
-tokens of its sequence; for the row of a candidate a copy consumes the candidate's path. Draft and verifier have one
-each, so that the draft proposes what the target may choose.
+A worker compiles a grammar once and copies its matcher for every request.
 """
 
 from __future__ import annotations
@@ -10,20 +8,19 @@ from __future__ import annotations
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ...errors import RequestError
-from ...request.schemas.prepare import PreparedSchema, prepare, subschemas
-from ...request.structured import StructuredOutputsParams
-from .keys import KeyScan, KeyTokens
+from ..errors import RequestError
+from ..request.structured import StructuredOutputsParams
+from .keys import KeyTokens
+from .matcher import GrammarMatcher, one_line, problem
+from .schemas.prepare import PreparedSchema, prepare, subschemas
 
 KEPT = 64
 """Compiled grammars that a worker keeps, those used last."""
@@ -32,90 +29,13 @@ COMPILE_S = 20.0
 WHITESPACE = r" |\r?\n(?: {0,24}|\t{0,8})"
 """What may stand between two tokens of JSON, unless the request says otherwise: a blank, or a line break and an
 indentation. It has an end, so that no model writes blanks until its limit."""
-LIMITS = {"step_lexer_fuel": 100_000, "max_lexer_states": 50_000}
-"""llguidance's limits that differ from its defaults: they bound the time of a mask and the memory of a grammar (about
-2 kB for each state)."""
+MASK_FUEL, MAX_STATES = 100_000, 50_000
+"""Limits of llguidance: they bound the time of a mask and the memory of a grammar (about 2 kB for each state)."""
 TRIALS, TRIAL_TOKENS, TRIAL_S = 2, 32, 0.3
 """Random outputs that are begun to see whether a grammar stays within the limits, the tokens of each, and the time for
 all."""
 LOCATED, LOCATE_S = 200, 1.0
 """Most parts of a refused schema that are compiled by themselves to find the cause, and the time for it."""
-_LIMIT_WORDS = ("too many", "too large", "fuel", "limit")
-"""In messages about the library's limits."""
-
-
-class GrammarMatcher:
-    """The state of one output in its grammar (a ``decoding.processors.Constraint``).
-
-    Args:
-        matcher: ``llguidance.LLMatcher``.
-        vocabulary: V.
-        kind: What kind of grammar it is, for messages.
-        keys: Tokens that can complete a key; None if the grammar itself keeps keys apart.
-    """
-
-    def __init__(self, matcher: Any, vocabulary: int, *, kind: str, keys: KeyTokens | None):
-        self._matcher, self._vocabulary, self._kind, self._keys = matcher, vocabulary, kind, keys
-        self._scan = KeyScan()
-        self._failure: str | None = None
-
-    @property
-    def complete(self) -> bool:
-        """Whether the output is complete, so that nothing may follow."""
-        return bool(self._matcher.is_stopped() and self._matcher.is_accepting())
-
-    @property
-    def error(self) -> str | None:
-        """Why the grammar cannot continue, for example because of one of the library's limits; None if it can."""
-        return self._failure
-
-    def advance(self, token: int) -> bool:
-        """Consumes a certain token. Returns False, and changes nothing but ``error``, if the grammar does not allow
-        it."""
-        if self._matcher.try_consume_tokens([token]) == 1:
-            if self._keys is not None:
-                self._scan = self._keys.after(self._scan, [token])
-            return True
-        # The row's mask came from a copy of the matcher, so its error is not in this one.
-        copy = self._matcher.deep_copy()
-        packed = copy.compute_bitmask()
-        why = _problem(copy) or (None if any(packed) else "no token can follow the output so far")
-        self._failure = None if why is None else _failed(self._kind, why)
-        return False
-
-    def allowed(self, paths: Sequence[Sequence[int]]) -> Tensor:
-        """Returns what may follow the certain tokens and each path, ``[R, V]`` bool on the host.
-
-        End-of-text ids may follow where the output may end, and nothing else once it is complete. Everything may follow
-        a path that the grammar does not allow, because such a row is never reached.
-        """
-        masks: dict[tuple[int, ...], np.ndarray] = {}
-        rows = [tuple(path) for path in paths]
-        for path in rows:
-            if path not in masks:
-                masks[path] = self._mask(path)
-        return torch.from_numpy(np.stack([masks[path] for path in rows]))
-
-    def mended(self, path: Sequence[int], chain: Sequence[int]) -> list[int]:
-        """Returns the chain after the certain tokens and ``path``. From its first token that is not allowed, the tokens
-        that the grammar forces replace its own."""
-        matcher, forced = self._matcher.deep_copy(), []
-        if matcher.try_consume_tokens(list(path)) == len(path):
-            taken = matcher.try_consume_tokens(list(chain))
-            if taken < len(chain) and not matcher.is_stopped():
-                forced = matcher.compute_ff_tokens()[: len(chain) - taken]
-        return [*chain[:taken], *forced, *chain[taken + len(forced) :]] if forced else list(chain)
-
-    def _mask(self, path: tuple[int, ...]) -> np.ndarray:
-        """``[V]`` bool."""
-        # A copy: an error on a candidate's path must not affect the sequence.
-        matcher = self._matcher.deep_copy() if path else self._matcher
-        taken = matcher.try_consume_tokens(list(path)) if path else 0
-        if taken < len(path) and not matcher.is_stopped():
-            return np.ones(self._vocabulary, dtype=bool)
-        packed = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-        mask = np.unpackbits(packed, count=self._vocabulary, bitorder="little").astype(bool)
-        return mask if self._keys is None else self._keys.restrict(mask, self._keys.after(self._scan, path))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,10 +124,10 @@ class Grammars:
         """Returns the matcher of a grammar in llguidance's notation. Raises: ValueError."""
         from llguidance import LLMatcher, LLParserLimits
 
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
-        matcher_error = _problem(matcher)
-        if matcher_error is not None:
-            raise ValueError(matcher_error)
+        limits = LLParserLimits(step_lexer_fuel=MASK_FUEL, max_lexer_states=MAX_STATES)
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
+        if (wrong := problem(matcher)) is not None:
+            raise ValueError(wrong)
         return matcher
 
     def _tried(self, wanted: StructuredOutputsParams, compiled: _Compiled) -> _Compiled:
@@ -222,8 +142,8 @@ class Grammars:
             matcher = compiled.matcher.deep_copy()
             for position in range(TRIAL_TOKENS):
                 packed = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-                if (problem := _problem(matcher)) is not None:
-                    raise _refused(wanted, problem)
+                if (wrong := problem(matcher)) is not None:
+                    raise _refused(wanted, wrong)
                 mask = np.unpackbits(packed, count=self._vocabulary, bitorder="little").astype(bool)
                 mask[ends] = False
                 if not mask.any():
@@ -288,20 +208,4 @@ def _grammar(wanted: StructuredOutputsParams) -> str:
 
 
 def _refused(wanted: StructuredOutputsParams, why: str) -> RequestError:
-    return RequestError(f"structured_outputs.{wanted.kind} cannot be used: {_one_line(why)}")
-
-
-def _failed(kind: str, why: str) -> str:
-    return f"structured_outputs.{kind} cannot continue: {_one_line(why)}"
-
-
-def _problem(matcher: Any) -> str | None:
-    """Returns a matcher's error, if any. That no token fits is not one."""
-    message = _one_line(matcher.get_error()) if matcher.is_error() else ""
-    return None if message in ("", "NoExtensionBias") else message
-
-
-def _one_line(message: str) -> str:
-    """Returns llguidance's message without the parser's state, in one line."""
-    line = " ".join(message.split("<state>")[0].split())[:300]
-    return f"it is too large or too ambiguous ({line})" if any(word in line for word in _LIMIT_WORDS) else line
+    return RequestError(f"structured_outputs.{wanted.kind} cannot be used: {one_line(why)}")

@@ -12,9 +12,9 @@ import pytest
 
 import ssd
 from ssd import RequestError
+from ssd.grammars import compiler
+from ssd.grammars.keys import KeyScan
 from ssd.models.loading import load_tokenizer
-from ssd.pipeline.sampling import grammar
-from ssd.pipeline.sampling.keys import KeyScan
 from ssd.request.structured import StructuredOutputsParams
 from ssd.testing.walks import Walker
 
@@ -282,7 +282,7 @@ def test_what_is_too_large_is_refused_at_once(asked: dict[str, Any], walker: Wal
 
 
 def test_what_turns_out_too_large_later_says_so(walker: Walker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar, "TRIALS", 0)
+    monkeypatch.setattr(compiler, "TRIALS", 0)
     matcher = walker.grammars.matcher(StructuredOutputsParams(regex="(a{1000}){999}"))
     token = walker.tokens("a")[0]
     while matcher.allowed([()]).any() and matcher.advance(token):
@@ -292,6 +292,6 @@ def test_what_turns_out_too_large_later_says_so(walker: Walker, monkeypatch: pyt
 
 
 def test_compiling_has_a_time_limit(walker: Walker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar, "COMPILE_S", 0.0)
+    monkeypatch.setattr(compiler, "COMPILE_S", 0.0)
     with pytest.raises(RequestError, match=r"structured_outputs\.regex cannot be used: .* within 0 s"):
         walker.grammars.matcher(StructuredOutputsParams(regex="[a-z]{3}never-seen"))
