@@ -19,6 +19,7 @@ from ..http.sse import typed_sse
 from ..openai.generation import Generation
 from ..openai.jobs import Job, JobReader
 from ..openai.routes import CLIENT_GONE, EventStream, check_ready, started, unless_gone
+from ..parsers.parts import Reasoning
 from .bodies import CountBody, MessagesBody
 from .errors import REQUEST_ID, AnthropicErrors, request_id
 from .translation import NAMES, chat_body
@@ -98,12 +99,16 @@ async def _events(generation: Generation, writer: MessageWriter) -> AsyncIterato
 
 async def _written(generation: Generation, writer: MessageWriter) -> AsyncGenerator[list[Event], None]:
     """Writes the message while its parts come. Yields the events of each step."""
+    thoughts: list[str] = []
     async with contextlib.aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
+            thoughts += [part.text for part in delta.parts if isinstance(part, Reasoning)]
             events = [event for part in delta.parts for event in writer.add(part)]
             output, reason = delta.event.output, delta.finish_reason
             if output is not None and reason is not None:
-                events += writer.end(output, reason, more={"metrics": generation.totals([output])["metrics"]})
+                metrics = generation.totals([output])["metrics"]
+                thought = await generation.tokens_of("".join(thoughts))
+                events += writer.end(output, reason, thinking_tokens=thought, more={"metrics": metrics})
             if events:
                 yield events
 

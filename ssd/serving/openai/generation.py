@@ -51,6 +51,7 @@ class Generation:
             for request in (stream.request for stream in streams)
         ]
         """By choice: behind the tokens whose log-probabilities were sent."""
+        self._tokenize = engine.tokenize
         self._generated = 0
         """Tokens of all choices so far."""
 
@@ -146,6 +147,10 @@ class Generation:
         """Returns the log-probabilities of an event's tokens, if the job asks for them. Takes events in order, each
         once."""
         return self._logprobs(delta.index, delta.event.logprobs)
+
+    async def tokens_of(self, text: str) -> int:
+        """Returns how many tokens a part of the answer has when it is tokenized again."""
+        return len(await asyncio.to_thread(self._tokenize, text, add_special_tokens=False)) if text else 0
 
     def totals(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """Returns ``usage`` and ``metrics`` of the whole answer.

@@ -55,7 +55,7 @@ class ResponsesReader:
         return Asked(
             job=job,
             client=client,
-            head=head(body, name=f"resp_{job.id}", model=job.model, created=job.created),
+            head=head(body, job),
             items=items,
             store=body.store is not False,
         )

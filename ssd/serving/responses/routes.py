@@ -19,7 +19,7 @@ from ..http.errors import APIError, as_api_error, shown
 from ..http.sse import typed_sse
 from ..openai.generation import Delta, Generation
 from ..openai.routes import CLIENT_GONE, EventStream, check_ready, started, unless_gone
-from ..parsers.parts import Text
+from ..parsers.parts import Reasoning, Text
 from .pages import Page, page_of
 from .reader import Asked, ResponsesReader
 from .translation import DOOR, NAMES
@@ -89,6 +89,7 @@ class _Answer:
         self._writer = ResponseWriter(asked.head)
         self._logprobs: list[dict[str, Any]] = []
         """Of tokens whose text is still to come."""
+        self._thoughts: list[str] = []
 
     async def whole(self) -> dict[str, Any]:
         """Returns the response. Raises: PipelineError, APIError."""
@@ -118,6 +119,7 @@ class _Answer:
         for part in delta.parts:
             # A parser may hold text back: its tokens wait for it. Those of markers, reasoning and calls are dropped.
             logprobs, self._logprobs = self._logprobs, []
+            self._thoughts += [part.text] if isinstance(part, Reasoning) else []
             events += self._writer.add(part, logprobs if isinstance(part, Text) else ())
         return events
 
@@ -129,7 +131,8 @@ class _Answer:
                 output = delta.event.output
                 if output is not None:
                     metrics = self._generation.totals([output])["metrics"]
-                    events += self._writer.end(output, more={"metrics": metrics})
+                    thought = await self._generation.tokens_of("".join(self._thoughts))
+                    events += self._writer.end(output, reasoning_tokens=thought, more={"metrics": metrics})
                     # Before the client knows that the response ended, and may continue it.
                     self._reader.keep(self._asked, self._writer.response)
                 if events:

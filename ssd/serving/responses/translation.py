@@ -8,6 +8,7 @@ from typing import Any
 from ..http.bodies import passed_on
 from ..http.errors import APIError
 from ..openai.bodies import PARAMETERS, ChatBody
+from ..openai.jobs import Job
 from .bodies import (
     LOGPROBS,
     AllowedTools,
@@ -121,20 +122,17 @@ def _named(tool: NamedTool) -> dict[str, Any]:
     return {"type": "function", "function": {"name": tool.name}}
 
 
-def head(body: ResponsesBody, *, name: str, model: str, created: int) -> dict[str, Any]:
-    """Returns the fields of a response that repeat the request.
-
-    Args:
-        name: id of the response.
-    """
+def head(body: ResponsesBody, job: Job) -> dict[str, Any]:
+    """Returns the fields of a response that repeat the request."""
+    params = job.choices[0][1]
     text = body.text or TextConfig()
     shape = {"type": "text"} if text.format is None else text.format.model_dump(by_alias=True, exclude_none=True)
     choice = body.tool_choice
     return {
-        "id": name,
+        "id": f"resp_{job.id}",
         "object": "response",
-        "created_at": created,
-        "model": model,
+        "created_at": job.created,
+        "model": job.model,
         "background": False,
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
@@ -144,11 +142,11 @@ def head(body: ResponsesBody, *, name: str, model: str, created: int) -> dict[st
         "reasoning": {"effort": body.reasoning.effort if body.reasoning is not None else None, "summary": None},
         "service_tier": "default",
         "store": body.store is not False,
-        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "temperature": params.temperature,
         "text": {"format": shape, "verbosity": text.verbosity or "medium"},
         "tool_choice": "auto" if choice is None else choice if isinstance(choice, str) else choice.model_dump(),
         "tools": [tool.model_dump() for tool in body.tools or []],
         "top_logprobs": body.top_logprobs or 0,
-        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "top_p": params.top_p,
         "truncation": body.truncation or "disabled",
     }

@@ -78,10 +78,11 @@ class ResponseWriter:
         delta = self._delta("response.output_text.delta", part.text, content_index=0, logprobs=list(logprobs))
         return [*events, delta]
 
-    def end(self, output: RequestOutput, *, more: Mapping[str, Any]) -> list[Event]:
+    def end(self, output: RequestOutput, *, reasoning_tokens: int, more: Mapping[str, Any]) -> list[Event]:
         """Ends the response.
 
         Args:
+            reasoning_tokens: tokens of the reasoning.
             more: further fields of the response.
         """
         cut = output.finish_reason == "length"
@@ -92,7 +93,7 @@ class ResponseWriter:
             "status": status,
             "completed_at": None if cut else int(time.time()),
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            "usage": usage(output),
+            "usage": usage(output, reasoning_tokens),
         }
         return [*events, self._event(f"response.{status}", response=self.response)]
 
@@ -151,13 +152,13 @@ class ResponseWriter:
         return [*events, self._event("response.output_item.done", output_index=index, item=item)]
 
 
-def usage(output: RequestOutput) -> dict[str, Any]:
+def usage(output: RequestOutput, reasoning_tokens: int) -> dict[str, Any]:
     """Returns ``usage``. Counts are tokens."""
     prompt, answer = len(output.prompt_token_ids), len(output.token_ids)
     return {
         "input_tokens": prompt,
         "input_tokens_details": {"cached_tokens": output.num_cached_tokens, "cache_write_tokens": 0},
         "output_tokens": answer,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": min(reasoning_tokens, answer)},
         "total_tokens": prompt + answer,
     }

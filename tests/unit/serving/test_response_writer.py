@@ -14,8 +14,11 @@ from openai.types.responses.response_item import ResponseItem
 from pydantic import TypeAdapter
 
 from ssd.request.output import RequestOutput, SpeculationRecord
+from ssd.request.sampling_params import SamplingParams
 from ssd.serving.http.bodies import read_body
 from ssd.serving.http.errors import APIError
+from ssd.serving.openai.answers import Chat
+from ssd.serving.openai.jobs import Job
 from ssd.serving.parsers.parts import Arguments, Call, Part, Reasoning, Text
 from ssd.serving.responses.bodies import ResponsesBody
 from ssd.serving.responses.items import ITEMS, chat_messages, input_items, listed
@@ -66,7 +69,17 @@ def chat_of(**fields: Any) -> dict[str, Any]:
 
 
 def writer_of(**fields: Any) -> ResponseWriter:
-    return ResponseWriter(head(body_of(**fields), name="resp_1", model="tiny", created=7))
+    params = SamplingParams(temperature=fields.get("temperature", 1.0), top_p=fields.get("top_p", 1.0))
+    job = Job(
+        schema=Chat(),
+        model="tiny",
+        prompts=[[1]],
+        choices=[(0, params)],
+        stream=False,
+        usage=False,
+        provenance=False,
+    )
+    return ResponseWriter(head(body_of(**fields), job))
 
 
 def checked(steps: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -80,7 +93,7 @@ def checked(steps: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def written(parts: Sequence[Part], reason: str = "stop") -> tuple[list[dict[str, Any]], dict[str, Any]]:
     writer = writer_of()
-    steps = [writer.begin(), *map(writer.add, parts), writer.end(output(reason), more={})]
+    steps = [writer.begin(), *map(writer.add, parts), writer.end(output(reason), reasoning_tokens=2, more={})]
     Response.model_validate(writer.response)
     return checked(steps), writer.response
 
@@ -158,7 +171,7 @@ def test_usage() -> None:
         "input_tokens": 5,
         "input_tokens_details": {"cached_tokens": 2, "cache_write_tokens": 0},
         "output_tokens": 3,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": 2},
         "total_tokens": 8,
     }
 
