@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from ssd.engine.detokenize import Detokenizer
+from ssd.engine.detokenize import Detokenizer, StopRules
 from ssd.engine.token_text import TokenTexts
 from ssd.testing.models.tiny import tiny_tokenizer
 
