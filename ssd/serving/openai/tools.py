@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from ...request.schemas.terms import SchemaError
+from ...grammars.schemas.terms import SchemaError
 from ..http.errors import APIError, shown
 from ..parsers.formats import GPT_OSS, NONE, AnswerFormat, Thinking, Tool
 from ..parsers.grammars import Asked, call_grammar

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...request.schemas.prepare import prepare
+from ...grammars.schemas.prepare import prepare
 from . import harmony
 from .formats import GPT_OSS, REASONING_FORMATS, AnswerFormat, Thinking, Tool
 from .json_calls import Hermes, Llama3
