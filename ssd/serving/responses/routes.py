@@ -9,8 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import Response
-from starlette.requests import ClientDisconnect
+from fastapi.responses import JSONResponse, Response
 
 from ...engine.async_engine import AsyncEngine
 from ...errors import SSDError
@@ -18,7 +17,7 @@ from ..http.bodies import read_fields, renamed
 from ..http.errors import APIError, as_api_error, shown
 from ..http.sse import typed_sse
 from ..openai.generation import Delta, Generation
-from ..openai.routes import CLIENT_GONE, EventStream, check_ready, started, unless_gone
+from ..openai.routes import CLIENT_GONE, EventStream, body_of, check_ready, started, unless_gone
 from ..parsers.parts import Reasoning, Text
 from .pages import Page, page_of
 from .reader import Asked, ResponsesReader
@@ -34,9 +33,7 @@ def add_responses(app: FastAPI, engine: AsyncEngine, reader: ResponsesReader) ->
     @app.post(DOOR)
     async def create(request: Request) -> Response:
         check_ready(engine)
-        try:
-            raw = await request.body()
-        except ClientDisconnect:
+        if (raw := await body_of(request)) is None:
             return Response(status_code=CLIENT_GONE)
         asked = await asyncio.to_thread(reader.read, raw, client_of(request))
         try:
@@ -49,10 +46,12 @@ def add_responses(app: FastAPI, engine: AsyncEngine, reader: ResponsesReader) ->
         return await unless_gone(request, generation, answer.whole())
 
     @app.post(f"{DOOR}/input_tokens")
-    async def input_tokens(request: Request) -> dict[str, Any]:
+    async def input_tokens(request: Request) -> Response:
         check_ready(engine)
-        count = await asyncio.to_thread(reader.count, await request.body(), client_of(request))
-        return {"object": "response.input_tokens", "input_tokens": count}
+        if (raw := await body_of(request)) is None:
+            return Response(status_code=CLIENT_GONE)
+        count = await asyncio.to_thread(reader.count, raw, client_of(request))
+        return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
 
     @app.get(ONE)
     async def one(request: Request, name: str) -> Response:
