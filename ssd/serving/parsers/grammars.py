@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...grammars.compiler import WHITESPACE
 from ...grammars.schemas.prepare import prepare
 from . import harmony
 from .formats import GPT_OSS, REASONING_FORMATS, AnswerFormat, Thinking, Tool
@@ -17,8 +18,6 @@ from .mistral import Mistral
 from .qwen3_xml import Qwen3XML, parameter_schema
 
 ANYTHING = "/(?s:.*)/"
-WHITESPACE = r" |\r?\n(?: {0,24}|\t{0,8})"
-"""What may stand between two tokens of JSON. It has an end, so that no model writes blanks until its limit."""
 OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties", "allOf", "anyOf", "oneOf", "$ref", "if"}
 """Keywords of schemas that may add to the listed properties."""
 SPACES = r"/[ \t\r\n]*/"

@@ -11,7 +11,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ssd.pipeline.sampling.grammar import GrammarMatcher, Grammars
+from ssd.grammars.compiler import Grammars
+from ssd.grammars.matcher import GrammarMatcher
 from ssd.request.structured import StructuredOutputsParams
 from ssd.serving.parsers.formats import CALL_FORMATS, REASONING_FORMATS, AnswerFormat, Tool
 from ssd.serving.parsers.grammars import Asked, call_grammar
