@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..http.bodies import Body, Fields
+from ..http.bodies import MAX_ITEMS, SHORT, Body, Fields
+from ..openai.bodies import Count
 
 
 class Text(Fields):
@@ -24,7 +25,7 @@ class ToolUse(Fields):
 class ToolResult(Fields):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[Text] | None = None
+    content: str | Annotated[list[Text], SHORT] | None = None
 
 
 class Thinking(Fields):
@@ -44,17 +45,17 @@ AssistantBlock = Annotated[Text | ToolUse | Thinking | RedactedThinking, Field(d
 
 class UserMessage(Fields):
     role: Literal["user"]
-    content: str | list[UserBlock]
+    content: str | Annotated[list[UserBlock], SHORT]
 
 
 class AssistantMessage(Fields):
     role: Literal["assistant"]
-    content: str | list[AssistantBlock]
+    content: str | Annotated[list[AssistantBlock], SHORT]
 
 
 class SystemMessage(Fields):
     role: Literal["system"]
-    content: str | list[Text]
+    content: str | Annotated[list[Text], SHORT]
 
 
 Message = Annotated[UserMessage | AssistantMessage | SystemMessage, Field(discriminator="role")]
@@ -97,9 +98,9 @@ class CountBody(Body):
     """/v1/messages/count_tokens."""
 
     model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)]
-    system: str | list[Text] | None = None
-    tools: list[Tool] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
+    system: str | Annotated[list[Text], SHORT] | None = None
+    tools: Annotated[list[Tool], SHORT] | None = None
     tool_choice: Annotated[ToolChoice | NamedToolChoice, Field(discriminator="type")] | None = None
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
@@ -108,6 +109,6 @@ class CountBody(Body):
 class MessagesBody(CountBody):
     """/v1/messages."""
 
-    max_tokens: Annotated[int, Field(ge=1, le=2**63 - 1)]
-    stop_sequences: list[str] | None = None
+    max_tokens: Count
+    stop_sequences: Annotated[list[str], SHORT] | None = None
     stream: bool | None = None

@@ -8,8 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import Response
-from starlette.requests import ClientDisconnect
+from fastapi.responses import JSONResponse, Response
 
 from ...engine.async_engine import AsyncEngine
 from ...errors import SSDError
@@ -18,7 +17,8 @@ from ..http.errors import APIError, as_api_error
 from ..http.sse import typed_sse
 from ..openai.generation import Generation
 from ..openai.jobs import Job, JobReader
-from ..openai.routes import CLIENT_GONE, EventStream, check_ready, started, unless_gone
+from ..openai.routes import CLIENT_GONE, EventStream, body_of, check_ready, started, unless_gone
+from ..parsers.parts import Reasoning
 from .bodies import CountBody, MessagesBody
 from .errors import REQUEST_ID, AnthropicErrors, request_id
 from .translation import NAMES, chat_body
@@ -46,9 +46,7 @@ def add_messages(app: FastAPI, engine: AsyncEngine, jobs: JobReader) -> None:
     @app.post(MESSAGES)
     async def messages(request: Request) -> Response:
         check_ready(engine)
-        try:
-            raw = await request.body()
-        except ClientDisconnect:
+        if (raw := await body_of(request)) is None:
             return Response(status_code=CLIENT_GONE)
         body, job = await asyncio.to_thread(read, raw)
         try:
@@ -69,9 +67,11 @@ def add_messages(app: FastAPI, engine: AsyncEngine, jobs: JobReader) -> None:
         return response
 
     @app.post(COUNT)
-    async def count_tokens(request: Request) -> dict[str, int]:
+    async def count_tokens(request: Request) -> Response:
         check_ready(engine)
-        return {"input_tokens": await asyncio.to_thread(count, await request.body())}
+        if (raw := await body_of(request)) is None:
+            return Response(status_code=CLIENT_GONE)
+        return JSONResponse({"input_tokens": await asyncio.to_thread(count, raw)}, headers={REQUEST_ID: request_id()})
 
 
 async def _whole(generation: Generation, writer: MessageWriter) -> dict[str, Any]:
@@ -98,12 +98,16 @@ async def _events(generation: Generation, writer: MessageWriter) -> AsyncIterato
 
 async def _written(generation: Generation, writer: MessageWriter) -> AsyncGenerator[list[Event], None]:
     """Writes the message while its parts come. Yields the events of each step."""
+    thoughts: list[str] = []
     async with contextlib.aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
+            thoughts += [part.text for part in delta.parts if isinstance(part, Reasoning)]
             events = [event for part in delta.parts for event in writer.add(part)]
             output, reason = delta.event.output, delta.finish_reason
             if output is not None and reason is not None:
-                events += writer.end(output, reason, more={"metrics": generation.totals([output])["metrics"]})
+                metrics = generation.totals([output])["metrics"]
+                thought = await generation.tokens_of("".join(thoughts))
+                events += writer.end(output, reason, thinking_tokens=thought, more={"metrics": metrics})
             if events:
                 yield events
 

@@ -34,7 +34,7 @@ NOTHING: tuple[Any, ...] = ([], {})
 FOREIGN: dict[str, tuple[Any, ...] | None] = {
     "cache_control": None,
     "container": NOTHING,
-    "context_management": (*NOTHING, {"edits": []}),
+    "context_management": NOTHING,
     "diagnostics": None,
     "inference_geo": None,
     "metadata": None,
@@ -58,7 +58,8 @@ def chat_body(body: CountBody, door: str) -> dict[str, Any]:
     Raises:
         APIError: 400: a field is not supported.
     """
-    chat: dict[str, Any] = passed_on(body.model_extra or {}, foreign=FOREIGN, refused=REFUSED, door=door)
+    extra = {name: value for name, value in (body.model_extra or {}).items() if not _keeps_context(name, value)}
+    chat: dict[str, Any] = passed_on(extra, foreign=FOREIGN, refused=REFUSED, door=door)
     chat["messages"] = chat_messages(body)
     if body.model is not None:
         chat["model"] = body.model
@@ -82,6 +83,14 @@ def chat_body(body: CountBody, door: str) -> dict[str, Any]:
         if body.stop_sequences:
             chat["stop"] = body.stop_sequences
     return chat
+
+
+def _keeps_context(name: str, value: Any) -> bool:
+    """Whether a field is a ``context_management`` that drops old thinking at most. Templates do that themselves."""
+    edits = value.get("edits", []) if name == "context_management" and isinstance(value, dict) else [None]
+    return isinstance(edits, list) and all(
+        isinstance(edit, dict) and str(edit.get("type")).startswith("clear_thinking") for edit in edits
+    )
 
 
 def chat_messages(body: CountBody) -> list[dict[str, Any]]:

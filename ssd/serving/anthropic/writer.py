@@ -68,18 +68,24 @@ class MessageWriter:
             events = self._begin_block({"type": kind, field: "", **signature})
         return [*events, self._delta(delta, field, part.text)]
 
-    def end(self, output: RequestOutput, finish_reason: str, *, more: Mapping[str, Any]) -> list[Event]:
+    def end(
+        self, output: RequestOutput, finish_reason: str, *, thinking_tokens: int, more: Mapping[str, Any]
+    ) -> list[Event]:
         """Ends the message.
 
         Args:
             finish_reason: ``stop``, ``length`` or ``tool_calls``.
+            thinking_tokens: tokens of the reasoning.
             more: further fields of the message, and of the event with its usage.
         """
         events = self._end_block()
-        stop = output.stop_reason if output.stop_reason in self._stop_sequences else None
-        reason = "stop_sequence" if stop is not None and finish_reason == "stop" else STOP_REASONS[finish_reason]
+        found = finish_reason == "stop" and output.stop_reason in self._stop_sequences
+        stop = output.stop_reason if found else None
+        reason = "stop_sequence" if found else STOP_REASONS[finish_reason]
         ending = {"stop_reason": reason, "stop_sequence": stop}
         usage = _usage(len(output.prompt_token_ids), cached=output.num_cached_tokens, output=len(output.token_ids))
+        if thinking_tokens:
+            usage["output_tokens_details"] = {"thinking_tokens": min(thinking_tokens, len(output.token_ids))}
         self.message |= {**ending, "usage": usage, **more}
         return [*events, {"type": "message_delta", "delta": ending, "usage": usage, **more}, {"type": "message_stop"}]
 
@@ -118,7 +124,7 @@ def _input(text: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {BROKEN: text}
 
 
-def _usage(prompt: int, *, cached: int, output: int) -> dict[str, int]:
+def _usage(prompt: int, *, cached: int, output: int) -> dict[str, Any]:
     """Returns ``usage``. Counts are tokens; ``input_tokens`` are those that did not come from the prefix cache."""
     return {
         "input_tokens": prompt - cached,

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from . import strict_json
 from .errors import APIError, shown
+
+MAX_ITEMS = 4096
+"""Items of a list. Validating more would keep other requests waiting."""
+SHORT: Any = Field(max_length=MAX_ITEMS, fail_fast=True)
+"""For lists in bodies: they are bounded, and the first wrong item is the error."""
 
 
 class Fields(BaseModel):

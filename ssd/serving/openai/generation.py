@@ -52,6 +52,7 @@ class Generation:
             for stream, (prompt, _) in zip(streams, job.choices, strict=True)
         ]
         """By choice: behind the tokens that were told."""
+        self._tokenize = engine.tokenize
         self._generated = 0
         """Tokens of all choices so far."""
 
@@ -151,6 +152,15 @@ class Generation:
             yield b"data: [DONE]\n\n"
         except (SSDError, APIError) as error:
             yield sse(as_api_error(error).body)
+
+    def logprobs(self, delta: Delta) -> dict[str, Any] | None:
+        """Returns the log-probabilities of an event's tokens, if the job asks for them. Takes events in order, each
+        once."""
+        return self._logprobs(delta.index, delta.event.logprobs)
+
+    async def tokens_of(self, text: str) -> int:
+        """Returns how many tokens a part of the answer has when it is tokenized again."""
+        return len(await asyncio.to_thread(self._tokenize, text, add_special_tokens=False)) if text else 0
 
     def totals(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """Returns ``usage`` and ``metrics`` of the whole answer.

@@ -48,9 +48,7 @@ def add_generation(app: FastAPI, engine: AsyncEngine, jobs: JobReader) -> None:
     async def run(request: Request, read: Callable[[bytes], Job], *, aside: int) -> Response:
         """Args: aside: bodies of more bytes are read in a thread."""
         check_ready(engine)
-        try:
-            raw = await request.body()
-        except ClientDisconnect:
+        if (raw := await body_of(request)) is None:
             return Response(status_code=CLIENT_GONE)
         job = await asyncio.to_thread(read, raw) if len(raw) > aside else read(raw)
         generation = await started(request, engine, job)
@@ -126,6 +124,14 @@ def check_ready(engine: AsyncEngine) -> None:
     """Raises: APIError: 503: the models are not loaded, or the pipeline broke."""
     if not engine.ready:
         raise as_api_error(PipelineError(str(engine.failure or "the models are still loading")))
+
+
+async def body_of(request: Request) -> bytes | None:
+    """Returns the body, or None if the client left."""
+    try:
+        return await request.body()
+    except ClientDisconnect:
+        return None
 
 
 async def started(request: Request, engine: AsyncEngine, job: Job) -> Generation:

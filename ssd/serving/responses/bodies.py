@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ..http.bodies import Body, Fields
+from ..http.bodies import MAX_ITEMS, SHORT, Body, Fields
+from ..openai.bodies import Count, TopCount
 
-Count = Annotated[int, Field(ge=1, le=2**63 - 1)]
+LOGPROBS = "message.output_text.logprobs"
 
 
 class InputText(Fields):
@@ -30,6 +31,9 @@ class Refusal(Fields):
         return self.refusal
 
 
+ContentPart = Annotated[InputText | OutputText | Refusal, Field(discriminator="type")]
+
+
 class ReasoningText(Fields):
     type: Literal["reasoning_text"] = "reasoning_text"
     text: str
@@ -38,7 +42,7 @@ class ReasoningText(Fields):
 class Message(Fields):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[Annotated[InputText | OutputText | Refusal, Field(discriminator="type")]]
+    content: str | Annotated[list[ContentPart], SHORT]
     id: str | None = None
 
 
@@ -53,7 +57,7 @@ class FunctionCall(Fields):
 class FunctionCallOutput(Fields):
     type: Literal["function_call_output"] = "function_call_output"
     call_id: str
-    output: str | list[InputText]
+    output: str | Annotated[list[InputText], SHORT]
     id: str | None = None
 
 
@@ -61,7 +65,7 @@ class ReasoningItem(Fields):
     """Reasoning. Only its ``content`` is read: summaries and encrypted content are not the model's own words."""
 
     type: Literal["reasoning"] = "reasoning"
-    content: list[ReasoningText] | None = None
+    content: Annotated[list[ReasoningText], SHORT] | None = None
     id: str | None = None
 
 
@@ -92,7 +96,7 @@ class NamedTool(Fields):
 class AllowedTools(Fields):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: list[NamedTool]
+    tools: Annotated[list[NamedTool], SHORT]
 
 
 ToolChoice = Literal["none", "auto", "required"] | Annotated[NamedTool | AllowedTools, Field(discriminator="type")]
@@ -128,6 +132,7 @@ class StreamOptions(Fields):
 
 
 Includable = Literal[
+    "message.output_text.logprobs",
     "reasoning.encrypted_content",
     "file_search_call.results",
     "web_search_call.results",
@@ -136,19 +141,20 @@ Includable = Literal[
     "computer_call_output.output.image_url",
     "code_interpreter_call.outputs",
 ]
-"""What an answer may include besides what it always has. This server's answers hold nothing of it."""
+"""What an answer may include besides what it always has. Answers of this server have nothing of it but
+log-probabilities."""
 
 
 class ResponsesBody(Body):
     """/v1/responses."""
 
     model: str | None = None
-    input: str | Annotated[list[Item], Field(min_length=1)]
+    input: str | Annotated[list[Item], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
     instructions: str | None = None
     max_output_tokens: Count | None = None
     temperature: float | None = None
     top_p: float | None = None
-    tools: list[FunctionTool] | None = None
+    tools: Annotated[list[FunctionTool], SHORT] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
@@ -157,6 +163,7 @@ class ResponsesBody(Body):
     store: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    include: list[Includable] | None = None
+    include: Annotated[list[Includable], SHORT] | None = None
+    top_logprobs: TopCount | None = None
     truncation: Literal["auto", "disabled"] | None = None
     metadata: dict[str, str] | None = None

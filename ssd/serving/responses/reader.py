@@ -55,10 +55,22 @@ class ResponsesReader:
         return Asked(
             job=job,
             client=client,
-            head=head(body, name=f"resp_{job.id}", model=job.model, created=job.created),
+            head=head(body, job),
             items=items,
             store=body.store is not False,
         )
+
+    def count(self, raw: bytes, client: str) -> int:
+        """Reads the bytes of a body. Returns how many tokens its prompt has, also if that is too many.
+
+        Raises:
+            APIError: 400; 404: as ``read``.
+        """
+        body = read_body(ResponsesBody, raw)
+        try:
+            return len(self._jobs.chat_prompt(chat_body(body, [*self._before(body, client), *input_items(body)])))
+        except APIError as error:
+            raise renamed(error, NAMES) from None
 
     def keep(self, asked: Asked, response: Mapping[str, Any]) -> None:
         """Keeps a response that ended, if the client wants that."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class Stored:
 
 
 class ResponseStore:
-    """Keeps responses by client and id. No client reads another's.
+    """Keeps responses by client and id. No client reads another's. Safe to call from any thread.
 
     The least recently used are dropped when room is needed.
 
@@ -34,7 +35,7 @@ class ResponseStore:
     """
 
     def __init__(self, limit: int):
-        self._limit = limit
+        self._limit, self._lock = limit, threading.Lock()
         self._kept: OrderedDict[tuple[str, str], Stored] = OrderedDict()
         self.size = 0
         """Bytes of what is kept."""
@@ -43,11 +44,12 @@ class ResponseStore:
         """Keeps a response. One that is larger than the whole store is not kept."""
         if stored.size > self._limit:
             return
-        while self.size + stored.size > self._limit:
-            _, dropped = self._kept.popitem(last=False)
-            self.size -= dropped.size
-        self._kept[client, name] = stored
-        self.size += stored.size
+        with self._lock:
+            while self.size + stored.size > self._limit:
+                _, dropped = self._kept.popitem(last=False)
+                self.size -= dropped.size
+            self._kept[client, name] = stored
+            self.size += stored.size
 
     def get(self, client: str, name: str, *, param: str | None = None) -> Stored:
         """Returns a response of the client.
@@ -58,18 +60,22 @@ class ResponseStore:
         Raises:
             APIError: 404: it is not kept (any more).
         """
-        if (client, name) not in self._kept:
-            raise APIError(
-                404,
-                f"there is no response '{shown(name)}'; this server keeps responses in memory "
-                f"(server.responses_bytes={self._limit}) and drops the least recently used",
-                param=param,
-                code="not_found" if param is None else "previous_response_not_found",
-            )
-        self._kept.move_to_end((client, name))
-        return self._kept[client, name]
+        with self._lock:
+            stored = self._kept.get((client, name))
+            if stored is not None:
+                self._kept.move_to_end((client, name))
+                return stored
+        raise APIError(
+            404,
+            f"there is no response '{shown(name)}'; this server keeps responses in memory "
+            f"(server.responses_bytes={self._limit}) and drops the least recently used",
+            param=param,
+            code="not_found" if param is None else "previous_response_not_found",
+        )
 
     def drop(self, client: str, name: str) -> None:
         """Drops a response. Raises: APIError: 404: it is not kept."""
-        self.size -= self.get(client, name).size
-        del self._kept[client, name]
+        self.get(client, name)
+        with self._lock:
+            dropped = self._kept.pop((client, name), None)
+            self.size -= dropped.size if dropped is not None else 0

@@ -8,7 +8,18 @@ from typing import Any
 from ..http.bodies import passed_on
 from ..http.errors import APIError
 from ..openai.bodies import PARAMETERS, ChatBody
-from .bodies import AllowedTools, FunctionTool, Item, JsonSchema, NamedTool, PlainText, ResponsesBody, TextConfig
+from ..openai.jobs import Job
+from .bodies import (
+    LOGPROBS,
+    AllowedTools,
+    FunctionTool,
+    Item,
+    JsonSchema,
+    NamedTool,
+    PlainText,
+    ResponsesBody,
+    TextConfig,
+)
 from .items import chat_messages
 
 DOOR = "/v1/responses"
@@ -41,7 +52,6 @@ FOREIGN: dict[str, tuple[Any, ...] | None] = {
     "prompt_cache_retention": None,
     "safety_identifier": None,
     "service_tier": None,
-    "top_logprobs": (0,),
     "user": None,
 }
 """Fields of the Responses API that have no effect here, and the values they may have; None for any."""
@@ -70,6 +80,8 @@ def chat_body(body: ResponsesBody, items: Sequence[Item]) -> dict[str, Any]:
         raise APIError(400, "stream_options is only allowed when stream is true", param="stream_options")
     if body.reasoning is not None and body.reasoning.effort is not None:
         chat["reasoning_effort"] = body.reasoning.effort
+    if LOGPROBS in (body.include or ()) or body.top_logprobs:
+        chat |= {"logprobs": True, "top_logprobs": body.top_logprobs or 0}
     return chat | _text(body.text or TextConfig()) | _tools(body)
 
 
@@ -110,20 +122,17 @@ def _named(tool: NamedTool) -> dict[str, Any]:
     return {"type": "function", "function": {"name": tool.name}}
 
 
-def head(body: ResponsesBody, *, name: str, model: str, created: int) -> dict[str, Any]:
-    """Returns the fields of a response that repeat the request.
-
-    Args:
-        name: id of the response.
-    """
+def head(body: ResponsesBody, job: Job) -> dict[str, Any]:
+    """Returns the fields of a response that repeat the request."""
+    params = job.choices[0][1]
     text = body.text or TextConfig()
     shape = {"type": "text"} if text.format is None else text.format.model_dump(by_alias=True, exclude_none=True)
     choice = body.tool_choice
     return {
-        "id": name,
+        "id": f"resp_{job.id}",
         "object": "response",
-        "created_at": created,
-        "model": model,
+        "created_at": job.created,
+        "model": job.model,
         "background": False,
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
@@ -133,10 +142,11 @@ def head(body: ResponsesBody, *, name: str, model: str, created: int) -> dict[st
         "reasoning": {"effort": body.reasoning.effort if body.reasoning is not None else None, "summary": None},
         "service_tier": "default",
         "store": body.store is not False,
-        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "temperature": params.temperature,
         "text": {"format": shape, "verbosity": text.verbosity or "medium"},
         "tool_choice": "auto" if choice is None else choice if isinstance(choice, str) else choice.model_dump(),
         "tools": [tool.model_dump() for tool in body.tools or []],
-        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "top_logprobs": body.top_logprobs or 0,
+        "top_p": params.top_p,
         "truncation": body.truncation or "disabled",
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...request.output import RequestOutput
@@ -34,6 +34,8 @@ class ResponseWriter:
         """Whether the last output item still grows."""
         self._pieces: list[str] = []
         """Text of the item that grows."""
+        self._logprobs: list[Mapping[str, Any]] = []
+        """Log-probabilities of the message that grows."""
         self._count = 0
         """Events so far."""
         self.response: dict[str, Any] = {
@@ -52,8 +54,12 @@ class ResponseWriter:
         empty = {**self.response, "output": []}
         return [self._event("response.created", response=empty), self._event("response.in_progress", response=empty)]
 
-    def add(self, part: Part) -> list[Event]:
-        """Adds a part: to the output item that grows if it is of the same kind, otherwise to a new one."""
+    def add(self, part: Part, logprobs: Sequence[Mapping[str, Any]] = ()) -> list[Event]:
+        """Adds a part: to the output item that grows if it is of the same kind, otherwise to a new one.
+
+        Args:
+            logprobs: log-probabilities of the part's tokens, if it is text.
+        """
         if isinstance(part, Call):
             return self._begin_item("function_call", call_id=part.id, name=part.name, arguments="")
         if not part.text:
@@ -68,12 +74,15 @@ class ResponseWriter:
             events.append(self._event("response.content_part.added", **self._place, part=PARTS[kind]))
         if kind == "reasoning":
             return [*events, self._delta("response.reasoning_text.delta", part.text, content_index=0)]
-        return [*events, self._delta("response.output_text.delta", part.text, content_index=0, logprobs=[])]
+        self._logprobs += logprobs
+        delta = self._delta("response.output_text.delta", part.text, content_index=0, logprobs=list(logprobs))
+        return [*events, delta]
 
-    def end(self, output: RequestOutput, *, more: Mapping[str, Any]) -> list[Event]:
+    def end(self, output: RequestOutput, *, reasoning_tokens: int, more: Mapping[str, Any]) -> list[Event]:
         """Ends the response.
 
         Args:
+            reasoning_tokens: tokens of the reasoning.
             more: further fields of the response.
         """
         cut = output.finish_reason == "length"
@@ -84,7 +93,7 @@ class ResponseWriter:
             "status": status,
             "completed_at": None if cut else int(time.time()),
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            "usage": usage(output),
+            "usage": usage(output, reasoning_tokens),
         }
         return [*events, self._event(f"response.{status}", response=self.response)]
 
@@ -122,6 +131,7 @@ class ResponseWriter:
         if not self._growing:
             return []
         item, text = self._output[-1], "".join(self._pieces)
+        logprobs, self._logprobs = self._logprobs, []
         self._growing, self._pieces = False, []
         kind, index = item["type"], len(self._output) - 1
         events: list[Event] = []
@@ -135,19 +145,20 @@ class ResponseWriter:
             if kind == "reasoning":
                 events = [self._event("response.reasoning_text.done", **self._place, text=text)]
             else:
-                events = [self._event("response.output_text.done", **self._place, text=text, logprobs=[])]
+                part["logprobs"] = logprobs
+                events = [self._event("response.output_text.done", **self._place, text=text, logprobs=logprobs)]
             events.append(self._event("response.content_part.done", **self._place, part=part))
         item |= {**change, "status": status}
         return [*events, self._event("response.output_item.done", output_index=index, item=item)]
 
 
-def usage(output: RequestOutput) -> dict[str, Any]:
+def usage(output: RequestOutput, reasoning_tokens: int) -> dict[str, Any]:
     """Returns ``usage``. Counts are tokens."""
     prompt, answer = len(output.prompt_token_ids), len(output.token_ids)
     return {
         "input_tokens": prompt,
         "input_tokens_details": {"cached_tokens": output.num_cached_tokens, "cache_write_tokens": 0},
         "output_tokens": answer,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": min(reasoning_tokens, answer)},
         "total_tokens": prompt + answer,
     }

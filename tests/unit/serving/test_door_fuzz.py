@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ssd.serving.anthropic.bodies import MessagesBody
+from ssd.serving.http.bodies import read_fields
+from ssd.serving.http.errors import APIError
+from ssd.serving.responses.bodies import ResponsesBody
 from ssd.testing.twins.served import Served
 
 TOOL = {"name": "f", "description": "d", "strict": False}
@@ -169,6 +174,20 @@ def test_damaged_bodies_are_counted(served: Served) -> None:
         check(served, "/v1/messages/count_tokens", body)
 
     counted()
+
+
+@pytest.mark.parametrize("item", [5, {"role": "user", "content": [5]}, {"role": "user", "content": "x"}], ids=str)
+@pytest.mark.parametrize("path", BODIES)
+def test_long_lists_are_refused_at_once(path: str, item: Any) -> None:
+    """Every wrong item would be an error of its own: seconds, in which no other request is answered."""
+    field, cls = ("input", ResponsesBody) if path == "/v1/responses" else ("messages", MessagesBody)
+    count = 2**20 // len(json.dumps(item))
+    raw = json.dumps({"model": "tiny", "max_tokens": 2, field: [item] * count}).encode()
+    given = json.loads(raw)
+    began = time.process_time()
+    with pytest.raises(APIError, match=field):
+        read_fields(cls, given)
+    assert time.process_time() - began < 1
 
 
 def test_no_request_is_left(served: Served) -> None:

@@ -172,9 +172,12 @@ def test_reasoning(saying: Saying) -> None:
     response = saying.response(thought, extra_body=switch)
     reasoning, text = response.output
     assert (reasoning.type, reasoning.content[0].text, text.content[0].text) == ("reasoning", "Well.", "Paris.")
+    tokens = len(saying.served.engine.tokenize("Well.", add_special_tokens=False))
+    assert response.usage.output_tokens_details.reasoning_tokens == tokens > 0
     message = saying.message(thought, thinking={"type": "enabled", "budget_tokens": 1024})
     thinking, text = message.content
     assert (thinking.type, thinking.thinking, text.text) == ("thinking", "Well.", "Paris.")
+    assert message.usage.output_tokens_details.thinking_tokens == tokens
     # Without thinking the same text is no reasoning.
     assert saying.message("SAY Paris.", thinking={"type": "disabled"}).content[0].text == "Paris."
 

@@ -54,7 +54,7 @@ def output(reason: Any = "stop", stop_reason: str | int | None = None) -> Reques
 def written(parts: Sequence[Part], finish: str = "stop", **ended: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Events and message; each is checked against the client's types."""
     writer = MessageWriter(name="msg_1", model="tiny", input_tokens=5, stop_sequences=["END"])
-    steps = [writer.begin(), *map(writer.add, parts), writer.end(output(**ended), finish, more={})]
+    steps = [writer.begin(), *map(writer.add, parts), writer.end(output(**ended), finish, thinking_tokens=0, more={})]
     events = json.loads(json.dumps([event for step in steps for event in step]))
     for event in events:
         if event["type"] != "ping":
@@ -108,8 +108,9 @@ def test_blocks() -> None:
         ("stop", {"stop_reason": "</s>"}, "end_turn", None),
         ("stop", {"stop_reason": 2}, "end_turn", None),
         ("tool_calls", {}, "tool_use", None),
+        ("tool_calls", {"stop_reason": "END"}, "tool_use", None),
     ],
-    ids=["end", "length", "sequence", "another string", "token", "tool"],
+    ids=["end", "length", "sequence", "another string", "token", "tool", "tool and sequence"],
 )
 def test_stop_reasons(reason: str, ended: dict[str, Any], stop_reason: str, sequence: str | None) -> None:
     events, message = written(PARTS["text"], reason, **ended)
@@ -237,6 +238,7 @@ def test_other_fields() -> None:
         service_tier="auto",
         container=None,
         mcp_servers=[],
+        context_management={"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
         output_config={"effort": "low", "format": {"type": "json_schema", "schema": {"type": "object"}}},
     )
     assert chat == {

@@ -198,6 +198,24 @@ def test_a_pipeline_that_breaks() -> None:
         server.close()
 
 
+def test_an_unexpected_error(served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """In both forms of an answer it has the door's shape, and tells no more than its type."""
+
+    def broken(*_: Any) -> list[Any]:
+        raise ZeroDivisionError("a secret")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ssd.serving.anthropic.writer.MessageWriter.add", broken)
+        status, _, text = served.ask("POST", PATH, VALID)
+        assert status == 500 and error_of(text)["type"] == "api_error" and "secret" not in text
+        status, _, text = served.ask("POST", PATH, {**VALID, "stream": True})
+        name, data = text.strip().split("\n\n")[-1].split("\n")
+        assert (status, name) == (200, "event: error") and "secret" not in text
+        assert error_of(data.removeprefix("data: "))["type"] == "api_error"
+    assert "a secret" in caplog.text
+    assert served.ask("POST", PATH, VALID)[0] == 200
+
+
 def test_a_client_that_leaves_frees_its_slot() -> None:
     server = Served(round_s=0.02)
     try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,8 +14,11 @@ from openai.types.responses.response_item import ResponseItem
 from pydantic import TypeAdapter
 
 from ssd.request.output import RequestOutput, SpeculationRecord
+from ssd.request.sampling_params import SamplingParams
 from ssd.serving.http.bodies import read_body
 from ssd.serving.http.errors import APIError
+from ssd.serving.openai.answers import Chat
+from ssd.serving.openai.jobs import Job
 from ssd.serving.parsers.parts import Arguments, Call, Part, Reasoning, Text
 from ssd.serving.responses.bodies import ResponsesBody
 from ssd.serving.responses.items import ITEMS, chat_messages, input_items, listed
@@ -64,7 +69,17 @@ def chat_of(**fields: Any) -> dict[str, Any]:
 
 
 def writer_of(**fields: Any) -> ResponseWriter:
-    return ResponseWriter(head(body_of(**fields), name="resp_1", model="tiny", created=7))
+    params = SamplingParams(temperature=fields.get("temperature", 1.0), top_p=fields.get("top_p", 1.0))
+    job = Job(
+        schema=Chat(),
+        model="tiny",
+        prompts=[[1]],
+        choices=[(0, params)],
+        stream=False,
+        usage=False,
+        provenance=False,
+    )
+    return ResponseWriter(head(body_of(**fields), job))
 
 
 def checked(steps: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -78,7 +93,7 @@ def checked(steps: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def written(parts: Sequence[Part], reason: str = "stop") -> tuple[list[dict[str, Any]], dict[str, Any]]:
     writer = writer_of()
-    steps = [writer.begin(), *map(writer.add, parts), writer.end(output(reason), more={})]
+    steps = [writer.begin(), *map(writer.add, parts), writer.end(output(reason), reasoning_tokens=2, more={})]
     Response.model_validate(writer.response)
     return checked(steps), writer.response
 
@@ -156,7 +171,7 @@ def test_usage() -> None:
         "input_tokens": 5,
         "input_tokens_details": {"cached_tokens": 2, "cache_write_tokens": 0},
         "output_tokens": 3,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": 2},
         "total_tokens": 8,
     }
 
@@ -301,7 +316,6 @@ def test_other_fields() -> None:
         ("conversation", "conv_1"),
         ("prompt", {"id": "p"}),
         ("context_management", [{"type": "compaction"}]),
-        ("top_logprobs", 2),
         ("n", 2),
         ("messages", []),
         ("max_tokens", 5),
@@ -353,6 +367,22 @@ def test_clients_do_not_see_each_other() -> None:
     store = ResponseStore(100)
     store.put("key 1", "a", stored(10))
     assert kept(store, "key 1", "a") and not kept(store, "key 2", "a")
+
+
+def test_a_store_used_by_threads() -> None:
+    store = ResponseStore(100)
+
+    def use(worker: int) -> None:
+        for turn in range(300):
+            store.put("me", f"{worker}-{turn}", stored(30))
+            for other in range(4):
+                if kept(store, "me", f"{other}-{turn}") and other == worker:
+                    with contextlib.suppress(APIError):
+                        store.drop("me", f"{other}-{turn}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(use, range(4)))
+    assert 0 <= store.size <= 100 and store.size % 30 == 0
 
 
 def test_a_store_without_memory() -> None:

@@ -227,6 +227,32 @@ def test_a_pipeline_that_breaks() -> None:
         server.close()
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_logprobs(served: Served, stream: bool) -> None:
+    fields = asked(input="hello", include=["message.output_text.logprobs"], top_logprobs=2)
+    answer = served.client().responses.create(**fields, stream=stream)
+    events = list(answer) if stream else []
+    response = events[-1].response if stream else answer
+    [part] = response.output[0].content
+    assert "".join(one.token for one in part.logprobs) == part.text == chat_text(served, max_tokens=9, seed=3)
+    assert len(part.logprobs) == 9 and all(len(one.top_logprobs) == 2 for one in part.logprobs)
+    if stream:
+        deltas = [event for event in events if event.type == "response.output_text.delta"]
+        told = [one.token for event in deltas for one in event.logprobs]
+        assert told == [one.token for one in part.logprobs]
+    plain = served.client().responses.create(**asked(input="hello"))
+    assert plain.output[0].content[0].logprobs == []
+
+
+def test_input_tokens(served: Served) -> None:
+    client = served.client()
+    response = client.responses.create(**asked(input="hello", instructions="Be brief"))
+    counted = client.responses.input_tokens.count(model="tiny", input="hello", instructions="Be brief")
+    assert response.usage is not None and counted.input_tokens == response.usage.input_tokens
+    more = client.responses.input_tokens.count(model="tiny", input="x y " * 3000, previous_response_id=response.id)
+    assert more.input_tokens > served.engine.config.engine.max_model_len
+
+
 def test_truncation() -> None:
     """The oldest turns go where the context is too short; what the system said stays."""
     server = Served("engine.max_model_len=64")
@@ -311,7 +337,9 @@ def check_refused(served: Served, body: Any, param: str | None, status: int = 40
         ({"previous_response_id": 5}, "previous_response_id", "previous_response_id"),
         ({"metadata": {"a": 5}}, "metadata", "metadata.a"),
         ({"metadata": {SURROGATE: "x"}}, "metadata", "surrogate"),
-        ({"include": ["message.output_text.logprobs"]}, "include", "logprobs"),
+        ({"include": ["message.output"]}, "include", "message.output"),
+        ({"top_logprobs": 21}, "top_logprobs", "20"),
+        ({"top_logprobs": -1}, "top_logprobs", "0"),
         ({"include": "x"}, "include", "include"),
         ({"truncation": "some"}, "truncation", "some"),
         ({"text": {"format": {"type": "xml"}}}, "text", "xml"),
