@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, field_validator
@@ -136,6 +137,26 @@ class ServerConfig(Section):
     """Folder of CURVE keys for a tcp lane, as ``ssd lane-keys`` writes it."""
 
 
+class CostConfig(Section):
+    """Prices, for the figures of ``ssd plan`` and ``/metrics``."""
+
+    target_per_hour: Number | None = Field(default=None, ge=0)
+    """Price of one of the target's devices for an hour. None: not known; costs are in device-hours."""
+    draft_per_hour: Number | None = Field(default=None, ge=0)
+    """Price of one of the draft's devices for an hour. None: as the target's."""
+    currency: str = Field(default="USD", min_length=1, max_length=16)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldDevices:
+    """The devices that a model's workers hold."""
+
+    worker: Literal["target", "draft"]
+    count: int
+    price_per_hour: float | None
+    """Of one device; None if it is not configured."""
+
+
 class Config(Section):
     """A pair of target and draft, and how to run it."""
 
@@ -146,11 +167,24 @@ class Config(Section):
     numerics: Literal["strict", "fast"] = "strict"
     engine: EngineConfig = EngineConfig()
     server: ServerConfig = ServerConfig()
+    cost: CostConfig = CostConfig()
 
     @property
     def roles(self) -> tuple[str, ...]:
         """Names of all workers: ``verifier``, ``verifier-1``, …, then ``draft``, ``draft-1``, …"""
         return (*_ranks("verifier", self.target.tensor_parallel), *self.draft_roles)
+
+    @property
+    def devices(self) -> tuple[HeldDevices, ...]:
+        """The devices of all workers; a CPU worker counts as one. A draft on the target's GPU holds none of its own."""
+        cost = self.cost
+        found = [HeldDevices(worker="target", count=self.target.tensor_parallel, price_per_hour=cost.target_per_hour)]
+        if self.draft is not None:
+            shared = self.draft.device == self.target.device != "cpu"
+            count = 0 if shared else self.draft.data_parallel
+            price = cost.target_per_hour if cost.draft_per_hour is None else cost.draft_per_hour
+            found.append(HeldDevices(worker="draft", count=count, price_per_hour=price))
+        return tuple(found)
 
     @property
     def draft_roles(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
 from typing import Any, NoReturn
 
 import numpy as np
@@ -24,6 +25,8 @@ from .schemas.prepare import PreparedSchema, prepare, subschemas
 
 KEPT = 64
 """Compiled grammars that a worker keeps, those used last."""
+MAX_WAITING = 4096
+"""Grammars that were asked for and not taken yet."""
 COMPILE_S = 20.0
 """How long a request waits for its grammar to be compiled."""
 WHITESPACE = r" |\r?\n(?: {0,24}|\t{0,8})"
@@ -58,8 +61,12 @@ class Grammars:
 
     def __init__(self, tokenizer: Callable[[], Any], *, vocabulary: int, ends: Iterable[int]):
         self._load, self._vocabulary, self._ends = tokenizer, vocabulary, list(ends)
-        self._compiled: OrderedDict[StructuredOutputsParams, Future[_Compiled]] = OrderedDict()
+        self._waiting = OrderedDict[StructuredOutputsParams, Future[_Compiled]]()
+        """Grammars that were asked for and not taken yet. Evicting one would begin its compilation again at every
+        question, so that more requests than are kept would wait for ever."""
+        self._taken = OrderedDict[StructuredOutputsParams, Future[_Compiled]]()
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._lock = Lock()
 
     def ready(self, wanted: StructuredOutputsParams) -> bool:
         """Whether ``matcher`` answers without waiting. Starts to compile if nobody has asked before."""
@@ -71,10 +78,13 @@ class Grammars:
         Raises:
             RequestError: The grammar cannot be compiled, or not in time; the message says why in one line.
         """
+        future = self._started(wanted)
         try:
-            compiled = self._started(wanted).result(COMPILE_S)
+            compiled = future.result(COMPILE_S)
         except TimeoutError:
             raise _refused(wanted, f"it was not compiled within {COMPILE_S:g} s; make it smaller") from None
+        finally:
+            self._take(wanted, future)
         return self._matching(wanted, compiled.matcher.deep_copy(), compiled.open_keys)
 
     def _matching(self, wanted: StructuredOutputsParams, matcher: Any, open_keys: bool) -> GrammarMatcher:
@@ -82,12 +92,22 @@ class Grammars:
         return GrammarMatcher(matcher, self._vocabulary, kind=wanted.kind, keys=keys)
 
     def _started(self, wanted: StructuredOutputsParams) -> Future[_Compiled]:
-        if wanted not in self._compiled:
-            self._compiled[wanted] = self._compiler.submit(self._compile, wanted)
-            if len(self._compiled) > KEPT:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(wanted)
-        return self._compiled[wanted]
+        with self._lock:
+            found = self._taken.get(wanted) or self._waiting.get(wanted)
+            if found is None:
+                found = self._waiting[wanted] = self._compiler.submit(self._compile, wanted)
+                if len(self._waiting) > MAX_WAITING:
+                    # Requests that were cancelled never take theirs.
+                    self._waiting.pop(next((one for one, future in self._waiting.items() if future.done()), wanted))
+            return found
+
+    def _take(self, wanted: StructuredOutputsParams, future: Future[_Compiled]) -> None:
+        with self._lock:
+            self._waiting.pop(wanted, None)
+            self._taken[wanted] = future
+            self._taken.move_to_end(wanted)
+            if len(self._taken) > KEPT:
+                self._taken.popitem(last=False)
 
     @cached_property
     def _tokenizer(self) -> Any:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from ..config.sections import HeldDevices
 from ..engine.request import Request
 from ..engine.restarts import News
 from ..pipeline.transport.messages import RoundReport
@@ -23,9 +24,10 @@ class Metrics:
 
     Args:
         clock: Returns monotonic seconds, on the engine's clock.
+        devices: Held by the workers; their time in rounds is counted.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, *, devices: Sequence[HeldDevices] = ()):
         self.registry = registry = CollectorRegistry()
         self._clock, self._last = clock, dict[int, float]()
 
@@ -52,6 +54,14 @@ class Metrics:
         self.refused = counter("requests_refused", "Requests refused, by HTTP status.", ("status",))
         self.rounds = counter("rounds", "Rounds of the whole batch.")
         self.round_s = counter("round_seconds", "Time in rounds.")
+        self.device_s = counter("device_seconds", "Time in rounds, times the devices held by a worker.", ("worker",))
+        self._devices = tuple(devices)
+        held = Gauge("ssd:devices", "Devices held by a worker.", ("worker",), registry=registry)
+        prices = Gauge("ssd:device_price_per_hour", "Configured price of a device.", ("worker",), registry=registry)
+        for one in self._devices:
+            held.labels(one.worker).set(one.count)
+            if one.price_per_hour is not None:
+                prices.labels(one.worker).set(one.price_per_hour)
         self.forward_s = counter("verifier_forward_seconds", "The verifier's forwards.")
         self.forecast_s = counter("draft_forecast_seconds", "The draft making speculation sets.")
         self.wait_s = counter("verifier_wait_seconds", "The verifier waiting in the exchange.")
@@ -140,6 +150,8 @@ class Metrics:
         """Counts a round of the batch."""
         self.rounds.inc()
         self.round_s.inc(max(0.0, report.round_s))
+        for one in self._devices:
+            self.device_s.labels(one.worker).inc(max(0.0, report.round_s) * one.count)
         self.forward_s.inc(report.forward_s)
         self.hits.inc(report.hits)
         self.misses.inc(report.lookups - report.hits)

@@ -86,7 +86,7 @@ async def serve(
         UsageError: The configuration is wrong, or an address cannot be bound.
         PipelineError: The workers did not come up, or the pipeline broke.
     """
-    metrics = Metrics()
+    metrics = Metrics(devices=config.devices)
     model = model_name(config)
     tracing = traces(config.server.otlp_traces_endpoint, model)
     engine, shadow = observed_engine(config, metrics, launch=launch, observers=tracing)

@@ -261,7 +261,7 @@ HOSTILE: list[tuple[bytes, str]] = [
     (b'{"custom_id": "q", "method": "POST", "url": {"a": 1}, "body": {}}', "url"),
     (b'{"custom_id": "r", "method": "POST", "url": "/v1/completions", "body": []}', "body"),
     (b'{"custom_id": "s", "method": "POST", "url": "/v1/completions", "body": {"stream": true}}', "stream"),
-    (b'{"custom_id": "t", "method": "POST", "url": "/v1/completions", "body": {"seed": "x"}}', "model"),
+    (b'{"custom_id": "t", "method": "POST", "url": "/v1/completions", "body": {"seed": "x"}}', "prompt"),
     (b'{"body": 1}', "custom_id"),
     (b'{"id": "good-0", "prompt": "x"}', "in use"),
     (b'{"prompt": "' + b"x" * (MAX_LINE_BYTES + 10) + b'"}', "longer than"),
@@ -325,10 +325,10 @@ def test_an_unexpected_error_ends_one_line(tmp_path: Path, place: str, monkeypat
     original = getattr(target, name)
     calls = itertools.count()
 
-    def breaking(*args: Any) -> Any:
+    def breaking(*args: Any, **rest: Any) -> Any:
         if "broken" in str(args) or (place == "whole" and next(calls) == 1):
             raise ZeroDivisionError("the inside")
-        return original(*args)
+        return original(*args, **rest)
 
     monkeypatch.setattr(target, name, breaking)
     progress = perform(source, out)

@@ -61,8 +61,13 @@ def prepare(schema: Any, *, closed: bool = False, at: str = ROOT) -> PreparedSch
 
 
 def subschemas(schema: Any) -> list[str]:
-    """Returns the JSON pointers of a schema's parts, the innermost first and the schema itself last."""
-    return sorted(Document(schema).paths, key=lambda path: path.count("/"), reverse=True)
+    """Returns the JSON pointers of a schema's parts, the innermost first and the schema itself last.
+
+    Parts that are true or false are left out.
+    """
+    document = Document(schema)
+    parts = [path for path in document.paths if not isinstance((document.at(path) or (path, True))[1], bool)]
+    return sorted(parts, key=lambda path: (-path.count("/"), path))
 
 
 class _Preparation:

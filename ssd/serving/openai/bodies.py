@@ -29,9 +29,13 @@ MAX_NAMED = 1024
 """Entries of ``logit_bias`` and ``bad_words``."""
 MAX_CHOICES = 128
 """Prompts × n of one request."""
+RANDOM_SEED = -1
+"""Asks for a random seed, as in vLLM."""
 MAX_PRIORITY = 2**31 - 1
 MAX_INT64 = 2**63 - 1
 MAX_FLOAT32 = 3.4028234e38
+_SHOULD_BE = "Input should be "
+"""How pydantic's messages about types begin."""
 
 
 def _whole(value: Any) -> Any:
@@ -83,13 +87,6 @@ PARAMETERS = (
 """A new sampling parameter is one line here, and must not be in ``UNSUPPORTED``."""
 
 
-RANDOM_SEED = -1
-"""Asks for a random seed, as in vLLM."""
-
-
-_SHOULD_BE = "Input should be "
-
-
 class StreamOptions(Stored):
     include_usage: bool | None = None
     """End with a chunk that has the usage of the whole answer."""
@@ -100,6 +97,7 @@ class StreamOptions(Stored):
 
     @property
     def asking(self) -> bool:
+        """Whether any option is on."""
         return any(self.model_dump().values())
 
 

@@ -64,6 +64,7 @@ class ContentForms:
         if isinstance(content, str):
             if not self.text:
                 content = [{"type": "text", "text": content}] if content else []
+        # Only a user's message was probed with parts; templates often search the text of the other roles.
         elif self.text and not (self.parts and message["role"] == "user"):
             content = "".join(part["text"] for part in content)
         return {**message, "content": content}

@@ -74,13 +74,14 @@ class CalledFunction(Stored):
     def for_template(self) -> dict[str, Any]:
         """Returns name and arguments. Templates take arguments as a mapping; text that is not a JSON object stays as
         it is, so that a model sees what it wrote."""
-        arguments: Any = self.arguments or {}
+        arguments = self.arguments or {}
         if isinstance(arguments, str):
             try:
-                arguments = strict_json.parse(arguments.encode())
-                strict_json.check(arguments)
+                parsed = strict_json.parse(arguments.encode())
+                strict_json.check(parsed)
             except APIError:
-                arguments = self.arguments
+                parsed = None
+            arguments = parsed if isinstance(parsed, dict) else arguments
         return {"name": self.name, "arguments": arguments}
 
 

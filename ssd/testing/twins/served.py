@@ -58,7 +58,7 @@ class Served:
             return self.pipelines[-1]
 
         config = load_config(self._config, ["engine.max_batch=4", *self._overrides])
-        metrics = Metrics()
+        metrics = Metrics(devices=config.devices)
         engine, shadow = observed_engine(config, metrics, launch=self._launch or launch, observers=self._observers)
         self.engine = engine
         server = uvicorn.Server(

@@ -170,7 +170,7 @@ def test_calls_reach_the_template_as_mappings(served: Served) -> None:
     ids=["text", "empty", "space", "lines"],
 )
 def test_the_last_message_can_be_continued(served: Served, last: str, expected: str) -> None:
-    options = {"continue_final_message": True, "add_generation_prompt": False}
+    options: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False}
     assert rendered(served, CHATML, USER, {"role": "assistant", "content": last}, **options) == expected
     parts = {"role": "assistant", "content": [{"type": "text", "text": last}]}
     assert rendered(served, CHATML, USER, parts, **options) == expected
@@ -237,7 +237,7 @@ def test_named_templates(served: Served, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"), [(b"{% for %}", "not a Jinja template"), (b"\xff", "cannot be read")], ids=["syntax", "bytes"]
 )
-def test_a_broken_file_is_told_at_the_start(served: Served, tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_broken_file_is_reported_at_startup(served: Served, tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "broken.jinja").write_bytes(content)
     with pytest.raises(ConfigError, match=said):
         made(served, CHATML, chat_template=str(tmp_path / "broken.jinja"))

@@ -34,17 +34,6 @@ def ask(server: Served, body: dict[str, Any], path: str = TEXT) -> tuple[int, di
     return status, headers, json.loads(text)
 
 
-def messages_of(server: Served, length: int) -> list[dict[str, str]]:
-    """Messages whose prompt has ``length`` tokens."""
-    for count in range(1, 4 * length):
-        text = "a b " * count
-        if len(server.engine.tokenize(text + "\n")) >= length:
-            break
-    status, _, answer = ask(server, {"messages": [{"role": "user", "content": text}], "max_tokens": 1}, CHAT)
-    assert (status, answer["usage"]["prompt_tokens"]) == (200, length), answer
-    return [{"role": "user", "content": text}]
-
-
 @pytest.mark.parametrize(("length", "expected"), [(63, 1), (60, 4), (48, 16), (47, 16), (1, 16)])
 def test_the_default_is_cut_to_the_room(served: Served, length: int, expected: int) -> None:
     status, headers, answer = ask(served, {"prompt": [5] * length})
@@ -55,7 +44,7 @@ def test_the_default_is_cut_to_the_room(served: Served, length: int, expected: i
 
 @pytest.mark.parametrize("server", ["served", "cutting"])
 @pytest.mark.parametrize("asked", [{}, {"max_tokens": 1}, {"max_tokens": 1000}], ids=str)
-@pytest.mark.parametrize("length", [CONTEXT, CONTEXT + 1, 500])
+@pytest.mark.parametrize("length", [CONTEXT, CONTEXT + 1, 100])
 def test_a_prompt_without_room_is_named(
     server: str, asked: dict[str, int], length: int, request: pytest.FixtureRequest
 ) -> None:

@@ -87,7 +87,7 @@ CALL = {"id": "call_1", "type": "function", "function": {"name": "add", "argumen
 def test_tool_calls_and_their_results_reach_the_template() -> None:
     asked = ChatCompletionMessage.model_validate({"role": "assistant", "content": None, "tool_calls": [CALL]})
     result = {"role": "tool", "tool_call_id": "call_1", "name": "add", "content": [{"type": "text", "text": "3"}]}
-    [_, call, told] = for_template(USER, asked.model_dump(), result)
+    [_, call, seen] = for_template(USER, asked.model_dump(), result)
     assert call == {
         "role": "assistant",
         "content": "",
@@ -95,7 +95,7 @@ def test_tool_calls_and_their_results_reach_the_template() -> None:
             {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2]}}}
         ],
     }
-    assert told == {
+    assert seen == {
         "role": "tool",
         "content": [{"type": "text", "text": "3"}],
         "name": "add",
@@ -113,6 +113,8 @@ def test_tool_calls_and_their_results_reach_the_template() -> None:
         (None, {}),
         ('{"a": ', '{"a": '),
         ("not JSON", "not JSON"),
+        ("[1]", "[1]"),
+        ("null", "null"),
         ('{"a": NaN}', '{"a": NaN}'),
         (r'{"a": "\ud800"}', r'{"a": "\ud800"}'),
         ('{"a": 1e999}', '{"a": 1e999}'),
@@ -135,8 +137,8 @@ def test_reasoning_of_past_turns_reaches_the_template(field: str) -> None:
 
 
 def test_names_and_developers() -> None:
-    told = for_template({"role": "developer", "content": "be brief"}, {**USER, "name": "ada"})
-    assert told == [{"role": "system", "content": "be brief"}, {**USER, "name": "ada"}]
+    seen = for_template({"role": "developer", "content": "be brief"}, {**USER, "name": "ada"})
+    assert seen == [{"role": "system", "content": "be brief"}, {**USER, "name": "ada"}]
 
 
 @pytest.mark.parametrize(

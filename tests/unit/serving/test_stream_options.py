@@ -35,8 +35,8 @@ def chunks(served: Served, path: str, options: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("path", NEEDED)
 def test_running_usage(served: Served, path: str) -> None:
     """Every chunk has the usage so far, and the last one that of the whole answer."""
-    told = chunks(served, path, {"include_usage": True, "continuous_usage_stats": True})
-    usages = [chunk["usage"] for chunk in told]
+    seen = chunks(served, path, {"include_usage": True, "continuous_usage_stats": True})
+    usages = [chunk["usage"] for chunk in seen]
     final = usages[-1]
     counts = [usage["completion_tokens"] for usage in usages]
     assert counts == sorted(counts) and counts[-1] == counts[-2] == final["completion_tokens"] > 0
@@ -44,13 +44,13 @@ def test_running_usage(served: Served, path: str) -> None:
     for usage in usages:
         assert usage["prompt_tokens"] == final["prompt_tokens"]
         assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
-    assert told[-1]["choices"] == []
+    assert seen[-1]["choices"] == []
 
 
 @pytest.mark.parametrize("path", NEEDED)
 def test_running_usage_alone_has_no_chunk_of_its_own(served: Served, path: str) -> None:
-    told = chunks(served, path, {"continuous_usage_stats": True})
-    assert all(chunk["choices"] and chunk["usage"]["total_tokens"] for chunk in told)
+    seen = chunks(served, path, {"continuous_usage_stats": True})
+    assert all(chunk["choices"] and chunk["usage"]["total_tokens"] for chunk in seen)
 
 
 @pytest.mark.parametrize("options", [None, {}, {"include_usage": False}, {"include_obfuscation": True}], ids=str)
