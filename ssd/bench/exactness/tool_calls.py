@@ -77,7 +77,7 @@ class Way:
 
 WAYS = (
     Way(name="hermes", calls="hermes"),
-    Way(name="hermes, think", calls="hermes", reasoning="think", prompt_end="<think>"),
+    Way(name="hermes+think", calls="hermes", reasoning="think", prompt_end="<think>"),
     Way(name="qwen3_xml", calls="qwen3_xml"),
     Way(name="llama3_json", calls="llama3_json"),
     Way(name="mistral", calls="mistral"),

@@ -60,7 +60,7 @@ def test_what_differs_is_told(config: dict[str, Any], monkeypatch: pytest.Monkey
     from ssd.serving.parsers.reader import Trimmed
 
     monkeypatch.setattr(Trimmed, "add", lambda _self, text: text.strip())
-    [way] = [way for way in WAYS if way.name == "hermes, think"]
+    [way] = [way for way in WAYS if way.name == "hermes+think"]
 
     async def compared() -> dict[str, Any]:
         async with AsyncEngine(config, launch=InprocPipeline) as engine:
