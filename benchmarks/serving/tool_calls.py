@@ -1,8 +1,8 @@
 """Tool calls in every format, with and without speculation, in chunks of 1 to 9 tokens: identical or not.
 
-    python benchmarks/serving/tool_calls.py --prompts 500 --json build/tool_calls.json
+    python benchmarks/serving/tool_calls.py --prompts 500 --json FILE
 
-Uses the embedded pair. The exit code is 1 if anything differs.
+Uses the embedded pair. Formats that FILE holds already are skipped. The exit code is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from ssd import AsyncEngine
 from ssd.bench.exactness.tool_calls import SIZES, WAYS, compare
@@ -36,35 +37,35 @@ async def main() -> None:
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=96)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--formats", default=",".join(way.name for way in WAYS), help="separated by commas")
+    parser.add_argument("--json", type=Path, default=Path("build/tool_calls.json"))
     options = parser.parse_args()
-    began = time.perf_counter()
-    async with AsyncEngine("embedded", overrides=[f"engine.max_batch={options.batch}"]) as engine:
+    done: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {"by_format": {}}
+    ways = [way for way in WAYS if way.name in options.formats.split(",") and way.name not in done["by_format"]]
+    overrides = [f"engine.max_batch={options.batch}"]
+    async with AsyncEngine("embedded", overrides=overrides) as engine:
         ids = [engine.tokenize(prompt) for prompt in prompts(options.prompts)]
-        told = await compare(
-            engine, ids, METHODS, max_tokens=options.max_tokens, at_once=options.batch, progress=print_progress
-        )
-    tallies = [tally for by_temperature in told.values() for tally in by_temperature.values()]
+        for way in ways:
+            began = time.perf_counter()
+            told = await compare(engine, ids, METHODS, ways=[way], max_tokens=options.max_tokens, at_once=options.batch)
+            done["by_format"][way.name] = {**told[way.name], "duration_s": round(time.perf_counter() - began, 1)}
+            print(f"{way.name}: {done['by_format'][way.name]['duration_s']} s", file=sys.stderr, flush=True)
+            write(options, done)
+    tallies = [tally for way in done["by_format"].values() for name, tally in way.items() if name != "duration_s"]
+    sys.exit(any(tally["different"] for tally in tallies))
+
+
+def write(options: argparse.Namespace, done: dict[str, Any]) -> None:
     result = {
         "prompts": options.prompts,
+        "max_tokens": options.max_tokens,
         "methods": METHODS,
-        "formats": [way.name for way in WAYS],
         "tokens_at_once": [*SIZES],
-        "duration_s": round(time.perf_counter() - began, 1),
-        "different": sum(len(tally["different"]) for tally in tallies),
-        "by_format": told,
+        "by_format": {way.name: done["by_format"][way.name] for way in WAYS if way.name in done["by_format"]},
         "versions": versions(),
     }
-    text = json.dumps(result, indent=1) + "\n"
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text)
-    print(text)
-    sys.exit(bool(result["different"]))
-
-
-def print_progress(way: str, done: int) -> None:
-    print(f"{way}: {done}", file=sys.stderr, flush=True)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ class Detokenizer:
 
     Args:
         stream: Decodes the tokens.
+        stop: Stop strings; none by default.
     """
 
     def __init__(self, stream: TextStream, stop: StopRules | None = None):

@@ -166,7 +166,7 @@ class _ByteLevelStream(TextStream):
         super().__init__(texts, skip_special_tokens)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         for text in reversed([*itertools.islice(self._visible_backwards(prompt), _MAX_PARTIAL)]):
-            self._utf8.decode(text.raw)
+            self._decode(text.raw)
         self._begun = bool(self._partial)
         """The prompt has begun a character, and so far no other has followed it."""
 
@@ -183,10 +183,19 @@ class _ByteLevelStream(TextStream):
         return self._without_begun(self._partial.decode(errors="replace"))
 
     def _add(self, text: TokenText) -> str:
-        decoded = self._utf8.decode(text.raw)
+        decoded = self._decode(text.raw)
         fresh = self._without_begun(decoded)
         self._begun = self._begun and not decoded
         return fresh
+
+    def _decode(self, raw: bytes) -> str:
+        text = self._utf8.decode(raw)
+        # After two bytes of a surrogate Python waits for the third, although no character begins so.
+        broken = self._partial.decode(errors="replace")
+        if len(broken) > 1:
+            self._utf8.reset()
+            text += broken
+        return text
 
     @property
     def _partial(self) -> bytes:

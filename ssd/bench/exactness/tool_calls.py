@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -128,7 +128,6 @@ async def compare(
     max_tokens: int = 96,
     ways: Sequence[Way] = WAYS,
     at_once: int = 8,
-    progress: Callable[[str, int], None] = lambda _way, _done: None,
 ) -> dict[str, Any]:
     """Returns counts by way and temperature. Prompts take turns in the temperatures.
 
@@ -138,7 +137,6 @@ async def compare(
         methods: the first is what the others are compared with.
         max_tokens: of one answer.
         at_once: prompts in flight.
-        progress: called with the way and the number of its prompts, when they are done.
     """
     texts = TokenTexts(engine.tokenizer)
     told: dict[str, Any] = {}
@@ -165,7 +163,6 @@ async def compare(
                     tally.different.append(f"{where}: {size} tokens at once")
         for temperature in temperatures:
             tallies[temperature].digest = digests[temperature].hexdigest()
-        progress(way.name, len(prompts))
         told[way.name] = {f"T={temperature:g}": asdict(tally) for temperature, tally in tallies.items()}
     return told
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -31,15 +31,15 @@ COUNT = f"{MESSAGES}/count_tokens"
 def add_messages(app: FastAPI, engine: AsyncEngine, jobs: JobReader) -> None:
     def read(raw: bytes) -> tuple[MessagesBody, Job]:
         body = read_body(MessagesBody, raw)
-        return body, job_of(body, MESSAGES)
+        try:
+            return body, jobs.chat(chat_body(body, MESSAGES))
+        except APIError as error:
+            raise renamed(error, NAMES) from None
 
     def count(raw: bytes) -> int:
-        job = job_of(read_body(CountBody, raw), COUNT)
-        return len(job.prompts[0])
-
-    def job_of(body: CountBody, door: str) -> Job:
+        body = read_body(CountBody, raw)
         try:
-            return jobs.chat(chat_body(body, door))
+            return len(jobs.chat_prompt(chat_body(body, COUNT)))
         except APIError as error:
             raise renamed(error, NAMES) from None
 
@@ -76,8 +76,12 @@ def add_messages(app: FastAPI, engine: AsyncEngine, jobs: JobReader) -> None:
 
 async def _whole(generation: Generation, writer: MessageWriter) -> dict[str, Any]:
     """Returns the message. Raises: PipelineError, APIError."""
-    async for _ in _written(generation, writer):
-        pass
+    try:
+        async with contextlib.aclosing(_written(generation, writer)) as written:
+            async for _ in written:
+                pass
+    except APIError as error:
+        raise renamed(error, NAMES) from None
     return writer.message
 
 
@@ -92,7 +96,7 @@ async def _events(generation: Generation, writer: MessageWriter) -> AsyncIterato
         yield AnthropicErrors().event(renamed(as_api_error(error), NAMES))
 
 
-async def _written(generation: Generation, writer: MessageWriter) -> AsyncIterator[list[Event]]:
+async def _written(generation: Generation, writer: MessageWriter) -> AsyncGenerator[list[Event], None]:
     """Writes the message while its parts come. Yields the events of each step."""
     async with contextlib.aclosing(generation.deltas()) as deltas:
         async for delta in deltas:

@@ -101,10 +101,10 @@ def renamed(error: APIError, names: Mapping[str, str]) -> APIError:
     Args:
         names: the client's name of each chat field.
     """
-    if error.param not in names:
+    param = error.param or ""
+    if param not in names:
         return error
-    name = names[error.param]
-    rest = error.message.removeprefix(error.param)
+    name, rest = names[param], error.message.removeprefix(param)
     told = name + rest if rest != error.message else error.message
     return APIError(error.status, told, param=name, code=error.code, kind=error.kind)
 
@@ -113,13 +113,20 @@ def _path(loc: tuple[int | str, ...], kind: str, given: Any) -> list[int | str]:
     """Returns where in the body an error lies: pydantic's location without the names of types."""
     path: list[int | str] = []
     for part in loc:
-        known = isinstance(given, dict) and part in given
-        if known or (isinstance(given, list) and isinstance(part, int) and part < len(given)):
+        inner = _inner(given, part)
+        if inner:
             path.append(part)
-            given = given[part]
+            given = inner[0]
     if kind == "missing":
         path.append(loc[-1])
     return path
+
+
+def _inner(value: Any, part: int | str) -> tuple[Any, ...]:
+    """Returns the item or field of a value, if it has such a one."""
+    if isinstance(value, dict):
+        return (value[part],) if part in value else ()
+    return tuple(value[part : part + 1]) if isinstance(value, list) and isinstance(part, int) else ()
 
 
 def _about_value(error: ErrorDetails) -> int:

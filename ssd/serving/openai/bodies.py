@@ -249,6 +249,8 @@ def sampling_params(
         fields["structured_outputs"] = structured_outputs(body.structured_outputs, body.response_format)
     else:
         fields["structured_outputs"] = shape.structured
+        if shape.specials:
+            fields["skip_special_tokens"] = False
     if fields.get("top_k") == -1:  # vLLM's value for all tokens
         fields["top_k"] = 0
     try:

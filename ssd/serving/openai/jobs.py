@@ -136,11 +136,16 @@ class JobReader:
         """Reads a parsed /v1/chat/completions body. Raises: APIError."""
         body, headers = self._body(ChatBody, given)
         self._check_count(1, body)
-        use = ToolUse.of(body.tools, body.tool_choice, body.parallel_tool_calls, format=self._format)
-        messages = [message.for_template() for message in body.messages]
-        prompt = self._template.tokens(messages, tools=use.shown, rendering=rendering(body))
+        use, prompt = self._chat_prompt(body)
         end = self._engine.tokenizer.decode(prompt[-PROMPT_END:], skip_special_tokens=False)
-        answer = shape(use, self._format, end, structured=body.structured_outputs, response_format=body.response_format)
+        answer = shape(
+            use,
+            self._format,
+            end,
+            structured=body.structured_outputs,
+            response_format=body.response_format,
+            show_specials=body.skip_special_tokens is False,
+        )
         return self._job(Chat(), body, [prompt], headers, answer)
 
     def _check_items(self, prompt: Any) -> None:
@@ -156,6 +161,20 @@ class JobReader:
                 param="prompt",
                 code="context_length_exceeded",
             )
+
+    def chat_prompt(self, given: Any) -> list[int]:
+        """Reads a parsed /v1/chat/completions body. Returns the token ids of its prompt, however many they are.
+
+        Raises:
+            APIError: 400.
+        """
+        body, _ = self._body(ChatBody, given)
+        return self._chat_prompt(body)[1]
+
+    def _chat_prompt(self, body: Any) -> tuple[ToolUse, list[int]]:
+        use = ToolUse.of(body.tools, body.tool_choice, body.parallel_tool_calls, format=self._format)
+        messages = [message.for_template() for message in body.messages]
+        return use, self._template.tokens(messages, tools=use.shown, rendering=rendering(body))
 
     def _body(self, kind: type[Any], given: Any) -> tuple[Any, dict[str, str]]:
         """Returns a checked body, and headers of the answer. Raises: APIError."""

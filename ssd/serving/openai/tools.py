@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from ...grammars.schemas.terms import SchemaError
 from ..http.errors import APIError, shown
 from ..parsers.formats import GPT_OSS, NONE, AnswerFormat, Thinking, Tool
 from ..parsers.grammars import Asked, call_grammar
@@ -145,6 +146,8 @@ class Shape:
     structured_by: str
     """The field of the request that asks for it."""
     parser: MakeParser
+    specials: bool
+    """Whether the parser needs the texts of special tokens."""
 
 
 def shape(
@@ -182,12 +185,15 @@ def shape(
     held = use.forced or (answer is not None and tools) or (asked is None and any(tool.strict for tool in tools))
     if held or (answer is not None and (thinking is not Thinking.NO or format.calls == GPT_OSS)):
         wanted = Asked(tools=tools, forced=use.forced, first_only=use.first_only, answer=None if use.forced else answer)
-        asked, thinks = {"grammar": call_grammar(format, thinking, wanted)}, True
         by = "tools" if tools else by
+        try:
+            asked, thinks = {"grammar": call_grammar(format, thinking, wanted)}, True
+        except SchemaError as error:
+            raise APIError(400, f"{by} cannot be used: {error}", param=by, code="invalid_value") from None
     parser = format.parser(
         prompt_end, tools=use.tools, first_only=use.first_only, thinks=thinks, show_specials=show_specials
     )
-    return Shape(structured=asked, structured_by=by, parser=parser)
+    return Shape(structured=asked, structured_by=by, parser=parser, specials=format.special)
 
 
 def _json_answer(format: Any) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...grammars.schemas.prepare import prepare
 from . import harmony
 from .formats import GPT_OSS, REASONING_FORMATS, AnswerFormat, Thinking, Tool
 from .json_calls import Hermes, Llama3
@@ -18,6 +19,8 @@ from .qwen3_xml import Qwen3XML, parameter_schema
 ANYTHING = "/(?s:.*)/"
 WHITESPACE = r" |\r?\n(?: {0,24}|\t{0,8})"
 """What may stand between two tokens of JSON. It has an end, so that no model writes blanks until its limit."""
+OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties", "allOf", "anyOf", "oneOf", "$ref", "if"}
+"""Keywords of schemas that may add to the listed properties."""
 SPACES = r"/[ \t\r\n]*/"
 
 
@@ -41,6 +44,9 @@ def call_grammar(format: AnswerFormat, thinking: Thinking, asked: Asked) -> str:
 
     Args:
         thinking: whether the answer begins with reasoning, which is free.
+
+    Raises:
+        SchemaError: a schema is wrong or cannot be held.
     """
     writer = _Harmony if format.calls == GPT_OSS else _Llama3 if format.calls == "llama3_json" else _Blocks
     return "\n".join(["%llguidance {}", *writer(format, thinking, asked).rules(), ""])
@@ -222,14 +228,17 @@ class _Harmony(_Writer):
 
 
 def _json(schema: Any) -> str:
-    """Returns an expression for JSON of a schema."""
-    spaced = {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}} if isinstance(schema, Mapping) else schema
-    return f"%json {json.dumps(spaced)}"
+    """Returns an expression for JSON of a schema. Raises: SchemaError."""
+    prepared = prepare(schema).schema
+    if isinstance(prepared, dict):
+        prepared = {**prepared, "x-guidance": {"whitespace_pattern": WHITESPACE}}
+    return f"%json {json.dumps(prepared)}"
 
 
 def _object(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a schema that only objects follow."""
-    return {**schema, "type": "object"}
+    """Returns a schema that only objects follow. Where it lists the arguments, there are no others."""
+    only = {} if {*schema} & OPEN or "properties" not in schema else {"additionalProperties": False}
+    return {**only, **schema, "type": "object"}
 
 
 def _head(name: str, key: str) -> str:

@@ -68,7 +68,7 @@ class Harmony(CallReader):
                 ended = MESSAGE
             if ended == MESSAGE:
                 ended = yield from self._until((END, CALL, RETURN, START, CHANNEL), self._message(header))
-            header, headed = ended if ended == CHANNEL else "", ended in (START, CHANNEL)
+            header, headed = CHANNEL if ended == CHANNEL else "", ended in (START, CHANNEL)
             if ended in (END, CALL, RETURN):
                 headed = (yield from self._takes(START)) is not None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -83,8 +83,12 @@ class _Answer:
 
     async def whole(self) -> dict[str, Any]:
         """Returns the response. Raises: PipelineError, APIError."""
-        async for _ in self._written():
-            pass
+        try:
+            async with contextlib.aclosing(self._written()) as written:
+                async for _ in written:
+                    pass
+        except APIError as error:
+            raise renamed(error, NAMES) from None
         return self._writer.response
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -97,7 +101,7 @@ class _Answer:
         except (SSDError, APIError) as error:
             yield _encoded(self._writer.fail(renamed(as_api_error(error), NAMES)))
 
-    async def _written(self) -> AsyncIterator[list[Event]]:
+    async def _written(self) -> AsyncGenerator[list[Event], None]:
         """Writes the response while its parts come, and keeps it. Yields the events of each step."""
         async with contextlib.aclosing(self._generation.deltas()) as deltas:
             async for delta in deltas:

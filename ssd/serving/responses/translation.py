@@ -87,18 +87,14 @@ def _text(text: TextConfig) -> dict[str, Any]:
 
 def _tools(body: ResponsesBody) -> dict[str, Any]:
     chat: dict[str, Any] = {}
-    tools, choice = body.tools or [], body.tool_choice
-    if isinstance(choice, AllowedTools):
-        allowed = {tool.name for tool in choice.tools}
-        missing = allowed - {tool.name for tool in tools}
-        if missing:
-            raise APIError(400, f"tool_choice: there is no tool {min(missing)!r} in tools", param="tool_choice")
-        tools = [tool for tool in tools if tool.name in allowed]
-        choice = choice.mode
-    if tools:
-        chat["tools"] = [_tool(tool) for tool in tools]
+    choice = body.tool_choice
+    if body.tools:
+        chat["tools"] = [_tool(tool) for tool in body.tools]
     if isinstance(choice, NamedTool):
-        chat["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
+        chat["tool_choice"] = _named(choice)
+    elif isinstance(choice, AllowedTools):
+        allowed = {"mode": choice.mode, "tools": [_named(tool) for tool in choice.tools]}
+        chat["tool_choice"] = {"type": "allowed_tools", "allowed_tools": allowed}
     elif choice is not None:
         chat["tool_choice"] = choice
     if body.parallel_tool_calls is not None:
@@ -108,6 +104,10 @@ def _tools(body: ResponsesBody) -> dict[str, Any]:
 
 def _tool(tool: FunctionTool) -> dict[str, Any]:
     return {"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"type"})}
+
+
+def _named(tool: NamedTool) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": tool.name}}
 
 
 def head(body: ResponsesBody, *, name: str, model: str, created: int) -> dict[str, Any]:

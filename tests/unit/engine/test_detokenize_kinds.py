@@ -8,12 +8,12 @@ import os
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from ssd.engine.detokenize import Detokenizer
+from ssd.engine.detokenize import Detokenizer, StopRules
 from ssd.engine.token_text import TokenTexts
 from ssd.testing.models.tiny import tiny_tokenizer
 
@@ -143,6 +143,7 @@ def test_the_text_of_one_decode(case: tuple[str, list[int], list[int], bool], at
 
 
 @given(cases())
+@example(("byte_level", [241, 164], [0], False))  # two bytes of a surrogate
 @settings(max_examples=600)
 def test_final_and_tail_are_the_text_after_every_token(case: tuple[str, list[int], list[int], bool]) -> None:
     kind, prompt, output, skip = case

@@ -131,9 +131,9 @@ def test_input_that_is_not_an_object(text: str) -> None:
     assert message["content"][0]["input"] == {BROKEN: text}
 
 
-def chat_of(door: str = "/v1/messages", **fields: Any) -> dict[str, Any]:
+def chat_of(**fields: Any) -> dict[str, Any]:
     body = {"model": "tiny", "max_tokens": 9, "messages": [{"role": "user", "content": "x"}], **fields}
-    return chat_body(read_body(MessagesBody, json.dumps(body).encode()), door)
+    return chat_body(read_body(MessagesBody, json.dumps(body).encode()), "/v1/messages")
 
 
 def text(said: str) -> dict[str, Any]:

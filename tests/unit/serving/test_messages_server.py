@@ -171,8 +171,9 @@ def test_a_body_that_is_too_long(served: Served) -> None:
 def test_too_much_at_once() -> None:
     server = Served("engine.max_batch=1", "server.max_queue=0", round_s=0.1)
     try:
-        with client_of(server).messages.stream(model="tiny", max_tokens=400, messages=HELLO) as stream:
-            next(event for event in stream if event.type == "text")
+        # One in the slot, one ready to follow.
+        with server.client().completions.create(model="tiny", prompt=["a", "b"], max_tokens=400, stream=True) as stream:
+            next(stream)
             status, headers, text = server.ask("POST", PATH, VALID)
             assert (status, error_of(text)["type"]) == (429, "rate_limit_error") and headers["retry-after"]
         server.until(lambda: server.engine.running == 0)
@@ -226,7 +227,7 @@ def test_blocks_that_are_not_text_are_named(served: Served, name: str, within: s
         body["messages"] = [{"role": "user", "content": [result]}]
     if within == "system":
         body = {**VALID, "system": [BLOCKS[name]]}
-    check_refused(served, body, "type" if name == "number" else name)
+    check_refused(served, body, "" if name == "number" else name)
     check_refused(served, body, path=COUNT)
 
 

@@ -10,9 +10,11 @@ from typing import Any
 import openai
 import pytest
 from pydantic import BaseModel, Field
+from tokenizers import AddedToken
 
 from ssd.pipeline.runtime.plan import Plan
 from ssd.pipeline.transport.messages import Submit
+from ssd.testing.models.tiny import tiny_model, tiny_tokenizer
 from ssd.testing.twins.pipeline import ScriptedPipeline
 from ssd.testing.twins.served import Served
 
@@ -39,11 +41,12 @@ CALLS = (
 class Saying:
     """A server whose model answers the text after ``SAY`` in the last message."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, config: dict[str, Any] | str = "embedded"):
         (folder / "template.jinja").write_text(TEMPLATE)
         self.prompts: list[str] = []
         self.params: list[Any] = []
-        self.served = Served(f"server.chat_template={folder}/template.jinja", launch=self._launch, round_s=0.0)
+        template = f"server.chat_template={folder}/template.jinja"
+        self.served = Served(template, launch=self._launch, round_s=0.0, config=config)
         self.client = self.served.client()
 
     def _launch(self, plan: Plan) -> ScriptedPipeline:
@@ -285,3 +288,37 @@ def test_calls_through_the_other_front_doors(saying: Saying) -> None:
     assert (status, answer["stop_reason"]) == (200, "tool_use")
     assert [block["type"] for block in answer["content"]] == ["text", "tool_use", "tool_use"]
     assert answer["content"][1]["input"] == {"city": "Paris"}
+
+
+VOCABULARY = 400
+"""From 324 ids on the tiny tokenizer spells every byte."""
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saying]:
+    """A server of a model whose markers are special tokens."""
+    folder = tmp_path_factory.mktemp("mistral")
+    tokenizer = tiny_tokenizer(VOCABULARY)
+    tokenizer.add_tokens([AddedToken(text, special=True) for text in ("[TOOL_CALLS]", "[ARGS]", "<|odd|>")])
+    for role in ("target", "draft"):
+        tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(folder / role)
+        tokenizer.save_pretrained(folder / role)
+    models = {role: {"model": str(folder / role)} for role in ("target", "draft")}
+    server = Saying(folder, {**models, "engine": {"max_model_len": 1024}})
+    yield server
+    server.served.close()
+
+
+def test_markers_that_are_special_tokens(mistral: Saying) -> None:
+    choice = mistral.ask(f"I <|odd|>look.[TOOL_CALLS]get_weather[ARGS]{CITY}", tools=[WEATHER])
+    assert (choice.message.content, called(choice.message)) == ("I look.", [("get_weather", CITY)])
+    assert len(choice.message.tool_calls[0].id) == 9
+    shown = mistral.ask("I <|odd|>look.", tools=[WEATHER], extra_body={"skip_special_tokens": False})
+    assert shown.message.content == "I <|odd|>look."
+    assert mistral.ask("I <|odd|>look.").message.content == "I look."
+
+
+def test_forced_calls_begin_with_the_special_token(mistral: Saying) -> None:
+    mistral.ask(f"[TOOL_CALLS]get_weather[ARGS]{CITY}", tools=[WEATHER], tool_choice="required")
+    marker = mistral.served.engine.tokenizer.convert_tokens_to_ids("[TOOL_CALLS]")
+    assert f'<[{marker}]> ("get_weather"' in mistral.params[0].structured_outputs.grammar
