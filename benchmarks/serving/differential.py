@@ -20,6 +20,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -125,7 +126,7 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any], page: str) -> dict[str
         same_status += not (lines and lines[0].startswith("status "))
         for line in lines:
             found.setdefault(name, []).append(line)
-            matching = {one for one in known if fnmatch.fnmatchcase(name, one[0]) and _matches(line, one[1])}
+            matching = explained(known, name, line)
             used |= matching
             if not matching:
                 unexplained.setdefault(name, []).append(line)
@@ -139,9 +140,13 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any], page: str) -> dict[str
     }
 
 
-def _matches(line: str, pattern: str) -> bool:
-    """Brackets are literal: paths have them."""
-    return fnmatch.fnmatchcase(line, pattern.replace("[", "[[]"))
+def explained(known: Sequence[tuple[str, str]], name: str, line: str) -> set[tuple[str, str]]:
+    """Returns those of the patterns that match one difference of one request. Brackets are literal: paths have them."""
+    return {
+        (request, difference)
+        for request, difference in known
+        if fnmatch.fnmatchcase(name, request) and fnmatch.fnmatchcase(line, difference.replace("[", "[[]"))
+    }
 
 
 def main() -> None:

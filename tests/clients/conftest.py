@@ -26,7 +26,7 @@ from ssd.testing import real
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-START_S, INSTALL_S, CLIENT_S = 600, 1800, 1500
+START_S, INSTALL_S, CLIENT_S = 600, 1800, 3600
 UNWANTED = {"vllm": ("torchvision", "torchaudio", "torchcodec")}
 """Packages that a client installs and a text model does not need. The index has them built for CUDA only, and next to a
 CPU build of torch they cannot be imported."""

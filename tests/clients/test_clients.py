@@ -9,7 +9,7 @@ import pytest
 
 SCRIPTS = Path(__file__).resolve().parent / "scripts"
 CLIENTS = sorted(path.stem.removesuffix("_client") for path in SCRIPTS.glob("*_client.py"))
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(4000)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(6000)]
 
 
 @pytest.mark.parametrize("client", CLIENTS)

@@ -48,7 +48,12 @@ def stream() -> None:
 @check
 def tools() -> None:
     answer = client.messages.create(
-        model=MODEL, max_tokens=96, messages=ASKED, tools=[TOOL], tool_choice={"type": "any"}, extra_body=EXACT
+        model=MODEL,
+        max_tokens=96,
+        messages=ASKED,
+        tools=[TOOL],
+        tool_choice={"type": "any", "disable_parallel_tool_use": True},
+        extra_body=EXACT,
     )
     call, *_ = [block for block in answer.content if block.type == "tool_use"]
     assert answer.stop_reason == "tool_use" and call.input["city"] in ("Paris", "Rome")
@@ -64,7 +69,12 @@ def tools() -> None:
 @check
 def tools_stream() -> None:
     with client.messages.stream(
-        model=MODEL, max_tokens=96, messages=ASKED, tools=[TOOL], tool_choice={"type": "any"}, extra_body=EXACT
+        model=MODEL,
+        max_tokens=96,
+        messages=ASKED,
+        tools=[TOOL],
+        tool_choice={"type": "any", "disable_parallel_tool_use": True},
+        extra_body=EXACT,
     ) as stream:
         kinds = {event.type for event in stream}
         call, *_ = [block for block in stream.get_final_message().content if block.type == "tool_use"]

@@ -33,4 +33,5 @@ def run() -> None:
         except Exception as error:
             traceback.print_exc()
             outcome[function.__name__] = f"{type(error).__name__}: {error}"[:600]
+        print(f"{function.__name__}: {outcome[function.__name__]}", file=sys.stderr, flush=True)
     print(json.dumps(outcome))

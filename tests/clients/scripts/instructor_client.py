@@ -11,7 +11,7 @@ from checks import MODEL, QUESTION, V1, check, run
 from pydantic import BaseModel
 
 
-class City(BaseModel):
+class City(BaseModel, extra="forbid"):  # or the model may add properties until it is cut
     city: Literal["Paris", "Rome"]
     large: bool
 
