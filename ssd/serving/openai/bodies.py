@@ -46,6 +46,7 @@ def _whole(value: Any) -> Any:
 Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, Field(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
 Integer = Annotated[Whole, Field(ge=-MAX_INT64, le=MAX_INT64)]
+Count = Annotated[Whole, Field(ge=1, le=MAX_INT64)]
 Length = Annotated[Whole, Field(ge=0, le=MAX_INT64)]
 TopCount = Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT64)]
