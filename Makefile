@@ -12,11 +12,12 @@ PYTEST_ARGS ?= -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test gpu lint format clean
+.PHONY: help demo test clients gpu lint format clean
 
 help:
 	@echo "make demo    the embedded model pair: plain, speculative and speculative-speculative decoding, compared"
 	@echo "make test    the tests, without the slow ones (PYTEST_ARGS='-m slow' for those)"
+	@echo "make clients public clients (OpenAI's, lm-eval, LangChain, ...) against a server of a real model (docs/clients.md)"
 	@echo "make gpu     everything a GPU has to show, in stages; results in build/gpu (docs/gpu.md)"
 	@echo "make lint    ruff check, ruff format --check, pyright"
 	@echo "make format  let ruff rewrite the files"
@@ -35,6 +36,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+clients: $(READY)
+	$(BIN)/python -m pytest tests/clients -m slow
 
 gpu: $(READY)
 	$(BIN)/python scripts/gpu_check.py --stage all --out build/gpu

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ if str(ROOT) not in sys.path:
 from launch.commands import run  # noqa: E402
 from launch.torchrun import LOOPBACK  # noqa: E402
 from ssd.cli.options import Makers  # noqa: E402
+from ssd.config.machine import socket_folder  # noqa: E402
 from ssd.errors import PipelineError, UsageError  # noqa: E402
 from ssd.pipeline.runtime.plan import Plan  # noqa: E402
 from ssd.pipeline.transport.lanes import ControlLane, ZmqLane  # noqa: E402
@@ -46,7 +46,7 @@ class TorchrunPipeline:
             )
         self._parent = os.getppid()
         # The sockets are in a private folder, unless the ranks are on several nodes.
-        self._folder = tempfile.TemporaryDirectory(prefix="ssd-front-")
+        self._folder = socket_folder("ssd-front-")
         local = host == LOOPBACK
         self.lanes: dict[str, ControlLane] = {}
         endpoints: dict[str, str] = {}

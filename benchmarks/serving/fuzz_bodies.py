@@ -8,7 +8,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from ssd.serving.openai.bodies import UNSUPPORTED, ChatBody, CompletionBody
+from ssd.serving.openai.bodies import ChatBody, CompletionBody
+from ssd.serving.openai.fields import CONSTRAINTS, HARMLESS, UNSUPPORTED
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 JSON_KIND = "application/json"
@@ -100,7 +101,9 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
     "bad_words": st.lists(st.lists(st.integers(0, 100), min_size=1, max_size=2) | st.text(min_size=1), max_size=2),
     "method": st.sampled_from(["none", "sd", "ssd"]),
     "priority": st.just(0),
-    "stream_options": st.sampled_from([None, {"include_usage": True}]),
+    "stream_options": st.sampled_from([None, {"include_usage": True}, {"continuous_usage_stats": True}]),
+    "chat_template_kwargs": st.just({"enable_thinking": False}),
+    "continue_final_message": st.booleans(),
     "response_format": st.sampled_from([{"type": "text"}, {"type": "json_object"}]),
     "structured_outputs": st.sampled_from(
         [{"regex": "a{2,4}"}, {"choice": ["x", "yy"]}, {"json": {"type": "integer"}}]
@@ -126,7 +129,7 @@ class Bodies:
         self._prompts = st.text(min_size=1, max_size=12) | st.lists(st.integers(0, 100), min_size=1, max_size=12)
         self._messages = st.lists(
             st.fixed_dictionaries(
-                {"role": st.sampled_from(["user", "assistant", "system"]), "content": st.text(max_size=12)}
+                {"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": st.text(max_size=12)}
             ),
             min_size=1,
             max_size=3,
@@ -166,7 +169,7 @@ class Bodies:
         return body
 
     def _break(self, draw: Any, path: str, body: dict[str, Any]) -> None:
-        known = st.sampled_from(sorted({*self._fields[path], *UNSUPPORTED}))
+        known = st.sampled_from(sorted({*self._fields[path], *UNSUPPORTED, *HARMLESS, *CONSTRAINTS}))
         match draw(st.sampled_from(["hostile", "hostile", "remove", "wrap", "unknown"])):
             case "hostile":
                 body[draw(known)] = draw(hostile)

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -77,6 +78,7 @@ def reports_errors(command: Command) -> Command:
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
+            _check_temporary_folder()
             return command(*args, **kwargs)
         except UsageError as error:
             _fail(error, EXIT_USAGE)
@@ -125,6 +127,14 @@ def _version(asked: bool) -> None:
     if asked:
         typer.echo(__version__)
         raise typer.Exit
+
+
+def _check_temporary_folder() -> None:
+    """Raises: UsageError: there is none. torch cannot even be imported then."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        raise UsageError("there is no writable folder for temporary files; set TMPDIR to one") from None
 
 
 def _fail(error: Exception, code: int) -> None:

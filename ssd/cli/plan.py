@@ -26,7 +26,7 @@ def plan(
     json_file: JsonOption = None,
     pictures: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write pictures here, as PNG.")] = None,
 ) -> None:
-    """Recommend lookahead, budget, rows, batch and the division of devices, from a profile.
+    """Recommend lookahead, budget, rows, batch and the division of devices, and say what tokens cost, from a profile.
 
     --measure starts a few pipelines and writes the profile; --validate starts others and reports
     how far simulated tokens per second are from measured ones.
@@ -34,6 +34,7 @@ def plan(
     from ..bench.report.plan_report import plan_pictures, print_advice, print_checks
     from ..bench.simulate.calibrate import Calibration
     from ..bench.simulate.calibrate import measure as calibrate
+    from ..bench.simulate.cost import Prices
     from ..bench.simulate.plan import Validation, advise, mean_error
     from ..bench.simulate.plan import validate as compared
     from ..bench.simulate.profile import load_profile
@@ -55,7 +56,8 @@ def plan(
         answers |= {"mean_error": mean_error(checks), "checks": [check.to_json() for check in checks]}
         print_checks(checks, tables())
     else:
-        answers["answers"] = [advise(found, heat) for heat in heats]
+        prices = Prices.of(settings_of(config, overrides).cost)
+        answers["answers"] = [advise(found, heat, prices=prices) for heat in heats]
         for advice in answers["answers"]:
             print_advice(advice, tables())
     write_json(json_file, answers)

@@ -26,7 +26,10 @@ def serve(
     api_key_file: Annotated[Path | None, typer.Option(help="A file with one API key per line.")] = None,
     access_log: Annotated[bool, typer.Option("--access-log", help="Log each HTTP request.")] = False,
 ) -> None:
-    """Serve the OpenAI API, the playground page and the client lane until Ctrl-C."""
+    """Serve the OpenAI API, the playground page and the client lane until SIGTERM or Ctrl-C.
+
+    Running requests may finish within server.drain_s; a second signal cuts them.
+    """
     from ..serving.run import serve as run
 
     given = {"host": host, "port": port, "api_key_file": api_key_file}
@@ -36,7 +39,12 @@ def serve(
     def started(url: str) -> None:
         say(f"listening on {url} (loading the models; the first start on a machine compiles)")
 
-    asyncio.run(run(settings, started=started, ready=lambda: say("ready"), access_log=access_log))
+    def draining(requests: int) -> None:
+        limit_s = settings.server.drain_s
+        say(f"stopping: {requests} requests may finish within {limit_s:g} s (server.drain_s); again to stop now")
+
+    hooks = {"started": started, "ready": lambda: say("ready"), "draining": draining}
+    asyncio.run(run(settings, **hooks, access_log=access_log))
     say("stopped")
 
 

@@ -72,7 +72,7 @@ class Replica:
     def __init__(self, config: dict[str, Any], launch: Callable[[Plan], Pipeline]):
         # The server's process needs no GPU and must not touch one that Ray did not assign.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        self.metrics = Metrics()
+        self.metrics = Metrics(devices=load_config(config).devices)
         self.engine = AsyncEngine(config, launch=launch, observer=self.metrics)
         self.tasks: list[asyncio.Task[None]] = []
 

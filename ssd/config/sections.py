@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, JsonValue, field_validator
 
 from .speculation import Number, Section, SpeculationConfig
 
@@ -89,7 +90,22 @@ class ServerConfig(Section):
     api_key_file: str | None = Field(default=None, min_length=1)
     """A file with one key per line; clients send a key as a bearer token."""
     chat_template: str | None = Field(default=None, min_length=1)
-    """A Jinja file, for models whose tokenizer has no chat template."""
+    """A Jinja file to use instead of the tokenizer's chat template, or the name of one of the tokenizer's templates."""
+    chat_template_kwargs: dict[str, JsonValue] = Field(default={})
+    """Variables of the chat template (``enable_thinking: false``), for requests that do not set them."""
+    trust_request_chat_template: bool = False
+    """Render chat templates that requests bring. A template is a program: trust every client."""
+    tool_parser: Literal["auto", "none", "hermes", "qwen3_xml", "llama3_json", "mistral", "gpt_oss"] = "auto"
+    """The format of the model's tool calls. ``auto``: by the markers in chat template and vocabulary."""
+    reasoning_parser: Literal["auto", "none", "think", "deepseek_r1", "mistral", "gpt_oss"] = "auto"
+    """The format of the model's reasoning, which answers give apart from the text. ``auto`` as above."""
+    unknown_parameters: Literal["ignore", "refuse"] = "ignore"
+    """``ignore``: unknown request fields have no effect and are named in a response header. ``refuse``: status 400."""
+    generation_config: Literal["auto", "none"] = "auto"
+    """Sampling parameters that requests leave out. ``auto``: those of the target's ``generation_config.json``, then the
+    API's defaults. ``none``: the API's defaults."""
+    long_requests: Literal["refuse", "cut"] = "refuse"
+    """Where ``max_tokens`` is more than the prompt leaves room for. ``refuse``: status 400. ``cut``: lower it."""
     allowed_hosts: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
     """Host names, besides the bound address, that requests may be addressed to."""
     allowed_origins: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
@@ -99,12 +115,46 @@ class ServerConfig(Section):
     """Requests that may wait for a slot; further ones are answered with status 429."""
     max_tokens_in_flight: int = Field(default=2**18, ge=16)
     """Prompt and output tokens of all requests, waiting or running; a request beyond is answered with status 429."""
+    responses_bytes: int = Field(default=2**26, ge=0)
+    """Memory for answers of /v1/responses that clients may refer to later. 0 keeps none."""
+    keep_alive_s: int = Field(default=75, ge=1, le=86400)
+    """How long an idle connection stays open for a client's next request."""
+    drain_s: Number = Field(default=25.0, ge=0, le=86400)
+    """How long running requests may take to finish after SIGTERM or Ctrl-C. 0 cuts them at once."""
+    metrics: Literal["key", "open"] | Annotated[int, Field(ge=1, le=65535)] = "key"
+    """Access to ``/metrics``. ``key``: as to every path. ``open``: without an API key. A number: on this port of
+    ``server.host`` instead, without a key."""
+    request_metrics: Literal["none", "summary", "detailed"] = "summary"
+    """``metrics`` of answers: none, times and acceptance, or with lists of each round's drafted and accepted tokens."""
+    otlp_traces_endpoint: str | None = Field(default=None, min_length=1)
+    """URL of an OpenTelemetry collector that traces of requests are sent to: OTLP over HTTP if its path is
+    ``/v1/traces``, else over gRPC. Needs ``ssd-engine[otel]``."""
     shadow_rate: Number = Field(default=0.0, ge=0, le=1)
     """Share of the finished requests that are decoded again plainly and compared."""
     lane: str | None = Field(default=None, min_length=1)
     """Endpoint for ``ssd.Client``: ``ipc://PATH``, or ``tcp://HOST:PORT`` with keys. None: no endpoint."""
     lane_keys: str | None = Field(default=None, min_length=1)
     """Folder of CURVE keys for a tcp lane, as ``ssd lane-keys`` writes it."""
+
+
+class CostConfig(Section):
+    """Prices, for the figures of ``ssd plan`` and ``/metrics``."""
+
+    target_per_hour: Number | None = Field(default=None, ge=0)
+    """Price of one of the target's devices for an hour. None: not known; costs are in device-hours."""
+    draft_per_hour: Number | None = Field(default=None, ge=0)
+    """Price of one of the draft's devices for an hour. None: as the target's."""
+    currency: str = Field(default="USD", min_length=1, max_length=16)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldDevices:
+    """The devices that a model's workers hold."""
+
+    worker: Literal["target", "draft"]
+    count: int
+    price_per_hour: float | None
+    """Of one device; None if it is not configured."""
 
 
 class Config(Section):
@@ -117,11 +167,24 @@ class Config(Section):
     numerics: Literal["strict", "fast"] = "strict"
     engine: EngineConfig = EngineConfig()
     server: ServerConfig = ServerConfig()
+    cost: CostConfig = CostConfig()
 
     @property
     def roles(self) -> tuple[str, ...]:
         """Names of all workers: ``verifier``, ``verifier-1``, …, then ``draft``, ``draft-1``, …"""
         return (*_ranks("verifier", self.target.tensor_parallel), *self.draft_roles)
+
+    @property
+    def devices(self) -> tuple[HeldDevices, ...]:
+        """The devices of all workers; a CPU worker counts as one. A draft on the target's GPU holds none of its own."""
+        cost = self.cost
+        found = [HeldDevices(worker="target", count=self.target.tensor_parallel, price_per_hour=cost.target_per_hour)]
+        if self.draft is not None:
+            shared = self.draft.device == self.target.device != "cpu"
+            count = 0 if shared else self.draft.data_parallel
+            price = cost.target_per_hour if cost.draft_per_hour is None else cost.draft_per_hour
+            found.append(HeldDevices(worker="draft", count=count, price_per_hour=price))
+        return tuple(found)
 
     @property
     def draft_roles(self) -> tuple[str, ...]:

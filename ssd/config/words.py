@@ -36,6 +36,8 @@ def describe(schema: dict[str, Any]) -> str:
         texts = schema["items"].get("type") == "string"
         least = ", at least one" if schema.get("minItems") else ""
         return "a list of non-empty texts" if texts else f"a list of integers >= 0{least}"
+    if kind == "object" and "properties" not in schema:
+        return "a mapping"
     if kind == "object":
         return "a mapping with the keys " + ", ".join(schema["properties"])
     return {"string": "a non-empty text", "boolean": "true or false", "null": "null"}[kind]

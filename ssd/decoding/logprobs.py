@@ -1,4 +1,4 @@
-"""Log-probabilities of emitted tokens, from the rows that verified them."""
+"""Log-probabilities of tokens, from the rows before them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+ROWS_AT_ONCE = 64
+"""Rows whose log-probabilities are in memory at the same time: a chunk of a prompt has many, of a large vocabulary."""
 
 
 class Logprobs(NamedTuple):
@@ -30,6 +33,12 @@ def token_logprobs(logits: Tensor, tokens: list[int], count: int) -> Logprobs:
         tokens: the chosen tokens, R of them.
         count: n; at most V are returned.
     """
+    starts = range(0, len(tokens) or 1, ROWS_AT_ONCE)
+    parts = [_some(logits[at : at + ROWS_AT_ONCE], tokens[at : at + ROWS_AT_ONCE], count) for at in starts]
+    return Logprobs(*([value for part in column for value in part] for column in zip(*parts, strict=True)))
+
+
+def _some(logits: Tensor, tokens: list[int], count: int) -> Logprobs:
     logprobs = logits.to(torch.float32).log_softmax(-1)
     chosen = logprobs.gather(1, torch.tensor(tokens, dtype=torch.int64, device=logits.device)[:, None])
     ranks = 1 + (logprobs > chosen).sum(-1)

@@ -70,6 +70,7 @@ class AsyncEngine:
         loaded = load_config(config, overrides)
         self._front = Front(loaded, limits=limits or server_limits(loaded), tell=self._tell_draft)
         self.config, self.tokenizer = self._front.config, self._front.tokenizer
+        self.texts = self._front.texts
         self._launch, self._observer = launch, observer
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="ssd-prepare")
         self._compiling = ThreadPoolExecutor(COMPILING_THREADS, thread_name_prefix="ssd-compile")
@@ -89,6 +90,11 @@ class AsyncEngine:
     def ready(self) -> bool:
         """The workers are up and nothing broke."""
         return self._pipeline is not None and self._front.ready and self.failure is None
+
+    @property
+    def accepting(self) -> bool:
+        """New requests are taken."""
+        return self.ready and self._refusal is None
 
     @property
     def degraded(self) -> str | None:
@@ -216,9 +222,12 @@ class AsyncEngine:
         """Runs one request to its end. Cancelling the call cancels the request. Raises: As ``open``."""
         return await (await self.open(prompt, params)).output()
 
-    def tokenize(self, text: str) -> list[int]:
-        """Returns the token ids of a prompt, as ``open`` makes them. Raises: RequestError: It is not valid Unicode."""
-        return self._front.tokenize(text)
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Returns the token ids of a prompt, by default as ``open`` makes them.
+
+        Raises: RequestError: It is not valid Unicode.
+        """
+        return self._front.tokenize(text, add_special_tokens=add_special_tokens)
 
     async def failed(self) -> SSDError:
         """Waits until the pipeline breaks. Returns why it did."""

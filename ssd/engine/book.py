@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import OverloadedError, RequestError
-from ..pipeline.transport.messages import Cancel, Committed, Finished, Message
+from ..pipeline.transport.messages import Cancel, Committed, Finished, Message, Scored
 from ..request.output import FinishReason, SpeculationRecord, StreamEvent
 from .fair_queue import FairQueue
 from .request import Input, Request, State
@@ -127,7 +127,7 @@ class RequestBook:
                 step.send.append((VERIFIER, Cancel(request=number)))
         return step
 
-    def handle(self, message: Committed | Finished) -> Step:
+    def handle(self, message: Scored | Committed | Finished) -> Step:
         """Takes in a message about a request. Messages that crossed with the cancel of a request that was over then
         are dropped.
 
@@ -135,6 +135,10 @@ class RequestBook:
         """
         request = self.live.get(message.request)
         if request is None:
+            return Step()
+        if isinstance(message, Scored):
+            request.move(Input.SCORE)
+            request.score(message)
             return Step()
         if isinstance(message, Committed):
             return self._commit(request, message)
@@ -164,8 +168,9 @@ class RequestBook:
         request.move(Input.COMMIT)
         if request.state is not State.DECODING:
             return Step()
+        request.last_s = self._clock()
         if request.first_s is None:
-            request.first_s = self._clock()
+            request.first_s = request.last_s
         event = request.commit(message)
         if request.detokenizer.stopped:
             # The rest of the block, and what the verifier decodes until it reads the cancel, does not count.

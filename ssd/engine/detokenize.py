@@ -2,33 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-_REPLACEMENT = "\ufffd"
-_WINDOW = 6  # tokens decoded again for context; tokenizers look back a few at most
+from ..request.sampling_params import SamplingParams
+from .token_text import TextStream
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StopRules:
+    """Where a text ends, apart from its last token."""
+
+    strings: tuple[str, ...] = ()
+    include: bool = False
+    """Keep the stop string at the end of the text."""
+    min_tokens: int = 0
+    """Ignore stop strings that these first tokens complete."""
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> StopRules:
+        """Returns the rules a request asks for."""
+        return cls(strings=params.stop, include=params.include_stop_str_in_output, min_tokens=params.min_tokens)
 
 
 class Detokenizer:
     """Turns a growing list of token ids into text and finds stop strings.
 
-    ``text`` is all final text. Text that may be the beginning of a stop string, and bytes that are not yet a whole
-    character, are held back until later tokens decide.
+    The text is that of one decode of all tokens. Text that may be the beginning of a stop string, and bytes whose text
+    later tokens may change, are held back until later tokens decide. A stop string may contain special tokens, also
+    those that are not part of the text.
 
     Args:
-        tokenizer: A transformers tokenizer; only its ``decode`` is used.
-        stop: Stop strings.
-        include_stop: Keep the stop string at the end of the text.
-        min_tokens: Ignore stop strings that these first tokens complete.
+        stream: Decodes the tokens.
+        stop: Stop strings; none by default.
     """
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...], *, include_stop: bool = False, min_tokens: int = 0):
-        self._tokenizer, self._stop = tokenizer, stop
-        self._include_stop, self._min_tokens = include_stop, min_tokens
-        self._ids: list[int] = []
-        self._start = self._read = 0  # window being decoded: [start, read) is already text
-        self._decoded = ""
-        self.given = 0
-        """Characters released."""
+    def __init__(self, stream: TextStream, stop: StopRules | None = None):
+        self._stream, self._stop = stream, stop or StopRules()
+        self._longest = max(map(len, self._stop.strings), default=0)
+        self._released: list[str] = []
+        self._waiting = ""
+        """Final text that is not released. Every stop string that may become complete begins in it or after it."""
+        self._open = ""
+        """The complete characters that would follow it if no token followed."""
+        self._marks: list[tuple[int, str]] = []
+        """Special tokens of stop strings that are not part of the text: their places in the waiting and the open text,
+        and their names."""
+        self._known = ("", "")
+        """The views already searched."""
+        self._count = 0
         self.found: str | None = None
         """The stop string that ended the text."""
 
@@ -38,66 +60,103 @@ class Detokenizer:
 
     @property
     def text(self) -> str:
-        return self._decoded[: self.given]
+        """All text released."""
+        return "".join(self._released)
 
-    def add(self, token_ids: list[int]) -> str:
-        """Adds tokens and returns the text that became final. At a stop string the text ends, and ``found`` and
-        ``stopped`` are set.
-
-        To find the token that completed a stop string, add tokens one at a time.
-        """
-        if self.stopped:
-            return ""
-        self._ids.extend(token_ids)
-        before = self._decode(self._ids[self._start : self._read])
-        after = self._decode(self._ids[self._start :])
-        fresh = after[len(before) :]
-        if fresh and not after.endswith(_REPLACEMENT):
-            self._append(fresh)
-            self._start, self._read = max(self._start, len(self._ids) - _WINDOW), len(self._ids)
-        elif self._stop and self._find(whole := self._decoded + fresh.rstrip(_REPLACEMENT)):
-            # The token that completes a stop string may end in half a character. Do not wait for the other half.
-            self._append(whole[len(self._decoded) :])
-        return self._give(len(self._decoded) if self.stopped else len(self._decoded) - self._held())
+    def add(self, token_ids: Sequence[int]) -> str:
+        """Adds tokens and returns the text that became final. At the token that completes a stop string the text ends,
+        and ``found`` and ``stopped`` are set. Tokens after it are ignored."""
+        return "".join(map(self._add, token_ids))
 
     def finish(self) -> str:
         """Releases and returns the text held back, because no token follows."""
         if not self.stopped:
-            before = self._decode(self._ids[self._start : self._read])
-            self._append(self._decode(self._ids[self._start :])[len(before) :])
-            self._read = len(self._ids)
-        return self._give(len(self._decoded))
+            self._take(self._stream.tail, "")
+        return self._release(len(self._waiting))
 
-    def _append(self, text: str) -> None:
-        found = self._find(self._decoded + text)
-        self._decoded += text
-        if found is not None:
-            at, self.found = found
-            self._decoded = self._decoded[: at + len(self.found) * self._include_stop]
+    def _add(self, token: int) -> str:
+        if self.stopped:
+            return ""
+        self._count += 1
+        if not self._stop.strings:
+            self._waiting = self._stream.add(token)
+            return self._release(len(self._waiting))
+        marker = self._stream.marker(token)
+        if marker and any(marker in stop for stop in self._stop.strings):
+            self._marks.append((len(self._waiting) + len(self._open), marker))
+        self._take(self._stream.add(token), self._stream.open)
+        return self._release(len(self._waiting) if self.stopped else self._certain())
 
-    def _find(self, text: str) -> tuple[int, str] | None:
-        """Returns start and text of the first stop string that ends beyond the decoded text, if there is one."""
-        if not self._stop or len(self._ids) <= self._min_tokens:
-            return None
-        # None that counts ends within the decoded text: it would have been found before.
-        known = len(self._decoded) + 1
-        found = [(at, s) for s in self._stop if (at := text.find(s, max(0, known - len(s)))) >= 0]
-        return min(found, default=None)
+    def _take(self, fresh: str, following: str) -> None:
+        """Appends final text. If it, or what follows it, completes a stop string, the text ends there."""
+        self._waiting, self._open = self._waiting + fresh, following
+        if self._count <= self._stop.min_tokens:
+            return
+        found: list[tuple[int, str]] = []
+        for (text, places), known in zip(self._views(), self._known, strict=True):
+            # None that counts ends within the known text: it would have been found before.
+            before = _common(known, text)
+            for stop in self._stop.strings:
+                if (at := text.find(stop, max(0, before + 1 - len(stop)))) >= 0:
+                    found.append((places[at], stop))
+        if found:
+            at, self.found = min(found)
+            self._waiting = (self._waiting + following)[:at] + (self.found if self._stop.include else "")
 
-    def _give(self, upto: int) -> str:
-        fresh = self._decoded[self.given : max(self.given, upto)]
-        self.given = max(self.given, upto)
-        return fresh
+    def _release(self, count: int) -> str:
+        """Releases the first characters of the waiting text and returns them."""
+        text, self._waiting = self._waiting[:count], self._waiting[count:]
+        self._released.append(text)
+        if self._stop.strings:
+            self._marks = [(at - count, name) for at, name in self._marks if at >= count][-self._longest :]
+            (plain, _), (marked, _) = self._views()
+            self._known = plain, marked
+        return text
 
-    def _held(self) -> int:
-        """Returns the length of the longest suffix of the text that is a prefix of a stop string."""
-        longest = 0
-        for stop in self._stop:
-            for length in range(min(len(stop) - 1, len(self._decoded)), longest, -1):
-                if self._decoded.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
+    def _certain(self) -> int:
+        """Returns how many characters of the waiting text cannot belong to a stop string."""
+        certain = len(self._waiting)
+        for text, places in (_view(self._waiting, ()), _view(self._waiting, self._marks)):
+            longest = 0
+            for stop in self._stop.strings:
+                for length in range(min(len(stop) - 1, len(text)), longest, -1):
+                    if text.endswith(stop[:length]):
+                        longest = length
+                        break
+            certain = min(certain, places[len(text) - longest])
+        return certain
 
-    def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _views(self) -> tuple[_View, _View]:
+        """Returns the waiting and the open text, without and with the special tokens left out of it."""
+        whole = self._waiting + self._open
+        return _view(whole, ()), _view(whole, self._marks)
+
+
+_View = tuple[str, Sequence[int]]
+"""A text, and for each of its characters and its end the place in the text without special tokens."""
+
+
+def _common(known: str, text: str) -> int:
+    """Returns how many characters at the beginning are equal."""
+    if text.startswith(known):
+        return len(known)
+    return next((i for i, (a, b) in enumerate(zip(known, text, strict=False)) if a != b), len(text))
+
+
+def _view(text: str, marks: Sequence[tuple[int, str]]) -> _View:
+    """Returns a text with special tokens inserted.
+
+    Args:
+        marks: Their places and names, in order. Those beyond the end are left out.
+    """
+    if not marks:
+        return text, range(len(text) + 1)
+    parts: list[str] = []
+    places: list[int] = []
+    begin = 0
+    for at, name in marks:
+        if at <= len(text):
+            parts += [text[begin:at], name]
+            places += [*range(begin, at), *[at] * len(name)]
+            begin = at
+    return "".join([*parts, text[begin:]]), [*places, *range(begin, len(text) + 1)]

@@ -12,11 +12,12 @@ from typing import Any
 from ..config.load import load_config, resolve_model_path
 from ..config.sections import Config, rank_of, section_of
 from ..errors import ConfigError, PipelineError, RequestError, UsageError, WorkerError
+from ..grammars.compiler import Grammars
+from ..models.generation_config import end_ids
 from ..models.loading import load_tokenizer, read_config
 from ..models.skipping import SkipSet
 from ..models.vocabulary import shared_vocabulary
 from ..pipeline.runtime.plan import Plan, check_sizes
-from ..pipeline.sampling.grammar import Grammars
 from ..pipeline.transport.messages import (
     MAX_MESSAGE_BYTES,
     Committed,
@@ -27,6 +28,7 @@ from ..pipeline.transport.messages import (
     Ready,
     Rejoined,
     Reopen,
+    Scored,
     Welcome,
     encode,
 )
@@ -34,10 +36,11 @@ from ..request import prompts
 from ..request.methods import WITH_DRAFT
 from ..request.sampling_params import MAX_TOKENS, SamplingParams, completion_seed
 from .book import VERIFIER, Limits, RequestBook, Step
-from .detokenize import Detokenizer
+from .detokenize import Detokenizer, StopRules
 from .request import Caller, PromptTokens, Request
 from .resolve import resolve
 from .restarts import DraftRestarts, News, ignore
+from .token_text import TokenTexts
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +70,7 @@ class Front:
         self.config = load_config(config, overrides)
         check_sizes(self.config)
         self.tokenizer, self.plan = make_plan(self.config)
+        self.texts = TokenTexts(self.tokenizer)
         self.info: dict[str, Any] = {}
         """What the workers that are ready reported about themselves, by role."""
         self._book = RequestBook(limits)
@@ -153,10 +157,14 @@ class Front:
         """Takes in that the launcher could not start the draft again."""
         self._restarts.lost(str(error) or type(error).__name__)
 
-    def tokenize(self, text: str) -> list[int]:
-        """Returns the token ids of a prompt. Raises: RequestError: UTF-8 cannot encode the text."""
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Returns the token ids of a prompt. Raises: RequestError: UTF-8 cannot encode the text.
+
+        Args:
+            add_special_tokens: Add those that the tokenizer puts around a text, such as a beginning-of-text token.
+        """
         asked = prompts.one(text)
-        return list(self.tokenizer(asked.prompt, add_special_tokens=True)["input_ids"])
+        return list(self.tokenizer(asked.prompt, add_special_tokens=add_special_tokens)["input_ids"])
 
     def make(self, prompt: str | Sequence[int], params: SamplingParams, caller: Caller | None = None) -> list[Request]:
         """Returns the requests of a prompt, one for each completion: checked, and not yet submitted.
@@ -167,7 +175,7 @@ class Front:
         """
         prompt, params = prompts.one(prompt, params)
         ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
-        self._check_prompt(ids)
+        self._check_prompt(ids, params.max_tokens)
         self._check_method(params)
         if caller is not None and caller.priority and self.config.engine.scheduling != "priority":
             raise RequestError("priority is off: start with engine.scheduling=priority, or leave it out")
@@ -187,10 +195,7 @@ class Front:
                 params=replace(params, n=1, seed=completion_seed(params.seed, index)) if params.n > 1 else params,
                 ends=ends,
                 detokenizer=Detokenizer(
-                    self.tokenizer,
-                    params.stop,
-                    include_stop=params.include_stop_str_in_output,
-                    min_tokens=params.min_tokens,
+                    self.texts.stream(ids, skip_special_tokens=params.skip_special_tokens), StopRules.of(params)
                 ),
                 context_limit=context,
                 caller=caller,
@@ -224,7 +229,7 @@ class Front:
 
         Raises: UsageError, WorkerError: The worker cannot go on. PipelineError: The message is out of turn.
         """
-        if isinstance(message, Committed | Finished):
+        if isinstance(message, Scored | Committed | Finished):
             return self._book.handle(message)
         if isinstance(message, Hello):
             return self._greet(role, message)
@@ -270,14 +275,13 @@ class Front:
             first, *_ = why.splitlines() or [""]
             log.warning("the %s is lost; nobody prepares its share of the outcomes: %s", role, first)
 
-    def _check_prompt(self, ids: Sequence[int]) -> None:
+    def _check_prompt(self, ids: Sequence[int], max_tokens: int) -> None:
         if not ids:
             raise RequestError("the prompt is empty; give at least one token")
         limit = self.config.engine.max_model_len
-        if len(ids) >= limit:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens; engine.max_model_len={limit} leaves room for {limit - 1}"
-            )
+        room = limit - min(max_tokens, 1)
+        if len(ids) > room:
+            raise RequestError(f"the prompt has {len(ids)} tokens; engine.max_model_len={limit} leaves room for {room}")
         if max(ids) >= self.plan.vocabulary:
             raise RequestError(f"prompt token ids must be in [0, {self.plan.vocabulary}); got {max(ids)}")
 
@@ -309,8 +313,6 @@ def make_plan(config: Config) -> tuple[Any, Plan]:
     Raises:
         UsageError: A model is missing, or the tokenizers do not match.
     """
-    from transformers import GenerationConfig
-
     target = resolve_model_path(config.target.model)
     tokenizer = load_tokenizer(target)
 
@@ -331,8 +333,5 @@ def make_plan(config: Config) -> tuple[Any, Plan]:
         other = load_tokenizer(draft)
         sizes.append(head(draft))
     vocabulary = shared_vocabulary(tokenizer, other, sizes[0], sizes[-1])
-    ends = {tokenizer.eos_token_id}
-    if (target / "generation_config.json").is_file():
-        given = GenerationConfig.from_pretrained(target, local_files_only=True).eos_token_id
-        ends |= set(given) if isinstance(given, list) else {given}
-    return tokenizer, Plan(config=config, vocabulary=vocabulary, ends=tuple(sorted(ends - {None})))
+    ends = end_ids(target, read_config(target), tokenizer, vocabulary=vocabulary)
+    return tokenizer, Plan(config=config, vocabulary=vocabulary, ends=ends)

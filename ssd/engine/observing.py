@@ -30,6 +30,25 @@ class Observer(Protocol):
         ...
 
 
+class Observers:
+    """Hands on to several observers."""
+
+    def __init__(self, *observers: Observer):
+        self._observers = observers
+
+    def event(self, request: Request, event: StreamEvent) -> None:
+        for observer in self._observers:
+            observer.event(request, event)
+
+    def round(self, report: RoundReport) -> None:
+        for observer in self._observers:
+            observer.round(report)
+
+    def draft(self, news: News) -> None:
+        for observer in self._observers:
+            observer.draft(news)
+
+
 class Watchers:
     """Hands round reports to every reader."""
 

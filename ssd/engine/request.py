@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from ..errors import PipelineError
-from ..pipeline.transport.messages import Committed, Submit
+from ..pipeline.transport.messages import Committed, Scored, Submit
 from ..request.output import (
     FinishReason,
     Provenance,
@@ -40,6 +40,7 @@ class Input(Enum):
     """What can happen to one request."""
 
     SEND = auto()
+    SCORE = auto()
     COMMIT = auto()
     STOP = auto()
     CANCEL = auto()
@@ -49,6 +50,7 @@ class Input(Enum):
 TRANSITIONS: dict[tuple[State, Input], State] = {
     (State.QUEUED, Input.SEND): State.SENT,
     (State.QUEUED, Input.CANCEL): State.DONE,
+    (State.SENT, Input.SCORE): State.SENT,
     (State.SENT, Input.COMMIT): State.DECODING,
     (State.SENT, Input.CANCEL): State.CANCELLED,
     (State.SENT, Input.FINISH): State.DONE,
@@ -56,10 +58,11 @@ TRANSITIONS: dict[tuple[State, Input], State] = {
     (State.DECODING, Input.STOP): State.STOPPED,
     (State.DECODING, Input.CANCEL): State.CANCELLED,
     (State.DECODING, Input.FINISH): State.DONE,
-    # Commits that were on their way when the cancel was sent.
+    # What was on its way when the cancel was sent.
     (State.STOPPED, Input.COMMIT): State.STOPPED,
     (State.STOPPED, Input.CANCEL): State.STOPPED,
     (State.STOPPED, Input.FINISH): State.DONE,
+    (State.CANCELLED, Input.SCORE): State.CANCELLED,
     (State.CANCELLED, Input.COMMIT): State.CANCELLED,
     (State.CANCELLED, Input.CANCEL): State.CANCELLED,
     (State.CANCELLED, Input.FINISH): State.DONE,
@@ -85,22 +88,31 @@ class Caller:
     """Of the requests that wait, those with the lowest value go first, as in vLLM. Nothing that runs is interrupted.
     Values other than 0 need ``engine.scheduling=priority``."""
     label: str = ""
-    """The owner's name for the request, for log lines."""
+    """The owner's name for the request, for log lines and traces."""
+    trace_headers: Mapping[str, str] = field(default_factory=dict)
+    """``traceparent`` and ``tracestate`` of the trace that the request belongs to, if it belongs to one."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Steps:
-    """Rounds of one request that verified draft tokens, counted as vLLM does."""
+    """Rounds of one request that verified draft tokens, counted as vLLM does. Lists have an entry for each round."""
 
     by_draft_length: dict[int, list[int]] = field(default_factory=dict)
     """``by_draft_length[k][j]`` rounds accepted j of k draft tokens."""
+    accepted: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+    committed_s: list[float] = field(default_factory=list)
+    """Seconds on the verifier's monotonic clock."""
 
-    def add(self, drafted: int, accepted: int) -> None:
+    def add(self, drafted: int, accepted: int, committed_s: float) -> None:
         """Counts one round."""
         length = max(drafted, accepted)  # a sibling may be accepted where the chain has no token
         if length:
             counts = self.by_draft_length.setdefault(length, [0] * (length + 1))
             counts[accepted] += 1
+            self.accepted.append(accepted)
+            self.drafted.append(length)
+            self.committed_s.append(committed_s)
 
 
 class Request:
@@ -130,9 +142,12 @@ class Request:
         self.number, self.prompt, self.prompt_ids, self.params = number, prompt.text, prompt.token_ids, params
         self.detokenizer, self.ends, self.index = detokenizer, ends, index
         self.client, self.priority, self.label = caller.client, caller.priority, caller.label
+        self.trace_headers = caller.trace_headers
         self.state = State.QUEUED
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+        self.prompt_logprobs: list[TokenLogprob | None] | None = None if params.prompt_logprobs is None else [None]
+        """Of the prompt's first tokens, as far as they are scored. Complete before the first event."""
         self.record = SpeculationRecord()
         """Counts of the rounds received so far. Final where the front ends the request."""
         self.steps = Steps()
@@ -142,6 +157,7 @@ class Request:
         self.added_s = 0.0
         self.sent_s: float | None = None
         self.first_s: float | None = None
+        self.last_s: float | None = None
         self.cost = min(len(self.prompt_ids) + params.max_tokens, context_limit)
         """Most tokens it may occupy."""
 
@@ -149,6 +165,12 @@ class Request:
     def message(self) -> Submit:
         """The message that sends it to the verifier."""
         return Submit(request=self.number, prompt=list(self.prompt_ids), params=self.params)
+
+    def score(self, message: Scored) -> None:
+        """Adds the log-probabilities of the next prompt tokens."""
+        if self.prompt_logprobs is not None:
+            left = self.prompt_ids[len(self.prompt_logprobs) :]
+            self.prompt_logprobs.extend(TokenLogprob.from_columns(left, message.logprobs))
 
     def commit(self, message: Committed) -> StreamEvent:
         """Adds a round's tokens, up to the one that completes a stop string (``detokenizer.stopped``)."""
@@ -161,7 +183,7 @@ class Request:
         accepted = min(message.accepted, len(kept))
         rest: Provenance = "plain" if message.origin == "plain" else "bonus"
         self.token_ids.extend(kept)
-        self.steps.add(message.drafted, message.accepted)
+        self.steps.add(message.drafted, message.accepted, message.committed_s)
         logprobs = None
         if self.logprobs is not None and message.logprobs is not None:
             logprobs = TokenLogprob.from_columns(kept, message.logprobs)
@@ -210,6 +232,7 @@ class Request:
             stop_reason=stopped_by if reason == "stop" else None,
             error=error if reason == "error" else None,
             logprobs=None if self.logprobs is None else tuple(self.logprobs),
+            prompt_logprobs=None if self.prompt_logprobs is None else tuple(self.prompt_logprobs),
             index=self.index,
             num_cached_tokens=self.cached,
         )

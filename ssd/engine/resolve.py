@@ -18,8 +18,8 @@ def resolve(params: SamplingParams, tokenizer: Any, *, vocabulary: int, ends: It
         ends: End-of-text ids.
 
     Raises:
-        RequestError: A token id is outside the vocabulary, no token spells a bad word, or the excluded tokens could
-            leave nothing to choose from.
+        RequestError: A token id is outside the vocabulary, a bad word has no tokens, or the excluded tokens could leave
+            nothing to choose from.
     """
     if not (params.processed or params.stop_token_ids):
         return params
@@ -56,7 +56,7 @@ def _ids(word: str | tuple[int, ...], tokenizer: Any) -> list[tuple[int, ...]]:
     As in vLLM, a text stands for its tokens without a leading space, and for those with one if they are as many and
     begin with another token.
 
-    Raises: RequestError: No token spells it.
+    Raises: RequestError: It has no tokens.
     """
     if not isinstance(word, str):
         return [word]

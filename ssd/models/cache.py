@@ -219,20 +219,24 @@ class CacheView:
             )
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_args, **_kwargs) -> tuple[RowStates, RowStates]:
-        """Writes a layer's keys and values, ``[B, H_kv, R, D]`` each; returns what the rows attend of both."""
+        """Writes a layer's keys and values, ``[B, H_kv, R, D]`` each; returns what the rows attend of both.
+
+        Slots hold finite values only: a slot that a row does not attend has weight 0, and 0 times NaN is NaN. What
+        attends a row that is NaN still learns it, from the key."""
         return self._write(0, keys, layer), self._write(1, values, layer)
 
     def _write(self, part: int, own: Tensor, layer: int) -> RowStates:
         main, side, sequences = self.main[part][layer], self.scratch[part][layer], self.sequences
+        kept = own.nan_to_num() if part else own
         placed = self.main_slots.shape[1]
         batch = (torch.arange(own.shape[0], device=own.device) if sequences is None else sequences)[:, None]
         if placed:
-            main[batch, :, self.main_slots] = own[:, :, :placed].transpose(1, 2)
+            main[batch, :, self.main_slots] = kept[:, :, :placed].transpose(1, 2)
         if placed < own.shape[2]:
             if sequences is None:
-                side[:, :, self.scratch_slots] = own[:, :, placed:]
+                side[:, :, self.scratch_slots] = kept[:, :, placed:]
             else:
-                side[batch, :, self.scratch_slots] = own[:, :, placed:].transpose(1, 2)
+                side[batch, :, self.scratch_slots] = kept[:, :, placed:].transpose(1, 2)
         scratch, attends = None if self.scratch_mask is None else side, self._attended[layer]
         starts, mask = self._reached[attends]
         return RowStates(

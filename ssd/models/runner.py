@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, Literal, NamedTuple, Self
@@ -143,7 +143,7 @@ class ForwardRunner:
             self.prefill(0, ids[:first])
             logits = self.logits(whole, tokens, lengths, self.contexts[0])[0]
         except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            what = f"{kind}: does not run with this engine's attention and cache ({first_line(error)})"
+            what = f"{kind}: does not run with this engine's attention and cache ({first_line(error)}); not supported"
             raise ModelError(what) from error
         expected = layers.logits[first:, : self.vocabulary]
         apart = ((logits - expected).norm() / expected.norm()).item()
@@ -281,6 +281,19 @@ class ForwardRunner:
         Raises:
             RequestError: they do not fit the cache.
         """
+        # The head's result on this one row is not used: transformers cannot leave the head out.
+        for _ in self._chunks(slot, tokens, start, kept=1):
+            pass
+
+    @torch.no_grad()
+    def prefill_logits(self, slot: int, tokens: Sequence[int], start: int = 0) -> Tensor:
+        """Does what ``prefill`` does, for at most ``chunk`` tokens, and returns their logits ``[T, V]`` in the
+        model's type."""
+        [logits] = self._chunks(slot, tokens, start, kept=self.chunk)
+        return logits[0, : len(tokens), : self.vocabulary]
+
+    def _chunks(self, slot: int, tokens: Sequence[int], start: int, kept: int) -> Iterator[Tensor]:
+        """Computes keys and values chunk by chunk. Yields the logits of the last ``kept`` rows of each."""
         plan, layout = self._prefill, self._layout(self._prefill)
         if start + len(tokens) > self.cache.main_slots:
             raise RequestError(f"{start + len(tokens)} tokens do not fit the cache")
@@ -293,8 +306,7 @@ class ForwardRunner:
             lengths = torch.tensor([length], device=self.device)
             context = self.context_for(length + plan.rows)
             inputs = self._inputs(view, layout, plan.in_place, lengths, context, count=len(chunk))
-            # The head's result on this one row is not used: transformers cannot leave the head out.
-            self.model(input_ids=ids.to(self.device), logits_to_keep=1, **inputs)
+            yield self.model(input_ids=ids.to(self.device), logits_to_keep=kept, **inputs).logits
 
     def copy(self, source: int, slot: int, length: int) -> None:
         """Copies keys and values of ``source``'s first ``length`` tokens to ``slot``."""

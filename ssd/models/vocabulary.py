@@ -30,6 +30,7 @@ def shared_vocabulary(target_tokenizer: Any, draft_tokenizer: Any, target_size: 
             f"draft and target have different tokenizers: token {token!r} is {target_ids.get(token)} in the target "
             f"and {draft_ids.get(token)} in the draft; use a draft trained with the target's tokenizer"
         )
+    # Ids need not be contiguous, so the number of tokens is not a bound.
     size = max(target_ids.values()) + 1
     for name, head in (("target", target_size), ("draft", draft_size)):
         if head < size:

@@ -82,7 +82,7 @@ class SpeculationRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLogprob:
-    """Log-probability (natural) of one output token under the target's own distribution."""
+    """Log-probability (natural) of one token under the target's own distribution."""
 
     token_id: int
     logprob: float
@@ -93,7 +93,7 @@ class TokenLogprob:
 
     @classmethod
     def from_columns(cls, tokens: Iterable[int], columns: Sequence[Sequence[Any]]) -> tuple[TokenLogprob, ...]:
-        """Reads the columns of a ``Committed`` message.
+        """Reads the columns of a ``Committed`` or ``Scored`` message.
 
         Args:
             tokens: The T tokens to read, the first of the message.
@@ -108,9 +108,12 @@ class TokenLogprob:
     @classmethod
     def from_dicts(cls, given: Iterable[Mapping[str, Any]] | None) -> tuple[TokenLogprob, ...] | None:
         """Reads what ``dataclasses.asdict`` made, also after a format without tuples. None stays None."""
-        if given is None:
-            return None
-        return tuple(cls(**{**fields, "top": tuple(map(tuple, fields["top"]))}) for fields in given)
+        return None if given is None else tuple(map(cls.from_dict, given))
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> TokenLogprob:
+        """Reads one of ``from_dicts``."""
+        return cls(**{**given, "top": tuple(map(tuple, given["top"]))})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +135,8 @@ class RequestOutput:
     """Why the request failed, if ``finish_reason`` is ``error``. The tokens so far are valid."""
     logprobs: tuple[TokenLogprob, ...] | None = None
     """One for every token, if requested."""
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    """One for every prompt token, if requested. The first is None."""
     index: int = 0
     """Which of the prompt's ``n`` completions this is."""
     num_cached_tokens: int = 0
@@ -161,8 +166,10 @@ class RequestOutput:
 
         Raises: TypeError, KeyError: The fields are not those of an output.
         """
+        scored = given["prompt_logprobs"]
         read = {
             "prompt_token_ids": tuple(given["prompt_token_ids"]),
+            "prompt_logprobs": scored and (None, *map(TokenLogprob.from_dict, scored[1:])),
             "token_ids": tuple(given["token_ids"]),
             "speculation": SpeculationRecord(**given["speculation"]),
             "logprobs": TokenLogprob.from_dicts(given["logprobs"]),

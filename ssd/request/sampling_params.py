@@ -71,7 +71,8 @@ class SamplingParams:
     n: int = 1
     """Completions of the prompt, at most 128. ``completion_seed`` gives their seeds."""
     max_tokens: int = 256
-    """Most tokens to generate. None generates until the context is full."""
+    """Most tokens to generate. None generates until the context is full; 0 generates nothing, so that only the
+    prompt is computed (and scored, with ``prompt_logprobs``)."""
     min_tokens: int = 0
     """Fewest tokens to generate: before, end-of-text ids and stop token ids are excluded (also with
     ``ignore_eos``) and stop strings are not looked for."""
@@ -86,9 +87,14 @@ class SamplingParams:
     """Do not stop at an end-of-text id."""
     include_stop_str_in_output: bool = False
     """Keep the stop string, or the text of the stop token, at the end of the text."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text. Stop strings that contain one are found nevertheless."""
     logprobs: int | None = None
     """Report the log-probability of every token, and of this many most probable tokens (at most 20). They are of
     the target's own distribution, before temperature, filters, penalties and biases (vLLM's ``raw_logprobs``)."""
+    prompt_logprobs: int | None = None
+    """As ``logprobs``, for the tokens of the prompt. The first one has none, for nothing stands before it. Such a
+    prompt is computed as a whole, whatever the prefix cache holds."""
     structured_outputs: StructuredOutputsParams | None = None
     """What the output must look like: a JSON schema, a regular expression, a grammar. A mapping of its fields is
     accepted."""
@@ -124,14 +130,16 @@ class SamplingParams:
             "bad_words": _bad_words(self.bad_words),
             "allowed_token_ids": _allowed(self.allowed_token_ids),
             "n": integer("n", self.n, 1, MAX_COMPLETIONS),
-            "max_tokens": integer("max_tokens", max_tokens, 1, MAX_TOKENS),
+            "max_tokens": integer("max_tokens", max_tokens, 0, MAX_TOKENS),
             "min_tokens": integer("min_tokens", self.min_tokens, 0, MAX_TOKENS),
             "seed": integer("seed", seed, 0, MAX_SEED),
             "stop": _stops(self.stop),
             "stop_token_ids": token_ids("stop_token_ids", _none_is_empty(self.stop_token_ids), MAX_STOP_TOKEN_IDS),
             "ignore_eos": boolean("ignore_eos", self.ignore_eos),
             "include_stop_str_in_output": boolean("include_stop_str_in_output", self.include_stop_str_in_output),
-            "logprobs": None if self.logprobs is None else integer("logprobs", self.logprobs, 0, MAX_LOGPROBS),
+            "skip_special_tokens": boolean("skip_special_tokens", self.skip_special_tokens),
+            "logprobs": _count("logprobs", self.logprobs),
+            "prompt_logprobs": _count("prompt_logprobs", self.prompt_logprobs),
             "structured_outputs": StructuredOutputsParams.of(self.structured_outputs),
             "method": _method(self.method),
         }
@@ -170,6 +178,11 @@ def completion_seed(seed: int, index: int) -> int:
 def _none_is_empty(given: Any) -> Any:
     """Returns a list as given; None stands for an empty one."""
     return () if given is None else given
+
+
+def _count(name: str, given: Any) -> int | None:
+    """Returns a number of most probable tokens as given; None asks for no log-probabilities."""
+    return None if given is None else checks.integer(name, given, 0, MAX_LOGPROBS)
 
 
 def _method(given: Any) -> Any:

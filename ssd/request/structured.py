@@ -40,7 +40,9 @@ class StructuredOutputsParams:
     disable_any_whitespace: bool = False
     """JSON without whitespace between its tokens."""
     whitespace_pattern: str | None = None
-    """JSON whose whitespace matches this regular expression."""
+    """JSON whose whitespace matches this regular expression. Without it, one blank or a line break and indentation."""
+    disable_additional_properties: bool = False
+    """Objects whose schema does not mention additional properties have none."""
 
     def __post_init__(self) -> None:
         if self.json is not None and not isinstance(self.json, str):
@@ -68,8 +70,11 @@ class StructuredOutputsParams:
                 self._check_text("choice", text)
         if self.json_object not in (None, True):
             raise self._refuse("json_object", "true or false", self.json_object)
-        if not isinstance(self.disable_any_whitespace, bool):
-            raise self._refuse("disable_any_whitespace", "true or false", self.disable_any_whitespace)
+        for name in ("disable_any_whitespace", "disable_additional_properties"):
+            if not isinstance(getattr(self, name), bool):
+                raise self._refuse(name, "true or false", getattr(self, name))
+        if self.disable_additional_properties and kind != "json":
+            raise RequestError(f"{NAME}.disable_additional_properties is for json; got {kind}")
         if self.disable_any_whitespace and self.whitespace_pattern:
             raise RequestError(f"{NAME}.disable_any_whitespace and whitespace_pattern cannot both be given")
         if (self.disable_any_whitespace or self.whitespace_pattern) and kind not in ("json", "json_object"):

@@ -11,13 +11,19 @@ from .. import __version__
 from ..config.sections import Config
 from ..engine.async_engine import AsyncEngine, server_limits
 from ..errors import ConfigError, SSDError
+from .anthropic.errors import AnthropicErrors
+from .anthropic.routes import MESSAGES, add_messages
 from .http.border import App, Border
-from .http.errors import APIError, as_api_error
+from .http.errors import APIError, ErrorFormat, OpenAIErrors, as_api_error
 from .http.guard import Guard
 from .http.state import add_state
 from .metrics import Metrics
 from .openai.jobs import JobReader
 from .openai.routes import Models, add_generation, add_models
+from .responses.reader import ResponsesReader
+from .responses.routes import add_responses
+from .responses.store import ResponseStore
+from .tokens import Tokens, add_tokens
 
 
 def build_app(engine: AsyncEngine, metrics: Metrics, *, model: str) -> App:
@@ -38,16 +44,20 @@ def build_app(engine: AsyncEngine, metrics: Metrics, *, model: str) -> App:
         draft_lost=lambda: float(engine.degraded is not None),
     )
     app = FastAPI(title="ssd", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    add_generation(app, engine, JobReader(engine, model=model, limits=server_limits(config)))
+    jobs = JobReader(engine, model=model, limits=server_limits(config))
+    add_generation(app, engine, jobs)
+    add_responses(app, engine, ResponsesReader(engine, jobs, ResponseStore(config.server.responses_bytes)))
+    add_messages(app, engine, jobs)
     add_models(app, Models(model, config))
+    add_tokens(app, Tokens(engine, jobs))
     add_state(app, engine, metrics, model)
 
-    async def refuse(_request: Request, error: Exception) -> Response:
+    async def refuse(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
             error = APIError(error.status_code, str(error.detail))
         told = as_api_error(error)
         metrics.refused.labels(told.status).inc()
-        return told.response
+        return format_of(request.url.path).response(told)
 
     # The handler for Exception keeps the framework from answering in plain text; the border logs the error.
     for kind in (APIError, SSDError, HTTPException, Exception):
@@ -56,7 +66,16 @@ def build_app(engine: AsyncEngine, metrics: Metrics, *, model: str) -> App:
         app.add_middleware(
             CORSMiddleware, allow_origins=config.server.allowed_origins, allow_methods=["*"], allow_headers=["*"]
         )
-    return Border(Guard(app, config.server), count=lambda status: metrics.refused.labels(status).inc())
+    return Border(
+        Guard(app, config.server),
+        count=lambda status: metrics.refused.labels(status).inc(),
+        format_of=format_of,
+    )
+
+
+def format_of(path: str) -> ErrorFormat:
+    """Returns the format in which the front door of a path writes errors."""
+    return AnthropicErrors() if path == MESSAGES or path.startswith(f"{MESSAGES}/") else OpenAIErrors()
 
 
 def check_limits(config: Config) -> None:

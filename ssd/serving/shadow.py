@@ -14,13 +14,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from random import Random
 
 from ..config.sections import Config
 from ..decoding.sampling import GREEDY_BELOW
 from ..engine.async_engine import AsyncEngine
+from ..engine.observing import Observer, Observers
 from ..engine.request import Caller, Request
 from ..engine.restarts import News
 from ..errors import OverloadedError, PipelineError
@@ -42,16 +43,23 @@ log = logging.getLogger(__name__)
 
 
 def observed_engine(
-    config: Config, metrics: Metrics, *, launch: Callable[[Plan], Pipeline] = launch_here
+    config: Config,
+    metrics: Metrics,
+    *,
+    launch: Callable[[Plan], Pipeline] = launch_here,
+    observers: Sequence[Observer] = (),
 ) -> tuple[AsyncEngine, Shadow]:
     """Returns an engine whose requests are counted, and what replays them as ``server.shadow_rate`` says.
 
     Needs a running loop.
 
+    Args:
+        observers: of the engine, beside the metrics.
+
     Raises: UsageError: The configuration, the models or their pairing are wrong.
     """
     sample = Sample(metrics, config)
-    engine = AsyncEngine(config, launch=launch, observer=sample)
+    engine = AsyncEngine(config, launch=launch, observer=Observers(sample, *observers))
     return engine, Shadow(engine, metrics, sample)
 
 
@@ -120,7 +128,7 @@ class Shadow:
 
     async def _replay(self, request: Request) -> RequestOutput | None:
         """Returns the request's output without speculation, or None if somebody else had to go first."""
-        params = replace(request.params, method="none", logprobs=None)
+        params = replace(request.params, method="none", logprobs=None, prompt_logprobs=None)
         async with await self._engine.open(request.prompt_ids, params, caller=Caller(client=CLIENT)) as stream:
             answer = asyncio.ensure_future(stream.output())
             try:

@@ -107,6 +107,26 @@ def test_streams_and_generates(tmp_path: Path) -> None:
     run(body())
 
 
+def test_scored_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come with the output. One that is too long for a message is refused, and the client goes on."""
+    scored = SamplingParams(max_tokens=0, prompt_logprobs=2)
+
+    async def body() -> None:
+        async with served(tmp_path) as (_, client):
+            [output] = await client.generate([[4, 9, 11]], scored)
+            assert (output.token_ids, output.finish_reason) == ((), "length")
+            assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None
+            assert [(t.token_id, t.logprob, t.rank, t.top) for t in output.prompt_logprobs[1:] if t is not None] == [
+                (token, -1.5, 2, ((token + 1, -0.5), (token, -1.5))) for token in (9, 11)
+            ]
+            monkeypatch.setattr(wire, "MAX_MESSAGE_BYTES", 4096)
+            with pytest.raises(RequestError, match="at most 4096 can be sent: lower prompt_logprobs"):
+                await client.generate([list(range(4, 104))], scored)
+            assert len((await client.generate([[4, 9, 11]], scored))[0].prompt_logprobs or ()) == 3
+
+    run(body())
+
+
 def test_completions_and_logprobs(tmp_path: Path) -> None:
     """``n`` > 1 as over ``LLM``: completion i has its own seed, and every one its last event."""
     params = SamplingParams(max_tokens=90, seed=5, n=3, temperature=1.0, logprobs=2, logit_bias={3: 1.5})

@@ -39,6 +39,7 @@ from ssd.pipeline.transport.messages import (
     Rejoined,
     Reopen,
     RoundReport,
+    Scored,
     Shutdown,
     Submit,
     Timings,
@@ -70,7 +71,9 @@ PARAMS = SamplingParams(
     min_tokens=2,
     n=3,
     include_stop_str_in_output=True,
+    skip_special_tokens=False,
     logprobs=2,
+    prompt_logprobs=3,
 )
 RECORD = SpeculationRecord(rounds=3, tokens=7, drafted=9, accepted=4, lookups=3, hits=2, accepted_histogram=[1, 0, 2])
 EVERY: list[Message] = [
@@ -78,7 +81,8 @@ EVERY: list[Message] = [
     Submit(request=0, prompt=[], params=SamplingParams()),
     Cancel(request=7),
     Decode(plan="verify", context=256, tokens=[[1, -1], [2, 3]], lengths=[7, 0]),
-    Prefill(slot=1, tokens=[4, 5], start=64),
+    Prefill(slot=1, tokens=[4, 5], start=64, logits=False),
+    Prefill(slot=1, tokens=[4, 5], start=64, logits=True),
     Copy(source=0, slot=1, length=64),
     Keep(slots=[0], scratch=[2], positions=[9]),
     Bell(round=3),
@@ -93,6 +97,7 @@ EVERY: list[Message] = [
     Shutdown(),
     GetTimings(reset=True),
     Timings(round_ms=1.5, hit_round_ms=None, forward_ms=0.25, draft_ms=None),
+    Scored(request=3, logprobs=[[-0.5, -9.25], [1, 40], [[4, 5], [6, 7]], [[-0.5, -1.0], [-0.25, -0.75]]]),
     Committed(request=3, tokens=[9, 8], accepted=1),
     Watch(on=True),
     RoundReport(

@@ -75,24 +75,39 @@ def test_both_formats_and_bad_lines(tmp_path: Path) -> None:
         {"custom_id": "b", "method": "POST", "url": "/v1/chat/completions", "body": chat},
         "",
         {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {**body, "prompt": "x"}},
-        {"custom_id": "c", "method": "POST", "url": "/v1/completions", "body": {**body, "prompt": "x", "echo": True}},
+        {"custom_id": "c", "method": "POST", "url": "/v1/completions", "body": {**body, "prompt": "x", "top_p": 7}},
         {"custom_id": "d", "method": "GET", "url": "/v1/completions", "body": {}},
         {"prompt": "p" * 5000},
-        {"id": "two", "prompt": [5, 6], "max_tokens": 3, "typo": 1},
+        {"id": "two", "prompt": [5, 6], "max_tokens": 3, "best_of": 3},
         {"id": "three", "prompt": [5, 6], "max_tokens": 3},
         "[1]",
     ]
     source, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
-    progress = perform(source, out)
+    progress = perform(source, out, "server.unknown_parameters=refuse")
     good, bad = read(out), read(tmp_path / "out.jsonl.errors")
     assert [r.get("custom_id") or r["id"] for r in good] == ["line-1", "a", "b", "three"]
-    assert [r["line"] for r in bad] == [2, 6, 7, 8, 9, 10, 12]
+    assert [r.get("line") or (r["error"] or {}).get("line") for r in bad] == [2, 6, None, 8, 9, 10, 12]
     assert (progress.total, progress.done, progress.failed) == (11, 11, 7)
     assert len(good[1]["response"]["body"]["choices"]) == 2 and good[1]["response"]["status_code"] == 200
     assert good[2]["response"]["body"]["choices"][0]["message"]["role"] == "assistant"
-    assert "echo" in bad[2]["error"]["message"] and "in use" in bad[1]["error"]["message"]
-    assert "max_model_len" in bad[4]["error"]["message"] and bad[5]["error"]["param"] == "typo"
+    refused = bad[2]["response"]
+    assert refused["status_code"] == 400 and "top_p" in refused["body"]["error"]["message"]
+    assert "in use" in bad[1]["error"]["message"]
+    assert "max_model_len" in bad[4]["error"]["message"] and bad[5]["error"]["param"] == "best_of"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.errors"]
+
+
+def test_unknown_fields_of_lines_are_logged_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = [{"prompt": [5, 6], "max_tokens": 3, "seed": 1, **change} for change in ({}, {"typo": 1}, {"typo": 2})]
+    source, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    assert perform(source, out).failed == 0
+    assert len({line["text"] for line in read(out)}) == 1
+    assert [record.getMessage() for record in caplog.records if "'typo'" in record.getMessage()] == [
+        "unknown request parameter 'typo' is ignored (server.unknown_parameters)"
+    ]
+    refused = tmp_path / "refused.jsonl"
+    assert perform(source, refused, "server.unknown_parameters=refuse").failed == 2
+    assert {line["error"]["param"] for line in read(tmp_path / "refused.jsonl.errors")} == {"typo"}
 
 
 def test_another_run_is_not_mixed_in(tmp_path: Path) -> None:
@@ -107,8 +122,9 @@ def test_another_run_is_not_mixed_in(tmp_path: Path) -> None:
         Batch(config_of(), source, out)
     job.journal.add([{"line": 1, "ok": True, "result": {"id": "r0"}}])
     job.journal.close()
-    with pytest.raises(UsageError, match="another run"):
-        perform(source, out, "numerics=fast")
+    for other in ("numerics=fast", "server.unknown_parameters=refuse", "server.long_requests=cut"):
+        with pytest.raises(UsageError, match="another run"):
+            perform(source, out, other)
     write(source, plain(4))
     with pytest.raises(UsageError, match="another run"):
         perform(source, out)
@@ -246,7 +262,7 @@ HOSTILE: list[tuple[bytes, str]] = [
     (b'{"custom_id": "q", "method": "POST", "url": {"a": 1}, "body": {}}', "url"),
     (b'{"custom_id": "r", "method": "POST", "url": "/v1/completions", "body": []}', "body"),
     (b'{"custom_id": "s", "method": "POST", "url": "/v1/completions", "body": {"stream": true}}', "stream"),
-    (b'{"custom_id": "t", "method": "POST", "url": "/v1/completions", "body": {"seed": "x"}}', "model"),
+    (b'{"custom_id": "t", "method": "POST", "url": "/v1/completions", "body": {"seed": "x"}}', "prompt"),
     (b'{"body": 1}', "custom_id"),
     (b'{"id": "good-0", "prompt": "x"}', "in use"),
     (b'{"prompt": "' + b"x" * (MAX_LINE_BYTES + 10) + b'"}', "longer than"),
@@ -264,9 +280,11 @@ def hostile_file(path: Path) -> Path:
 def check_hostile(out: Path) -> None:
     assert [record["id"] for record in read(out)] == [f"good-{n}" for n in range(len(HOSTILE))]
     bad = read(out.with_name(out.name + ".errors"))
-    assert [record["line"] for record in bad] == [2 * n + 2 for n in range(len(HOSTILE))]
-    for record, (raw, said) in zip(bad, HOSTILE, strict=True):
-        message = record["error"]["message"]
+    errors = [record["error"] or record["response"]["body"]["error"] for record in bad]
+    for number, (record, error, (raw, said)) in enumerate(zip(bad, errors, HOSTILE, strict=True)):
+        if record["error"] is not None:
+            assert 2 * number + 2 == (record["line"] if "line" in record else error["line"])
+        message = error["message"]
         assert said in message and "\n" not in message and len(message) <= 600, (raw[:80], message)
 
 
@@ -308,10 +326,10 @@ def test_an_unexpected_error_ends_one_line(tmp_path: Path, place: str, monkeypat
     original = getattr(target, name)
     calls = itertools.count()
 
-    def breaking(*args: Any) -> Any:
+    def breaking(*args: Any, **more: Any) -> Any:
         if "broken" in str(args) or (place == "whole" and next(calls) == 1):
             raise ZeroDivisionError("the inside")
-        return original(*args)
+        return original(*args, **more)
 
     monkeypatch.setattr(target, name, breaking)
     progress = perform(source, out)

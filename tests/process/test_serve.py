@@ -181,6 +181,9 @@ def test_ctrl_c_leaves_nothing(server: Serve, folder: Path) -> None:
 
         reading = [pool.submit(read, seed) for seed in range(8)]
         time.sleep(0.5)
+        for child in children:  # as service managers do that signal every process of a service
+            child.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
         os.kill(server.process.pid, signal.SIGINT)
         assert server.process.wait(60) == 0, server.said
         assert all(isinstance(future.result(60), str) for future in reading)

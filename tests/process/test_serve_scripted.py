@@ -27,10 +27,12 @@ def launch(plan):
     if "die" in sys.argv:
         threading.Timer(1.0, pipeline.killed.set).start()
     return pipeline
-config = load_config("embedded", ["server.port=" + sys.argv[1], "server.lane=" + sys.argv[2]])
+settings = [value for value in sys.argv[3:] if "=" in value]
+config = load_config("embedded", ["server.port=" + sys.argv[1], "server.lane=" + sys.argv[2], *settings])
 tell = lambda *what: print(*what, flush=True)
+hooks = {"started": tell, "ready": lambda: tell("ready"), "draining": lambda count: tell("draining", count)}
 try:
-    asyncio.run(serve(config, started=tell, ready=lambda: tell("ready"), launch=launch))
+    asyncio.run(serve(config, **hooks, launch=launch))
     tell("stopped")
 except SSDError as error:
     tell(type(error).__name__, error)
@@ -52,10 +54,10 @@ def start(folder: Path, port: int = 0, *more: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_streams_and_leaves_nothing(
+def test_without_draining_a_signal_ends_streams_and_leaves_nothing(
     number: signal.Signals, tmp_path: Path, started: list[subprocess.Popen[str]]
 ) -> None:
-    process = start(tmp_path)
+    process = start(tmp_path, 0, "server.drain_s=0")
     started.append(process)
     assert process.stdout is not None
     url = process.stdout.readline().strip()

@@ -16,10 +16,11 @@ from statistics import median
 
 import torch
 
+from ...config.machine import usable_cores
 from ...models.rows import RowPlan
 from ...models.runner import ForwardRunner, RunnerOptions
 from ...models.skipping import SkipSet, skipping
-from ...pipeline.runtime.cores import set_threads, usable_cores
+from ...pipeline.runtime.cores import set_threads
 from ...pipeline.runtime.plan import Plan
 from ...pipeline.runtime.runners import target_runner
 

@@ -35,6 +35,30 @@ def print_advice(advice: dict[str, Any], console: Console) -> None:
         for one in shares[:2]:
             _add(table, f"{count}: {_name(one['setting'])}{_places(one['setting'])}", one, plain)
     console.print(table)
+    _print_cost(advice["cost"], console)
+
+
+def _print_cost(cost: dict[str, Any], console: Console) -> None:
+    money = cost["prices"]["currency"]
+    columns = ("target device-s", "draft device-s", money, "of plain", "tokens/round", "break-even", "break-even α")
+    table = make_table("cost of a million tokens (simulated)", ["sequences, setting"], columns)
+    for batch, methods in cost["batch"].items():
+        for one in methods.values():
+            even = one.get("break_even", {})
+            table.add_row(
+                f"{batch}, {_name(one['setting'])}",
+                number(one["target_device_seconds"], 0),
+                number(one["draft_device_seconds"], 0),
+                number(one["money"], 3),
+                number(one["over_plain"], 2, "×"),
+                number(one["acceptance_length"], 2),
+                number(even.get("acceptance_length"), 2),
+                number(even.get("acceptance"), 2),
+            )
+    console.print(table)
+    for source, told in cost["sources"].items():
+        if told:
+            console.print(f"{source}: {'; '.join(told)}", highlight=False)
 
 
 def print_checks(checks: Sequence[Check], console: Console) -> None:

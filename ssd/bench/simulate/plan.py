@@ -14,6 +14,7 @@ from ...request.methods import WITH_DRAFT, Modelled
 from ..measure.interleave import Launch, MethodArm, Runs, interleave
 from ..measure.prompts import Prompt
 from .calibrate import ROWS, Size
+from .cost import UNPRICED, Prices, cost, cost_figures, sources
 from .profile import Profile, hit_curve, survival
 from .replay import BUDGETS
 from .simulator import Setting, Simulated, Simulator, simulate
@@ -53,7 +54,9 @@ def ranked(simulator: Simulator, around: Setting, space: Space = Space(), *, tok
     return sorted(found, key=lambda one: -one.tokens_per_second)
 
 
-def advise(profile: Profile, temperature: float, space: Space = Space()) -> dict[str, Any]:
+def advise(
+    profile: Profile, temperature: float, space: Space = Space(), *, prices: Prices = UNPRICED
+) -> dict[str, Any]:
     """Returns the answers of ``ssd plan`` at one temperature, ready for JSON."""
     around, simulator = Setting(temperature=temperature), Simulator(profile)
     by_method = {method: ranked(simulator, replace(around, method=method), space) for method in WITH_DRAFT}
@@ -61,6 +64,7 @@ def advise(profile: Profile, temperature: float, space: Space = Space()) -> dict
     plain = simulator.run(replace(around, method="none_fast"))
     content = profile.at(temperature)[1]
     at = best.setting
+    by_batch = {batch: _batch(simulator, around, space, batch) for batch in BATCHES}
     return {
         "temperature": temperature,
         "none_fast": figures(plain),
@@ -80,7 +84,17 @@ def advise(profile: Profile, temperature: float, space: Space = Space()) -> dict
         "hit_rate_by_budget": dict(
             zip(map(str, BUDGETS), hit_curve(content, at.lookahead, at.tree_rows, list(BUDGETS)), strict=True)
         ),
-        "batch": {str(batch): _batch(simulator, around, space, batch) for batch in BATCHES},
+        "batch": {
+            str(batch): {method: figures(one) for method, one in found.items()} for batch, found in by_batch.items()
+        },
+        "cost": {
+            "prices": {**asdict(prices), "assumed": list(prices.assumed)},
+            "batch": {
+                str(batch): {method: cost_figures(one, found["none_fast"], prices) for method, one in found.items()}
+                for batch, found in by_batch.items()
+            },
+            "sources": sources(profile, temperature, prices),
+        },
         "devices": {str(count): _shares(simulator, around, space, count) for count in DEVICES},
     }
 
@@ -98,11 +112,11 @@ def figures(one: Simulated) -> dict[str, Any]:
     }
 
 
-def _batch(simulator: Simulator, around: Setting, space: Space, batch: int) -> dict[str, Any]:
+def _batch(simulator: Simulator, around: Setting, space: Space, batch: int) -> dict[str, Simulated]:
     """Returns each method's best setting for ``batch`` sequences."""
     found = {method: ranked(simulator, replace(around, method=method, batch=batch), space)[0] for method in WITH_DRAFT}
     plain = simulator.run(replace(around, method="none_fast", batch=batch))
-    return {"none_fast": figures(plain), **{method: figures(one) for method, one in found.items()}}
+    return {"none_fast": plain, **found}
 
 
 def _shares(simulator: Simulator, around: Setting, space: Space, devices: int) -> list[dict[str, Any]]:
@@ -147,7 +161,17 @@ class Check:
             "simulated": self.simulated,
             "machine": self.machine,
             "error": self.error,
+            "device_seconds_per_million": {
+                "measured": self._device_seconds(self.measured),
+                "simulated": self._device_seconds(self.simulated * self.machine),
+            },
         }
+
+    def _device_seconds(self, tokens_per_second: float) -> float | None:
+        if not tokens_per_second:
+            return None
+        found = cost(self.setting, tokens_per_second, UNPRICED)
+        return found.target_device_seconds + found.draft_device_seconds
 
 
 VALIDATION = tuple(Size(lookahead=depth, budget=budget) for depth, budget in ((1, 8), (3, 16), (5, 8), (6, 24)))

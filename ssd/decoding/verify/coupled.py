@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from ..trees.shape import ABSENT
+FAULT = -2
+"""In place of the target's token where its logits choose none."""
 
 
 class Outcome(NamedTuple):
@@ -22,16 +24,27 @@ class Outcome(NamedTuple):
     node: Tensor
     """u, the deepest accepted node (0: none is accepted)."""
     bonus: Tensor
-    """t, the target's own token after u."""
+    """t, the target's own token after u, or ``FAULT``."""
+
+
+def chosen_tokens(logits: Tensor, scores: Tensor) -> Tensor:
+    """Returns the target's token ``[..]`` int64 of each row: the best score's, or ``FAULT`` where the logits have NaN
+    or +inf, or nothing but -inf.
+
+    Args:
+        logits: ``[.., V]``, straight from the model. Processors and filters may exclude tokens; a model may not.
+        scores: ``[.., V]``, what they became.
+    """
+    return torch.where(logits.amax(-1).isfinite(), scores.argmax(-1), FAULT)
 
 
 def verify_coupled(tokens: Tensor, chosen: Tensor, parents: Tensor, depths: Tensor, ancestors: Tensor) -> Outcome:
     """Accepts the longest matching path.
 
     Args:
-        tokens: ``[B, W]`` int64, node tokens. Column 0 is the root, which counts as accepted;
-            ``ABSENT`` never matches.
-        chosen: ``[B, W]`` int64, the target's token after each node.
+        tokens: ``[B, W]`` int64, node tokens. Column 0 is the root, which counts as accepted; negative values
+            (``ABSENT``) never match.
+        chosen: ``[B, W]`` int64, the target's token after each node, or ``FAULT``.
         parents: ``[W]`` int64, from the tree shape.
         depths: ``[W]`` int64, likewise.
         ancestors: ``[W, W]`` bool, likewise.
@@ -39,7 +52,7 @@ def verify_coupled(tokens: Tensor, chosen: Tensor, parents: Tensor, depths: Tens
     If siblings differ in token, at most one child of a node matches and the outcome is unique. If
     they do not, the first deepest node is taken; the emitted tokens are the same.
     """
-    matches = (tokens == chosen[:, parents]) & (tokens != ABSENT)
+    matches = (tokens == chosen[:, parents]) & (tokens >= 0)
     matches[:, 0] = True
     # A node is accepted iff every node on its path matches.
     failed_above = ((~matches)[:, None, :] & ancestors).any(-1)

@@ -9,32 +9,16 @@ import threading
 
 import torch
 
-from ...errors import ConfigError
-
-
-def usable_cores(cores: list[int] | None) -> list[int] | None:
-    """Returns those of the wanted cores that this process may use; None if none are wanted.
-
-    Raises:
-        ConfigError: this process may use none of them.
-    """
-    if cores is None or not hasattr(os, "sched_setaffinity"):
-        return None
-    available = os.sched_getaffinity(0)
-    # A machine with a single core still runs the shipped configurations, just not in parallel.
-    usable = [core for core in cores if core in available] or (sorted(available) if len(available) == 1 else [])
-    if not usable:
-        raise ConfigError(f"cores {cores} are not available to this process; it may use {sorted(available)}")
-    return usable
+from ...config.machine import core_count
 
 
 def set_threads(cores: list[int] | None, workers: int) -> None:
     """Sets one compute thread per core.
 
-    Without cores, a worker takes its share of the machine's: all workers compute at the same time, and threads that
-    outnumber the cores spin against each other.
+    Without cores, a worker takes its share of those this process may use: all workers compute at the same time, and
+    threads that outnumber the cores spin against each other.
     """
-    torch.set_num_threads(len(cores) if cores else max(1, (os.cpu_count() or 2) // max(2, workers)))
+    torch.set_num_threads(len(cores) if cores else max(1, core_count() // max(2, workers)))
 
 
 def settle(cores: list[int] | None) -> None:

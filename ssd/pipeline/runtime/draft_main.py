@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from ...config.machine import usable_cores
 from ...config.sections import rank_of
 from ...errors import LinkError
 from ...models.device import own_stream
@@ -17,7 +18,7 @@ from ..transport.links.kinds import link_kind
 from ..transport.messages import Failed, Ready, Shutdown
 from ..transport.rendezvous import Rendezvous, VerifierSide, draft_side, own_address, publish, published
 from .build_draft import build_draft
-from .cores import set_threads, settle, usable_cores
+from .cores import set_threads, settle
 from .draft_loop import draft_loop
 from .plan import Plan
 from .worker_main import LastWords, introduce

@@ -7,13 +7,13 @@ import itertools
 import json
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from ...config.machine import socket_folder, worker_environment
 from ...config.sections import rank_of, section_of
 from ...errors import PipelineError, WorkerError
 from ..transport.lanes import ControlLane, InprocLane, ZmqLane
@@ -146,8 +146,10 @@ class LocalPipeline:
     """
 
     def __init__(self, plan: Plan):
-        # Only this user may enter the folder, which holds the sockets.
-        self._folder = tempfile.TemporaryDirectory(prefix="ssd-front-")
+        try:
+            self._folder = socket_folder("ssd-front-")
+        except PipelineError as error:
+            raise WorkerError(f"could not start the workers: {error}") from error
         self._plan, self._starts = plan, itertools.count()
         self.lanes: dict[str, ControlLane] = {}
         self._processes: dict[str, subprocess.Popen] = {}
@@ -164,7 +166,10 @@ class LocalPipeline:
         lane, endpoint = ZmqLane.bind(f"ipc://{Path(self._folder.name) / role}-{next(self._starts)}")
         self.lanes[role] = lane
         process = subprocess.Popen(
-            [sys.executable, "-m", "ssd.pipeline.runtime.process"], stdin=subprocess.PIPE, start_new_session=True
+            [sys.executable, "-m", "ssd.pipeline.runtime.process"],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+            env=worker_environment(),
         )
         self._processes[role] = process
         orders = {"role": role, "front": endpoint, "folder": self._folder.name, "plan": self._plan.to_dict()}
@@ -203,13 +208,12 @@ class LocalPipeline:
                 with contextlib.suppress(OSError):  # the worker is gone, and orders were still to be written
                     process.stdin.close()
         for process in self._processes.values():
-            for end in (lambda: None, process.terminate, process.kill):
-                end()
-                try:
+            try:
+                process.wait(LEAVE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(LEAVE_S)
-                    break
-                except subprocess.TimeoutExpired:
-                    continue
         for lane in self.lanes.values():
             lane.close()
         self._folder.cleanup()

@@ -15,11 +15,11 @@ from ...decoding.forecast.measured import MeasuredForecast
 from ...decoding.trees.shape import TreeShape
 from ...decoding.trees.widths import siblings_within
 from ...errors import ConfigError
+from ...grammars.compiler import Grammars
 from ...models.loading import load_tokenizer
 from ...models.rows import RowPlan, verify_plans
 from ..policy.lookahead import lookahead_tiers
 from ..round.frames import Frames, ProbsLayout, probs_layout
-from ..sampling.grammar import Grammars
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

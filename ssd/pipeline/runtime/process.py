@@ -25,8 +25,10 @@ GRACE_S = 4.0
 
 def main() -> None:
     """Lives the life of the worker that the orders name."""
-    # Ctrl-C reaches the whole foreground process group; only the front acts on it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches the whole foreground process group, and service managers send SIGTERM to every process of a
+    # service. Only the front acts on them: it may still have requests to finish.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     orders = json.loads(sys.stdin.buffer.readline())
     plan = Plan.from_dict(orders["plan"])
     front = ZmqLane.connect(orders["front"])

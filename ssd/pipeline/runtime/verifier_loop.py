@@ -84,8 +84,10 @@ class VerifierLoop:
             prefilled = worker.prefill()
             if prefilled.computed or self._round.introduced:
                 self._last_end_s = None
-            for row in prefilled.refused:
-                self._front.send(_finished(row, "error"))
+            if prefilled.scored is not None:
+                self._front.send(prefilled.scored)
+            for row in prefilled.ended:
+                self._front.send(_finished(row, "length" if row.error is None else "error"))
             if worker.slots.decoding or self._drafting:
                 self._run_round()
             else:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+from ...config.machine import usable_cores
 from ...config.sections import rank_of
 from ...models.device import own_stream
 from ..transport.lanes import ControlLane
@@ -17,7 +18,7 @@ from ..verifier.draft_side import DraftSide, Rejoin
 from ..verifier.ranks import follow, naming_the_lost
 from ..verifier.worker import VerifierWorker
 from .build_verifier import build_rank, build_verifier
-from .cores import set_threads, settle, usable_cores
+from .cores import set_threads, settle
 from .plan import Plan
 from .verifier_loop import VerifierLoop
 from .worker_main import LastWords, introduce

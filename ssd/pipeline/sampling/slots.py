@@ -14,9 +14,9 @@ from ...decoding.processors import Constraint, Processors, ProcessorSettings, pr
 from ...decoding.sampling import SamplingTensors, likely, perturbed, scores
 from ...decoding.trees.combs import noise_at
 from ...errors import RequestError
+from ...grammars.compiler import Grammars
 from ...models.cpu import operators
 from ...request.sampling_params import SamplingParams
-from .grammar import Grammars
 from .selection import Selection
 
 

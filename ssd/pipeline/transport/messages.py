@@ -101,6 +101,16 @@ class Committed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """Verifier → front: log-probabilities of a request's next prompt tokens, in order, from the second token on. Sent
+    before its first ``Committed``, if asked for."""
+
+    request: int
+    logprobs: list[list]
+    """The four fields of ``decoding.logprobs.Logprobs``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Watch:
     """Front → verifier: start or stop to report rounds."""
 
@@ -227,6 +237,8 @@ class Prefill:
     slot: int
     tokens: list[int]
     start: int
+    logits: bool
+    """Whether to compute the logits of all tokens, too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -259,6 +271,7 @@ Message = (
     | Timings
     | Watch
     | RoundReport
+    | Scored
     | Committed
     | Finished
     | Ready

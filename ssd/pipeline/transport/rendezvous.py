@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import json
 import socket
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ...config.machine import socket_folder
 from ...errors import LinkError, PipelineError
 from ...models.tensor_group import TensorGroup
 from .lanes import ZmqLane
@@ -89,8 +89,7 @@ class VerifierSide:
         self._host, self._folder = host, None
         with contextlib.ExitStack() as opened:
             if is_loopback(host):
-                folder = opened.enter_context(tempfile.TemporaryDirectory(prefix="ssd-lane-", dir=folder))
-                self._folder = Path(folder)
+                self._folder = Path(opened.enter_context(socket_folder("ssd-lane-", folder)))
             self.lane, endpoint = ZmqLane.bind(self._endpoint("lane-0"))
             opened.callback(lambda: self.lane.close())  # whichever it is then
             self._rank_lanes: list[ZmqLane] = []

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...decoding.processors import TreePaths
 from ...decoding.trees.combs import noise_at
 from ...decoding.trees.shape import TreeShape
-from ...decoding.verify.coupled import Outcome, verify_coupled
+from ...decoding.verify.coupled import Outcome, chosen_tokens, verify_coupled
 from ...decoding.verify.draft_probs import DraftProbs
 from ...models.device import Courier, Written
 from ...models.rows import RowPlan
@@ -28,7 +28,7 @@ class Decision(NamedTuple):
     nodes: list[int]
     """``[B]``, u."""
     bonus: list[int]
-    """``[B]``, t."""
+    """``[B]``, t, or ``FAULT``."""
     forward_s: float
     """Seconds of the compiled function alone."""
 
@@ -135,8 +135,9 @@ class Decider:
         paths, ahead = None, self._depths[: plan.rows].expand(len(tokens), -1)
         if self.sampling.processors.active:
             paths = self._paths.of(torch.tensor(trees, device=tokens.device))[:, : plan.rows]
-        logits, scores = self.sampling.exact(logits, noise, ahead, paths)
-        chosen = scores.argmax(-1)
+        raw = logits
+        logits, scores = self.sampling.exact(raw, noise, ahead, paths)
+        chosen = chosen_tokens(raw, scores)
         matched = Outcome(*self._courier.fetch(*self._verify(tokens, chosen)))
         if self.judge is None or drawn_from is None or noise is None:
             return matched
@@ -152,7 +153,7 @@ class Decider:
         ) -> tuple[Tensor, Tensor]:
             # A draft may send anything. Ids outside the vocabulary are clamped for the forward and never accepted.
             logits = runner.logits(plan, tokens.clamp(0, runner.vocabulary - 1), lengths, context, slots=slots)
-            decided = verify(tokens, sampling.score(logits, noise, ahead, packed).argmax(-1))
+            decided = verify(tokens, chosen_tokens(logits, sampling.score(logits, noise, ahead, packed)))
             return logits, torch.stack([*decided])  # a named tuple in the graph would keep it out of torch's cache
 
         written = Written(count, plan.rows, device=runner.device)

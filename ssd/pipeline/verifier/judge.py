@@ -1,19 +1,14 @@
-"""Verification rules that compare probabilities, in the pipeline: the draft's and the verifier's half.
+"""The rules that compare probabilities: ``rejection`` and ``block``.
 
-Under ``rejection`` and ``block`` the emitted tokens have the target's *law*; they are not the tokens
-of plain decoding (``coupled`` gives those). At temperature 0 all rules are one: rows of temperature
-0 are verified by matching here too, whatever the draft says of its probabilities. So "identical"
-in ``ssd compare`` can be asked for at temperature 0 only.
+Their tokens have the target's distribution; they are not plain decoding's tokens, as under ``coupled``. At temperature
+0 all rules match tokens. Unlike ``coupled``, these rules trust what the draft says about its probabilities: a wrong
+draft biases the output.
 
-Three sources of noise, all functions of (seed, position): the candidates' (``DRAFT_STREAM``, keyed
-by the root's position and the depth below it), the acceptances' (``ACCEPT_STREAM``, keyed by the
-root's position and the node), and the bonus token's, which is plain decoding's own noise at the
-bonus token's position. A root's position occurs once in a request, so nothing is ever used again
-after something that depends on it was seen: block verification decides by candidates beyond the
-accepted prefix, whose noise the next round's candidates at those positions must not share. The
-bonus token's noise is known to the draft: it forecasts with it (and only that).
-
-A draft that lies about its probabilities biases the output: unlike ``coupled``, these rules trust it.
+Three sources of noise are functions of seed and position: the candidates' (``DRAFT_STREAM``, by the root's position and
+the depth), the acceptances' (``ACCEPT_STREAM``, by the root's position and the node), and the bonus token's, which is
+plain decoding's and the only one the draft knows. A root's position occurs once in a request, so no noise is used again
+after something that depends on it is known. Block verification needs that: it decides by candidates beyond the accepted
+prefix.
 """
 
 from __future__ import annotations
@@ -27,7 +22,7 @@ from ...decoding.noise import ACCEPT_STREAM, derive, uniform
 from ...decoding.sampling import SamplingTensors
 from ...decoding.trees.shape import TreeShape
 from ...decoding.verify.block import verify_block
-from ...decoding.verify.coupled import Outcome
+from ...decoding.verify.coupled import FAULT, Outcome
 from ...decoding.verify.draft_probs import DraftProbs, scaled_logits
 from ...decoding.verify.rejection import Siblings, draw_bonus, verify_rejection
 from ..round.frames import ProbsLayout
@@ -69,7 +64,7 @@ class Judge:
 
         Args:
             matched: the outcomes by matching, on the host.
-            chosen: ``[B, W]`` on the host, the target's token after every node.
+            chosen: ``[B, W]`` on the host, the target's token after every node, or ``FAULT``.
             tokens: ``[B, W]`` on the host, the trees.
             logits: ``[B, W, V]`` of the target.
             lengths: ``[B]``, L.
@@ -91,7 +86,8 @@ class Judge:
         rows = torch.arange(len(tokens), device=law.node.device)
         drawn = draw_bonus(law, noise[rows, law.node]).cpu()
         node, own = law.node.cpu(), law.own.cpu()
-        # With nothing tried the law is the target's own, and so is the token: plain decoding's.
-        bonus = torch.where(own, chosen.gather(1, node[:, None]).squeeze(1), drawn)
+        # With nothing tried the law is the target's own, and so is the token: plain decoding's. A faulty row has none.
+        plain = chosen.gather(1, node[:, None]).squeeze(1)
+        bonus = torch.where(own | (plain == FAULT), plain, drawn)
         sampled = (params.temperature > 0).cpu()
         return Outcome(torch.where(sampled, node, matched.node), torch.where(sampled, bonus, matched.bonus))

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from ...decoding.logprobs import token_logprobs
 from ...decoding.text.prefix import common_prefix
 from ...models.runner import ForwardRunner
-from .sequence import TargetSequence
+from ..transport.messages import Scored
+from .sequence import NOT_FINITE, TargetSequence
 
 
 class Prompts:
@@ -39,32 +41,47 @@ class Prompts:
         free = [slot for slot in idle if slot not in self.filling]
         while free and (row := next((row for row in self.waiting if ready(row)), None)) is not None:
             self.waiting.remove(row)
-            slot, row.cached = self.prefixes.place(row.tokens, free)
+            slot, row.cached = self.prefixes.place(row.reusable, free)
             row.reused = row.cached
             self.filling[slot] = row
             self._take_over(slot, row)  # before its source is given away
             free.remove(slot)
 
-    def compute(self) -> tuple[bool, list[tuple[int, TargetSequence]]]:
+    def compute(self) -> tuple[bool, list[tuple[int, TargetSequence]], Scored | None]:
         """Compute one chunk of the prompt that came first.
 
         Returns:
-            whether there was a chunk to compute, and the slots and sequences whose prompt is complete now. They are
-            no longer in ``filling``.
+            whether there was a chunk to compute; the slots and sequences whose prompt is complete or failed
+            (``error``), which are no longer in ``filling``; log-probabilities of the chunk, if asked for.
         """
-        computed, complete = False, []
+        computed, complete, scored = False, [], None
         for slot, row in list(self.filling.items()):
             chunk = row.tokens[row.cached : row.cached + self._runner.chunk]
             if chunk and not computed:
-                self._runner.prefill(slot, chunk, start=row.cached)
+                if row.params.prompt_logprobs is None:
+                    self._runner.prefill(slot, chunk, start=row.cached)
+                else:
+                    scored = self._score(slot, row, chunk, row.params.prompt_logprobs)
                 row.cached += len(chunk)
                 self.prefixes.hold(slot, row.tokens[: row.cached])
                 computed = True
-            if row.cached == len(row.tokens):
+            if row.cached == len(row.tokens) or row.error is not None:
                 complete.append((slot, self.filling.pop(slot)))
                 for other, waits in self.filling.items():  # now: the slot may be given away before their turn
                     self._take_over(other, waits)
-        return computed, complete
+        return computed, complete, scored
+
+    def _score(self, slot: int, row: TargetSequence, chunk: list[int], count: int) -> Scored | None:
+        """Compute a chunk and the log-probabilities of the tokens after each of its own. None: ``row.error`` says why
+        there are none."""
+        start = row.cached
+        logits = self._runner.prefill_logits(slot, chunk, start=start)
+        finite = logits.amax(-1).isfinite().tolist()
+        if not all(finite):
+            row.error = NOT_FINITE.format(start + finite.index(False) + 1)
+            return None
+        following = row.certain[start + 1 : start + 1 + len(chunk)]
+        return Scored(request=row.request, logprobs=list(token_logprobs(logits, following, count)))
 
     def forget(self, request: int) -> TargetSequence | None:
         """Drop a request that waits for a slot. Returns its sequence; None if it does not wait."""
@@ -81,7 +98,7 @@ class Prompts:
 
     def _take_over(self, slot: int, row: TargetSequence) -> None:
         """Copy what another slot holds of a prompt, if that is more than its own slot has."""
-        source, length = self.prefixes.find(row.tokens)
+        source, length = self.prefixes.find(row.reusable)
         if length > row.cached:
             self._runner.copy(source, slot, length)
             self.prefixes.hold(slot, row.tokens[:length])

@@ -42,8 +42,12 @@ class LeadingRunner(ForwardRunner):
         self._tell(Decode(plan=plan.name, context=context, tokens=tokens.tolist(), lengths=lengths.tolist()))
 
     def prefill(self, slot: int, tokens: Sequence[int], start: int = 0) -> None:
-        self._tell(Prefill(slot=slot, tokens=list(tokens), start=start))
+        self._tell(Prefill(slot=slot, tokens=list(tokens), start=start, logits=False))
         super().prefill(slot, tokens, start)
+
+    def prefill_logits(self, slot: int, tokens: Sequence[int], start: int = 0) -> Tensor:
+        self._tell(Prefill(slot=slot, tokens=list(tokens), start=start, logits=True))
+        return super().prefill_logits(slot, tokens, start)
 
     def copy(self, source: int, slot: int, length: int) -> None:
         self._tell(Copy(source=source, slot=slot, length=length))
@@ -82,7 +86,8 @@ def follow(
                 lengths = torch.tensor(message.lengths, device=runner.device)
                 runner.forward(plan, tokens, lengths, longest=message.context - max(plan.limits) - 1)
             elif isinstance(message, Prefill):
-                runner.prefill(message.slot, message.tokens, message.start)
+                prefill = runner.prefill_logits if message.logits else runner.prefill
+                prefill(message.slot, message.tokens, message.start)
             elif isinstance(message, Copy):
                 runner.copy(message.source, message.slot, message.length)
             elif isinstance(message, Keep):

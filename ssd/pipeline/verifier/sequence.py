@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ...decoding.processors import Constraint
+from ...decoding.verify.coupled import FAULT
 from ...request.methods import Method
 from ...request.output import FinishReason, SpeculationRecord
 from ...request.sampling_params import SamplingParams
@@ -13,6 +14,10 @@ from ..transport.messages import Admit, Submit
 STUCK = (
     "structured_outputs: no token can follow; what else the request excludes (bad_words, allowed_token_ids, "
     "min_tokens) contradicts it, or the tokenizer cannot spell it"
+)
+NOT_FINITE = (
+    "the target's logits are not finite (NaN or infinite) at position {}: float16 overflow? use bfloat16 or float32, "
+    "or check the weights"
 )
 
 
@@ -81,6 +86,12 @@ class TargetSequence:
         return sorted({*self.params.stop_token_ids, *ends}) if self.params.min_tokens else []
 
     @property
+    def reusable(self) -> list[int]:
+        """The prompt tokens whose keys may be those of another request: none if the prompt's log-probabilities are
+        asked for, since keys are kept and logits are not."""
+        return self.tokens if self.params.prompt_logprobs is None else []
+
+    @property
     def generated(self) -> int:
         """Number of generated tokens."""
         return len(self.tokens) + 1 - self.prompt_length
@@ -91,13 +102,16 @@ class TargetSequence:
         return [*self.tokens, self.root]
 
     def commit(self, path: list[int], bonus: int) -> tuple[list[int], FinishReason | None]:
-        """Append a round's tokens: the accepted ones and the bonus.
+        """Append a round's tokens: the accepted ones and the bonus, which may be ``FAULT``.
 
         Returns:
             the tokens that count (cut after the one that ended the request) and why it ended.
         """
         emitted: list[int] = []
         for token in (*path, bonus):
+            if token == FAULT:
+                self.error = NOT_FINITE.format(len(self.tokens) + 1)
+                return emitted, "error"
             if self.constraint is not None and not self.constraint.advance(token):
                 self.error = self.constraint.error or STUCK
                 return emitted, "error"

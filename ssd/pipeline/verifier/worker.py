@@ -29,7 +29,7 @@ from ..round.times import RoundTimes
 from ..round.verdict import Commit, Verdict
 from ..sampling.selection import Selection
 from ..sampling.slots import SlotSampling
-from ..transport.messages import Admit, Submit
+from ..transport.messages import Admit, Scored, Submit
 from .decider import Decider, Decision
 from .forward_rows import ForwardRows
 from .options import VerifierOptions
@@ -43,8 +43,11 @@ class Prefilled(NamedTuple):
 
     computed: bool
     """Whether a chunk was computed."""
-    refused: list[TargetSequence]
-    """Sequences that cannot be decoded; ``error`` says why. They have left their slots."""
+    ended: list[TargetSequence]
+    """Sequences that are over: no token is asked for, or ``error`` says why they cannot be decoded. They have left
+    their slots."""
+    scored: Scored | None
+    """Log-probabilities of the chunk, where its request asks for them."""
 
 
 class VerifierWorker:
@@ -96,7 +99,8 @@ class VerifierWorker:
 
     def submit(self, message: Submit) -> None:
         """Queue a request. The front has checked it."""
-        method: Method = message.params.method or self.options.method
+        # A request for no tokens is of no concern to a draft.
+        method: Method = (message.params.method or self.options.method) if message.params.max_tokens else "none"
         sequence = TargetSequence.of(message, method, self.options.max_model_len, self.options.ends)
         self.slots.prompts.waiting.append(sequence)
 
@@ -146,12 +150,15 @@ class VerifierWorker:
     def prefill(self) -> Prefilled:
         """Compute one chunk of the prompt that came first, so that running sequences never wait longer than that.
         Sequences whose prompt is complete decode from now on."""
-        computed, complete = self.slots.prompts.compute()
-        refused = [row for slot, row in complete if not self._start(slot, row)]
-        return Prefilled(computed, refused)
+        computed, complete, scored = self.slots.prompts.compute()
+        ended = [row for slot, row in complete if not self._start(slot, row)]
+        return Prefilled(computed, ended, scored)
 
     def _start(self, slot: int, row: TargetSequence) -> bool:
-        """Let a sequence decode. False: it cannot, and ``error`` says why."""
+        """Let a sequence decode. False: it is over."""
+        if row.error is not None or not row.params.max_tokens:
+            self._free(slot)
+            return False
         prompt, output = row.certain[: row.prompt_length], row.certain[row.prompt_length :]
         self.slots.rows[slot] = row
         try:
@@ -196,7 +203,7 @@ class VerifierWorker:
         self.steering.learn(commits, slots=selected.count, forward_s=decision.forward_s)
         return Verdict(
             nodes=self._by_slot(selected, decision.nodes),
-            bonus=self._by_slot(selected, decision.bonus),
+            bonus=self._by_slot(selected, [max(token, 0) for token in decision.bonus]),
             states=states,
             commits=commits,
             forward_s=decision.forward_s,

@@ -24,6 +24,11 @@ from .journal import Journal, fingerprint
 from .lines import Line, read_lines
 from .worker import LineWorker
 
+ANSWERING = {
+    *("model_name", "chat_template", "chat_template_kwargs", "trust_request_chat_template"),
+    *("tool_parser", "reasoning_parser", "unknown_parameters", "long_requests", "request_metrics"),
+}
+"""Keys of the ``server`` section that answers depend on."""
 FLUSH_S = 0.5
 """Seconds between writes of results: a kill costs at most these results and what is being decoded."""
 
@@ -69,6 +74,8 @@ class Batch:
         total = sum(1 for _ in read_lines(source, self._model))
         if not total:
             raise UsageError(f"{source} has no lines")
+        if out.exists() and out.samefile(source):
+            raise UsageError(f"{out} is the input; give another output file")
         if not out.parent.is_dir():
             raise UsageError(f"{out}: the folder {str(out.parent)!r} does not exist; create it first")
         self.journal = Journal(out, fingerprint(source, _settings(config)), restart=restart)
@@ -160,8 +167,9 @@ def _settings(config: Config) -> dict[str, Any]:
         # Under the other rules the sampled tokens depend on the drafted ones.
         "rule": None if config.speculation.verify == "coupled" else config.model_dump(include={"speculation", "draft"}),
         "max_model_len": config.engine.max_model_len,
-        "model_name": config.server.model_name,
-        "chat_template": config.server.chat_template,
+        "server": config.server.model_dump(include=ANSWERING),
+        "chat_template_kwargs": config.server.chat_template_kwargs,
+        "long_requests": config.server.long_requests,
     }
 
 

@@ -1,13 +1,12 @@
-"""The outer border of the HTTP application: no exception leaves it, clients get OpenAI errors."""
+"""The outer border of the HTTP application: no exception leaves it, clients get an error of their protocol."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from .errors import APIError, as_api_error
+from .errors import APIError, ErrorFormat, as_api_error
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -27,10 +26,11 @@ class Border:
     Args:
         app: the application.
         count: called with the status of every error answered here.
+        format_of: the format of the errors of a path.
     """
 
-    def __init__(self, app: App, count: Callable[[int], None]):
-        self._app, self._count = app, count
+    def __init__(self, app: App, count: Callable[[int], None], format_of: Callable[[str], ErrorFormat]):
+        self._app, self._count, self._format_of = app, count, format_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -47,9 +47,9 @@ class Border:
                 return
             self._count(told.status)
             if not answer.began:
-                await told.response(scope, receive, send)
+                await self._format_of(scope["path"]).response(told)(scope, receive, send)
             else:
-                await answer.finish(told)
+                await answer.finish(self._format_of(scope["path"]).event(told))
 
 
 class _Answer:
@@ -70,8 +70,7 @@ class _Answer:
         elif message["type"] == "http.response.body":
             self.over = not message.get("more_body", False)
 
-    async def finish(self, error: APIError) -> None:
+    async def finish(self, event: bytes) -> None:
         """Ends a response that began. One that is not events stays cut short: the server closes it."""
         if self._events:
-            event = b"data: " + json.dumps(error.body).encode() + b"\n\n"
             await self._send({"type": "http.response.body", "body": event})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.responses import Response
 
@@ -41,10 +41,35 @@ class APIError(Exception):
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
     @property
+    def headers(self) -> dict[str, str]:
+        return {"retry-after": "1"} if self.status in (429, 503) else {}
+
+    @property
     def response(self) -> Response:
-        headers = {"retry-after": "1"} if self.status in (429, 503) else {}
         # ASCII output, so that any text can be encoded.
-        return Response(json.dumps(self.body), self.status, headers, media_type="application/json")
+        return Response(json.dumps(self.body), self.status, self.headers, media_type="application/json")
+
+
+class ErrorFormat(Protocol):
+    """How a front door writes its errors."""
+
+    def response(self, error: APIError) -> Response:
+        """Returns the response to a request that failed."""
+        ...
+
+    def event(self, error: APIError) -> bytes:
+        """Returns the event that ends a stream of server-sent events."""
+        ...
+
+
+class OpenAIErrors:
+    """``{"error": {message, type, param, code}}``."""
+
+    def response(self, error: APIError) -> Response:
+        return error.response
+
+    def event(self, error: APIError) -> bytes:
+        return b"data: " + json.dumps(error.body).encode() + b"\n\n"
 
 
 def as_api_error(error: Exception) -> APIError:

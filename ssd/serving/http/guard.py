@@ -13,15 +13,18 @@ from ...errors import ConfigError
 from .border import App, Message, Receive, Scope, Send
 from .errors import APIError, shown
 
-OPEN_PATHS = frozenset({"/", "/health", "/ready", "/favicon.ico"})
-"""Paths that reveal nothing of users' text: no key is needed."""
+OPEN_PATHS = frozenset({"/", "/health", "/ping", "/ready", "/favicon.ico"})
+"""Paths that need no key. They reveal nothing about users' text."""
+TRACE_HEADERS = ("traceparent", "tracestate")
+"""W3C's headers that name the trace a request belongs to."""
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 MIN_KEY = 16
 """Characters of an API key."""
 
 
 class Guard:
-    """Passes requests on to ``app``, or raises an ``APIError`` for the border to answer.
+    """Passes requests on to ``app``, or raises an ``APIError`` for the border to answer. Adds the client's name and
+    the trace's headers to the scope (``ssd.client``, ``ssd.trace``).
 
     A page of another origin cannot use a server on loopback: its ``Origin`` is refused, and so is the ``Host``
     of a rebound name. Bodies must be JSON, which browsers do not send across origins without a preflight.
@@ -33,6 +36,7 @@ class Guard:
     def __init__(self, app: App, config: ServerConfig):
         self._app, self._config = app, config
         self._keys = read_keys(config)
+        self._open = OPEN_PATHS | ({"/metrics"} if config.metrics == "open" else frozenset())
         self._hosts = {name.lower() for name in config.allowed_hosts}
         if is_loopback(config.host):
             self._hosts |= LOOPBACK_NAMES | {config.host.lower()}
@@ -48,6 +52,7 @@ class Guard:
         self._check_host(headers)
         self._check_origin(headers)
         scope["ssd.client"] = self._check_key(scope, headers)
+        scope["ssd.trace"] = {name: headers[name] for name in TRACE_HEADERS if name in headers}
         self._check_body(scope, headers)
         await self._app(scope, self._bounded(receive), send)
 
@@ -73,13 +78,16 @@ class Guard:
     def _check_key(self, scope: Scope, headers: dict[str, str]) -> str:
         """Returns the client's name, by which clients take turns."""
         address = scope.get("client") or ("",)
-        if not self._keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+        if not self._keys or scope["path"] in self._open or scope["method"] == "OPTIONS":
             return f"address {address[0]}"
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        digest = _digest(given.strip())
-        matches = [name for name, key in self._keys.items() if hmac.compare_digest(digest, key)]
-        if kind.lower() != "bearer" or not matches:
-            raise APIError(401, "this server needs an API key: Authorization: Bearer KEY", code="invalid_api_key")
+        kind, _, token = headers.get("authorization", "").partition(" ")
+        given = [token] if kind.lower() == "bearer" else []
+        given += [headers["x-api-key"]] if "x-api-key" in headers else []  # Anthropic's clients
+        digests = [_digest(one.strip()) for one in given]
+        matches = [name for digest in digests for name, key in self._keys.items() if hmac.compare_digest(digest, key)]
+        if not matches:
+            told = "this server needs an API key: Authorization: Bearer KEY, or x-api-key: KEY"
+            raise APIError(401, told, code="invalid_api_key")
         return matches[0]
 
     def _check_body(self, scope: Scope, headers: dict[str, str]) -> None:

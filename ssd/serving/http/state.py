@@ -1,4 +1,4 @@
-"""Routes that tell the server's state: health, metrics, information, running rounds, the playground page."""
+"""Routes about the server's state: health, metrics, information, running rounds, the playground page."""
 
 from __future__ import annotations
 
@@ -28,8 +28,24 @@ PAGE_POLICY = (
 KEEP_ALIVE_S = 10.0
 
 
+def metrics_app(metrics: Metrics, model: str) -> FastAPI:
+    """Returns an application that serves ``/metrics`` alone, for a port of its own."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    _add_metrics(app, metrics, model)
+    return app
+
+
+def _add_metrics(app: FastAPI, metrics: Metrics, model: str) -> None:
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(metrics.text(model), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
 def add_state(app: FastAPI, engine: AsyncEngine, metrics: Metrics, model: str) -> None:
+    """Adds the routes. ``/metrics`` is left out if it has a port of its own."""
     config = engine.config
+    if not isinstance(config.server.metrics, int):
+        _add_metrics(app, metrics, model)
 
     @app.get("/health")
     async def health() -> Response:
@@ -39,20 +55,28 @@ def add_state(app: FastAPI, engine: AsyncEngine, metrics: Metrics, model: str) -
             status_code=503 if failure else 200,
         )
 
+    @app.get("/ping")
+    async def ping() -> Response:
+        return await health()
+
+    @app.get("/version")
+    async def version() -> dict[str, Any]:
+        return {"version": __version__}
+
+    @app.get("/load")
+    async def load() -> dict[str, Any]:
+        return {"server_load": engine.running + engine.queued}
+
     @app.get("/ready")
     async def ready() -> Response:
-        return JSONResponse({"ready": engine.ready}, status_code=200 if engine.ready else 503)
-
-    @app.get("/metrics")
-    async def prometheus() -> Response:
-        return Response(metrics.text, media_type="text/plain; version=0.0.4; charset=utf-8")
+        return JSONResponse({"ready": engine.accepting}, status_code=200 if engine.accepting else 503)
 
     @app.get("/ssd/info")
     async def info() -> dict[str, Any]:
         return {
             "version": __version__,
             "model": model,
-            "ready": engine.ready,
+            "ready": engine.accepting,
             "degraded": engine.degraded,
             "speculation": config.speculation.model_dump(),
             "numerics": config.numerics,

@@ -17,7 +17,7 @@ from zmq.auth.asyncio import AsyncioAuthenticator
 from ...config.sections import ServerConfig
 from ...engine.async_engine import AsyncEngine
 from ...engine.request import Caller
-from ...errors import ConfigError, OverloadedError, PipelineError, SSDError, UsageError
+from ...errors import ConfigError, OverloadedError, PipelineError, RequestError, SSDError, UsageError
 from . import wire
 from .keys import server_keys
 
@@ -239,9 +239,15 @@ class LaneServer:
                     return
 
     async def _send(self, identity: bytes, message: wire.FromServer) -> bool:
-        """Returns whether the client is still there."""
+        """Returns whether the client is still there. It is sent a refusal in place of a message that is too long."""
+        raw = wire.encode(message)
+        if len(raw) > wire.MAX_MESSAGE_BYTES and isinstance(message, wire.Tokens | wire.Done):
+            told = (
+                f"the answer has {len(raw)} bytes; at most {wire.MAX_MESSAGE_BYTES} can be sent: lower prompt_logprobs"
+            )
+            raw = wire.encode(wire.refusal(message.number, RequestError(told)))
         try:
-            await self._socket.send_multipart([identity, wire.encode(message)], zmq.NOBLOCK)
+            await self._socket.send_multipart([identity, raw], zmq.NOBLOCK)
         except zmq.ZMQError:
             self._leave(identity)
             return False

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 from ...request.output import RequestOutput, StreamEvent, TokenLogprob
-from .logprobs import TokenBytes, chat_logprobs, completion_logprobs
+from ..parsers import parts as parsed
+from ..parsers.parts import Answer, Part
+from .logprobs import TokenReader, chat_logprobs, completion_logprobs
 
 
 class Schema(Protocol):
@@ -19,24 +21,26 @@ class Schema(Protocol):
     """``object`` of a chunk of a stream."""
     prompt_field: ClassVar[str]
     """The request field with the prompt."""
+    prompt_in_choices: ClassVar[bool]
+    """Whether each choice says what is asked about its prompt; otherwise the answer does."""
     opening: ClassVar[dict[str, Any] | None]
     """Content of each choice's first chunk, if a stream begins with one."""
     closing: ClassVar[dict[str, Any]]
     """Content of the chunk with the finish reason."""
 
     @staticmethod
-    def whole(text: str) -> dict[str, Any]:
-        """A choice with its whole text."""
+    def whole(answer: Answer) -> dict[str, Any]:
+        """Returns the content of a choice of a whole answer."""
         ...
 
     @staticmethod
-    def part(text: str) -> dict[str, Any]:
-        """A choice of a chunk with a part of the text."""
+    def part(parts: Sequence[Part]) -> dict[str, Any]:
+        """Returns the content of a choice of a chunk."""
         ...
 
     @staticmethod
-    def logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes, offset: int) -> dict[str, Any]:
-        """``logprobs`` of a choice; ``offset``: characters before the first token."""
+    def logprobs(tokens: Sequence[TokenLogprob], reader: TokenReader) -> dict[str, Any]:
+        """Returns ``logprobs`` of a choice for its next tokens, and moves the reader behind them."""
         ...
 
 
@@ -47,20 +51,52 @@ class Chat:
     kind: ClassVar = "chat.completion"
     chunk_kind: ClassVar = "chat.completion.chunk"
     prompt_field: ClassVar = "messages"
+    prompt_in_choices: ClassVar = False
     opening: ClassVar[dict[str, Any] | None] = {"delta": {"role": "assistant", "content": ""}}
     closing: ClassVar[dict[str, Any]] = {"delta": {}}
 
     @staticmethod
-    def whole(text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}}
+    def whole(answer: Answer) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text}
+        if not answer.text and (answer.calls or answer.reasoning):
+            message["content"] = None
+        if answer.reasoning:
+            message |= _reasoning(answer.reasoning)
+        if answer.calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in answer.calls
+            ]
+        return {"message": message}
 
     @staticmethod
-    def part(text: str) -> dict[str, Any]:
-        return {"delta": {"content": text}}
+    def part(parts: Sequence[Part]) -> dict[str, Any]:
+        delta: dict[str, Any] = {}
+        calls: dict[int, dict[str, Any]] = {}
+        text, reasoning = "", ""
+        for part in parts:
+            match part:
+                case parsed.Text():
+                    text += part.text
+                case parsed.Reasoning():
+                    reasoning += part.text
+                case parsed.Call():
+                    function = {"name": part.name, "arguments": ""}
+                    calls[part.index] = {"index": part.index, "id": part.id, "type": "function", "function": function}
+                case parsed.Arguments():
+                    call = calls.setdefault(part.index, {"index": part.index, "function": {"arguments": ""}})
+                    call["function"]["arguments"] += part.text
+        if reasoning:
+            delta |= _reasoning(reasoning)
+        if text or not parts:
+            delta["content"] = text
+        if calls:
+            delta["tool_calls"] = list(calls.values())
+        return {"delta": delta}
 
     @staticmethod
-    def logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes, offset: int) -> dict[str, Any]:
-        return chat_logprobs(tokens, texts)
+    def logprobs(tokens: Sequence[TokenLogprob], reader: TokenReader) -> dict[str, Any]:
+        return chat_logprobs(tokens, reader)
 
 
 class Text:
@@ -70,20 +106,26 @@ class Text:
     kind: ClassVar = "text_completion"
     chunk_kind: ClassVar = "text_completion"
     prompt_field: ClassVar = "prompt"
+    prompt_in_choices: ClassVar = True
     opening: ClassVar[dict[str, Any] | None] = None
     closing: ClassVar[dict[str, Any]] = {"text": ""}
 
     @staticmethod
-    def whole(text: str) -> dict[str, Any]:
-        return {"text": text}
+    def whole(answer: Answer) -> dict[str, Any]:
+        return {"text": answer.text}
 
     @staticmethod
-    def part(text: str) -> dict[str, Any]:
-        return {"text": text}
+    def part(parts: Sequence[Part]) -> dict[str, Any]:
+        return {"text": Answer.of(parts).text}
 
     @staticmethod
-    def logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes, offset: int) -> dict[str, Any]:
-        return completion_logprobs(tokens, texts, offset)
+    def logprobs(tokens: Sequence[TokenLogprob], reader: TokenReader) -> dict[str, Any]:
+        return completion_logprobs(tokens, reader)
+
+
+def _reasoning(text: str) -> dict[str, str]:
+    """Returns vLLM's field with reasoning, under its present and its former name."""
+    return {"reasoning": text, "reasoning_content": text}
 
 
 def provenance(event: StreamEvent) -> list[dict[str, Any]]:
@@ -110,30 +152,4 @@ def usage(prompts: Sequence[Sequence[int]], owners: Sequence[int], outputs: Sequ
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
-    }
-
-
-def speculation_metrics(by_draft_length: dict[int, list[int]], lookahead: int) -> dict[str, Any]:
-    """``metrics.speculative_decoding`` as vLLM defines it (docs/features/speculative_decoding/acceptance_metrics.md).
-
-    Args:
-        by_draft_length: ``[k][j]`` steps that accepted j of k draft tokens.
-        lookahead: K.
-    """
-    histogram = [0] * (max([lookahead, *by_draft_length]) + 1)
-    for counts in by_draft_length.values():
-        for accepted, count in enumerate(counts):
-            histogram[accepted] += count
-    steps = sum(histogram)
-    accepted = sum(j * count for j, count in enumerate(histogram))
-    drafted = sum(k * sum(counts) for k, counts in by_draft_length.items())
-    return {
-        "mean_acceptance_length": 1 + accepted / steps if steps else None,
-        "draft_acceptance_rate": accepted / drafted if drafted else None,
-        "acceptance_histogram": histogram,
-        "acceptance_histogram_by_draft_length": {str(k): counts for k, counts in sorted(by_draft_length.items())},
-        "num_spec_steps": steps,
-        "num_accepted_draft_tokens": accepted,
-        "num_draft_tokens": drafted,
-        "num_spec_tokens": lookahead,
     }

@@ -1,40 +1,54 @@
 """Request bodies of the OpenAI API, and how their fields become ``SamplingParams``.
 
-Every field is either supported, or refused with an error that names it. Nothing is ignored except fields
-that do not concern the answer (``user``, ``metadata``).
+Other servers' fields and unknown ones are in ``fields``.
 """
 
 from __future__ import annotations
 
 import secrets
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BeforeValidator, Field, ValidationError, create_model
+from pydantic_core import ErrorDetails
 
 from ...errors import RequestError
 from ...request.methods import ServedMethod
 from ...request.sampling_params import MAX_LOGPROBS, MAX_SEED, SamplingParams, completion_seed
 from ..http import strict_json
-from ..http.errors import MAX_NAME, APIError, as_api_error, shown
-from .structured import REPLACED, ResponseFormat, StructuredOutputs, structured_outputs
+from ..http.errors import APIError, as_api_error, shown
+from .fields import sort_fields
+from .messages import ChatMessage, Stored, Strict
+from .structured import ResponseFormat, StructuredOutputs, structured_outputs
+from .tools import MAX_TOOLS, FunctionTool, Shape, ToolChoice
 
 MAX_STOPS = 16
 MAX_NAMED = 1024
 """Entries of ``logit_bias`` and ``bad_words``."""
 MAX_CHOICES = 128
 """Prompts × n of one request."""
+RANDOM_SEED = -1
+"""Asks for a random seed, as in vLLM."""
 MAX_PRIORITY = 2**31 - 1
 MAX_INT64 = 2**63 - 1
 MAX_FLOAT32 = 3.4028234e38
-COMPLETION_MAX_TOKENS = 16
-"""OpenAI's default for /v1/completions; chat answers may fill the context."""
+_SHOULD_BE = "Input should be "
+"""How pydantic's messages about types begin."""
 
+
+def _whole(value: Any) -> Any:
+    """Returns 8 for 8.0: JSON has one kind of number, and some clients write all of them with a fraction."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, Field(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
-Integer = Annotated[int, Field(ge=-MAX_INT64, le=MAX_INT64)]
-Count = Annotated[int, Field(ge=1, le=MAX_INT64)]
+Integer = Annotated[Whole, Field(ge=-MAX_INT64, le=MAX_INT64)]
+Count = Annotated[Whole, Field(ge=1, le=MAX_INT64)]
+Length = Annotated[Whole, Field(ge=0, le=MAX_INT64)]
+TopCount = Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT64)]
 Stop = str | Annotated[list[str], Field(max_length=MAX_STOPS)]
 
@@ -54,12 +68,13 @@ class Parameter:
 PARAMETERS = (
     Parameter("temperature", Number, default=1.0),
     Parameter("top_p", Number),
-    Parameter("top_k", Annotated[int, Field(ge=-1, le=MAX_INT64)]),
+    Parameter("top_k", Annotated[Whole, Field(ge=-1, le=MAX_INT64)]),
     Parameter("min_p", Number),
     Parameter("stop", Stop),
     Parameter("stop_token_ids", list[TokenId]),
     Parameter("ignore_eos", bool),
     Parameter("include_stop_str_in_output", bool),
+    Parameter("skip_special_tokens", bool),
     Parameter("min_tokens", Integer),
     Parameter("presence_penalty", Number),
     Parameter("frequency_penalty", Number),
@@ -68,75 +83,63 @@ PARAMETERS = (
     Parameter("bad_words", Annotated[list[str | list[TokenId]], Field(max_length=MAX_NAMED)]),
     Parameter("allowed_token_ids", list[TokenId]),
     Parameter("method", ServedMethod),
-    Parameter("seed", Annotated[int, Field(ge=-(2**63), le=MAX_SEED)]),
+    Parameter("seed", Annotated[Whole, Field(ge=-(2**63), le=MAX_SEED)]),
 )
 """A new sampling parameter is one line here, and must not be in ``UNSUPPORTED``."""
 
-NOTHING: tuple[Any, ...] = (None,)
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "audio": NOTHING,
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "function_call": (None, "none"),
-    "functions": (None, []),
-    "modalities": (None, ["text"]),
-    "parallel_tool_calls": (None, False, True),
-    "prediction": NOTHING,
-    "reasoning_effort": (None, "none"),
-    "service_tier": (None, "auto", "default"),
-    "store": (None, False),
-    "suffix": (None, ""),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
-    "top_logprobs": (None, 0),
-    "verbosity": (None, "medium"),
-    "web_search_options": NOTHING,
-}
-"""OpenAI's and vLLM's fields that are not supported, and the values that ask for nothing: those are accepted."""
 
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class StreamOptions(_Body):
+class StreamOptions(Stored):
     include_usage: bool | None = None
+    """End with a chunk that has the usage of the whole answer."""
+    continuous_usage_stats: bool | None = None
+    """As in vLLM: every chunk has the usage so far."""
+    include_obfuscation: bool | None = None
+    """Without effect: chunks are not padded."""
+
+    @property
+    def asking(self) -> bool:
+        """Whether any option is on."""
+        return any(self.model_dump().values())
 
 
-class TextPart(_Body):
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(_Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
-    name: str | None = None
-
-    def plain(self) -> dict[str, str]:
-        """Returns role and text, as chat templates take them."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
-
-
-class Common(_Body):
+class Common(Strict):
     """Fields that both endpoints have, beside ``PARAMETERS``."""
 
-    model: str
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    default_length: ClassVar[int | None] = None
+    """Longest answer where the request does not say, in tokens. None: to the end of the context."""
+    model: str | None = None
+    """May be left out or empty: there is one model."""
+    n: Annotated[Whole, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     """As in vLLM."""
-    max_tokens: Count | None = None
+    max_tokens: Length | None = None
+    """0 computes the prompt only."""
+    max_completion_tokens: Length | None = None
+    prompt_logprobs: TopCount | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    """As in vLLM: report log-probabilities and ids of the prompt's tokens, ids of all tokens, ids in place of texts."""
     provenance: bool | None = None
     """Our extension: report for each token where it came from."""
-    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    priority: Annotated[Whole, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     """As in vLLM: lower values go first. Values other than 0 need ``engine.scheduling=priority``."""
-    user: str | None = None
-    safety_identifier: str | None = None
-    metadata: dict[str, str] | None = None
+
+    @property
+    def length_field(self) -> str:
+        """The field that says how long the answer may be: ``max_completion_tokens`` if both are given."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
+    def length(self) -> int | None:
+        return cast(int | None, getattr(self, self.length_field))
+
+    @property
+    def prompt_count(self) -> int | None:
+        """As ``top_count``, for the prompt."""
+        return self.prompt_logprobs
 
     @property
     @abstractmethod
@@ -145,19 +148,40 @@ class Common(_Body):
 
 
 class _Completion(Common):
+    default_length: ClassVar[int | None] = 16
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    add_special_tokens: bool | None = None
+    """Whether the tokenizer adds its special tokens to a text prompt. The default is true, as in vLLM."""
+    logprobs: TopCount | None = None
+    echo: bool | None = None
+    """Begin each choice with its prompt, and its log-probabilities with those of the prompt."""
 
     @property
     def top_count(self) -> int | None:
         return self.logprobs
 
+    @property
+    def prompt_count(self) -> int | None:
+        return self.logprobs if self.echo and self.prompt_logprobs is None else self.prompt_logprobs
+
 
 class _Chat(Common):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: TopCount | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    """A variable of the chat template, as are ``chat_template_kwargs``."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template: str | None = None
+    documents: list[dict[str, Any]] | None = None
+    """Given to the chat template."""
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    add_special_tokens: bool | None = None
+    """Whether the tokenizer adds its own special tokens to those of the template."""
 
     @property
     def top_count(self) -> int | None:
@@ -170,8 +194,8 @@ ChatBody = create_model("ChatBody", __base__=_Chat, **_SAMPLING)
 Body = TypeVar("Body", bound=Common)
 
 
-def read_body(cls: type[Body], raw: Any) -> Body:
-    """Checks a parsed request body.
+def read_body(cls: type[Body], raw: Any) -> tuple[Body, tuple[str, ...]]:
+    """Checks a parsed request body. Returns it, and the names of the unknown fields.
 
     Raises:
         APIError: 400, naming the field.
@@ -179,44 +203,54 @@ def read_body(cls: type[Body], raw: Any) -> Body:
     if not isinstance(raw, dict):
         raise APIError(400, "the body must be a JSON object")
     strict_json.check(raw)
+    fields = sort_fields(cls.model_fields, raw)
     try:
-        body = cls.model_validate(_supported(cls, raw))
+        body = cls.model_validate(fields.known)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        parts = [str(part) for part in first["loc"]]
-        at = ".".join(shown(part) for part in parts if not part.startswith(("list[", "function-", "union")))
-        raise APIError(400, f"{at}: {first['msg']}", param=parts[0], code="invalid_value") from None
-    if body.stream_options is not None and not body.stream:
+        raise _invalid(error.errors(include_url=False)) from None
+    if body.stream_options is not None and body.stream_options.asking and not body.stream:
         raise APIError(400, "stream_options is only allowed when stream is true", param="stream_options")
     if getattr(body, "top_logprobs", None) and body.top_count is None:
         raise APIError(400, "top_logprobs is only allowed when logprobs is true", param="top_logprobs")
-    return body
+    if body.stream and body.prompt_logprobs is not None:
+        raise APIError(400, "prompt_logprobs is only allowed when stream is false", param="prompt_logprobs")
+    options = raw.get("stream_options") or {}
+    nested = (f"stream_options.{name}" for name in options if name not in StreamOptions.model_fields)
+    return body, (*fields.unknown, *nested)
 
 
-def _supported(cls: type[Common], raw: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields without those that ask for nothing. Raises: APIError: a field that is not supported."""
-    given: dict[str, Any] = {}
-    for name, value in raw.items():
-        if name in cls.model_fields:
-            given[name] = value
-        elif name in REPLACED:
-            raise APIError(400, f"{name} is now {REPLACED[name]}", param=name, code="unknown_parameter")
-        elif name not in UNSUPPORTED:
-            near = get_close_matches(name[:MAX_NAME], [*cls.model_fields, *UNSUPPORTED], n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise APIError(400, f"unknown parameter '{shown(name)}'{hint}", param=name, code="unknown_parameter")
-        elif not any(_same(value, neutral) for neutral in UNSUPPORTED[name]):
-            raise APIError(400, f"{name} is not supported by this server", param=name, code="unsupported_parameter")
-    return given
+def _invalid(errors: Sequence[ErrorDetails]) -> APIError:
+    """Returns the answer to a body that is not valid: its first wrong field.
+
+    A field that may have several forms gives errors for each form. An error about a value is of the form that the
+    value has; among errors about types the deepest ones are. If several are left, the message names all their types.
+    """
+    first = [error for error in errors if error["loc"][0] == errors[0]["loc"][0]]
+    of_values = [error for error in first if not error["type"].endswith("_type")]
+    chosen = max(of_values or first, key=lambda error: len(_path(error)))
+    where = ".".join(shown(part) for part in _path(chosen))
+    said = [error["msg"] for error in (of_values or first) if _path(error) == _path(chosen)]
+    if not of_values and all(message.startswith(_SHOULD_BE) for message in said):
+        said = [_SHOULD_BE + " or ".join(dict.fromkeys(message.removeprefix(_SHOULD_BE) for message in said))]
+    return APIError(400, f"{where}: {said[0]}", param=str(chosen["loc"][0]), code="invalid_value")
 
 
-def _same(value: Any, neutral: Any) -> bool:
-    """Whether a value is a neutral one, where 1.0 counts as 1 but true does not."""
-    return value == neutral and (type(value) is type(neutral) or isinstance(value, float))
+def _path(error: ErrorDetails) -> list[str]:
+    """Returns where a field is, without the names of the forms that pydantic tried."""
+    parts = [str(part) for part in error["loc"]]
+    if parts[0] == "response_format":
+        del parts[1:2]  # its type
+    return [part for part in parts if part != "str" and not part.startswith(("list[", "dict[", "function-", "union"))]
 
 
-def sampling_params(body: Common, *, max_tokens: int, seed: int) -> SamplingParams:
+def sampling_params(
+    body: Common, *, max_tokens: int, seed: int, defaults: Mapping[str, Any], shape: Shape | None = None
+) -> SamplingParams:
     """Returns the ``SamplingParams`` of one choice.
+
+    Args:
+        defaults: sampling parameters of the server, where the request leaves them out.
+        shape: of a chat answer.
 
     Raises:
         APIError: 400: a value out of range.
@@ -224,17 +258,22 @@ def sampling_params(body: Common, *, max_tokens: int, seed: int) -> SamplingPara
     fields: dict[str, Any] = {"max_tokens": max_tokens}
     for parameter in PARAMETERS:
         value = getattr(body, parameter.name)
-        value = parameter.default if value is None else value
+        value = defaults.get(parameter.name, parameter.default) if value is None else value
         if value is not None:
             fields[parameter.sampling or parameter.name] = value
-    fields["seed"], fields["logprobs"] = seed, body.top_count
-    fields["structured_outputs"] = structured_outputs(body.structured_outputs, body.response_format)
+    fields |= {"seed": seed, "logprobs": body.top_count, "prompt_logprobs": body.prompt_count}
+    if shape is None:
+        fields["structured_outputs"] = structured_outputs(body.structured_outputs, body.response_format)
+    else:
+        fields["structured_outputs"] = shape.structured
+        if shape.specials:
+            fields["skip_special_tokens"] = False
     if fields.get("top_k") == -1:  # vLLM's value for all tokens
         fields["top_k"] = 0
     try:
         return SamplingParams(**fields)
     except RequestError as error:
-        raise refused(error, structured_by(body)) from None
+        raise refused(error, structured_by(body) if shape is None else shape.structured_by) from None
 
 
 def refused(error: RequestError, structured_by: str = "structured_outputs") -> APIError:
@@ -247,9 +286,9 @@ def refused(error: RequestError, structured_by: str = "structured_outputs") -> A
     name = message.split(maxsplit=1)[0].rstrip(":").split(".")[0]
     if name == "structured_outputs":
         name = structured_by
-        if name == "response_format":
+        if name in ("response_format", "tools"):
             message = name + message[message.index(" ") :]
-    elif name not in _SAMPLING and name != "priority":
+    elif name not in _SAMPLING and name not in ("priority", "prompt"):
         return as_api_error(error)
     return APIError(400, message, param=name, code="invalid_value")
 
@@ -262,5 +301,5 @@ def structured_by(body: Common) -> str:
 def seeds(body: Common, count: int) -> list[int]:
     """Returns a seed for each choice, as ``LLM`` derives them; random ones if the request gives none."""
     given = cast(int | None, getattr(body, "seed", None))
-    first = secrets.randbelow(MAX_SEED) if given is None else given % (MAX_SEED + 1)
+    first = secrets.randbelow(MAX_SEED) if given in (None, RANDOM_SEED) else given % (MAX_SEED + 1)
     return [completion_seed(first, choice) for choice in range(count)]

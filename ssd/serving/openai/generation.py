@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from ...engine.async_engine import AsyncEngine
 from ...engine.request import Caller
 from ...engine.stream import RequestStream
 from ...errors import RequestError, SSDError
-from ...request.output import RequestOutput, StreamEvent, TokenLogprob
+from ...request.output import RequestOutput, StreamEvent
 from ..http.errors import APIError, as_api_error
 from ..http.sse import sse
-from .answers import provenance, speculation_metrics, usage
+from ..parsers.parts import Answer, Call, Part
+from .answers import provenance, usage
 from .bodies import refused
 from .jobs import Job
-from .logprobs import TokenBytes
+from .logprobs import ChoiceTokens
+from .request_metrics import Level, request_metrics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Delta:
+    """What became final of one choice with one event of its request."""
+
+    index: int
+    """Which choice."""
+    parts: tuple[Part, ...]
+    event: StreamEvent
+    finish_reason: str | None = None
+    """``stop``, ``length`` or ``tool_calls`` with a choice's last event, which has its output."""
 
 
 class Generation:
@@ -31,19 +46,30 @@ class Generation:
     def __init__(self, engine: AsyncEngine, job: Job, streams: Sequence[RequestStream]):
         self.job, self.streams = job, streams
         self._lookahead = engine.config.speculation.depth if engine.config.draft is not None else 0
-        self._texts = TokenBytes(engine.tokenizer)
-        self._characters: Counter[int] = Counter()
-        """By choice: characters of the tokens whose log-probabilities were sent."""
+        self._level: Level = engine.config.server.request_metrics
+        self._tokens = [
+            ChoiceTokens(engine.texts, stream.request, job.details, prompt)
+            for stream, (prompt, _) in zip(streams, job.choices, strict=True)
+        ]
+        """By choice: behind the tokens that were told."""
+        self._tokenize = engine.tokenize
+        self._generated = 0
+        """Tokens of all choices so far."""
 
     @classmethod
-    async def start(cls, engine: AsyncEngine, job: Job, client: str) -> Generation:
+    async def start(
+        cls, engine: AsyncEngine, job: Job, client: str, trace_headers: Mapping[str, str] | None = None
+    ) -> Generation:
         """Starts all requests of a job, or none.
+
+        Args:
+            trace_headers: as in ``Caller``.
 
         Raises:
             APIError: the engine refuses a parameter.
             OverloadedError, PipelineError: as ``AsyncEngine.open``.
         """
-        caller = Caller(client=client, priority=job.priority, label=job.head["id"])
+        caller = Caller(client=client, priority=job.priority, label=job.head["id"], trace_headers=trace_headers or {})
         asked = [(job.prompts[prompt], params) for prompt, params in job.choices]
         try:
             return cls(engine, job, await engine.open_all(asked, caller=caller))
@@ -55,66 +81,121 @@ class Generation:
         for stream in self.streams:
             stream.cancel()
 
-    async def whole(self) -> dict[str, Any]:
-        """Returns the answer as one object. Raises: PipelineError, APIError."""
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """Yields the answer as typed parts while it comes. Every front door writes its answer from them.
+
+        The text of an event and the text of its parts may differ: a parser holds text back and drops markers. When the
+        iterator ends, all requests that are not over are given up.
+
+        Raises:
+            PipelineError: the pipeline broke.
+            APIError: a request failed, or the server gave it up.
+        """
+        parsers = [self.job.parser(self.job.call_ids(index)) for index in range(len(self.streams))]
+        called: set[int] = set()
         try:
-            finished = [await self._finished(index) for index in range(len(self.streams))]
+            async with contextlib.aclosing(merged(self.streams)) as events:
+                async for index, event in events:
+                    parts = parsers[index].feed(event.text)
+                    reason: str | None = None
+                    if event.output is not None:
+                        reason = checked(event.output, self.job).finish_reason
+                        parts += parsers[index].finish()
+                    if any(isinstance(part, Call) for part in parts):
+                        called.add(index)
+                    if reason == "stop" and index in called:
+                        reason = "tool_calls"
+                    yield Delta(index=index, parts=tuple(parts), event=event, finish_reason=reason)
         finally:
             self.cancel()
+
+    async def whole(self) -> dict[str, Any]:
+        """Returns the answer as one object. Raises: PipelineError, APIError."""
+        everything: list[list[Delta]] = [[] for _ in self.streams]
+        async with contextlib.aclosing(self.deltas()) as deltas:
+            async for delta in deltas:
+                everything[delta.index].append(delta)
+        finished = [self._choice(index, deltas) for index, deltas in enumerate(everything)]
         outputs = [output for output, _ in finished]
-        return {**self.job.head, "choices": [choice for _, choice in finished], **self._totals(outputs)}
+        about = {} if self.job.schema.prompt_in_choices else self._about_prompt(0)
+        return {**self.job.head, "choices": [choice for _, choice in finished], **about, **self.totals(outputs)}
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Yields server-sent events. An error after the beginning is the last event."""
-        schema = self.job.schema
+        schema, details = self.job.schema, self.job.details
         outputs: dict[int, RequestOutput] = {}
+        begun: set[int] = set()
         try:
             if schema.opening is not None:
                 for index in range(len(self.streams)):
-                    yield self._chunk(index, schema.opening)
-            async with contextlib.aclosing(merged(self.streams)) as events:
-                async for index, event in events:
-                    logprobs = self._logprobs(index, event.logprobs)
-                    if event.text or logprobs or (self.job.provenance and event.token_ids):
-                        yield self._chunk(index, {**schema.part(event.text), **self._origins(event)}, logprobs)
+                    yield self._chunk(index, schema.opening, about=self._tokens[index].prompt_ids())
+            async with contextlib.aclosing(self.deltas()) as deltas:
+                async for delta in deltas:
+                    index, event = delta.index, delta.event
+                    self._generated += len(event.token_ids)
+                    echoed, logprobs = self._tokens[index].read(schema, event.logprobs)
+                    listed = event.token_ids and (self.job.provenance or details.token_ids)
+                    if echoed or delta.parts or logprobs or listed:
+                        content = _after(echoed, schema.part(delta.parts))
+                        content |= self._origins(event) | self._tokens[index].ids(event.token_ids)
+                        if schema.prompt_in_choices and index not in begun:
+                            content |= self._tokens[index].prompt_ids()
+                        begun.add(index)
+                        yield self._chunk(index, content, logprobs)
                     if event.output is not None:
-                        outputs[index] = checked(event.output, self.job)
-                        yield self._chunk(index, schema.closing, finish_reason=event.output.finish_reason)
+                        outputs[index] = event.output
+                        closing = {**schema.closing, "stop_reason": event.output.stop_reason}
+                        yield self._chunk(index, closing, finish_reason=delta.finish_reason)
             if self.job.usage:
                 listed = [outputs[index] for index in range(len(self.streams))]
-                yield sse({**self.job.head, "choices": [], **self._totals(listed)})
+                yield sse({**self.job.head, "choices": [], **self.totals(listed)})
             yield b"data: [DONE]\n\n"
         except (SSDError, APIError) as error:
             yield sse(as_api_error(error).body)
-        finally:
-            self.cancel()
 
-    async def _finished(self, index: int) -> tuple[RequestOutput, dict[str, Any]]:
-        """Waits for one choice. Returns its output and its part of the answer."""
-        tokens: list[dict[str, Any]] = []
-        output: RequestOutput | None = None
-        async for event in self.streams[index]:
-            tokens += provenance(event)
-            output = event.output
+    def logprobs(self, delta: Delta) -> dict[str, Any] | None:
+        """Returns the log-probabilities of an event's tokens, if the job asks for them. Takes events in order, each
+        once."""
+        return self._logprobs(delta.index, delta.event.logprobs)
+
+    async def tokens_of(self, text: str) -> int:
+        """Returns how many tokens a part of the answer has when it is tokenized again."""
+        return len(await asyncio.to_thread(self._tokenize, text, add_special_tokens=False)) if text else 0
+
+    def totals(self, outputs: list[RequestOutput]) -> dict[str, Any]:
+        """Returns ``usage`` and ``metrics`` of the whole answer.
+
+        Args:
+            outputs: of all choices, in order.
+        """
+        owners = [prompt for prompt, _ in self.job.choices]
+        return {"usage": usage(self.job.prompts, owners, outputs), "metrics": self._metrics(outputs)}
+
+    def _choice(self, index: int, deltas: Sequence[Delta]) -> tuple[RequestOutput, dict[str, Any]]:
+        """Returns the output of one choice, and its part of the answer."""
+        output = deltas[-1].event.output
         assert output is not None, "the last event of a request has its output"
+        echoed, logprobs = self._tokens[index].read(self.job.schema, output.logprobs)
         choice = {
             "index": index,
-            **self.job.schema.whole(checked(output, self.job).text),
-            "logprobs": self._logprobs(index, output.logprobs),
-            "finish_reason": output.finish_reason,
+            **_after(echoed, self.job.schema.whole(Answer.of(part for delta in deltas for part in delta.parts))),
+            "logprobs": logprobs,
+            "finish_reason": deltas[-1].finish_reason,
+            "stop_reason": output.stop_reason,
+            **self._tokens[index].ids(output.token_ids),
+            **(self._about_prompt(index) if self.job.schema.prompt_in_choices else {}),
         }
-        return output, {**choice, "provenance": tokens} if self.job.provenance else choice
+        if self.job.provenance:
+            choice["provenance"] = [token for delta in deltas for token in provenance(delta.event)]
+        return output, choice
 
     def _origins(self, event: StreamEvent) -> dict[str, Any]:
         return {"provenance": provenance(event), "drafted": event.drafted} if self.job.provenance else {}
 
-    def _logprobs(self, index: int, tokens: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
-        """Log-probabilities of the next tokens of a choice."""
-        if not tokens:
-            return None
-        offset = self._characters[index]
-        self._characters[index] += sum(self._texts.characters(token.token_id) for token in tokens)
-        return self.job.schema.logprobs(tokens, self._texts, offset)
+    def _about_prompt(self, index: int) -> dict[str, Any]:
+        """Returns what is asked about a choice's prompt."""
+        tokens = self._tokens[index]
+        return {**tokens.prompt_scores(), **tokens.prompt_ids()}
 
     def _chunk(
         self,
@@ -123,33 +204,28 @@ class Generation:
         logprobs: dict[str, Any] | None = None,
         *,
         finish_reason: str | None = None,
+        about: Mapping[str, Any] = MappingProxyType({}),
     ) -> bytes:
+        """Args: about: fields beside the choices."""
         choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
-        nothing_yet = {"usage": None} if self.job.usage else {}
-        return sse({**self.job.head, "choices": [choice], **nothing_yet})
+        usage = {"usage": None} if self.job.usage else {}
+        if self.job.running_usage:
+            prompt = sum(map(len, self.job.prompts))
+            counts = {"prompt_tokens": prompt, "completion_tokens": self._generated}
+            usage = {"usage": {**counts, "total_tokens": prompt + self._generated}}
+        return sse({**self.job.head, "choices": [choice], **about, **usage})
 
-    def _totals(self, outputs: list[RequestOutput]) -> dict[str, Any]:
-        """``usage`` and ``metrics`` of the whole answer."""
-        owners = [prompt for prompt, _ in self.job.choices]
-        return {"usage": usage(self.job.prompts, owners, outputs), "metrics": self._metrics(outputs)}
-
-    def _metrics(self, outputs: list[RequestOutput]) -> dict[str, Any]:
-        """vLLM's per-request metrics, for requests with one choice, and our own beside them."""
+    def _metrics(self, outputs: list[RequestOutput]) -> dict[str, Any] | None:
+        """``metrics`` of the whole answer: of requests with one choice."""
         if len(outputs) != 1:
             return {"speculative_decoding": None}
         [output], [stream] = outputs, self.streams
-        record, request = output.speculation, stream.request
-        return {
-            "speculative_decoding": speculation_metrics(request.steps.by_draft_length, self._lookahead),
-            "ssd": {
-                "rounds": record.rounds,
-                "lookups": record.lookups,
-                "hits": record.hits,
-                "hit_rate": record.hit_rate,
-                "decode_s": output.decode_s,
-                "seed": request.params.seed,
-            },
-        }
+        return request_metrics(stream.request, output, lookahead=self._lookahead, level=self._level)
+
+
+def _after(echoed: str, content: dict[str, Any]) -> dict[str, Any]:
+    """Returns the content of a text completion's choice with the prompt before it."""
+    return {**content, "text": echoed + content["text"]} if echoed else content
 
 
 async def merged(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, StreamEvent], None]:

@@ -1,104 +1,216 @@
-"""Log-probabilities in OpenAI's two response schemas."""
+"""Log-probabilities in OpenAI's two response schemas, and what else an answer says about its tokens."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+from ...engine.request import Request
+from ...engine.token_text import TokenTexts
 from ...request.output import TokenLogprob
 
 LEAST = -9999.0
 """OpenAI's value for a token without probability: JSON has no infinity."""
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-class TokenBytes:
-    """The bytes of each token of a tokenizer. A token may hold only part of a character."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadToken:
+    """A token in its place."""
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-        self._known: dict[int, bytes] = {}
+    name: str
+    """The text it adds. A special token that the text leaves out has its name instead."""
+    raw: bytes
+    """What it adds to the text: the tokens' bytes joined are the text."""
 
-    def __getitem__(self, token: int) -> bytes:
-        known = self._known.get(token)
-        if known is None:
-            known = self._known[token] = self._read(token)
-        return known
-
-    def characters(self, token: int) -> int:
-        """Returns how many UTF-8 characters begin in the token."""
-        return sum(byte & 0xC0 != 0x80 for byte in self[token])
-
-    def _read(self, token: int) -> bytes:
-        text = self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        piece = self._tokenizer.convert_ids_to_tokens(token)
-        if not isinstance(piece, str):
-            return text.encode()  # padding of the vocabulary, which the tokenizer does not know
-        if byte := _BYTE.fullmatch(piece):  # SentencePiece's byte fallback
-            return bytes([int(byte[1], 16)])
-        if "\N{LOWER ONE EIGHTH BLOCK}" in piece:  # SentencePiece's space, which decoding alone drops at the front
-            return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
-        if "\N{REPLACEMENT CHARACTER}" in text and all(character in _BYTES for character in piece):
-            return bytes(_BYTES[character] for character in piece)
-        return text.encode()
+    @property
+    def distinct(self) -> str:
+        """The text, or ``bytes:\\xf0\\x9f`` for a part of a character, so that tokens stay distinct."""
+        try:
+            self.raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.raw)
+        return self.name
 
 
-def _byte_level() -> dict[str, int]:
-    """Returns the byte of each character of byte-level BPE. Printable Latin-1 characters map to themselves; the
-    characters from U+0100 map to the other bytes in order (GPT-2's table; Radford et al. 2019, section 2.2)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTES = _byte_level()
-
-
-def chat_logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes) -> dict[str, Any]:
-    """Returns ``choices[].logprobs`` of a chat completion."""
-
-    def one(token: int, logprob: float) -> dict[str, Any]:
-        raw = texts[token]
-        return {"token": raw.decode(errors="replace"), "logprob": max(logprob, LEAST), "bytes": list(raw)}
-
-    content = [
-        {**one(token.token_id, token.logprob), "top_logprobs": [one(*likely) for likely in token.top]}
-        for token in tokens
-    ]
-    return {"content": content, "refusal": None}
-
-
-def completion_logprobs(tokens: Sequence[TokenLogprob], texts: TokenBytes, offset: int = 0) -> dict[str, Any]:
-    """Returns ``choices[].logprobs`` of a text completion.
+class TokenReader:
+    """Reads the tokens of a text in order, each in its place.
 
     Args:
-        offset: ``text_offset`` of the first token, in characters.
+        prompt: What stands before the text.
     """
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += texts.characters(token.token_id)
+
+    def __init__(self, texts: TokenTexts, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True):
+        self._stream = texts.stream(prompt, skip_special_tokens=skip_special_tokens)
+        self._final = 0
+
+    @property
+    def offset(self) -> int:
+        """Complete characters of the text so far: where the next token's text begins."""
+        return self._final + len(self._stream.open)
+
+    def __getitem__(self, token: int) -> ReadToken:
+        """Returns a token as it would be read next."""
+        raw = self._stream.raw(token)
+        return ReadToken(name=self._stream.marker(token) or raw.decode(errors="replace"), raw=raw)
+
+    def add(self, token: int) -> None:
+        """Goes on to the place after a token."""
+        self._final += len(self._stream.add(token))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IdToken(ReadToken):
+    """A token that is called by its id, ``token_id:7``."""
+
+    @property
+    def distinct(self) -> str:
+        return self.name
+
+
+class IdReader(TokenReader):
+    """Reads tokens that are called by their ids."""
+
+    def __getitem__(self, token: int) -> ReadToken:
+        return IdToken(name=f"token_id:{token}", raw=super().__getitem__(token).raw)
+
+
+class Schema(Protocol):
+    """How an endpoint writes log-probabilities."""
+
+    @staticmethod
+    def logprobs(tokens: Sequence[TokenLogprob], reader: TokenReader) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenDetails:
+    """What an answer says about the prompt and the tokens, beside its text and ``logprobs``."""
+
+    echoed: tuple[str, ...] = ()
+    """The texts of the job's prompts, if each choice begins with its prompt."""
+    prompt_logprobs: bool = False
+    token_ids: bool = False
+    called_by_id: bool = False
+    """Whether log-probabilities call tokens by their ids."""
+
+
+class ChoiceTokens:
+    """The tokens of one choice, as its answer shows them. Parts of the answer are read in order.
+
+    Args:
+        request: Of the choice. Its prompt is scored before its first event.
+        prompt: Which of the job's prompts it completes.
+    """
+
+    def __init__(self, texts: TokenTexts, request: Request, details: TokenDetails, prompt: int):
+        self._texts, self._request, self._details = texts, request, details
+        self._echoed = details.echoed[prompt] if details.echoed else None
+        """The prompt's text, until it is read."""
+        params, ids, kind = request.params, request.prompt_ids, IdReader if details.called_by_id else TokenReader
+        skip = params.skip_special_tokens
+        if self._echoed is not None:
+            skip = skip and _decoded(texts, ids) == self._echoed  # otherwise the prompt spells special tokens out
+            ids = ()
+        self._reader = kind(texts, ids, skip_special_tokens=skip)
+
+    def read(self, schema: Schema, tokens: Sequence[TokenLogprob] | None) -> tuple[str, dict[str, Any] | None]:
+        """Reads the next tokens.
+
+        Returns: the text that stands before theirs, which is the echoed prompt or ``""``, and ``logprobs`` of both.
+        """
+        before, self._echoed = self._echoed, None
+        if before is None or self._request.logprobs is None or self._request.prompt_logprobs is None:
+            return before or "", schema.logprobs(tokens, self._reader) if tokens else None
+        first, *_ = self._request.prompt_ids
+        told = {
+            "text_offset": [0],
+            "tokens": [self._reader[first].distinct],
+            "token_logprobs": [None],
+            "top_logprobs": [None],
+        }
+        self._reader.add(first)
+        scored = [token for token in self._request.prompt_logprobs if token is not None]
+        for name, values in completion_logprobs([*scored, *(tokens or ())], self._reader).items():
+            told[name] += values
+        return before, told
+
+    def ids(self, tokens: Sequence[int]) -> dict[str, Any]:
+        """Returns ``token_ids`` of a part of the answer, if asked for."""
+        return {"token_ids": list(tokens)} if self._details.token_ids else {}
+
+    def prompt_ids(self) -> dict[str, Any]:
+        """Returns ``prompt_token_ids``, if asked for."""
+        return {"prompt_token_ids": list(self._request.prompt_ids)} if self._details.token_ids else {}
+
+    def prompt_scores(self) -> dict[str, Any]:
+        """Returns ``prompt_logprobs`` as vLLM does, if asked for: for each token of the prompt what could have stood
+        there, the token itself first."""
+        if not self._details.prompt_logprobs or self._request.prompt_logprobs is None:
+            return {}
+        told, reader = list[dict[str, Any] | None](), TokenReader(self._texts, skip_special_tokens=False)
+        for token, scored in zip(self._request.prompt_ids, self._request.prompt_logprobs, strict=True):
+            told.append(None if scored is None else _candidates(scored, reader))
+            reader.add(token)
+        return {"prompt_logprobs": told}
+
+
+def _decoded(texts: TokenTexts, tokens: Sequence[int]) -> str:
+    stream = texts.stream()
+    return "".join([stream.add(token) for token in tokens]) + stream.tail
+
+
+def _candidates(scored: TokenLogprob, reader: TokenReader) -> dict[str, Any]:
+    """Returns a token and the most probable ones in its place, by id."""
+    ranked = [(scored.token_id, scored.logprob, scored.rank)]
+    ranked += [(id, value, rank) for rank, (id, value) in enumerate(scored.top, 1) if id != scored.token_id]
     return {
-        "text_offset": offsets,
-        "tokens": [_shown(texts[token.token_id]) for token in tokens],
-        "token_logprobs": [max(token.logprob, LEAST) for token in tokens],
-        "top_logprobs": [_likeliest(token, texts) for token in tokens],
+        str(id): {"logprob": max(value, LEAST), "rank": rank, "decoded_token": reader[id].name}
+        for id, value, rank in ranked
     }
 
 
-def _likeliest(token: TokenLogprob, texts: TokenBytes) -> dict[str, float]:
+def chat_logprobs(tokens: Sequence[TokenLogprob], reader: TokenReader) -> dict[str, Any]:
+    """Returns ``choices[].logprobs`` of a chat completion.
+
+    Args:
+        reader: Stands before the tokens, and is moved behind them.
+    """
+
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        read = reader[token]
+        return {"token": read.name, "logprob": max(logprob, LEAST), "bytes": list(read.raw)}
+
+    content = []
+    for token in tokens:
+        content.append({**one(token.token_id, token.logprob), "top_logprobs": [one(*likely) for likely in token.top]})
+        reader.add(token.token_id)
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(tokens: Sequence[TokenLogprob], reader: TokenReader) -> dict[str, Any]:
+    """Returns ``choices[].logprobs`` of a text completion. ``text_offset`` counts characters of the text.
+
+    Args:
+        reader: Stands before the tokens, and is moved behind them.
+    """
+    offsets, names, likeliest = [], [], []
+    for token in tokens:
+        offsets.append(reader.offset)
+        names.append(reader[token.token_id].distinct)
+        likeliest.append(_likeliest(token, reader))
+        reader.add(token.token_id)
+    return {
+        "text_offset": offsets,
+        "tokens": names,
+        "token_logprobs": [max(token.logprob, LEAST) for token in tokens],
+        "top_logprobs": likeliest,
+    }
+
+
+def _likeliest(token: TokenLogprob, reader: TokenReader) -> dict[str, float]:
     """Returns the most probable tokens, best first. The token itself is always among them, so there may be one
     more than asked for, as in OpenAI's API."""
     found: dict[str, float] = {}
     for id, value in (*token.top, (token.token_id, token.logprob)):
-        found.setdefault(_shown(texts[id]), max(value, LEAST))
+        found.setdefault(reader[id].distinct, max(value, LEAST))
     return found
-
-
-def _shown(raw: bytes) -> str:
-    """Returns the text, or ``bytes:\\xf0\\x9f`` for part of a character, so that tokens stay distinct."""
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)

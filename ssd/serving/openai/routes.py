@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -29,11 +29,11 @@ class EventStream(StreamingResponse):
     """The server-sent events of a generation. The generation is cancelled when the response ends, also one that
     never began."""
 
-    def __init__(self, generation: Generation):
+    def __init__(self, generation: Generation, events: AsyncIterator[bytes]):
         super().__init__(
-            generation.chunks(),
+            events,
             media_type="text/event-stream",
-            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no", **generation.job.headers},
         )
         self._generation = generation
 
@@ -47,15 +47,14 @@ class EventStream(StreamingResponse):
 def add_generation(app: FastAPI, engine: AsyncEngine, jobs: JobReader) -> None:
     async def run(request: Request, read: Callable[[bytes], Job], *, aside: int) -> Response:
         """Args: aside: bodies of more bytes are read in a thread."""
-        if not engine.ready:
-            raise as_api_error(PipelineError(str(engine.failure or "the models are still loading")))
-        try:
-            raw = await request.body()
-        except ClientDisconnect:
+        check_ready(engine)
+        if (raw := await body_of(request)) is None:
             return Response(status_code=CLIENT_GONE)
         job = await asyncio.to_thread(read, raw) if len(raw) > aside else read(raw)
-        generation = await Generation.start(engine, job, request.scope.get("ssd.client", ""))
-        return EventStream(generation) if job.stream else await _unless_gone(request, generation)
+        generation = await started(request, engine, job)
+        if job.stream:
+            return EventStream(generation, generation.chunks())
+        return await unless_gone(request, generation, generation.whole())
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -71,7 +70,7 @@ class Models:
     """The one model, as OpenAI's API describes models."""
 
     def __init__(self, name: str, config: Config):
-        self._name, self._length = name, config.engine.max_model_len
+        self._name, self._root, self._length = name, config.target.model, config.engine.max_model_len
         self._began = int(time.time())
 
     def described(self) -> dict[str, Any]:
@@ -80,7 +79,28 @@ class Models:
             "object": "model",
             "created": self._began,
             "owned_by": "ssd",
+            "root": self._root,
+            "parent": None,
             "max_model_len": self._length,
+            "permission": [self._permission],
+        }
+
+    @property
+    def _permission(self) -> dict[str, Any]:
+        """What old clients of OpenAI's API read, as vLLM writes it."""
+        return {
+            "id": f"modelperm-{self._name}",
+            "object": "model_permission",
+            "created": self._began,
+            "allow_create_engine": False,
+            "allow_sampling": True,
+            "allow_logprobs": True,
+            "allow_search_indices": False,
+            "allow_view": True,
+            "allow_fine_tuning": False,
+            "organization": "*",
+            "group": None,
+            "is_blocking": False,
         }
 
     def named(self, name: str) -> dict[str, Any]:
@@ -100,14 +120,34 @@ def add_models(app: FastAPI, models: Models) -> None:
         return models.named(name)
 
 
-async def _unless_gone(request: Request, generation: Generation) -> Response:
-    """Waits for the whole answer; gives it up if the client disconnects."""
-    answer = asyncio.ensure_future(generation.whole())
+def check_ready(engine: AsyncEngine) -> None:
+    """Raises: APIError: 503: the models are not loaded, or the pipeline broke."""
+    if not engine.ready:
+        raise as_api_error(PipelineError(str(engine.failure or "the models are still loading")))
+
+
+async def body_of(request: Request) -> bytes | None:
+    """Returns the body, or None if the client left."""
+    try:
+        return await request.body()
+    except ClientDisconnect:
+        return None
+
+
+async def started(request: Request, engine: AsyncEngine, job: Job) -> Generation:
+    """Starts a job for a request. Raises: as ``Generation.start``."""
+    client, traced = request.scope.get("ssd.client", ""), request.scope.get("ssd.trace")
+    return await Generation.start(engine, job, client, traced)
+
+
+async def unless_gone(request: Request, generation: Generation, whole: Coroutine[Any, Any, dict[str, Any]]) -> Response:
+    """Waits for the whole answer of a generation; gives it up if the client disconnects."""
+    answer = asyncio.ensure_future(whole)
     gone = asyncio.ensure_future(_disconnected(request.receive))
     try:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
         if answer.done():
-            return JSONResponse(answer.result())
+            return JSONResponse(answer.result(), headers=dict(generation.job.headers))
         return Response(status_code=CLIENT_GONE)
     finally:
         for task in (answer, gone):

@@ -53,6 +53,7 @@ class StructuredOutputs(_Fields):
     json_object: bool | None = None
     disable_any_whitespace: bool = False
     whitespace_pattern: str | None = None
+    disable_additional_properties: bool = False
 
 
 def structured_outputs(wanted: StructuredOutputs | None, format: Any) -> dict[str, Any] | None:

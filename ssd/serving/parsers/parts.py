@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -38,3 +39,44 @@ class Arguments:
 
 
 Part = Text | Reasoning | Call | Arguments
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WholeCall:
+    """A tool call with all of its arguments."""
+
+    id: str
+    name: str
+    arguments: str
+    """JSON text, exactly as the model wrote it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """A whole answer. Equal answers have equal parts, however the parts were cut."""
+
+    text: str
+    reasoning: str
+    calls: tuple[WholeCall, ...]
+
+    @classmethod
+    def of(cls, parts: Iterable[Part]) -> Answer:
+        """Joins the parts of one answer."""
+        text: list[str] = []
+        reasoning: list[str] = []
+        begun: dict[int, Call] = {}
+        arguments: dict[int, list[str]] = {}
+        for part in parts:
+            match part:
+                case Text():
+                    text.append(part.text)
+                case Reasoning():
+                    reasoning.append(part.text)
+                case Call():
+                    begun[part.index], arguments[part.index] = part, []
+                case Arguments():
+                    arguments[part.index].append(part.text)
+        calls = tuple(
+            WholeCall(id=call.id, name=call.name, arguments="".join(arguments[index])) for index, call in begun.items()
+        )
+        return cls(text="".join(text), reasoning="".join(reasoning), calls=calls)

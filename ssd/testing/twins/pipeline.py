@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ...pipeline.runtime.plan import Plan
@@ -17,6 +18,7 @@ from ...pipeline.transport.messages import (
     Message,
     Ready,
     RoundReport,
+    Scored,
     Shutdown,
     Submit,
     Watch,
@@ -49,10 +51,11 @@ class ScriptedPipeline:
 
     Args:
         round_s: duration of a round.
+        answer: returns all tokens of an answer, which then ends by itself. None: ``scripted_token`` until the limit.
     """
 
-    def __init__(self, plan: Plan, *, round_s: float = 0.002):
-        self._vocabulary, self._round_s = plan.vocabulary, round_s
+    def __init__(self, plan: Plan, *, round_s: float = 0.002, answer: Callable[[Submit], Sequence[int]] | None = None):
+        self._vocabulary, self._round_s, self._answer = plan.vocabulary, round_s, answer
         self._lookahead = plan.config.speculation.depth
         self._slots: list[_Slot | None] = [None] * plan.config.engine.max_batch
         self._waiting: deque[Submit] = deque()
@@ -95,10 +98,20 @@ class ScriptedPipeline:
                 message = self._lane.receive(0)
             for index, slot in enumerate(self._slots):
                 if slot is None and self._waiting:
-                    self._slots[index] = _Slot(submit=self._waiting.popleft())
+                    self._slots[index] = self._begin(self._waiting.popleft())
             if self.busy:
                 time.sleep(self._round_s)
                 self._round()
+
+    def _begin(self, submit: Submit) -> _Slot | None:
+        """Scores the prompt if that is asked for. None: there is nothing to generate."""
+        count, following = submit.params.prompt_logprobs, submit.prompt[1:]
+        if count is not None and following:
+            self._lane.send(Scored(request=submit.request, logprobs=scripted_logprobs(following, count)))
+        if submit.params.max_tokens:
+            return _Slot(submit=submit)
+        self._lane.send(Finished(request=submit.request, reason="length", record=SpeculationRecord(), decode_s=0.0))
+        return None
 
     def _take(self, message: Message) -> None:
         if isinstance(message, Submit):
@@ -122,8 +135,13 @@ class ScriptedPipeline:
             submit, params = slot.submit, slot.submit.params
             drafted = 0 if params.method == "none" or slot.done == 0 else self._lookahead
             accepted = (slot.done + submit.request) % (drafted + 1)
-            count = min(accepted + 1, params.max_tokens - slot.done)
-            tokens = [scripted_token(submit.prompt, params.seed, slot.done + i, self._vocabulary) for i in range(count)]
+            answer = None if self._answer is None else self._answer(submit)
+            limit = params.max_tokens if answer is None else min(params.max_tokens, len(answer))
+            count = min(accepted + 1, limit - slot.done)
+            tokens = [
+                scripted_token(submit.prompt, params.seed, i, self._vocabulary) if answer is None else answer[i]
+                for i in range(slot.done, slot.done + count)
+            ]
             accepted = min(accepted, count)
             slot.done += count
             slot.record.rounds += 1
@@ -142,10 +160,11 @@ class ScriptedPipeline:
                     committed_s=time.perf_counter(),
                 )
             )
-            if slot.done >= params.max_tokens:
+            if slot.done >= limit:
                 self._slots[index] = None
+                reason = "length" if answer is None or limit < len(answer) else "stop"
                 self._lane.send(
-                    Finished(request=submit.request, reason="length", record=slot.record, decode_s=slot.done * 1e-3)
+                    Finished(request=submit.request, reason=reason, record=slot.record, decode_s=slot.done * 1e-3)
                 )
         if self._watched:
             self._lane.send(

@@ -8,12 +8,13 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import uvicorn
 
 from ...config.load import load_config
+from ...engine.observing import Observer
 from ...pipeline.runtime.launch import Pipeline
 from ...pipeline.runtime.plan import Plan
 from ...serving.app import build_app
@@ -32,6 +33,7 @@ class Served:
         round_s: duration of a scripted round.
         launch: starts another pipeline than a scripted one.
         config: another configuration than the embedded one.
+        observers: of the engine.
     """
 
     def __init__(
@@ -40,11 +42,12 @@ class Served:
         round_s: float = 0.002,
         launch: Callable[[Plan], Pipeline] | None = None,
         config: dict[str, Any] | str = "embedded",
+        observers: Sequence[Observer] = (),
     ):
         self.pipelines: list[ScriptedPipeline] = []
         self._bound, self._over = threading.Event(), threading.Event()
         self.port, self._overrides, self._round_s = 0, overrides, round_s
-        self._launch, self._config = launch, config
+        self._launch, self._config, self._observers = launch, config, observers
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self._thread.start()
         assert self._bound.wait(SOON_S)
@@ -55,8 +58,8 @@ class Served:
             return self.pipelines[-1]
 
         config = load_config(self._config, ["engine.max_batch=4", *self._overrides])
-        metrics = Metrics()
-        engine, shadow = observed_engine(config, metrics, launch=self._launch or launch)
+        metrics = Metrics(devices=config.devices)
+        engine, shadow = observed_engine(config, metrics, launch=self._launch or launch, observers=self._observers)
         self.engine = engine
         server = uvicorn.Server(
             uvicorn.Config(build_app(engine, metrics, model="tiny"), log_level="warning", lifespan="off")

@@ -11,7 +11,7 @@ import pytest
 from ssd import SamplingParams
 from ssd.engine.front import Front
 from ssd.errors import PipelineError, WorkerError
-from ssd.pipeline.sampling.grammar import Grammars
+from ssd.grammars.compiler import Grammars
 from ssd.request.structured import StructuredOutputsParams
 from tests.unit.engine.test_async_engine import LONG, SOON_S, Bench, run
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ssd.engine.book import Limits, RequestBook, Step
-from ssd.engine.detokenize import Detokenizer
+from ssd.engine.detokenize import Detokenizer, StopRules
 from ssd.engine.fair_queue import FairQueue
 from ssd.engine.request import TRANSITIONS, Caller, Input, PromptTokens, Request, State
+from ssd.engine.token_text import TokenTexts
 from ssd.errors import OverloadedError, PipelineError
 from ssd.pipeline.transport.messages import Cancel, Committed, Finished, Submit
 from ssd.request.output import SpeculationRecord, StreamEvent
@@ -24,7 +25,13 @@ class Letters:
     """A tokenizer: token n is the n-th letter."""
 
     def decode(self, token_ids: list[int], **_: Any) -> str:
-        return "".join(chr(97 + token % 26) for token in token_ids)
+        return "".join(map(self.convert_ids_to_tokens, token_ids))
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return chr(97 + token % 26)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return "".join(tokens)
 
 
 def request(
@@ -35,7 +42,7 @@ def request(
         number=number,
         prompt=PromptTokens(text="p", token_ids=(1, 2)),
         params=params,
-        detokenizer=Detokenizer(Letters(), params.stop),
+        detokenizer=Detokenizer(TokenTexts(Letters()).stream(), StopRules.of(params)),
         context_limit=64,
         caller=Caller(client=client, priority=priority),
     )

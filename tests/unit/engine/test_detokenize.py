@@ -9,7 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from ssd.engine.detokenize import Detokenizer
+from ssd.engine.detokenize import Detokenizer, StopRules
+from ssd.engine.token_text import TokenTexts
 from ssd.testing.models.tiny import tiny_tokenizer
 
 REPLACEMENT = "\ufffd"
@@ -29,8 +30,12 @@ def decode(ids: list[int]) -> str:
     return tokenizer().decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def detokenizer_of(stop: tuple[str, ...]) -> Detokenizer:
+    return Detokenizer(TokenTexts(tokenizer()).stream(), StopRules(strings=stop))
+
+
 def pieces(ids: list[int], stop: tuple[str, ...] = (), at_once: int = 1) -> tuple[list[str], Detokenizer]:
-    detokenizer = Detokenizer(tokenizer(), stop)
+    detokenizer = detokenizer_of(stop)
     given_out = [detokenizer.add(ids[i : i + at_once]) for i in range(0, len(ids), at_once)]
     given_out.append(detokenizer.finish())
     assert "".join(given_out) == detokenizer.text
@@ -106,7 +111,7 @@ def test_a_stop_string_over_a_token_border() -> None:
 
 
 def test_nothing_after_the_stop() -> None:
-    detokenizer = Detokenizer(tokenizer(), ("STOP",))
+    detokenizer = detokenizer_of(("STOP",))
     detokenizer.add(encode("go STOP"))
     assert (detokenizer.stopped, detokenizer.text) == (True, "go ")
     assert detokenizer.add(encode(" and on")) == ""
@@ -115,7 +120,7 @@ def test_nothing_after_the_stop() -> None:
 
 
 def test_the_beginning_of_a_stop_string_is_held_back_and_then_given() -> None:
-    detokenizer = Detokenizer(tokenizer(), ("\n\n",))
+    detokenizer = detokenizer_of(("\n\n",))
     assert detokenizer.add(encode("a\n")) == "a"
     assert detokenizer.add(encode("b\n")) == "\nb"
     assert detokenizer.finish() == "\n"
@@ -125,7 +130,7 @@ def test_the_beginning_of_a_stop_string_is_held_back_and_then_given() -> None:
 def test_a_stop_string_before_half_a_character(tail: bytes) -> None:
     """All in one step, and then the end: the half character must not hide the stop string."""
     half = encode("🐍")[:2] if tail[0] == 0xF0 else encode("日")[:1]
-    detokenizer = Detokenizer(tokenizer(), ("END",))
+    detokenizer = detokenizer_of(("END",))
     detokenizer.add([*encode("the END"), *half])
     detokenizer.finish()
     assert detokenizer.text == "the "

@@ -15,10 +15,11 @@ import torch
 from ssd import LLM, RequestError, RequestOutput, SamplingParams, StructuredOutputsParams
 from ssd.decoding.processors import Processors, ProcessorSettings
 from ssd.decoding.trees.shape import ABSENT
+from ssd.grammars.compiler import Grammars
+from ssd.grammars.matcher import GrammarMatcher
 from ssd.pipeline.draft.worker import DraftWorker
 from ssd.pipeline.round.round import Round
 from ssd.pipeline.runtime.launch import InprocPipeline
-from ssd.pipeline.sampling.grammar import GrammarMatcher, Grammars
 from ssd.pipeline.sampling.slots import SlotSampling
 from ssd.pipeline.verifier.worker import VerifierWorker
 from ssd.testing.models.tiny import tiny_model, tiny_tokenizer

@@ -39,6 +39,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
         "min_tokens",
         "seed",
         "logprobs",
+        "prompt_logprobs",
     )
 } | {
     "stop": st.one_of(TEXTS, st.lists(TEXTS, max_size=3), st.just(["a"] * 100)),
@@ -48,6 +49,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "logit_bias": st.dictionaries(st.one_of(IDS, st.just("7")), NUMBERS, max_size=3),
     "ignore_eos": st.sampled_from([True, False, 1, "no", None]),
     "include_stop_str_in_output": st.sampled_from([True, False, 0, "yes"]),
+    "skip_special_tokens": st.sampled_from([True, False, 0, "yes"]),
     "method": st.sampled_from([None, "ssd", "none", "magic", "\ud800", 3]),
     "structured_outputs": st.sampled_from(
         [

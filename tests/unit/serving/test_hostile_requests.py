@@ -172,8 +172,6 @@ def with_field(field: str) -> bytes:
         (with_field('"metadata": ' + '{"a":' * 200 + "1" + "}" * 200), "metadata", "nested"),
         (with_field('"prompt_": ' + "[" * 5000 + "]" * 5000), None, "nested"),
         (b"[" * 100_000, None, "nested"),
-        (with_field('"' + "x" * 100_000 + '": 1'), "x" * 64, "unknown parameter"),
-        (with_field(r'"line\nbreak": 1'), "line\\nbreak", "unknown parameter"),
         (with_field(r'"response_format": {"type": "a\nb"}'), "response_format", "response_format"),
         (with_field(r'"logit_bias": {"a\nb": "x"}'), "logit_bias", "logit_bias"),
         (with_field('"bad_words": ["' + " " * 100_000 + '"]'), "bad_words", "bad_words"),

@@ -11,7 +11,7 @@ import pytest
 
 from ssd.engine import front
 from ssd.engine.async_engine import COMPILING_THREADS
-from ssd.pipeline.sampling.grammar import Grammars
+from ssd.grammars.compiler import Grammars
 from ssd.request.sampling_params import SamplingParams
 from ssd.testing.twins.served import SOON_S, Served
 

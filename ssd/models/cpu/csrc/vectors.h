@@ -24,11 +24,11 @@ inline float sum(Vector x) {
   return (part[0] + part[2]) + (part[1] + part[3]);
 }
 
-// e^x for x <= 0, within 2 units in the last place; 0 below the normal numbers.
+// e^x for x <= 0, within 2 units in the last place; 0 below the normal numbers, NaN for NaN.
 inline Vector exp_nonpositive(Vector x) {
   const Vector lowest = Vector{} - 87.3f;
-  const auto live = x > lowest;
-  x = live ? x : lowest;
+  const auto dead = x <= lowest;
+  x = dead ? lowest : x;
   const Vector shifted = x * 1.44269504f + 12582912.0f;  // rounds to an integer, kept in the low bits
   const Vector whole = shifted - 12582912.0f;
   const Vector r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
@@ -41,7 +41,7 @@ inline Vector exp_nonpositive(Vector x) {
   p = p * r * r + r + 1.0f;
   const Words power = ((Words)shifted + 127) << 23;
   const Vector result = p * (Vector)power;
-  return live ? result : Vector{};
+  return dead ? Vector{} : result;
 }
 
 }  // namespace ssd_vectors

@@ -13,11 +13,12 @@ import pytest
 from ssd import SamplingParams
 from ssd.config.load import load_config
 from ssd.engine.front import make_plan
+from ssd.grammars import compiler
+from ssd.grammars.compiler import Grammars
 from ssd.pipeline.draft.worker import DraftWorker
 from ssd.pipeline.runtime.build_draft import build_draft
 from ssd.pipeline.runtime.build_verifier import build_verifier
 from ssd.pipeline.runtime.plan import Plan
-from ssd.pipeline.sampling.grammar import Grammars
 from ssd.pipeline.transport.messages import Submit
 from ssd.pipeline.verifier.worker import VerifierWorker
 from ssd.testing.twins.rounds import decode_alone, play
@@ -86,3 +87,18 @@ def test_a_draft_guesses_without_a_grammar_until_it_is_there(
     [found] = play(verifier, draft, plan, [[9, 30, 77]], [replace(ASKED, method="ssd")])
     assert found.tokens == expected.tokens
     assert seen[-1] and seen.index(True) == max(0, rounds - 1)
+
+
+def test_more_grammars_than_are_kept_may_wait(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking whether one is ready never throws away another that is waited for."""
+    monkeypatch.setattr(compiler, "KEPT", 2)
+    compiled: list[str | None] = []
+    compile_ = Grammars._compile
+    monkeypatch.setattr(Grammars, "_compile", lambda self, one: (compiled.append(one.regex), compile_(self, one))[1])
+    asked = [
+        SamplingParams(max_tokens=3, method="none", structured_outputs={"regex": f"[a-f]{{24}}{n}"})  # type: ignore[arg-type]
+        for n in range(8)
+    ]
+    tokens = decoded(build_verifier(plan)[0], asked, lambda _: None)
+    assert all(len(got) == 3 for got in tokens.values())
+    assert sorted(compiled, key=str) == sorted({str(params.structured_outputs.regex) for params in asked})  # type: ignore[union-attr]

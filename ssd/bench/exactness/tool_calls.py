@@ -1,0 +1,247 @@
+"""Tool calls with speculation against tool calls without: the same parts, however many tokens come at once.
+
+A grammar makes the model write calls in a format, so that any pair of models can be measured. Every prompt is answered
+with each method, as the server answers it. Then the tokens are fed to the parser again in groups of fixed sizes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ...engine.async_engine import AsyncEngine
+from ...engine.detokenize import Detokenizer, StopRules
+from ...engine.token_text import TokenTexts
+from ...request.methods import Method
+from ...request.sampling_params import SamplingParams
+from ...serving.openai.answers import Chat
+from ...serving.openai.generation import Generation
+from ...serving.openai.jobs import Job
+from ...serving.parsers.formats import AnswerFormat, Tool
+from ...serving.parsers.grammars import Asked, call_grammar
+from ...serving.parsers.parser import MakeParser
+from ...serving.parsers.parts import Answer
+
+TOOLS = (
+    Tool(
+        name="find_files",
+        schema={
+            "type": "object",
+            "properties": {
+                "pattern": {"type": "string", "maxLength": 24},
+                "depth": {"type": "integer", "minimum": 0, "maximum": 99},
+                "kinds": {"type": "array", "items": {"enum": ["file", "folder", "lien é"]}, "maxItems": 2},
+            },
+            "required": ["pattern", "depth", "kinds"],
+            "additionalProperties": False,
+        },
+        strict=True,
+    ),
+    Tool(
+        name="say",
+        schema={
+            "type": "object",
+            "properties": {"text": {"type": "string", "maxLength": 40}},
+            "required": ["text"],
+            "additionalProperties": False,
+        },
+        strict=True,
+    ),
+)
+SIZES = range(1, 10)
+"""Tokens that reach a parser at once."""
+FREE_EVERY = 4
+"""Of so many answers one may be text with calls in it; the others must be calls."""
+
+FREE = 24
+"""Most characters of a piece of free text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Way:
+    """One way to write calls and reasoning. Markers are text, so that they are cut wherever the model's tokens are."""
+
+    name: str
+    calls: str
+    reasoning: str = "none"
+    prompt_end: str = ""
+
+    @property
+    def format(self) -> AnswerFormat:
+        return AnswerFormat(calls=self.calls, reasoning=self.reasoning, tokens={}, hidden=(), special=False)
+
+
+WAYS = (
+    Way(name="hermes", calls="hermes"),
+    Way(name="hermes+think", calls="hermes", reasoning="think", prompt_end="<think>"),
+    Way(name="qwen3_xml", calls="qwen3_xml"),
+    Way(name="llama3_json", calls="llama3_json"),
+    Way(name="mistral", calls="mistral"),
+    Way(name="gpt_oss", calls="gpt_oss", reasoning="gpt_oss", prompt_end="<|start|>assistant"),
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class Tally:
+    """Counts of one way at one temperature."""
+
+    answers: int = 0
+    """Prompts."""
+    calls: int = 0
+    reasoning: int = 0
+    """Answers with reasoning."""
+    cut: int = 0
+    """Answers that the limit on tokens cut off."""
+    tokens: int = 0
+    """Of plain decoding."""
+    most_at_once: dict[str, int] = field(default_factory=dict)
+    """By method: most tokens that one event of a stream brought."""
+    replays: int = 0
+    different: list[str] = field(default_factory=list)
+    """What was not identical."""
+    digest: str = ""
+    """SHA-256 of all answers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Written:
+    """What one method wrote."""
+
+    tokens: tuple[int, ...]
+    visible: tuple[int, ...]
+    """The tokens that are part of the text."""
+    answer: Answer
+    reason: str | None
+    most: int
+
+
+async def compare(
+    engine: AsyncEngine,
+    prompts: Sequence[Sequence[int]],
+    methods: Sequence[Method],
+    *,
+    temperatures: Sequence[float] = (0.0, 1.0),
+    max_tokens: int = 96,
+    ways: Sequence[Way] = WAYS,
+    at_once: int = 8,
+) -> dict[str, Any]:
+    """Returns counts by way and temperature. Prompts take turns in the temperatures.
+
+    Args:
+        engine: running.
+        prompts: token ids.
+        methods: the first is what the others are compared with.
+        max_tokens: of one answer.
+        at_once: prompts in flight.
+    """
+    texts = TokenTexts(engine.tokenizer)
+    told: dict[str, Any] = {}
+    for way in ways:
+        tallies = {temperature: Tally() for temperature in temperatures}
+        digests = {temperature: hashlib.sha256() for temperature in temperatures}
+        turns = asyncio.Semaphore(at_once)
+
+        async def one(index: int, way: Way = way, turns: asyncio.Semaphore = turns) -> list[_Written]:
+            async with turns:
+                jobs = [_job(way, prompts, index, temperatures, method, max_tokens) for method in methods]
+                return [await _written(engine, job) for job in jobs]
+
+        everything = await asyncio.gather(*(one(index) for index in range(len(prompts))))
+        for index, written in enumerate(everything):
+            temperature = temperatures[index % len(temperatures)]
+            tally, where = tallies[temperature], f"{way.name}, prompt {index}, T={temperature}"
+            _count(tally, methods, written, where)
+            digests[temperature].update(json.dumps(asdict(written[0].answer)).encode())
+            job = _job(way, prompts, index, temperatures, methods[0], max_tokens)
+            for size, answer in _replayed(texts, job, written[0].visible):
+                tally.replays += 1
+                if answer != written[0].answer:
+                    tally.different.append(f"{where}: {size} tokens at once")
+        for temperature in temperatures:
+            tallies[temperature].digest = digests[temperature].hexdigest()
+        told[way.name] = {f"T={temperature:g}": asdict(tally) for temperature, tally in tallies.items()}
+    return told
+
+
+def _job(
+    way: Way,
+    prompts: Sequence[Sequence[int]],
+    index: int,
+    temperatures: Sequence[float],
+    method: Method,
+    max_tokens: int,
+) -> Job:
+    """Returns the job of one prompt. Ids of calls are the same with every method."""
+    format, forced = way.format, index % FREE_EVERY != 0
+    grammar = _bounded(call_grammar(format, format.thinking(way.prompt_end), Asked(tools=TOOLS, forced=forced)))
+    params = SamplingParams(
+        temperature=temperatures[index % len(temperatures)],
+        seed=index,
+        max_tokens=max_tokens,
+        structured_outputs={"grammar": grammar},  # pyright: ignore[reportArgumentType]
+        method=method,
+    )
+    parser: MakeParser = format.parser(way.prompt_end, tools=TOOLS)
+    return Job(
+        schema=Chat(),
+        model="",
+        prompts=[list(prompts[index])],
+        choices=[(0, params)],
+        stream=True,
+        usage=False,
+        provenance=False,
+        parser=parser,
+        id=f"{way.name}/{index}",
+    )
+
+
+def _bounded(grammar: str) -> str:
+    """Returns the grammar with short pieces of free text: small models would never come to a call."""
+    short = f"/(?s:.{{0,{FREE}}})"
+    return grammar.replace("/(?s:.*)/ &", f"{short}/ &").replace("[lazy]: /(?s:.*)", f"[lazy]: {short}")
+
+
+async def _written(engine: AsyncEngine, job: Job) -> _Written:
+    generation = await Generation.start(engine, job, client="")
+    deltas = [delta async for delta in generation.deltas()]
+    output = deltas[-1].event.output
+    assert output is not None, "the last event of a request has its output"
+    ends = generation.streams[0].request.ends
+    return _Written(
+        tokens=output.token_ids,
+        visible=tuple(token for token in output.token_ids if token not in ends),
+        answer=Answer.of(part for delta in deltas for part in delta.parts),
+        reason=deltas[-1].finish_reason,
+        most=max(len(delta.event.token_ids) for delta in deltas),
+    )
+
+
+def _count(tally: Tally, methods: Sequence[Method], written: Sequence[_Written], where: str) -> None:
+    first = written[0]
+    tally.answers += 1
+    tally.calls += len(first.answer.calls)
+    tally.reasoning += bool(first.answer.reasoning)
+    tally.cut += first.reason == "length"
+    tally.tokens += len(first.tokens)
+    for method, other in zip(methods, written, strict=True):
+        tally.most_at_once[method] = max(tally.most_at_once.get(method, 0), other.most)
+        for name in ("tokens", "answer", "reason"):
+            if getattr(other, name) != getattr(first, name):
+                tally.different.append(f"{where}: {name} of {method}")
+
+
+def _replayed(texts: TokenTexts, job: Job, tokens: Sequence[int]) -> Iterator[tuple[int, Answer]]:
+    """Yields each size, and the answer read from groups of so many tokens."""
+    [(_, params)] = job.choices
+    for size in SIZES:
+        parser = job.parser(job.call_ids(0))
+        detokenizer = Detokenizer(texts.stream(job.prompts[0]), StopRules.of(params))
+        parts = []
+        for at in range(0, len(tokens), size):
+            parts += parser.feed(detokenizer.add(tokens[at : at + size]))
+        parts += [*parser.feed(detokenizer.finish()), *parser.finish()]
+        yield size, Answer.of(parts)

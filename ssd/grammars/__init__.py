@@ -1,0 +1,1 @@
+"""Structured output: schemas, regular expressions and grammars, compiled and matched."""

@@ -1,0 +1,1 @@
+"""Anthropic's Messages API: another front door over the same generation."""

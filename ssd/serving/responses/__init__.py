@@ -1,0 +1,1 @@
+"""OpenAI's Responses API: another front door over the same generation."""
