@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from ..decoding.trees.shape import TreeShape
 
@@ -55,6 +59,29 @@ class RowPlan:
         if not shape.is_comb or shape.chain != tuple(range(chain)):
             raise ValueError("verification needs a comb: a chain first, then leaves beside it")
         return cls(name=name, offsets=shape.depths, limits=shape.depths, in_place=chain)
+
+
+class Layout(NamedTuple):
+    """A ``RowPlan`` as tensors: one for all sequences, or one for each (leading B)."""
+
+    offsets: Tensor
+    """``[R]`` or ``[B, R]``"""
+    limits: Tensor
+    """``[R]`` or ``[B, R]``"""
+    scratch_slots: Tensor
+    """``[R - in_place]``"""
+    mask: Tensor | None
+    """``[R, X]`` or ``[B, R, X]``"""
+
+    @classmethod
+    def of(cls, plan: RowPlan, device: torch.device) -> Layout:
+        spare = plan.rows - plan.in_place
+        return cls(
+            torch.tensor(plan.offsets, device=device),
+            torch.tensor(plan.limits, device=device),
+            torch.arange(plan.scratch_start, plan.scratch_start + spare, device=device),
+            None if plan.scratch_mask is None else torch.tensor(plan.scratch_mask, device=device),
+        )
 
 
 def verify_plans(shape: TreeShape, depths: Sequence[int]) -> dict[int, RowPlan]:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from .cpu import operators
 from .cpu.rows_linear import RowsLinear
 from .cuda.graphs import Graphs
 from .layers import TRIAL, Layers, cache_argument, find_layers
-from .rows import RowPlan
+from .rows import Layout, RowPlan
 from .sharding import Sharding
 from .states import step_by_rows
 
@@ -382,26 +382,3 @@ class ForwardRunner:
 
 def _no_guards(guards: list) -> list[bool]:
     return [False] * len(guards)
-
-
-class Layout(NamedTuple):
-    """A ``RowPlan`` as tensors: one for all sequences, or one for each (leading B)."""
-
-    offsets: Tensor
-    """``[R]`` or ``[B, R]``"""
-    limits: Tensor
-    """``[R]`` or ``[B, R]``"""
-    scratch_slots: Tensor
-    """``[R - in_place]``"""
-    mask: Tensor | None
-    """``[R, X]`` or ``[B, R, X]``"""
-
-    @classmethod
-    def of(cls, plan: RowPlan, device: torch.device) -> Layout:
-        spare = plan.rows - plan.in_place
-        return cls(
-            torch.tensor(plan.offsets, device=device),
-            torch.tensor(plan.limits, device=device),
-            torch.arange(plan.scratch_start, plan.scratch_start + spare, device=device),
-            None if plan.scratch_mask is None else torch.tensor(plan.scratch_mask, device=device),
-        )

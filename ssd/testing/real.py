@@ -219,7 +219,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Makes a model folder; see ``--help``. Raises: SystemExit: with the error's message."""
-    parser = argparse.ArgumentParser(prog="python -m ssd.testing.real", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m ssd.testing.real", description="Makes the folder of a real model.")
     parser.add_argument("model", choices=sorted(MODELS))
     parser.add_argument("folder", type=Path, help="a new folder")
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the stored weights (%(default)s)")

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from ...decoding.forecast.base import Forecast
 from ...decoding.trees.shape import TreeShape
-from ...models.rows import RowPlan
-from ...models.runner import Layout
+from ...models.rows import Layout, RowPlan
 from ..sampling.walk import Frontier, Rows, Walk, after
 
 

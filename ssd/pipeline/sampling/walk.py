@@ -18,8 +18,8 @@ from torch import Tensor
 from ...decoding.text.copying import CopySource
 from ...decoding.trees.combs import best_tokens
 from ...decoding.verify.draft_probs import DraftProbs
-from ...models.rows import RowPlan
-from ...models.runner import ForwardRunner, Layout
+from ...models.rows import Layout, RowPlan
+from ...models.runner import ForwardRunner
 from .slots import SlotSampling
 
 

@@ -156,7 +156,8 @@ class Generation:
     def logprobs(self, delta: Delta) -> dict[str, Any] | None:
         """Returns the log-probabilities of an event's tokens, if the job asks for them. Takes events in order, each
         once."""
-        return self._logprobs(delta.index, delta.event.logprobs)
+        _, logprobs = self._tokens[delta.index].read(self.job.schema, delta.event.logprobs)
+        return logprobs
 
     async def tokens_of(self, text: str) -> int:
         """Returns how many tokens a part of the answer has when it is tokenized again."""

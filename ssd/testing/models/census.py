@@ -70,7 +70,8 @@ def _sizes(kind: type[Any], own: dict[str, Any]) -> dict[str, Any]:
     """Returns arguments of a configuration class: those of the common sizes that it knows, and a type's own."""
     known = {field.name for field in dataclasses.fields(kind)} | set(getattr(kind, "attribute_map", {}))
     values = {name: value for name, value in COMMON.items() if name in known}
-    for name, part in getattr(kind, "sub_configs", {}).items():
+    parts: dict[str, Any] = getattr(kind, "sub_configs", {})
+    for name, part in parts.items():
         if dataclasses.is_dataclass(part):
             values[name] = _sizes(part, {})
     return {**values, **own}

@@ -204,13 +204,15 @@ def _runs_on(seeding: Seeding) -> None:
 @mutant("stop string cut off by one", "engine/test_detokenize.py::test_a_stop_string_over_a_token_border")
 def _cut_late(seeding: Seeding) -> None:
     """The text ends one character late."""
-    honest = Detokenizer._find
+    honest = Detokenizer._take
 
-    def wrong(self: Detokenizer, text: str) -> tuple[int, str] | None:
-        found = honest(self, text)
-        return None if found is None else (found[0] + 1, found[1])
+    def wrong(self: Detokenizer, fresh: str, following: str) -> None:
+        whole = self._waiting + fresh + following
+        honest(self, fresh, following)
+        if self.stopped:
+            self._waiting = whole[: len(self._waiting) + 1]
 
-    seeding.put(Detokenizer, "_find", wrong)
+    seeding.put(Detokenizer, "_take", wrong)
 
 
 @mutant("log-probabilities of the row before", "engine/test_logprobs.py::test_as_rescored_by_transformers[0]")

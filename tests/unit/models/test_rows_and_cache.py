@@ -110,9 +110,9 @@ def test_supported_architectures_load(architecture: str, folder_of: Callable[...
     )
 
 
-def test_states_outside_the_cache_are_refused(tmp_path: Path) -> None:
+def test_states_that_cannot_be_found_are_refused(tmp_path: Path) -> None:
     save_tiny(tmp_path, "recurrent_gemma")
-    with pytest.raises(ModelError, match="keeps a state outside"):
+    with pytest.raises(ModelError, match="modules that keep its states"):
         find_layers(load(tmp_path))
 
 
