@@ -72,7 +72,7 @@ def _sizes(kind: type[Any], own: dict[str, Any]) -> dict[str, Any]:
     values = {name: value for name, value in COMMON.items() if name in known}
     parts: dict[str, Any] = getattr(kind, "sub_configs", {})
     for name, part in parts.items():
-        if dataclasses.is_dataclass(part):
+        if isinstance(part, type) and dataclasses.is_dataclass(part):
             values[name] = _sizes(part, {})
     return {**values, **own}
 
