@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...decoding.text.prefix import common_prefix
 from ...engine.llm import LLM
-from ...errors import SSDError, first_line
+from ...errors import SSDError, UsageError, first_line
 from ...pipeline.runtime.launch import Pipeline
 from ...pipeline.runtime.plan import Plan
 from ...request.sampling_params import SamplingParams
@@ -32,6 +33,18 @@ PROMPTS = (3, 21)
 NEW_TOKENS = 20
 LARGEST = 20_000_000
 """Parameters of a tiny model."""
+ANY = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+"""What the code of one model type may raise."""
 Outcome = Literal["equal", "refused", "different", "failed", "not built"]
 
 
@@ -42,8 +55,6 @@ class Finding:
     model_type: str
     outcome: Outcome
     why: str = ""
-    recurrent: bool = False
-    windows: bool = False
 
 
 def model_types() -> list[str]:
@@ -102,10 +113,9 @@ def examine(model_type: str, launch: Callable[[Plan], Pipeline]) -> Finding:
         target, draft = tiny_causal(model_type), tiny_causal(model_type)
         prompts = [torch.arange(5, 5 + length).mul(7).remainder(VOCABULARY).tolist() for length in PROMPTS]
         expected = [reference(target, prompt) for prompt in prompts]
-    except Exception as error:
+    except ANY as error:
         return Finding(model_type=model_type, outcome="not built", why=f"{type(error).__name__}: {first_line(error)}")
     disturbed(draft)
-    facts: dict[str, bool] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, model in (("target", target), ("draft", draft)):
             model.save_pretrained(Path(folder, name))
@@ -113,11 +123,11 @@ def examine(model_type: str, launch: Callable[[Plan], Pipeline]) -> Finding:
         try:
             why = _differences(Path(folder), prompts, expected, launch)
         except SSDError as error:
-            refused = "not supported" in str(error) or "cannot" in str(error)
+            refused = isinstance(error, UsageError)
             return Finding(model_type=model_type, outcome="refused" if refused else "failed", why=first_line(error))
-        except Exception as error:
+        except ANY as error:
             return Finding(model_type=model_type, outcome="failed", why=f"{type(error).__name__}: {first_line(error)}")
-    return Finding(model_type=model_type, outcome="different" if why else "equal", why=why, **facts)
+    return Finding(model_type=model_type, outcome="different" if why else "equal", why=why)
 
 
 def _differences(
