@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from .device import check_cache_fits
 from .layers import FULL, Attended, Layers, attended
 from .rows import BLOCK
-from .states import RowSteps, StateSlots
+from .states import RowPlaces, RowSteps, StateSlots
 
 
 class RowStates(NamedTuple):
@@ -206,17 +206,16 @@ class CacheView:
                 mask = mask & ((held if sequences is None else held[sequences])[:, None] >= starts[..., None])
             self._reached[one] = starts, mask
         if self._states is not None:
-            self.steps = RowSteps(
-                self._states,
-                self._batch if sequences is None else sequences,
+            places = RowPlaces(
                 positions=positions,
                 limits=limits,
-                scratch_mask=scratch_mask,
-                scratch_positions=held if sequences is None else held[sequences],
                 in_place=in_place,
                 scratch_slots=scratch_slots,
+                scratch_mask=scratch_mask,
+                scratch_positions=held if sequences is None else held[sequences],
                 count=count,
             )
+            self.steps = RowSteps(self._states, self._batch if sequences is None else sequences, places)
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_args, **_kwargs) -> tuple[RowStates, RowStates]:
         """Writes a layer's keys and values, ``[B, H_kv, R, D]`` each; returns what the rows attend of both.

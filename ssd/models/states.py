@@ -11,6 +11,7 @@ was verified with its token.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,44 +46,47 @@ class StateSlots:
             main[batch, position % self.ring] = self.scratch[key][batch, scratch]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowPlaces:
+    """Where the R rows of a forward stand."""
+
+    positions: Tensor
+    """``[B, R]`` int64."""
+    limits: Tensor
+    """``[B, R]`` int64; a row follows the token before its limit, unless it follows a scratch slot."""
+    in_place: int
+    """The first rows, whose states go to the ring."""
+    scratch_slots: Tensor
+    """``[R - in_place]`` int64, the slots of the others."""
+    scratch_mask: Tensor | None
+    """``[R, X]`` or ``[B, R, X]`` bool: the scratch slots on a row's path."""
+    scratch_positions: Tensor
+    """``[B, X]`` int64; a row follows the last slot on its path."""
+    count: int | None
+    """The first rows that are tokens; the rest is padding. None: all are."""
+
+
 class RowSteps:
     """Where the rows of one forward take their states from and put them.
 
     Args:
         slots: the states.
         batch: ``[B]`` int64, the sequences of the rows.
-        positions: ``[B, R]`` int64.
-        limits: ``[B, R]`` int64; a row follows the token before its limit, unless it follows a scratch slot.
-        scratch_mask: ``[R, X]`` or ``[B, R, X]`` bool, or None: the scratch slots on the row's path.
-        scratch_positions: ``[B, X]`` int64; the row follows the last of them.
-        in_place: n; the first n rows go to the ring.
-        scratch_slots: ``[R - n]`` int64, the slots of the others.
-        count: the first rows that are tokens; the rest is padding. None: all.
+        places: of the rows.
     """
 
-    def __init__(
-        self,
-        slots: StateSlots,
-        batch: Tensor,
-        *,
-        positions: Tensor,
-        limits: Tensor,
-        scratch_mask: Tensor | None,
-        scratch_positions: Tensor,
-        in_place: int,
-        scratch_slots: Tensor,
-        count: int | None,
-    ):
+    def __init__(self, slots: StateSlots, batch: Tensor, places: RowPlaces):
+        positions, limits = places.positions, places.limits
         self.slots, self.batch = slots, batch
-        self.rows = positions.shape[1] if count is None else count
+        self.rows = positions.shape[1] if places.count is None else places.count
         self._places = (positions % slots.ring).unbind(1)
         self._first = (limits == 0).unbind(1)
         self._before = ((limits - 1) % slots.ring).unbind(1)
-        self._in_place, self._scratch_slots = in_place, scratch_slots
+        self._in_place, self._scratch_slots = places.in_place, places.scratch_slots
         self._follows: tuple[Tensor, ...] | None = None
-        if scratch_mask is not None:
-            shown = scratch_mask.expand(len(batch), -1, -1)
-            last = torch.where(shown, scratch_positions[:, None], -1).max(-1)
+        if places.scratch_mask is not None:
+            shown = places.scratch_mask.expand(len(batch), -1, -1)
+            last = torch.where(shown, places.scratch_positions[:, None], -1).max(-1)
             self._follows, self._aside = last.indices.unbind(1), (last.values >= 0).unbind(1)
 
     def before(self, row: int, key: Key) -> Tensor:
