@@ -124,7 +124,7 @@ def find_layers(model: PreTrainedModel) -> Layers:
     most = model.config.get_text_config().vocab_size
     tokens = torch.randint(most, (1, TRIAL), generator=random).to(model.device)
     hooks = list[Any]()
-    with _noting(model) as linears:
+    with _noting(model) as linears, _own_attention(model):
         try:
             cache = _Watched(model.config, active)
             hooks = [hook for name, module in model.named_modules() for hook in _watch(module, name, active)]
@@ -214,6 +214,20 @@ class _Watched(DynamicCache):
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **more: Any) -> Any:
         self.users[layer_idx] = self._active[-1]
         return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **more)
+
+
+@contextlib.contextmanager
+def _own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Lets the model attend as transformers does, also one that has run with this engine's attention."""
+    configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
 
 
 class _NotedLinear(nn.Linear):

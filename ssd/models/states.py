@@ -197,5 +197,5 @@ def step_by_rows(model: PreTrainedModel, recurrent: Recurrent) -> None:
     for layer, path in recurrent.mixers.items():
         parent, _, name = path.rpartition(".")
         owner, mixer = model.get_submodule(parent), model.get_submodule(path)
-        if not isinstance(mixer, RowByRow):
+        if not isinstance(owner, RowByRow):  # another runner of the same model has replaced it
             setattr(owner, name, RowByRow(mixer, layer, [key for key in recurrent.states if key[0] == layer]))

@@ -54,7 +54,7 @@ def test_missing_configuration(command: list[str]) -> None:
         (["--top-p", "0"], "top_p must be"),
         (["--top-k", "-1"], "top_k must be"),
         (["--min-p", "2"], "min_p must be"),
-        (["--max-tokens", "0"], "max_tokens must be"),
+        (["--max-tokens", "-1"], "max_tokens must be"),
         (["--seed", "-1"], "seed must be"),
         (["--stop", ""], "stop must be"),
         (["--method", "magic"], "method must be one of"),
@@ -79,7 +79,7 @@ def test_bad_sampling_parameters(options: list[str], message: str) -> None:
     ("options", "message"),
     [
         (["--temperature", "-1"], "temperature must be"),
-        (["--max-tokens", "0"], "max_tokens must be"),
+        (["--max-tokens", "-1"], "max_tokens must be"),
         (["--methods", "sd,magic"], "'magic' is unknown"),
         (["--prompts", "nowhere.jsonl"], "not found"),
         (["--prompts", "nowhere.jsonl", "--demo"], "not both"),
