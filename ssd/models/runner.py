@@ -135,7 +135,7 @@ class ForwardRunner:
     @torch.no_grad()
     def _compare(self, layers: Layers) -> None:
         """Decodes what the model was run on, row by row and together. Raises: ModelError: the results differ."""
-        first, rows, kind = TRIAL // 2, TRIAL - TRIAL // 2, self.model.config.get_text_config().model_type
+        first, rows, kind = TRIAL // 4, TRIAL - TRIAL // 4, self.model.config.get_text_config().model_type
         ids = layers.tokens[0].tolist()
         lengths, whole = torch.full((self.batch,), first, device=self.device), RowPlan.sequential("trial", rows)
         tokens = layers.tokens[:, first:].expand(self.batch, -1).contiguous()
@@ -146,6 +146,8 @@ class ForwardRunner:
             what = f"{kind}: does not run with this engine's attention and cache ({first_line(error)}); not supported"
             raise ModelError(what) from error
         expected = layers.logits[first:, : self.vocabulary]
+        if not expected.isfinite().all():
+            return  # every request will end with an error that says so
         apart = ((logits - expected).norm() / expected.norm()).item()
         if not apart < _APART[self.dtype]:  # also if it is not a number
             raise ModelError(
