@@ -18,6 +18,17 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Reach = Literal["full", "window", "chunk"]
+UNUSABLE = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a model's code may raise where it does not fit this engine."""
 TRIAL = 12
 """Tokens of the trial."""
 
@@ -130,15 +141,7 @@ def find_layers(model: PreTrainedModel) -> Layers:
             hooks = [hook for name, module in model.named_modules() for hook in _watch(module, name, active)]
             model(input_ids=tokens[:, :1], use_cache=True, **{cache_argument(model): cache})
             logits = model(input_ids=tokens, use_cache=False).logits[0].float()
-        except (
-            AttributeError,
-            IndexError,
-            KeyError,
-            NotImplementedError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except UNUSABLE as error:
             # Whatever is wrong with code that is not ours makes this model unusable, and nothing else.
             raise ModelError(f"{kind}: does not run as a causal language model ({first_line(error)})") from error
         finally:

@@ -20,7 +20,7 @@ from .cache import CacheView, SlotCache
 from .cpu import operators
 from .cpu.rows_linear import RowsLinear
 from .cuda.graphs import Graphs
-from .layers import TRIAL, Layers, cache_argument, find_layers
+from .layers import TRIAL, UNUSABLE, Layers, cache_argument, find_layers
 from .rows import Layout, RowPlan
 from .sharding import Sharding
 from .states import step_by_rows
@@ -142,7 +142,7 @@ class ForwardRunner:
         try:
             self.prefill(0, ids[:first])
             logits = self.logits(whole, tokens, lengths, self.contexts[0])[0]
-        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        except UNUSABLE as error:
             what = f"{kind}: does not run with this engine's attention and cache ({first_line(error)}); not supported"
             raise ModelError(what) from error
         expected = layers.logits[first:, : self.vocabulary]
