@@ -43,8 +43,7 @@ def load_model(folder: Path, *, dtype: str, device: str, max_positions: int) -> 
         max_positions: positions it will be asked for.
 
     Raises:
-        ModelError: the folder has no safetensors, needs remote code, or holds a model whose layers
-            row attention over a slot cache would compute wrongly.
+        ModelError: the folder has no safetensors, needs remote code, or its configuration is not supported.
     """
     logging.disable_progress_bar()
     config = read_config(folder)
@@ -70,16 +69,14 @@ def load_model(folder: Path, *, dtype: str, device: str, max_positions: int) -> 
 
 
 def check_supported(config: PretrainedConfig, max_positions: int) -> None:
-    """Checks that a model's layers give right tokens here.
+    """Checks what a configuration alone tells. Whether the layers decode right is found by running them (``layers``).
 
     Args:
         config: the model's.
         max_positions: positions it will be asked for.
 
     Raises:
-        ModelError: recurrent or convolutional layers (their state cannot be rolled back), an
-            encoder-decoder, a sliding window shorter than the context (its slots cannot be
-            masked), rotary embeddings that depend on the text's length, or too few positions.
+        ModelError: an encoder-decoder, rotary embeddings that depend on the text's length, or too few positions.
     """
     text = config.get_text_config()
     kind = text.model_type
