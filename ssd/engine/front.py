@@ -13,10 +13,10 @@ from ..config.load import load_config, resolve_model_path
 from ..config.sections import Config, rank_of, section_of
 from ..errors import ConfigError, PipelineError, RequestError, UsageError, WorkerError
 from ..grammars.compiler import Grammars
-from ..models.generation_config import end_ids
-from ..models.loading import load_tokenizer, read_config
+from ..models.checkpoints.generation_config import end_ids
+from ..models.checkpoints.loading import load_tokenizer, read_config
+from ..models.checkpoints.vocabulary import shared_vocabulary
 from ..models.skipping import SkipSet
-from ..models.vocabulary import shared_vocabulary
 from ..pipeline.runtime.plan import Plan, check_sizes
 from ..pipeline.transport.messages import (
     MAX_MESSAGE_BYTES,

@@ -21,8 +21,8 @@ from .cpu import operators
 from .cpu.rows_linear import RowsLinear
 from .cuda.graphs import Graphs
 from .layers import TRIAL, UNUSABLE, Layers, cache_argument, find_layers
+from .parallel.sharding import Sharding
 from .rows import Layout, RowPlan
-from .sharding import Sharding
 from .states import step_by_rows
 
 Attention = Literal["rows", "tree"]
@@ -72,7 +72,7 @@ class ForwardRunner:
     """Runs a causal LM over B fixed slots.
 
     Args:
-        model: loaded by ``ssd.models.loading``; its attention is replaced.
+        model: loaded by ``ssd.models.checkpoints.loading``; its attention is replaced.
         options: sizes, and how forwards run.
         graphs: captures forwards (CUDA).
         sharding: how the model was divided among ranks, if it was.

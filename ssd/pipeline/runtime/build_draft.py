@@ -18,7 +18,7 @@ from .plan import Plan
 from .runners import describe, make_runner
 
 if TYPE_CHECKING:
-    from ...models.loading import PreTrainedModel
+    from ...models.checkpoints.loading import PreTrainedModel
 
 
 def build_draft(plan: Plan, model: PreTrainedModel | None = None, rank: int = 0) -> tuple[DraftWorker, dict[str, Any]]:

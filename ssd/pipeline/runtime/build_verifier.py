@@ -20,7 +20,7 @@ from .plan import Plan
 from .runners import describe, target_runner
 
 if TYPE_CHECKING:
-    from ...models.loading import PreTrainedModel
+    from ...models.checkpoints.loading import PreTrainedModel
 
 
 def build_verifier(

@@ -21,7 +21,7 @@ from ..transport.messages import Shutdown
 from .plan import Plan
 
 if TYPE_CHECKING:
-    from ...models.loading import PreTrainedModel
+    from ...models.checkpoints.loading import PreTrainedModel
     from ..draft.worker import DraftWorker
     from ..transport.rank_lanes import Ranks
     from ..verifier.worker import VerifierWorker

@@ -16,7 +16,7 @@ from ...decoding.trees.shape import TreeShape
 from ...decoding.trees.widths import siblings_within
 from ...errors import ConfigError
 from ...grammars.compiler import Grammars
-from ...models.loading import load_tokenizer
+from ...models.checkpoints.loading import load_tokenizer
 from ...models.rows import RowPlan, verify_plans
 from ..policy.lookahead import lookahead_tiers
 from ..round.frames import Frames, ProbsLayout, probs_layout

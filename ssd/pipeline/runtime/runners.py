@@ -11,17 +11,17 @@ from ...config.load import resolve_model_path
 from ...config.sections import ModelConfig
 from ...errors import ConfigError, first_line
 from ...models.attention import tree_attention
+from ...models.checkpoints.loading import lay_out_for_cpu, load_model
 from ...models.cpu import operators, rows_linear
 from ...models.cuda.graphs import Graphs, refusals
-from ...models.loading import lay_out_for_cpu, load_model
+from ...models.parallel.sharding import shard
 from ...models.runner import Attention, ForwardRunner, RunnerOptions, can_compile
-from ...models.sharding import shard
 from ..transport.rank_lanes import Ranks
 from ..verifier.ranks import LeadingRunner
 from .plan import Plan
 
 if TYPE_CHECKING:
-    from ...models.loading import PreTrainedModel
+    from ...models.checkpoints.loading import PreTrainedModel
 
 log = logging.getLogger(__name__)
 

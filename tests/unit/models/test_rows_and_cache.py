@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from ssd.decoding.trees.shape import TreeShape
 from ssd.errors import ModelError
 from ssd.models.cache import SlotCache
+from ssd.models.checkpoints.loading import load_model, load_tokenizer
+from ssd.models.checkpoints.vocabulary import shared_vocabulary
 from ssd.models.layers import find_layers
-from ssd.models.loading import load_model, load_tokenizer
 from ssd.models.rows import BLOCK, RowPlan
-from ssd.models.vocabulary import shared_vocabulary
 from ssd.testing.models.tiny import (
     ARCHITECTURES,
     save_tiny,

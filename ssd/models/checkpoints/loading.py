@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging
 
-from ..errors import ModelError, first_line
+from ...errors import ModelError, first_line
 
 if TYPE_CHECKING:  # fronts read configurations and tokenizers only, and this import takes two seconds
     from transformers import PreTrainedModel
