@@ -38,9 +38,13 @@ class TransformersPeer:
         # transformers resolves its names lazily; this one is needed while the clock runs.
         self._stopping = transformers.StoppingCriteriaList
 
-        def load(folder: str) -> Any:
+        def load(path: str) -> Any:
+            folder, more = path, {}
+            if os.path.isfile(path):
+                folder, name = os.path.split(path)
+                more = {"gguf_file": name, "quantization_config": transformers.GgufConfig(dequantize=True)}
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=getattr(torch, order["dtype"]), local_files_only=True
+                folder, dtype=getattr(torch, order["dtype"]), local_files_only=True, **more
             )
             model.generation_config.eos_token_id = None
             return model.eval()
