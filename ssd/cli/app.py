@@ -20,7 +20,7 @@ import typer
 
 from .. import __version__
 from ..errors import PipelineError, UsageError
-from . import bench, certify, compare, generate, plan, remote, serving, tune
+from . import bench, compare, generate, plan, remote, serving, tune
 from .options import ConfigOption, Makers, SetOption, settings_of
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def make_app(given: Makers | None = None) -> typer.Typer:
         """Speculative speculative decoding: the target's own tokens, faster."""
         context.obj = given or Makers()
 
-    for module in (generate, compare, serving, remote, certify, bench, plan):
+    for module in (generate, compare, serving, remote, bench, plan):
         for command in module.COMMANDS:
             app.command()(reports_errors(command))
     app.command()(reports_errors(info))
