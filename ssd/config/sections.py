@@ -54,6 +54,9 @@ class DraftConfig(ModelConfig):
     data_parallel: int = Field(default=1, ge=1, le=16)
     """Ranks, each with a whole copy of the draft, that prepare for ``speculation.forecast.budget`` outcomes each.
     ``cores`` and GPUs are divided as for ``target.tensor_parallel``."""
+    vocabulary: Literal["same", "shared"] = "same"
+    """``same``: draft and target have one tokenizer; added tokens of one of them are never drafted. ``shared``: the
+    tokenizers may differ, and the tokens that both have are drafted."""
 
 
 class EngineConfig(Section):

@@ -156,10 +156,12 @@ class ForwardRunner:
                 f"(relative difference {apart:.2g}); not supported"
             )
 
-    def over(self, model: PreTrainedModel) -> Self:
-        """Returns a runner of ``model`` over the same slots: this runner's model with sublayers left out."""
+    def over(self, model: PreTrainedModel, vocabulary: int | None = None) -> Self:
+        """Returns a runner of ``model`` over the same slots: this runner's model with sublayers left out, or with other
+        token ids, which are below ``vocabulary``."""
         twin = copy.copy(self)
         twin.model, twin._decode = model, {}
+        twin.vocabulary = self.vocabulary if vocabulary is None else vocabulary
         return twin
 
     @property
