@@ -15,6 +15,8 @@ MAX_ITEMS = 4096
 """Items of a list. Validating more would keep other requests waiting."""
 SHORT: Any = Field(max_length=MAX_ITEMS, fail_fast=True)
 """For lists in bodies: they are bounded, and the first wrong item is the error."""
+_SHOULD_BE = "Input should be "
+"""How pydantic's messages about types begin."""
 
 
 class Fields(BaseModel):
@@ -56,13 +58,20 @@ def read_fields(cls: type[Read], given: dict[str, Any]) -> Read:
 def invalid(error: ValidationError, given: dict[str, Any]) -> APIError:
     """Returns the error answer to a body that pydantic refused.
 
-    A value that may be of several types fails once for each. The error that lies deepest in the body is about the type
-    that was meant; at the same depth it is one about the value rather than its type.
+    The answer is about the first wrong field. A value that may be of several types fails once for each. An error about
+    a value is about the type that was meant; among errors about types, the one that lies deepest in the body is. If
+    several lie there, the message names all their types.
     """
-    found = [(_path(one["loc"], one["type"], given), one) for one in error.errors(include_url=False)]
-    path, first = max(found, key=lambda one: (len(one[0]), _about_value(one[1])))
+    everything = error.errors(include_url=False)
+    of_first = [one for one in everything if one["loc"][:1] == everything[0]["loc"][:1]]
+    found = [(_path(one["loc"], one["type"], given), one) for one in of_first]
+    path, first = max(found, key=lambda one: (_about_value(one[1]) > 0, len(one[0]), _about_value(one[1])))
+    said = [_told(one) for at, one in found if at == path]
+    message = _told(first)
+    if not _about_value(first) and all(text.startswith(_SHOULD_BE) for text in said):
+        message = _SHOULD_BE + " or ".join(dict.fromkeys(text.removeprefix(_SHOULD_BE) for text in said))
     where = ".".join(shown(str(part)) for part in path)
-    return APIError(400, f"{where}: {_told(first)}", param=str(path[0]) if path else None, code="invalid_value")
+    return APIError(400, f"{where}: {message}", param=str(path[0]) if path else None, code="invalid_value")
 
 
 def passed_on(
@@ -150,4 +159,6 @@ def _told(error: ErrorDetails) -> str:
         return f"{name} '{shown(given)}' is not supported by this server; it can be {expected}"
     if error["type"] == "literal_error" and isinstance(error["input"], str):
         return f"'{shown(error['input'])}' is not supported by this server; it can be {context['expected']}"
+    if error["type"] == "too_long":
+        return f"at most {context['max_length']} items are allowed"
     return error["msg"]
