@@ -58,13 +58,18 @@ def read_fields(cls: type[Read], given: dict[str, Any]) -> Read:
 def invalid(error: ValidationError, given: dict[str, Any]) -> APIError:
     """Returns the error answer to a body that pydantic refused.
 
-    The answer is about the first wrong field. A value that may be of several types fails once for each. An error about
-    a value is about the type that was meant; among errors about types, the one that lies deepest in the body is. If
-    several lie there, the message names all their types.
+    The answer is about the first wrong field. A value that may be of several types fails once for each, and an error
+    within the value is about the type that was meant. Of what is left, an error about a value comes before one about a
+    type, then the deepest does. If several types are wrong there, the message names all of them.
     """
     everything = error.errors(include_url=False)
     of_first = [one for one in everything if one["loc"][:1] == everything[0]["loc"][:1]]
-    found = [(_path(one["loc"], one["type"], given), one) for one in of_first]
+    everywhere = [(_path(one["loc"], one["type"], given), one) for one in of_first]
+    found = [
+        (path, one)
+        for path, one in everywhere
+        if not _about_form(one) or not any(at[: len(path)] == path and len(at) > len(path) for at, _ in everywhere)
+    ]
     path, first = max(found, key=lambda one: (_about_value(one[1]) > 0, len(one[0]), _about_value(one[1])))
     said = [_told(one) for at, one in found if at == path]
     message = _told(first)
@@ -147,8 +152,12 @@ def _about_value(error: ErrorDetails) -> int:
     """Returns how sure it is that an error is about a value of the right type."""
     if error["type"] == "union_tag_invalid":
         return 2
-    of_type = error["type"].endswith("_type")
-    return int(not of_type and (error["type"] != "literal_error" or isinstance(error["input"], str)))
+    return int(not error["type"].endswith("_type"))
+
+
+def _about_form(error: ErrorDetails) -> bool:
+    """Whether an error says no more than that a value has not one of the forms it may have."""
+    return error["type"].endswith("_type") or error["type"] == "literal_error"
 
 
 def _told(error: ErrorDetails) -> str:
@@ -158,7 +167,7 @@ def _told(error: ErrorDetails) -> str:
         name, given, expected = context["discriminator"].strip("'"), context["tag"], context["expected_tags"]
         return f"{name} '{shown(given)}' is not supported by this server; it can be {expected}"
     if error["type"] == "literal_error" and isinstance(error["input"], str):
-        return f"'{shown(error['input'])}' is not supported by this server; it can be {context['expected']}"
+        return f"{error['msg']}; '{shown(error['input'])}' is not supported by this server"
     if error["type"] == "too_long":
         return f"at most {context['max_length']} items are allowed"
     return error["msg"]

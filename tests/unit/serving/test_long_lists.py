@@ -18,8 +18,6 @@ PART = {"type": "text", "text": "hi"}
 DOORS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "chat": ("/v1/chat/completions", "messages", {"messages": [MESSAGE]}),
     "chat parts": ("/v1/chat/completions", "messages", {"messages": [{"role": "user", "content": [PART]}]}),
-    "completions": ("/v1/completions", "prompt", {"prompt": ["hi"]}),
-    "completions of ids": ("/v1/completions", "prompt", {"prompt": [[1, 2]]}),
     "tokenize": ("/tokenize", "messages", {"messages": [MESSAGE]}),
     "responses": ("/v1/responses", "input", {"input": [{"type": "message", **MESSAGE}]}),
     "responses count": ("/v1/responses/input_tokens", "input", {"input": [{"type": "message", **MESSAGE}]}),
@@ -51,13 +49,21 @@ def lengthened(value: Any, count: int) -> Any:
 
 
 @pytest.mark.parametrize("name", DOORS)
-@pytest.mark.parametrize("count", [MAX_ITEMS + 1, 20_000])
+@pytest.mark.parametrize("count", [MAX_ITEMS + 1, 15_000])
 def test_a_list_that_is_too_long(served: Served, name: str, count: int) -> None:
     path, field, body = DOORS[name]
     status, _, text = served.ask("POST", path, lengthened({"model": "tiny", **body}, count))
     error = json.loads(text)["error"]
     assert status == 400
     assert error["message"].startswith(field) and f"at most {MAX_ITEMS} items" in error["message"], error
+
+
+@pytest.mark.parametrize("prompt", [["hi"], [[1, 2]]], ids=["texts", "ids"])
+def test_too_many_prompts(served: Served, prompt: list[Any]) -> None:
+    """They have a lower limit."""
+    status, _, text = served.ask("POST", "/v1/completions", {"model": "tiny", "prompt": prompt * 15_000})
+    error = json.loads(text)["error"]
+    assert status == 400 and error["param"] == "prompt" and "at most 128 prompts" in error["message"]
 
 
 @pytest.mark.parametrize("name", ["chat", "responses", "messages", "tokenize"])
