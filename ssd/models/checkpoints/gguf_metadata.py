@@ -50,7 +50,7 @@ def metadata_folder(path: Path) -> Path:
     stat = path.stat()
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "gguf")]
     key = repr((str(path.resolve()), stat.st_size, stat.st_mtime_ns, versions, _VERSION))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssd" / "gguf"
+    cache = cache_folder()
     folder = cache / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not folder.is_dir():
         header = GgufFile.read(path)
@@ -65,6 +65,11 @@ def metadata_folder(path: Path) -> Path:
                 if not folder.is_dir():
                     raise
     return folder
+
+
+def cache_folder() -> Path:
+    """Returns where the folders are kept; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssd" / "gguf"
 
 
 def check_packages(path: Path) -> None:

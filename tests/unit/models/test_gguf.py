@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,13 @@ HOSTILE = (
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf_metadata, "cache_folder", lambda: cache)
+        yield
 
 
 @pytest.fixture(scope="module")
