@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..errors import ModelError, first_line
+from .positions import first_position
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -78,7 +79,11 @@ class Layers:
     count: int
     heads: dict[int, tuple[int, int, int]]
     """By layer that keeps keys and values: H_kv, D of keys, D of values."""
+    indexers: dict[int, int]
+    """By layer whose attention looks at selected keys only: D of the keys that select."""
     recurrent: Recurrent | None
+    first_position: int
+    """What the model calls the position of a text's first token."""
     linears: frozenset[nn.Module]
     """Linear layers whose weights are used by themselves only."""
     tokens: Tensor
@@ -135,7 +140,7 @@ def find_layers(model: PreTrainedModel) -> Layers:
     most = model.config.get_text_config().vocab_size
     tokens = torch.randint(most, (1, TRIAL), generator=random).to(model.device)
     hooks = list[Any]()
-    with _noting(model) as linears, _own_attention(model):
+    with _noting(model) as linears, _own_attention(model), first_position(model) as first:
         try:
             cache = _Watched(model.config, active)
             hooks = [hook for name, module in model.named_modules() for hook in _watch(module, name, active)]
@@ -150,7 +155,9 @@ def find_layers(model: PreTrainedModel) -> Layers:
     return Layers(
         count=len(cache.layers),
         heads=cache.heads,
+        indexers=cache.indexers,
         recurrent=_recurrent(kind, model, cache),
+        first_position=first[-1] if first else 0,
         linears=frozenset(linears),
         tokens=tokens,
         logits=logits,
@@ -188,6 +195,7 @@ class _Watched(DynamicCache):
         super().__init__(config=config)
         self._active = active
         self.heads: dict[int, tuple[int, int, int]] = {}
+        self.indexers: dict[int, int] = {}
         self.users: dict[int, str] = {}
         self.attending: set[str] = set()
 
@@ -195,6 +203,10 @@ class _Watched(DynamicCache):
         self.attending.add(self._active[-1])
         self.heads[layer_idx] = key_states.shape[1], key_states.shape[3], value_states.shape[3]
         return super().update(key_states, value_states, layer_idx, *given, **named)
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        self.indexers[layer_idx] = indexer_key_states.shape[-1]
+        return super().update_indexer(indexer_key_states, layer_idx)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # also where no layer attends

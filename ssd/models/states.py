@@ -130,10 +130,15 @@ class RowByRow(nn.Module):
         if view is None:
             return self.mixer(hidden_states, *args, **kwargs)
         steps: RowSteps = view.steps
+        batch, shape = len(steps.batch), hidden_states.shape
+        unfolded = len(hidden_states) != batch  # every row is a sequence there
+        hidden_states = hidden_states.reshape(batch, -1, shape[-1])
 
         def given(each: Any, row: int) -> Any:
             if each is view:
                 return step
+            if isinstance(each, Tensor) and unfolded and len(each) == shape[0]:
+                return None if each.ndim == 4 else each.view(batch, -1, *each.shape[1:])[:, row]
             if isinstance(each, Tensor) and each.ndim == 4:  # an attention mask, which says nothing about states
                 return None
             if isinstance(each, Tensor) and each.ndim == 2 and each.shape == hidden_states.shape[:2]:
@@ -156,7 +161,7 @@ class RowByRow(nn.Module):
         padding = hidden_states.shape[1] - steps.rows
         if padding:
             outputs.append(outputs[-1].new_zeros(len(hidden_states), padding, *outputs[-1].shape[2:]))
-        whole = torch.cat(outputs, dim=1)
+        whole = torch.cat(outputs, dim=1).reshape(*shape[:2], -1)
         return (whole, *extra) if extra else whole
 
 
