@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import PipelineError, RequestError, UsageError
+from ..request import prompts
 from ..request.output import RequestOutput, StreamEvent
 from ..request.sampling_params import SamplingParams
 from ..request.structured import StructuredOutputsParams
@@ -91,6 +92,7 @@ def generate(
     )
     if not prompt:
         raise RequestError("the prompt is empty; give at least one character to continue")
+    prompts.one(prompt)  # before the models load
     _run(context, settings_of(config, overrides), prompt, params)
 
 

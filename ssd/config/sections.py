@@ -14,7 +14,11 @@ class ModelConfig(Section):
     """A model, and the device and cores its worker runs on."""
 
     model: str = Field(min_length=1)
-    """``embedded/target``, ``embedded/draft`` or a local folder."""
+    """``embedded/target``, ``embedded/draft``, a local folder, a GGUF file, or ``package:NAME/FILE.gguf`` for a file
+    inside an installed Python package."""
+    weights: Literal["auto", "packed", "dequantised"] = "auto"
+    """How a GGUF file's weights are kept in memory. ``packed``: in the file's blocks. ``auto``: packed for float32 on a
+    CPU where the operators can be built."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = Field(default="cpu", min_length=1)
     cores: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
@@ -50,6 +54,9 @@ class DraftConfig(ModelConfig):
     data_parallel: int = Field(default=1, ge=1, le=16)
     """Ranks, each with a whole copy of the draft, that prepare for ``speculation.forecast.budget`` outcomes each.
     ``cores`` and GPUs are divided as for ``target.tensor_parallel``."""
+    vocabulary: Literal["same", "shared"] = "same"
+    """``same``: draft and target have one tokenizer; added tokens of one of them are never drafted. ``shared``: the
+    tokenizers may differ, and the tokens that both have are drafted."""
 
 
 class EngineConfig(Section):

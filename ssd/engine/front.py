@@ -15,7 +15,7 @@ from ..errors import ConfigError, PipelineError, RequestError, UsageError, Worke
 from ..grammars.compiler import Grammars
 from ..models.checkpoints.generation_config import end_ids
 from ..models.checkpoints.loading import load_tokenizer, read_config
-from ..models.checkpoints.vocabulary import shared_vocabulary
+from ..models.checkpoints.pairs import kept_tokens, paired
 from ..models.skipping import SkipSet
 from ..pipeline.runtime.plan import Plan, check_sizes
 from ..pipeline.transport.messages import (
@@ -316,9 +316,6 @@ def make_plan(config: Config) -> tuple[Any, Plan]:
     target = resolve_model_path(config.target.model)
     tokenizer = load_tokenizer(target)
 
-    def head(folder: Path) -> int:
-        return read_config(folder).get_text_config().vocab_size
-
     text = read_config(target).get_text_config()
     if (wanted := config.speculation.self_draft) is not None:
         SkipSet.of(wanted.skip_attention, wanted.skip_mlp, text.num_hidden_layers)  # fails as the verifier would
@@ -326,12 +323,19 @@ def make_plan(config: Config) -> tuple[Any, Plan]:
             raise ConfigError(
                 "method self runs on one rank; set target.tensor_parallel=1 (or take away speculation.self)"
             )
-    sizes = [text.vocab_size]
-    other = tokenizer
+    other, rows, shared, kept, context = tokenizer, text.vocab_size, False, None, None
     if config.draft is not None:
         draft = resolve_model_path(config.draft.model)
-        other = load_tokenizer(draft)
-        sizes.append(head(draft))
-    vocabulary = shared_vocabulary(tokenizer, other, sizes[0], sizes[-1])
-    ends = end_ids(target, read_config(target), tokenizer, vocabulary=vocabulary)
-    return tokenizer, Plan(config=config, vocabulary=vocabulary, ends=ends)
+        other, shared, kept = load_tokenizer(draft), config.draft.vocabulary == "shared", kept_tokens(draft)
+        theirs = read_config(draft).get_text_config()
+        rows, context = theirs.vocab_size, getattr(theirs, "max_position_embeddings", None)
+    pairing = paired(tokenizer, other, target_rows=text.vocab_size, draft_rows=rows, shared=shared, kept=kept)
+    ends = end_ids(target, read_config(target), tokenizer, vocabulary=pairing.size)
+    plan = Plan(
+        config=config,
+        vocabulary=pairing.size,
+        ends=ends,
+        mapped=pairing.map is not None,
+        draft_context=min(context or config.engine.max_model_len, config.engine.max_model_len),
+    )
+    return tokenizer, plan

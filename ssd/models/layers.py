@@ -165,8 +165,10 @@ def find_layers(model: PreTrainedModel) -> Layers:
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """Returns the name of the argument that takes a cache: state-space models have one of their own."""
-    return "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
+    """Returns the name of the argument that takes a cache: ``cache`` from transformers 5.24 on, before it
+    ``past_key_values``, or ``cache_params`` in state-space models."""
+    takes = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "cache_params") if name in takes), "past_key_values")
 
 
 def _recurrent(kind: str, model: PreTrainedModel, cache: _Watched) -> Recurrent | None:

@@ -18,6 +18,7 @@ from ..errors import ModelError, RequestError
 from .attention import row_attention, tree_attention
 from .cache import SlotCache
 from .cpu import operators
+from .cpu.blocks_linear import BlocksLinear
 from .cpu.rows_linear import RowsLinear
 from .cuda.graphs import Graphs
 from .layers import FULL, Layers, attended, find_layers
@@ -149,10 +150,12 @@ class ForwardRunner:
             tier *= 4
         self.contexts.append(slots)
 
-    def over(self, model: PreTrainedModel) -> Self:
-        """Returns a runner of ``model`` over the same slots: this runner's model with sublayers left out."""
+    def over(self, model: PreTrainedModel, vocabulary: int | None = None) -> Self:
+        """Returns a runner of ``model`` over the same slots: this runner's model with sublayers left out, or with other
+        token ids, which are below ``vocabulary``."""
         twin = copy.copy(self)
         twin.model, twin._decode = model, {}
+        twin.vocabulary = self.vocabulary if vocabulary is None else vocabulary
         return twin
 
     @property
@@ -179,8 +182,9 @@ class ForwardRunner:
         experts = any(getattr(text, name, None) for name in _EXPERTS)
         if self._sharded or self.cache.states is not None:
             return False
-        linears = [type(module) for module in self.model.modules() if isinstance(module, nn.Linear | RowsLinear)]
-        return self.attention == "tree" and operators.loaded() and set(linears) == {RowsLinear} and not experts
+        ordered = (RowsLinear, BlocksLinear)
+        linears = {type(module) for module in self.model.modules() if isinstance(module, (nn.Linear, *ordered))}
+        return self.attention == "tree" and operators.loaded() and linears <= {*ordered} and not experts
 
     @property
     def counts(self) -> tuple[int, ...]:

@@ -51,7 +51,13 @@ def make_runner(
     if model is None:
         folder = resolve_model_path(wanted.model)
         device = wanted.device if ranks is None else "cpu"  # a rank's device need not hold the whole model
-        model = load_model(folder, dtype=wanted.dtype, device=device, max_positions=engine.max_model_len)
+        model = load_model(
+            folder,
+            dtype=wanted.dtype,
+            device=device,
+            max_positions=engine.max_model_len,
+            weights=wanted.weights if ranks is None else "dequantised",
+        )
     sharding = None
     if ranks is not None:
         sharding = shard(model, ranks.group)
