@@ -68,8 +68,8 @@ class Recurrent:
 
     states: dict[Key, Tensor]
     """A state of one sequence each, without the batch dimension, for its shape and dtype."""
-    mixers: dict[int, str]
-    """Path of the module that owns the states, by layer."""
+    mixers: dict[str, tuple[Key, ...]]
+    """The states that a module keeps, by the module's path."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,14 +180,15 @@ def _recurrent(kind: str, model: PreTrainedModel, cache: _Watched) -> Recurrent 
         return None
     if shared := set(cache.users.values()) & cache.attending:
         raise ModelError(f"{kind}: {sorted(shared)[0]} attends and keeps a state in one module; not supported")
-    if set(cache.users) != set(recurrent):
-        raise ModelError(f"{kind}: the modules that keep its states cannot be found; not supported")
     states: dict[Key, Tensor] = {}
     for layer in recurrent:
         kept = layers[layer]
         for name, tensors in (("conv", kept.conv_states), ("recurrent", kept.recurrent_states)):
             states |= {(layer, name, index): state[0] for index, state in tensors.items() if state is not None}
-    return Recurrent(states, cache.users)
+    if not states or set(states) - set(cache.users):
+        raise ModelError(f"{kind}: the modules that keep its states cannot be found; not supported")
+    paths = {cache.users[key] for key in states}
+    return Recurrent(states, {path: tuple(key for key in states if cache.users[key] == path) for path in paths})
 
 
 class _Watched(DynamicCache):
@@ -198,7 +199,7 @@ class _Watched(DynamicCache):
         self._active = active
         self.heads: dict[int, tuple[int, int, int]] = {}
         self.indexers: dict[int, int] = {}
-        self.users: dict[int, str] = {}
+        self.users: dict[Key, str] = {}
         self.attending: set[str] = set()
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *given: Any, **named: Any) -> Any:
@@ -217,19 +218,19 @@ class _Watched(DynamicCache):
         return query_length, 0
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Any:
-        self.users[layer_idx] = self._active[-1]
+        self.users[layer_idx, "conv", state_idx] = self._active[-1]
         return super().get_conv_state(layer_idx, state_idx)
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Any:
-        self.users[layer_idx] = self._active[-1]
+        self.users[layer_idx, "recurrent", state_idx] = self._active[-1]
         return super().get_recurrent_state(layer_idx, state_idx)
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **more: Any) -> Tensor:
-        self.users[layer_idx] = self._active[-1]
+        self.users[layer_idx, "conv", state_idx] = self._active[-1]
         return super().update_conv_state(conv_states, layer_idx, state_idx, **more)
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **more: Any) -> Any:
-        self.users[layer_idx] = self._active[-1]
+        self.users[layer_idx, "recurrent", state_idx] = self._active[-1]
         return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **more)
 
 

@@ -70,8 +70,9 @@ def test_keys_and_values_are_found() -> None:
 def test_recurrent_layers_are_found() -> None:
     found = find_layers(tiny_causal("qwen3_next"))
     assert found.recurrent is not None
-    assert set(found.heads).isdisjoint(found.recurrent.mixers)
-    assert {*found.heads, *found.recurrent.mixers} == set(range(found.count))
+    layers = {layer for keys in found.recurrent.mixers.values() for layer, _, _ in keys}
+    assert set(found.heads).isdisjoint(layers)
+    assert {*found.heads, *layers} == set(range(found.count))
     assert {name for _, name, _ in found.recurrent.states} == {"conv", "recurrent"}
 
 
