@@ -54,9 +54,7 @@ def trim_head(model: PreTrainedModel, kept: Sequence[int]) -> None:
     if head.out_features == len(kept):
         return
     if max(kept) >= head.out_features:
-        raise ModelError(
-            f"the trimmed vocabulary has token {max(kept)}; the draft's output head has {head.out_features} rows"
-        )
+        raise ModelError(f"the trimmed vocabulary has token {max(kept)}; the draft's output head has {head.out_features} rows")
     rows = torch.tensor(kept, device=head.weight.device)
     trimmed = nn.Linear(head.in_features, len(kept), bias=head.bias is not None, device="meta")
     trimmed.weight = nn.Parameter(head.weight.detach()[rows], requires_grad=False)

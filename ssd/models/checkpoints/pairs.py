@@ -56,13 +56,7 @@ class Pairing:
 
 
 def paired(
-    target: Any,
-    draft: Any,
-    *,
-    target_rows: int,
-    draft_rows: int,
-    shared: bool = False,
-    kept: Sequence[int] | None = None,
+    target: Any, draft: Any, *, target_rows: int, draft_rows: int, shared: bool = False, kept: Sequence[int] | None = None
 ) -> Pairing:
     """Compares the vocabularies of a pair.
 
@@ -111,9 +105,7 @@ def paired(
 def _conflict(target: Vocabulary, draft: Vocabulary) -> str | None:
     """Returns the first token, by id, that keeps the ids of two vocabularies from being the same; None if there is
     none. Added tokens of one of them are none, and neither are special tokens that have the same id in both."""
-    for name in sorted(
-        {*target.ids, *draft.ids}, key=lambda name: (target.ids.get(name, draft.ids.get(name, 0)), name)
-    ):
+    for name in sorted({*target.ids, *draft.ids}, key=lambda name: (target.ids.get(name, draft.ids.get(name, 0)), name)):
         ours, theirs = target.ids.get(name), draft.ids.get(name)
         if ours == theirs:
             continue
