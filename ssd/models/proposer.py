@@ -93,7 +93,7 @@ class Proposer:
         if isinstance(answer, BaseException):
             self._warn(f"a call raised {type(answer).__name__} ({first_line(answer)})")
             return []
-        return self._valid(answer, count)
+        return answer
 
     def _valid(self, answer: Any, count: int) -> list[int]:
         """Returns the ids of an answer, up to the first thing that is none."""
@@ -122,7 +122,7 @@ class Proposer:
         while True:
             number, context, count, deadline = self._asked.get()
             with _Caught() as caught:
-                caught.answer = self._function(context, count, deadline)
+                caught.answer = self._valid(self._function(context, count, deadline), count)
             self._answers.put((number, caught.answer))
 
 
