@@ -55,9 +55,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--cores", type=int, nargs="+", default=[0, 1])
-    parser.add_argument(
-        "--dequantised", action="store_true", help="a pipeline with dequantised weights takes turns too"
-    )
+    parser.add_argument("--dequantised", action="store_true", help="dequantised weights take turns too")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     os.sched_setaffinity(0, args.cores)

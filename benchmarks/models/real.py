@@ -1,4 +1,4 @@
-"""Real models through the whole engine: tokens beside transformers' greedy output, and of the methods beside each other.
+"""Real models through the whole engine: tokens beside transformers' greedy output, and methods beside each other.
 
     PYTHONPATH=SITE python benchmarks/models/real.py smollm2 --json real-smollm2.json
 

@@ -25,12 +25,14 @@ from ray import serve
 from ..config.load import load_config
 from ..config.sections import Config
 from ..engine.async_engine import AsyncEngine
+from ..engine.observing import Observers
 from ..errors import UsageError, WorkerError
 from ..pipeline.runtime.launch import Pipeline
 from ..pipeline.runtime.plan import Plan
 from ..serving.app import build_app
 from ..serving.metrics import Metrics
 from ..serving.openai.jobs import model_name
+from ..serving.run import traces
 from .actors import RayPipeline
 from .placement import Placement, Strategy, bundles
 from .serve_metrics import publish
@@ -72,8 +74,10 @@ class Replica:
     def __init__(self, config: dict[str, Any], launch: Callable[[Plan], Pipeline]):
         # The server's process needs no GPU and must not touch one that Ray did not assign.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        self.metrics = Metrics(devices=load_config(config).devices)
-        self.engine = AsyncEngine(config, launch=launch, observer=self.metrics)
+        read = load_config(config)
+        self.metrics = Metrics(devices=read.devices)
+        self.tracing = traces(read.server.otlp_traces_endpoint, model_name(read))
+        self.engine = AsyncEngine(read, launch=launch, observer=Observers(self.metrics, *self.tracing))
         self.tasks: list[asyncio.Task[None]] = []
 
     async def __serve_build_asgi_app__(self) -> Any:
@@ -101,6 +105,8 @@ class Replica:
         for task in self.tasks:
             task.cancel()
         await self.engine.close()
+        for tracer in self.tracing:
+            await asyncio.to_thread(tracer.close)
 
 
 def app(args: Mapping[str, Any]) -> serve.Application:
