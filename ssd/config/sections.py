@@ -57,6 +57,16 @@ class DraftConfig(ModelConfig):
     vocabulary: Literal["same", "shared"] = "same"
     """``same``: draft and target have one tokenizer; added tokens of one of them are never drafted. ``shared``: the
     tokenizers may differ, and the tokens that both have are drafted."""
+    parallel: Literal["auto"] | bool | Annotated[int, Field(ge=0)] = "auto"
+    """Draft all depths in one forward over mask tokens. ``auto``: if the draft's ``config.json`` names a mask token
+    (``pard_token``). A number: the id of the mask token."""
+    model: str = ""
+    """As for the target; or ``propose``."""
+    propose: str | None = Field(default=None, min_length=1)
+    """A function that proposes candidates, in place of a model: ``module:function``, or the name of an installed one
+    (entry points ``ssd.drafts``). Needs ``speculation.method: sd``."""
+    propose_timeout_s: Number = Field(default=0.05, gt=0, le=10)
+    """How long one call of it may take; decoding continues without a proposal."""
 
 
 class EngineConfig(Section):
