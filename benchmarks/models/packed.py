@@ -1,6 +1,6 @@
 """Packed GGUF weights beside llama.cpp on the same file and cores: tokens per second, floor, and memory.
 
-    PYTHONPATH=SITE python benchmarks/models/gguf.py smollm2 --llama VENV/bin/python --json out.json
+    PYTHONPATH=SITE python benchmarks/models/packed.py smollm2 --llama VENV/bin/python --json out.json
 
 SITE is what ``ssd.testing.real.installed`` returns; VENV has llama-cpp-python. The floor is the time of reading the
 file's weights once from memory with both cores, measured in the same process between the runs. All arms take turns;
