@@ -57,6 +57,7 @@ def make_runner(
             device=device,
             max_positions=engine.max_model_len,
             weights=wanted.weights if ranks is None else "dequantised",
+            adapter=wanted.adapter,
         )
     sharding = None
     if ranks is not None:
