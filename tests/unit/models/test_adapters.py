@@ -231,5 +231,5 @@ def test_missing_package(folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         adapters.importlib.util, "find_spec", lambda name, *more: None if name == "peft" else found(name, *more)
     )
-    with pytest.raises(ModelError, match="pip install peft$"):
+    with pytest.raises(ModelError, match=r"pip install peft$"):
         _load(folder, tmp_path)
