@@ -2,7 +2,8 @@
 
 Weights are dequantised while they are loaded, so the model is an ordinary one: it can be compiled, divided over ranks
 and computed with the CPU operators. transformers dequantises most formats. It loads AWQ and GPTQ only with
-``gptqmodel``, which needs a newer torch than this engine; these two packings are simple and read here.
+``gptqmodel``, which needs a newer torch than this engine; these two packings are simple and read here. It takes one
+scheme for all layers of a compressed-tensors model; that package's own converter takes each layer's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...errors import ModelError
@@ -157,14 +159,14 @@ def loading_arguments(
     """
     config = copy.deepcopy(config)
     place = config if getattr(config, "quantization_config", None) is not None else config.get_text_config(decoder=True)
-    if found.method in ("awq", "gptq"):
+    if found.method in ("awq", "gptq", "compressed-tensors"):
         del place.quantization_config
         return {
             "pretrained_model_name_or_path": None,
             "config": config,
             "state_dict": _dequantised(folder, found, dtype),
         }
-    if found.method in ("compressed-tensors", "fp8", "mxfp4"):
+    if found.method in ("fp8", "mxfp4"):
         place.quantization_config = {**found.settings, "dequantize": True}
     return {"pretrained_model_name_or_path": folder, "config": config}
 
@@ -231,14 +233,7 @@ def _check_compressed(settings: Mapping[str, Any], stored: Mapping[str, Stored])
         return "weights that are sparse are not supported"
     if ordered := next((name for name in stored if name.endswith(".weight_g_idx")), None):
         return f"weights in activation order ({ordered}) are not supported"
-    # transformers takes one scheme for all dense layers, and one for all experts.
-    groups = (settings.get("config_groups") or {}).values()
-    dense = [one for one in groups if not any("experts" in target for target in one.get("targets", ()))]
-    return "weights of several kinds in one model are not supported" if _kinds(dense) > 1 else None
-
-
-def _kinds(groups: list[Mapping[str, Any]]) -> int:
-    return len({repr((one.get("format"), sorted((one.get("weights") or {}).items(), key=str))) for one in groups})
+    return None
 
 
 def _check_fp8(settings: Mapping[str, Any], stored: Mapping[str, Stored]) -> str | None:
@@ -263,21 +258,24 @@ _CHECKS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Stored]], str | Non
 
 
 def _dequantised(folder: Path, found: Quantisation, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Returns all tensors of a folder with AWQ or GPTQ weights, with the weights in ``dtype``. Raises: ModelError."""
-    tensors, packed = dict[str, Tensor](), dict[str, dict[str, Tensor]]()
+    """Returns all tensors of a folder, with those that were quantised in ``dtype``. Raises: ModelError."""
+    tensors = dict[str, Tensor]()
     with Naming(folder, "cannot be loaded"):
         for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - it is not a dictionary
-                    module, _, kind = name.rpartition(".")
-                    if kind in ("qweight", "qzeros", "scales", "g_idx"):
-                        packed.setdefault(module, {})[kind] = file.get_tensor(name)
-                    else:
-                        tensors[name] = file.get_tensor(name)
+            tensors |= load_file(path)
+        if found.method == "compressed-tensors":
+            from compressed_tensors.entrypoints.convert.converters import CompressedTensorsDequantizer
+
+            return CompressedTensorsDequantizer(folder, dtype=dtype).validate(tensors)
     options = {"group_size": _group_size(found.settings)}
     if found.method == "gptq":
         options["zero_offset"] = 0 if _gptq_layout(found.settings) == "gptq_v2" else 1
     read: Callable[..., Tensor] = unpack_awq if found.method == "awq" else unpack_gptq
+    packed = dict[str, dict[str, Tensor]]()
+    for name in list(tensors):
+        module, _, kind = name.rpartition(".")
+        if kind in ("qweight", "qzeros", "scales", "g_idx"):
+            packed.setdefault(module, {})[kind] = tensors.pop(name)
     while packed:
         module, parts = packed.popitem()
         if lacking := [kind for kind in ("qweight", "qzeros", "scales") if kind not in parts]:

@@ -7,6 +7,7 @@ dequantisation: float32, by name.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -125,40 +126,48 @@ def write_mxfp4(source: Path, folder: Path) -> dict[str, Tensor]:
     return dense
 
 
-def write_compressed(source: Path, folder: Path, *, kind: str, settings: dict[str, Any]) -> None:
-    """Writes weights with the ``compressed-tensors`` package.
+def write_compressed(source: Path, folder: Path, *, groups: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Tensor]:
+    """Writes weights with the compressors of the ``compressed-tensors`` package.
 
     Args:
-        kind: a format of the package (``pack-quantized``, ``int-quantized``, ``float-quantized``).
-        settings: of the weights, as the package has them.
+        groups: for each target (``Linear``, or a pattern that begins with ``re:``) the name of a format of the package,
+            and the settings of the weights.
     """
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**settings), format=kind)
-    compressor = BaseCompressor.get_value_from_registry(kind)
+    dense = load_file(source / "model.safetensors")
     stored = dict[str, Tensor]()
-    for name, weight in load_file(source / "model.safetensors").items():
+    for name, weight in list(dense.items()):
         if not _quantised(name):
             stored[name] = weight
             continue
+        target = next(one for one in groups if one == "Linear" or re.match(one.removeprefix("re:"), name))
+        kind, settings = groups[target]
+        scheme = QuantizationScheme(targets=[target], weights=QuantizationArgs(**settings), format=kind)
+        assert scheme.weights is not None
         size = settings.get("group_size") or weight.shape[1]
         parts = weight.reshape(weight.shape[0], -1, size)
-        least, most = parts.amin(-1), parts.amax(-1)
-        scale, zero = calculate_qparams(least, most, scheme.weights)
-        state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
-        for key, value in compressor.compress(state, scheme).items():
+        scale, zero = calculate_qparams(parts.amin(-1), parts.amax(-1), scheme.weights)
+        compressor = BaseCompressor.get_value_from_registry(kind)
+        state = compressor.compress({"weight": weight, "weight_scale": scale, "weight_zero_point": zero}, scheme)
+        for key, value in state.items():
             stored[f"{name.removesuffix('weight')}{key}"] = value.contiguous()
-    group = {"targets": ["Linear"], "weights": settings, "format": kind}
+        dense[name] = compressor.decompress(state, scheme)["weight"]
+    kinds = {kind for kind, _ in groups.values()}
     about = {
         "quant_method": "compressed-tensors",
-        "format": kind,
+        "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
+        "config_groups": {
+            f"group_{index}": {"targets": [target], "weights": settings, "format": kind}
+            for index, (target, (kind, settings)) in enumerate(groups.items())
+        },
         "ignore": ["lm_head"],
     }
     _copy(source, folder, stored, about)
+    return dense
 
 
 def _quantise(

@@ -45,13 +45,8 @@ def _fp8(source: Path, folder: Path) -> nn.Module:
 
 def _compressed(source: Path, folder: Path) -> nn.Module:
     pytest.importorskip("compressed_tensors")
-    from transformers import CompressedTensorsConfig
-
     settings = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False}
-    packing.write_compressed(source, folder, kind="pack-quantized", settings=settings)
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=CompressedTensorsConfig(dequantize=True), dtype=torch.float32
-    ).eval()
+    return _with(source, packing.write_compressed(source, folder, groups={"Linear": ("pack-quantized", settings)}))
 
 
 def _bitsandbytes(source: Path, folder: Path) -> nn.Module:
