@@ -1,7 +1,7 @@
 """The ``ssd`` command.
 
-Exit codes: 0 success; 1 compared outputs differ, a certificate is refused, or lines of a batch failed; 2 wrong input;
-3 the pipeline failed; 130 interrupted.
+Exit codes: 0 success; 1 compared outputs differ, a certificate or a model is refused, or lines of a batch failed;
+2 wrong input; 3 the pipeline failed; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import typer
 
 from .. import __version__
 from ..errors import PipelineError, UsageError
-from . import bench, compare, generate, plan, remote, serving, tune
+from . import bench, compare, generate, models, plan, remote, serving, tune
 from .options import ConfigOption, Makers, SetOption, settings_of
 
 if TYPE_CHECKING:
@@ -59,10 +59,11 @@ def make_app(given: Makers | None = None) -> typer.Typer:
         for command in module.COMMANDS:
             app.command()(reports_errors(command))
     app.command()(reports_errors(info))
-    tuning = typer.Typer(cls=tune.DefaultGroup, name="tune", help=tune.__doc__, **STYLE)
-    for command in tune.COMMANDS:
-        tuning.command()(reports_errors(command))
-    app.add_typer(tuning)
+    for name, group, module in (("tune", tune.TuneGroup, tune), ("models", models.ModelsGroup, models)):
+        commands = typer.Typer(cls=group, name=name, help=module.__doc__, **STYLE)
+        for command in module.COMMANDS:
+            commands.command()(reports_errors(command))
+        app.add_typer(commands)
     return app
 
 

@@ -25,12 +25,15 @@ from ray import serve
 from ..config.load import load_config
 from ..config.sections import Config
 from ..engine.async_engine import AsyncEngine
+from ..engine.observing import Observers
 from ..errors import UsageError, WorkerError
 from ..pipeline.runtime.launch import Pipeline
 from ..pipeline.runtime.plan import Plan
 from ..serving.app import build_app
+from ..serving.heap import keep_trim
 from ..serving.metrics import Metrics
 from ..serving.openai.jobs import model_name
+from ..serving.run import traces
 from .actors import RayPipeline
 from .placement import Placement, Strategy, bundles
 from .serve_metrics import publish
@@ -72,14 +75,17 @@ class Replica:
     def __init__(self, config: dict[str, Any], launch: Callable[[Plan], Pipeline]):
         # The server's process needs no GPU and must not touch one that Ray did not assign.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        self.metrics = Metrics(devices=load_config(config).devices)
-        self.engine = AsyncEngine(config, launch=launch, observer=self.metrics)
+        read = load_config(config)
+        self.metrics = Metrics(devices=read.devices)
+        self.tracing = traces(read.server.otlp_traces_endpoint, model_name(read))
+        self.engine = AsyncEngine(read, launch=launch, observer=Observers(self.metrics, *self.tracing))
         self.tasks: list[asyncio.Task[None]] = []
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Returns the application once the pipeline can decode. Raises: UsageError, WorkerError."""
         await self.engine.start()
-        self.tasks = [asyncio.create_task(self._end_with_pipeline()), asyncio.create_task(publish(self.metrics))]
+        running = (self._end_with_pipeline(), publish(self.metrics), keep_trim())
+        self.tasks = [asyncio.create_task(one) for one in running]
         config = self.engine.config
         model = model_name(config)
         return build_app(self.engine, self.metrics, model=model)
@@ -101,6 +107,8 @@ class Replica:
         for task in self.tasks:
             task.cancel()
         await self.engine.close()
+        for tracer in self.tracing:
+            await asyncio.to_thread(tracer.close)
 
 
 def app(args: Mapping[str, Any]) -> serve.Application:

@@ -11,19 +11,23 @@ from .. import __version__
 from ..config.sections import Config
 from ..engine.async_engine import AsyncEngine, server_limits
 from ..errors import ConfigError, SSDError
-from .anthropic.errors import AnthropicErrors
+from .anthropic.errors import REQUEST_ID, AnthropicErrors
 from .anthropic.routes import MESSAGES, add_messages
 from .http.border import App, Border
 from .http.errors import APIError, ErrorFormat, OpenAIErrors, as_api_error
 from .http.guard import Guard
 from .http.state import add_state
 from .metrics import Metrics
-from .openai.jobs import JobReader
+from .openai.fields import IGNORED_HEADER
+from .openai.jobs import CUT_HEADER, JobReader
 from .openai.routes import Models, add_generation, add_models
 from .responses.reader import ResponsesReader
 from .responses.routes import add_responses
 from .responses.store import ResponseStore
 from .tokens import Tokens, add_tokens
+
+EXPOSED = (CUT_HEADER, IGNORED_HEADER, REQUEST_ID, "x-request-id", "retry-after")
+"""Headers of answers that pages of other origins may read. A proxy may add ``x-request-id``."""
 
 
 def build_app(engine: AsyncEngine, metrics: Metrics, *, model: str) -> App:
@@ -64,7 +68,11 @@ def build_app(engine: AsyncEngine, metrics: Metrics, *, model: str) -> App:
         app.add_exception_handler(kind, refuse)
     if config.server.allowed_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=config.server.allowed_origins, allow_methods=["*"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=config.server.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED,
         )
     return Border(
         Guard(app, config.server),

@@ -23,7 +23,8 @@ from .simulator import Setting, Simulated
 MILLION, HOUR_S = 1_000_000, 3600.0
 ASSUMED = (
     "devices are paid for while rounds run; idle time is not counted",
-    "the draft of sd works on the target's devices",
+    "sd holds no device for its draft, which works on the target's while the target waits; with devices of its own it "
+    "costs theirs too, as ssd does",
     "break-even: the round time stays as simulated, and every draft token is accepted with the same probability",
 )
 
@@ -120,8 +121,10 @@ def cost_figures(one: Simulated, plain: Simulated, prices: Prices) -> dict[str, 
     """Returns the cost of a simulated setting beside plain decoding's, ready for JSON."""
     own = cost(one.setting, one.tokens_per_second, prices)
     usual = cost(plain.setting, plain.tokens_per_second, prices)
+    target, draft = devices(one.setting)
     found = {
         "setting": asdict(one.setting),
+        "devices": {"target": target, "draft": draft},
         **asdict(own),
         "over_plain": own.money / usual.money if usual.money else None,
         "acceptance_length": one.acceptance_length,

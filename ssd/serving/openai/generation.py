@@ -100,7 +100,7 @@ class Generation:
                     reason: str | None = None
                     if event.output is not None:
                         reason = checked(event.output, self.job).finish_reason
-                        parts += parsers[index].finish()
+                        parts += parsers[index].finish(cut=_cut(event.output))
                     if any(isinstance(part, Call) for part in parts):
                         called.add(index)
                     if reason == "stop" and index in called:
@@ -222,6 +222,11 @@ class Generation:
             return {"speculative_decoding": None}
         [output], [stream] = outputs, self.streams
         return request_metrics(stream.request, output, lookahead=self._lookahead, level=self._level)
+
+
+def _cut(output: RequestOutput) -> bool:
+    """Whether the limit or the request's own stop strings and tokens ended an answer, not the model."""
+    return output.finish_reason == "length" or output.stop_reason is not None
 
 
 def _after(echoed: str, content: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -131,14 +131,16 @@ class AnswerFormat:
             stages.append(lambda _ids: Hidden(self.hidden))
         if self.calls == GPT_OSS:
             header = prompt_end.rpartition(harmony.START)[2] if harmony.START in prompt_end else ""
-            stages.append(lambda ids: Harmony(ids, header))
+            stages.append(lambda ids: Harmony(ids, header, self.tokens))
         else:
             thinking = self.thinking(prompt_end) if thinks else Thinking.NO
             if thinking is not Thinking.NO:
                 opening, closing = REASONING_FORMATS[self.reasoning]
-                stages.append(lambda _ids: Think(opening, closing, inside=thinking is Thinking.INSIDE))
+                stages.append(
+                    lambda _ids: Think(opening, closing, inside=thinking is Thinking.INSIDE, tokens=self.tokens)
+                )
             if tools is not None and self.calls != NONE:
-                stages.append(lambda ids: _reader(self.calls, ids, tools))
+                stages.append(lambda ids: _reader(self.calls, ids, tools, self.tokens))
         return lambda ids: _joined([make(ids) for make in stages], first_only)
 
 
@@ -149,11 +151,11 @@ def _joined(stages: Sequence[Parser], first_only: bool) -> Parser:
     return FirstCall(whole) if first_only else whole
 
 
-def _reader(name: str, ids: CallIds, tools: Sequence[Tool]) -> Parser:
+def _reader(name: str, ids: CallIds, tools: Sequence[Tool], tokens: Collection[str]) -> Parser:
     if name == "qwen3_xml":
-        return Qwen3XML(ids, {tool.name: tool.schema for tool in tools})
+        return Qwen3XML(ids, {tool.name: tool.schema for tool in tools}, tokens)
     readers: dict[str, type[CallReader]] = {"hermes": Hermes, "llama3_json": Llama3, "mistral": Mistral}
-    return readers[name](ids)
+    return readers[name](ids, tokens)
 
 
 _ALL_MARKERS = {

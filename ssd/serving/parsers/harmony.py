@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from .json_calls import CallReader
 from .parser import CallIds
@@ -47,11 +47,11 @@ class Harmony(CallReader):
         header: the part of the first message's header that the prompt holds.
     """
 
-    def __init__(self, ids: CallIds, header: str = ""):
+    def __init__(self, ids: CallIds, header: str = "", tokens: Collection[str] = ()):
         self._header = header
         self._shown = _Messages(lambda text: self._parts.append(Text(text=text)))
         self._thought = _Messages(lambda text: self._parts.append(Reasoning(text=text)))
-        super().__init__(ids)
+        super().__init__(ids, tokens)
 
     def _read(self) -> Steps[None]:
         header, headed = self._header, False
@@ -61,6 +61,8 @@ class Harmony(CallReader):
                 pieces: list[str] = []
                 ended = yield from self._until((MESSAGE, END, CALL, RETURN, START), pieces.append)
                 header += "".join(pieces)
+                if ended is None and self._cut:
+                    return
                 if ended != MESSAGE:  # a header without a message
                     self._shown.begin()
                     self._shown.add(_words(header))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from .parser import CallIds
 from .parts import Arguments, Call
 from .reader import Reader, Steps
@@ -14,15 +16,19 @@ class CallReader(Reader):
 
     A call whose name cannot be read is visible text. Arguments are passed on exactly as they were written, also those
     that end too early.
+
+    Args:
+        ids: makes the ids of calls.
+        tokens: as for ``Reader``.
     """
 
     ID_LENGTH = 24
     """Hexadecimal characters of an id."""
     ID_PREFIX = "call_"
 
-    def __init__(self, ids: CallIds):
+    def __init__(self, ids: CallIds, tokens: Collection[str] = ()):
         self._ids, self._calls = ids, 0
-        super().__init__()
+        super().__init__(tokens)
 
     def _begin(self, name: str) -> None:
         """Begins a call."""

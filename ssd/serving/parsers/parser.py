@@ -18,8 +18,13 @@ class Parser(Protocol):
         """Takes more text. Returns the parts that later text cannot change."""
         ...
 
-    def finish(self) -> list[Part]:
-        """Returns what was held back, because no text follows."""
+    def finish(self, *, cut: bool = False) -> list[Part]:
+        """Returns what was held back, because no text follows.
+
+        Args:
+            cut: a limit or a stop string ended the answer, not the model. An unfinished marker at the end, or an
+                unfinished call whose name is not known yet, is left out then. Otherwise it is text.
+        """
         ...
 
 
@@ -34,7 +39,7 @@ class Plain:
     def feed(self, text: str) -> list[Part]:
         return [Text(text=text)] if text else []
 
-    def finish(self) -> list[Part]:
+    def finish(self, *, cut: bool = False) -> list[Part]:
         return []
 
     @classmethod
@@ -52,8 +57,8 @@ class Chain:
     def feed(self, text: str) -> list[Part]:
         return self._passed(self._first.feed(text))
 
-    def finish(self) -> list[Part]:
-        return [*self._passed(self._first.finish()), *self._then.finish()]
+    def finish(self, *, cut: bool = False) -> list[Part]:
+        return [*self._passed(self._first.finish(cut=cut)), *self._then.finish(cut=cut)]
 
     def _passed(self, parts: Iterable[Part]) -> list[Part]:
         passed: list[Part] = []
@@ -71,8 +76,8 @@ class FirstCall:
     def feed(self, text: str) -> list[Part]:
         return _first(self._inner.feed(text))
 
-    def finish(self) -> list[Part]:
-        return _first(self._inner.finish())
+    def finish(self, *, cut: bool = False) -> list[Part]:
+        return _first(self._inner.finish(cut=cut))
 
 
 def _first(parts: Iterable[Part]) -> list[Part]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from .json_calls import CallReader
@@ -24,9 +24,9 @@ class Qwen3XML(CallReader):
     OPEN, CLOSE, FUNCTION, END = "<tool_call>", "</tool_call>", "<function=", "</function>"
     PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
 
-    def __init__(self, ids: CallIds, schemas: Mapping[str, Mapping[str, Any]]):
+    def __init__(self, ids: CallIds, schemas: Mapping[str, Mapping[str, Any]], tokens: Collection[str] = ()):
         self._schemas = schemas
-        super().__init__(ids)
+        super().__init__(ids, tokens)
 
     def _read(self) -> Steps[None]:
         while found := (yield from self._until((self.OPEN, self.FUNCTION), self._say)):
@@ -44,7 +44,7 @@ class Qwen3XML(CallReader):
             yield from self._parameters(name)
             after = self._at
             yield from self._space()
-            if not (yield from self._takes(self.CLOSE)):
+            if not (yield from self._takes(self.CLOSE)) and not self._ended_by_cut:
                 self._at = after
 
     def _parameters(self, name: str) -> Steps[None]:
@@ -58,6 +58,8 @@ class Qwen3XML(CallReader):
                 key = yield from self._run_of(lambda character: character not in ">\n")
                 if not (yield from self._takes(">")):
                     found = None
+            if found is None and self._ended_by_cut:
+                return
             if found != self.PARAMETER:
                 if found is None:
                     self._at = after

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from functools import cache
 from typing import TypeVar
 
@@ -56,12 +56,16 @@ class Reader(ABC):
 
     ``_read`` is a generator. Its steps look at as much text as a decision needs and yield until it is there, so a
     decision cannot depend on how the text was cut.
+
+    Args:
+        tokens: markers that are tokens. They come whole, so their beginning alone is text.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: Collection[str] = ()) -> None:
+        self._tokens = frozenset(tokens)
         self._text, self._at = "", 0
         """Text that may be needed again, and how much of it is read."""
-        self._over = False
+        self._over = self._cut = False
         self._parts: list[Part] = []
         self._visible = Trimmed(after_marker=False)
         self._steps = self._whole()
@@ -73,8 +77,8 @@ class Reader(ABC):
             next(self._steps, None)
         return self._taken()
 
-    def finish(self) -> list[Part]:
-        self._over = True
+    def finish(self, *, cut: bool = False) -> list[Part]:
+        self._over, self._cut = True, cut
         next(self._steps, None)
         return self._taken()
 
@@ -97,9 +101,15 @@ class Reader(ABC):
         if visible := self._visible.add(text):
             self._parts.append(Text(text=visible))
 
+    @property
+    def _ended_by_cut(self) -> bool:
+        """Whether the answer was cut off here."""
+        return self._cut and self._at == len(self._text)
+
     def _say_from(self, start: int) -> None:
-        """Makes everything read since ``start`` visible text."""
-        self._say(self._text[start : self._at])
+        """Makes everything read since ``start`` visible text, unless the cut alone keeps it from being a call."""
+        if not self._ended_by_cut:
+            self._say(self._text[start : self._at])
 
     def _until(self, markers: tuple[str, ...], give: Callable[[str], None]) -> Steps[str | None]:
         """Reads up to a marker and past it. No marker may contain another.
@@ -115,20 +125,30 @@ class Reader(ABC):
                 self._at = found.end()
                 give(self._text[: found.start()])
                 return found[0]
-            self._at = len(self._text) - (0 if self._over else begun(self._text, markers))
+            self._at = len(self._text) - self._held(markers)
             if self._at:
                 give(self._text[: self._at])
             if self._over:
+                self._at = len(self._text)
                 return None
             yield
 
+    def _held(self, markers: tuple[str, ...]) -> int:
+        """Returns how many characters at the end of the text may belong to a marker."""
+        if not self._over:
+            return begun(self._text, markers)
+        return begun(self._text, tuple(one for one in markers if one not in self._tokens)) if self._cut else 0
+
     def _sees(self, *literals: str) -> Steps[str | None]:
-        """Returns the first of the literals that stands here, without reading it."""
+        """Returns the first of the literals that stands here, without reading it. The beginning of one at the end of
+        an answer that was cut off is dropped."""
         for literal in literals:
             while literal.startswith(self._text[self._at : self._at + len(literal)]):
                 if len(self._text) - self._at >= len(literal):
                     return literal
                 if self._over:
+                    if self._cut and literal not in self._tokens:
+                        self._at = len(self._text)
                     break
                 yield
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from .parts import Reasoning, Text
 from .reader import Reader, Steps, Trimmed
 
@@ -14,15 +16,16 @@ class Think(Reader):
             answer is dropped then.
     """
 
-    def __init__(self, opening: str, closing: str, *, inside: bool):
+    def __init__(self, opening: str, closing: str, *, inside: bool, tokens: Collection[str] = ()):
         self._opening, self._closing, self._inside = opening, closing, inside
         self._thought = Trimmed(after_marker=True)
-        super().__init__()
+        super().__init__(tokens)
 
     def _read(self) -> Steps[None]:
         yield from self._space()
+        start = self._at
         if not (yield from self._takes(self._opening)) and not self._inside:
-            self._at = 0
+            self._at = 0 if self._at == start else self._at  # what was cut off is dropped
             return
         if (yield from self._until((self._closing,), self._think)):
             self._visible.marker()
@@ -41,7 +44,7 @@ class Hidden(Reader):
 
     def __init__(self, specials: tuple[str, ...]):
         self._specials = specials
-        super().__init__()
+        super().__init__(specials)
 
     def _read(self) -> Steps[None]:
         while (yield from self._until(self._specials, self._say)):
