@@ -60,7 +60,14 @@ def examine(model: ModelConfig) -> ModelFacts:
     """
     path = resolve_model_path(model.model)
     tokenizer, text = load_tokenizer(path), read_config(path).get_text_config()
-    loaded = load_model(path, dtype=model.dtype, device=model.device, max_positions=CAPACITY, weights=model.weights)
+    loaded = load_model(
+        path,
+        dtype=model.dtype,
+        device=model.device,
+        max_positions=CAPACITY,
+        weights=model.weights,
+        adapter=model.adapter,
+    )
     layers, rows = find_layers(loaded), _head_rows(loaded)
     positions = getattr(text, "max_position_embeddings", None)
     cache_bytes = sum(heads * (keys + values) for heads, keys, values in layers.heads.values()) * loaded.dtype.itemsize

@@ -152,8 +152,8 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise ModelError(f"{folder}: config.json needs its own code (auto_map); remote code is refused")
     if (folder / adapters.CONFIG).is_file():
         raise ModelError(
-            f"{folder} has an adapter beside its model, which transformers may load unasked; move {adapters.CONFIG} and "
-            "its weights to a folder and name that in the key adapter"
+            f"{folder} has an adapter beside its model, which transformers may load unasked; move {adapters.CONFIG} "
+            "and its weights to a folder, and name that in the key adapter"
         )
     if not list(folder.glob("*.safetensors")):
         raise ModelError(f"{folder} has no *.safetensors; only safetensors weights are loaded")
