@@ -38,7 +38,7 @@ test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 clients: $(READY)
-	$(BIN)/python -m pytest tests/clients -m slow
+	$(BIN)/python -m pytest tests/clients -m slow -rP
 
 gpu: $(READY)
 	$(BIN)/python scripts/gpu_check.py --stage all --out build/gpu

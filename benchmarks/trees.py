@@ -31,7 +31,7 @@ from ssd.bench.drafts.trees import (
 from ssd.bench.measure.prompts import load_prompts
 from ssd.config.load import load_config, resolve_model_path
 from ssd.engine.front import make_plan
-from ssd.models.loading import load_model
+from ssd.models.checkpoints.loading import load_model
 from ssd.pipeline.runtime.launch import InprocPipeline
 
 KINDS = ("chain", "even comb", "comb", "static tree", "dynamic tree")

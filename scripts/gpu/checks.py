@@ -12,8 +12,8 @@ from ssd import LLM, SamplingParams, StructuredOutputsParams
 from ssd.decoding.noise import uniform_bits
 from ssd.decoding.trees.shape import TreeShape
 from ssd.models.attention import tree_attention
+from ssd.models.checkpoints.loading import load_model
 from ssd.models.cuda.graphs import Graphs
-from ssd.models.loading import load_model
 from ssd.models.rows import RowPlan
 from ssd.models.runner import Attention, ForwardRunner, RunnerOptions
 from ssd.pipeline.runtime.launch import InprocPipeline

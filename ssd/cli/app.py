@@ -1,7 +1,7 @@
 """The ``ssd`` command.
 
-Exit codes: 0 success; 1 compared outputs differ, a certificate is refused, or lines of a batch failed; 2 wrong input;
-3 the pipeline failed; 130 interrupted.
+Exit codes: 0 success; 1 compared outputs differ, a certificate or a model is refused, or lines of a batch failed;
+2 wrong input; 3 the pipeline failed; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import typer
 
 from .. import __version__
 from ..errors import PipelineError, UsageError
-from . import bench, certify, compare, generate, plan, remote, serving, tune
+from . import bench, compare, generate, models, plan, remote, serving, tune
 from .options import ConfigOption, Makers, SetOption, settings_of
 
 if TYPE_CHECKING:
@@ -56,14 +56,15 @@ def make_app(given: Makers | None = None) -> typer.Typer:
         """Speculative speculative decoding: the target's own tokens, faster."""
         context.obj = given or Makers()
 
-    for module in (generate, compare, serving, remote, certify, bench, plan):
+    for module in (generate, compare, serving, remote, bench, plan):
         for command in module.COMMANDS:
             app.command()(reports_errors(command))
     app.command()(reports_errors(info))
-    tuning = typer.Typer(cls=tune.DefaultGroup, name="tune", help=tune.__doc__, **STYLE)
-    for command in tune.COMMANDS:
-        tuning.command()(reports_errors(command))
-    app.add_typer(tuning)
+    for name, group, module in (("tune", tune.TuneGroup, tune), ("models", models.ModelsGroup, models)):
+        commands = typer.Typer(cls=group, name=name, help=module.__doc__, **STYLE)
+        for command in module.COMMANDS:
+            commands.command()(reports_errors(command))
+        app.add_typer(commands)
     return app
 
 
@@ -154,10 +155,29 @@ def _describe_model(model: ModelConfig) -> str:
     if model.cores:
         place += f" cores {', '.join(map(str, model.cores))}"
     try:
-        parameters = _count_parameters(resolve_model_path(model.model))
-    except ModelError:
-        return f"{place}, missing on this machine"
+        path = resolve_model_path(model.model)
+        if path.suffix == ".gguf":
+            return f"{place}, {_describe_gguf(path, model)}"
+        parameters = _count_parameters(path)
+    except ModelError as error:
+        return f"{place}, missing on this machine" if "GGUF" not in str(error) else f"{place}: {error}"
     return f"{place}, {parameters / 1e6:.1f} M parameters" if parameters else f"{place}, no safetensors found"
+
+
+def _describe_gguf(path: Path, model: ModelConfig) -> str:
+    """Returns a GGUF file's size and quantisation, and how its weights will be kept. Raises: ModelError."""
+    from math import prod
+
+    from ..models.checkpoints.gguf_weights import packs
+    from ..models.checkpoints.loading import read_header
+
+    header = read_header(path)
+    parameters = sum(prod(tensor.shape) for tensor in header.tensors.values())
+    kept = packs(header, weights=model.weights, dtype=model.dtype, device=model.device)
+    size = f"{path.stat().st_size / 1e6:.0f} MB"
+    return f"{parameters / 1e6:.1f} M parameters, GGUF of {size} ({', '.join(header.types())}), weights " + (
+        "packed" if kept else "dequantised"
+    )
 
 
 def _count_parameters(folder: Path) -> int:

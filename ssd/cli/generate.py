@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import PipelineError, RequestError, UsageError
+from ..request import prompts
 from ..request.output import RequestOutput, StreamEvent
 from ..request.sampling_params import SamplingParams
 from ..request.structured import StructuredOutputsParams
@@ -91,6 +92,7 @@ def generate(
     )
     if not prompt:
         raise RequestError("the prompt is empty; give at least one character to continue")
+    prompts.one(prompt)  # before the models load
     _run(context, settings_of(config, overrides), prompt, params)
 
 
@@ -128,7 +130,7 @@ def _print_as_it_comes(events: Iterable[StreamEvent]) -> list[RequestOutput]:
 def _print_logprobs(outputs: list[RequestOutput], settings: Config) -> None:
     """Prints a line for each token to stderr: log-probability, rank, text, then the most probable tokens."""
     from ..config.load import resolve_model_path
-    from ..models.loading import load_tokenizer
+    from ..models.checkpoints.loading import load_tokenizer
 
     tokenizer: Any = load_tokenizer(resolve_model_path(settings.target.model))
     for token in (token for output in outputs for token in output.logprobs or ()):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, ClassVar, Protocol
 
 import typer
+from typer.core import TyperGroup
 
 from ..errors import UsageError
 
@@ -36,6 +37,17 @@ JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help=
 
 AS_METHODS = "speculation.governor=false"
 """Override of commands that measure methods: the governor would replace a slow method by plain decoding."""
+
+
+class DefaultGroup(TyperGroup):
+    """A group of commands one of which need not be named."""
+
+    default: ClassVar[str]
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] != "--help"):
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
 
 
 def settings_of(config: str, overrides: list[str] | None, *defaults: str, models_needed: bool = True) -> Config:

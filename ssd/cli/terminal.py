@@ -69,7 +69,7 @@ def warn_degraded(degraded: str | None) -> None:
         say(f"warning: without a draft: {' '.join(degraded.split())}")
 
 
-def write_json(file: Path | None, data: dict[str, Any]) -> None:
+def write_json(file: Path | None, data: dict[str, Any] | list[dict[str, Any]]) -> None:
     """Writes the data to the file, if one is given."""
     if file is not None:
         file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from ..errors import UsageError
 from .options import (
     ConfigOption,
+    DefaultGroup,
     MaxTokensOption,
     PromptsOption,
     SetOption,
@@ -35,13 +35,10 @@ RepeatsOption = Annotated[int, typer.Option(min=1, help="Number of measurements.
 OutOption = Annotated[Path, typer.Option(help="Write the configuration here.")]
 
 
-class DefaultGroup(TyperGroup):
+class TuneGroup(DefaultGroup):
     """``ssd tune [OPTIONS]`` means ``ssd tune speculation [OPTIONS]``."""
 
-    def parse_args(self, ctx, args: list[str]) -> list[str]:
-        if not args or (args[0] not in self.commands and args[0] != "--help"):
-            args = ["speculation", *args]
-        return super().parse_args(ctx, args)
+    default = "speculation"
 
 
 def speculation(

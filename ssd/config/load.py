@@ -1,7 +1,7 @@
 """Loading: a YAML file and its overrides become a checked configuration; names become paths.
 
-A shipped configuration is named without folder and suffix (``embedded``), and so is a shipped model
-(``embedded/target``, ``embedded/draft``). Everything else is a path.
+A shipped configuration is named without folder and suffix (``embedded``); everything else is a path. Names of models:
+``model_paths``.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError
 from ..request.methods import WITH_DRAFT
+from .model_paths import MODEL_FOLDER, resolve_model_path
 from .sections import Config
 from .speculation import check_rule
 from .words import is_section, keys, problems_in, unknown, yaml_problem
 
+__all__ = ["MODEL_FOLDER", "config_path", "load_config", "resolve_model_path", "shipped_configs"]
+
 PACKAGE = Path(__file__).resolve().parents[1]
 CONFIG_FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "configs")
 """Folders of the shipped configurations: of an installed package, and of a checkout."""
-MODEL_FOLDER = PACKAGE / "data"
-SHIPPED_MODELS = ("embedded/target", "embedded/draft")
 
 
 def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
@@ -67,6 +68,13 @@ def _check_draft(config: Config, where: str) -> None:
                 "(or set speculation.method=none, or self)"
             )
         return
+    if bool(draft.model) == (draft.propose is not None):
+        raise ConfigError(f"{where}draft.model is missing; give a model (or a function as draft.propose, not both)")
+    if draft.propose is not None and (speculation.method == "ssd" or draft.data_parallel > 1):
+        raise ConfigError(
+            f"{where}draft.propose makes candidates on demand, in one process; set speculation.method=sd and "
+            "draft.data_parallel=1"
+        )
     if draft.data_parallel > 1 and speculation.anytime:
         raise ConfigError(
             f"{where}speculation.anytime ends the tree of one draft only; set draft.data_parallel=1 or "
@@ -106,29 +114,6 @@ def config_path(source: str | Path) -> Path:
     what = "is a folder" if text and path.is_dir() else "not found"
     raise ConfigError(
         f"configuration {text!r} {what}; give the path of a YAML file, or the name of a shipped one: {known}"
-    )
-
-
-def resolve_model_path(name: str) -> Path:
-    """Returns the folder of a model, given a shipped name or a path.
-
-    Raises:
-        ModelError: there is no model at that place.
-    """
-    shipped = name in SHIPPED_MODELS
-    folder = MODEL_FOLDER / name if shipped else Path(name).expanduser()
-    if (folder / "config.json").is_file():
-        return folder
-    if shipped:
-        raise ModelError(
-            f"model {name!r}: its weights are missing from this installation ({folder}); "
-            "reinstall the package, or train them with scripts/train_pair.py"
-        )
-    if folder.is_dir():
-        raise ModelError(f"model {name!r}: the folder has no config.json; give the folder of a transformers model")
-    raise ModelError(
-        f"model {name!r} is not a folder on this machine (hub ids are not downloaded); "
-        f"give a local folder with config.json and *.safetensors, or one of {', '.join(SHIPPED_MODELS)}"
     )
 
 

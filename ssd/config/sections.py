@@ -14,7 +14,8 @@ class ModelConfig(Section):
     """A model, and the device and cores its worker runs on."""
 
     model: str = Field(min_length=1)
-    """``embedded/target``, ``embedded/draft`` or a local folder."""
+    """``embedded/target``, ``embedded/draft``, a local folder, a GGUF file, or ``package:NAME/FILE.gguf`` for a file
+    inside an installed Python package."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = Field(default="cpu", min_length=1)
     cores: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
@@ -25,6 +26,9 @@ class ModelConfig(Section):
     """Capture the forwards in CUDA graphs. ``auto``: on a GPU."""
     attention: Literal["auto", "rows", "tree"] = "auto"
     """``rows``: masked attention, any device. ``tree``: Triton kernels. ``auto``: ``tree`` on a GPU, else ``rows``."""
+    weights: Literal["auto", "packed", "dequantised"] = "auto"
+    """How a GGUF file's weights are kept in memory. ``packed``: in the file's blocks. ``auto``: packed for float32 on a
+    CPU where the operators can be built."""
     priority: Literal["normal", "high"] = "normal"
     """Priority of the worker's CUDA stream where draft and target share a GPU."""
 
@@ -50,6 +54,19 @@ class DraftConfig(ModelConfig):
     data_parallel: int = Field(default=1, ge=1, le=16)
     """Ranks, each with a whole copy of the draft, that prepare for ``speculation.forecast.budget`` outcomes each.
     ``cores`` and GPUs are divided as for ``target.tensor_parallel``."""
+    vocabulary: Literal["same", "shared"] = "same"
+    """``same``: draft and target have one tokenizer; added tokens of one of them are never drafted. ``shared``: the
+    tokenizers may differ, and the tokens that both have are drafted."""
+    parallel: Literal["auto"] | bool | Annotated[int, Field(ge=0)] = "auto"
+    """Draft all depths in one forward over mask tokens. ``auto``: if the draft's ``config.json`` names a mask token
+    (``pard_token``). A number: the id of the mask token."""
+    model: str = ""
+    """As for the target; or ``propose``."""
+    propose: str | None = Field(default=None, min_length=1)
+    """A function that proposes candidates, in place of a model: ``module:function``, or the name of an installed one
+    (entry points ``ssd.drafts``). Needs ``speculation.method: sd``."""
+    propose_timeout_s: Number = Field(default=0.05, gt=0, le=10)
+    """How long one call of it may take; decoding continues without a proposal."""
 
 
 class EngineConfig(Section):

@@ -13,10 +13,10 @@ from ..config.load import load_config, resolve_model_path
 from ..config.sections import Config, rank_of, section_of
 from ..errors import ConfigError, PipelineError, RequestError, UsageError, WorkerError
 from ..grammars.compiler import Grammars
-from ..models.generation_config import end_ids
-from ..models.loading import load_tokenizer, read_config
+from ..models.checkpoints.generation_config import end_ids
+from ..models.checkpoints.loading import load_tokenizer, read_config
+from ..models.checkpoints.pairs import Pairing, paired_with, shorter_context
 from ..models.skipping import SkipSet
-from ..models.vocabulary import shared_vocabulary
 from ..pipeline.runtime.plan import Plan, check_sizes
 from ..pipeline.transport.messages import (
     MAX_MESSAGE_BYTES,
@@ -316,9 +316,6 @@ def make_plan(config: Config) -> tuple[Any, Plan]:
     target = resolve_model_path(config.target.model)
     tokenizer = load_tokenizer(target)
 
-    def head(folder: Path) -> int:
-        return read_config(folder).get_text_config().vocab_size
-
     text = read_config(target).get_text_config()
     if (wanted := config.speculation.self_draft) is not None:
         SkipSet.of(wanted.skip_attention, wanted.skip_mlp, text.num_hidden_layers)  # fails as the verifier would
@@ -326,12 +323,21 @@ def make_plan(config: Config) -> tuple[Any, Plan]:
             raise ConfigError(
                 "method self runs on one rank; set target.tensor_parallel=1 (or take away speculation.self)"
             )
-    sizes = [text.vocab_size]
-    other = tokenizer
-    if config.draft is not None:
+    pairing, context = Pairing.alone(tokenizer, text.vocab_size), None
+    if config.draft is not None and config.draft.propose is None:
         draft = resolve_model_path(config.draft.model)
-        other = load_tokenizer(draft)
-        sizes.append(head(draft))
-    vocabulary = shared_vocabulary(tokenizer, other, sizes[0], sizes[-1])
-    ends = end_ids(target, read_config(target), tokenizer, vocabulary=vocabulary)
-    return tokenizer, Plan(config=config, vocabulary=vocabulary, ends=ends)
+        pairing = paired_with(draft, tokenizer, text.vocab_size, shared=config.draft.vocabulary == "shared")
+        context = shorter_context(read_config(draft), config.engine.max_model_len)
+        if context is not None and context < 4 * config.speculation.depth + 4:
+            raise ConfigError(
+                f"the draft knows {context} positions, too few for speculation.lookahead={config.speculation.depth}"
+            )
+    ends = end_ids(target, read_config(target), tokenizer, vocabulary=pairing.size)
+    plan = Plan(
+        config=config,
+        vocabulary=pairing.size,
+        ends=ends,
+        mapped=pairing.map is not None,
+        draft_context=context,
+    )
+    return tokenizer, plan

@@ -112,9 +112,9 @@ class RowSteps:
 class RowByRow(nn.Module):
     """A recurrent module that advances one row at a time. It takes the place of ``mixer``."""
 
-    def __init__(self, mixer: nn.Module, layer: int, keys: list[Key]):
+    def __init__(self, mixer: nn.Module, keys: tuple[Key, ...]):
         super().__init__()
-        self.mixer, self._layer, self._keys = mixer, layer, keys
+        self.mixer, self._keys = mixer, keys
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -130,41 +130,48 @@ class RowByRow(nn.Module):
         if view is None:
             return self.mixer(hidden_states, *args, **kwargs)
         steps: RowSteps = view.steps
+        batch, shape = len(steps.batch), hidden_states.shape
+        hidden_states = hidden_states.reshape(batch, -1, shape[-1])
 
         def given(each: Any, row: int) -> Any:
             if each is view:
                 return step
-            if isinstance(each, Tensor) and each.ndim == 4:  # an attention mask, which says nothing about states
+            if not isinstance(each, Tensor):
+                return each
+            if each.shape[:2] == shape[:2]:  # of each row
+                return each.reshape(batch, -1, *each.shape[2:])[:, row : row + 1]
+            if each.ndim == 4 or (each.ndim == 2 and len(each) == shape[0]):  # a mask, which says nothing about states
                 return None
-            if isinstance(each, Tensor) and each.ndim == 2 and each.shape == hidden_states.shape[:2]:
-                return each[:, row : row + 1]
             return each
 
-        outputs, extra = [], ()
+        outputs = []
         for row in range(steps.rows):
-            step = _Step(self._layer, {key: steps.before(row, key) for key in self._keys})
+            step = _Step({key: steps.before(row, key) for key in self._keys})
             out = self.mixer(
                 hidden_states[:, row : row + 1],
                 *(given(each, row) for each in args),
                 **{name: given(each, row) for name, each in kwargs.items()},
             )
-            if isinstance(out, tuple):
-                out, extra = out[0], out[1:]
-            outputs.append(out)
+            outputs.append(out if isinstance(out, tuple) else (out,))
             for key, state in step.states.items():
                 steps.put(row, key, state)
         padding = hidden_states.shape[1] - steps.rows
-        if padding:
-            outputs.append(outputs[-1].new_zeros(len(hidden_states), padding, *outputs[-1].shape[2:]))
-        whole = torch.cat(outputs, dim=1)
-        return (whole, *extra) if extra else whole
+
+        def together(parts: tuple[Any, ...]) -> Any:
+            last = parts[-1]
+            if not isinstance(last, Tensor) or last.shape[:2] != (batch, 1):
+                return last
+            return torch.cat([*parts, *[torch.zeros_like(last)] * padding], dim=1).reshape(*shape[:2], *last.shape[2:])
+
+        whole = tuple(together(parts) for parts in zip(*outputs, strict=True))
+        return whole if isinstance(out, tuple) else whole[0]
 
 
 class _Step:
     """The part of transformers' ``Cache`` that a recurrent module reads and writes in a step of one token."""
 
-    def __init__(self, layer: int, states: dict[Key, Tensor]):
-        self._layer, self.states = layer, states
+    def __init__(self, states: dict[Key, Tensor]):
+        self.states = states
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
         return self.states[layer_idx, "conv", state_idx]
@@ -194,8 +201,8 @@ class _Step:
 
 def step_by_rows(model: PreTrainedModel, recurrent: Recurrent) -> None:
     """Replaces the model's recurrent modules by ``RowByRow``."""
-    for layer, path in recurrent.mixers.items():
+    for path, keys in recurrent.mixers.items():
         parent, _, name = path.rpartition(".")
         owner, mixer = model.get_submodule(parent), model.get_submodule(path)
         if not isinstance(owner, RowByRow):  # another runner of the same model has replaced it
-            setattr(owner, name, RowByRow(mixer, layer, [key for key in recurrent.states if key[0] == layer]))
+            setattr(owner, name, RowByRow(mixer, keys))

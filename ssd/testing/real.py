@@ -1,9 +1,9 @@
 """Model folders of real models, made from wheels on the Python package index.
 
 ``python -m ssd.testing.real MODEL FOLDER`` makes one; ``smollm2()`` and ``gemma3()`` make one in the user's cache and
-return it. The wheels hold quantised GGUF files. transformers dequantises them, so the folder's model computes what
-transformers computes for the GGUF file. ``gguf`` and ``accelerate`` are needed, and ``pip`` (which downloads the wheels
-from the index that it is configured for).
+return it; ``installed(MODEL)`` unpacks the wheels themselves. The wheels hold quantised GGUF files. transformers
+dequantises them, so the folder's model computes what transformers computes for the GGUF file. ``gguf`` and
+``accelerate`` are needed, and ``pip`` (which downloads the wheels from the index that it is configured for).
 """
 
 from __future__ import annotations
@@ -82,6 +82,10 @@ MODELS = {"smollm2": SMOLLM2, "gemma3": GEMMA3}
 """Wheels of each model; their members, joined in this order, are its GGUF file."""
 
 
+PACKAGED = {model: f"package:{wheels[0].member}" for model, wheels in MODELS.items()}
+"""How a configuration names each model's GGUF file, where its wheels are installed."""
+
+
 def smollm2(dtype: str = "float32") -> Path:
     """Returns a folder with SmolLM2-135M-Instruct; made at first use, in the user's cache.
 
@@ -149,6 +153,28 @@ def make(model: str, folder: Path, dtype: str = "float32") -> None:
         finished = Path(temporary) / "model"
         _convert(gguf, finished, dtype)
         finished.replace(folder)
+
+
+def installed(model: str) -> Path:
+    """Returns a folder with a model's wheels unpacked, as ``pip install --target`` leaves it; for ``PYTHONPATH``.
+
+    Args:
+        model: a key of ``MODELS``.
+
+    Raises:
+        ModelError: a wheel cannot be downloaded.
+    """
+    cache = cache_folder()
+    folder = cache / f"site-{model}"
+    with _locked(cache / f"{folder.name}.lock"):
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(dir=cache, prefix=f".{folder.name}-") as temporary:
+                place = Path(temporary) / "site"
+                for wheel in MODELS[model]:
+                    with zipfile.ZipFile(_wheel(wheel)) as archive:
+                        archive.extractall(place)
+                place.replace(folder)
+    return folder
 
 
 def _convert(gguf: Path, folder: Path, dtype: str) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...decoding.noise import gumbel
 from ...decoding.trees.widths import siblings_within
+from ...models.layers import cache_argument
 from ...request.sampling_params import SamplingParams
 
 RankPath = tuple[int, ...]
@@ -130,6 +131,7 @@ class DraftAlong:
     def __init__(self, model: Any, ids: Sequence[int], first: int, params: SamplingParams, vocabulary: int):
         self._model, self._params, self._vocabulary = model, params, vocabulary
         self.ids, self.first = torch.tensor(ids), first
+        self._takes_cache = cache_argument(model)
         self._cache: Any = None  # made by the model's first forward
         positions = torch.arange(len(ids))
         self._scores = self._forward(self.ids, positions, torch.tril(torch.ones(len(ids), len(ids), dtype=torch.bool)))
@@ -139,8 +141,8 @@ class DraftAlong:
         bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
         with torch.no_grad():
             given = {"position_ids": positions[None], "attention_mask": bias[None, None], "use_cache": True}
-            found = self._model(input_ids=tokens[None], past_key_values=self._cache, **given)
-        self._cache, logits = found.past_key_values, found.logits[0, :, : self._vocabulary].float()
+            found = self._model(input_ids=tokens[None], **{self._takes_cache: self._cache}, **given)
+        self._cache, logits = found[self._takes_cache], found.logits[0, :, : self._vocabulary].float()
         if self._params.temperature == 0:
             return logits
         seeds = torch.tensor([self._params.seed])[:, None]

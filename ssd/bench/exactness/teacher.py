@@ -19,7 +19,7 @@ from ...decoding.noise import gumbel
 from ...decoding.sampling import scores
 from ...engine.front import make_plan
 from ...engine.resolve import resolve
-from ...models.loading import load_model
+from ...models.checkpoints.loading import load_model
 from ...pipeline.sampling.slots import SlotSampling
 from ...request.output import RequestOutput
 from ...request.sampling_params import SamplingParams

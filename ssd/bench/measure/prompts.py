@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RequestError
+from ...request import checks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +76,8 @@ def _text(record: dict[str, Any], where: str) -> str:
         raise RequestError(f"{where}: {key} must be {wanted}")
     if not text:
         raise RequestError(f"{where}: the prompt is empty")
+    if not checks.is_utf8(text):
+        raise RequestError(f"{where}: the prompt must be valid Unicode, without lone surrogates")
     return text
 
 

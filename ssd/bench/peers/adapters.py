@@ -27,8 +27,12 @@ PEERS = {
     "transformers-assisted": ("transformers", True),
     "vllm": ("vllm", False),
     "vllm-draft": ("vllm", True),
+    "llama.cpp": ("llama_cpp", False),
+    "llama.cpp-lookup": ("llama_cpp", False),
 }
 """By name: the library, and whether it uses the draft."""
+SINGLE = ("transformers-assisted", "llama.cpp", "llama.cpp-lookup")
+"""Peers that take one prompt at a time."""
 LOAD_S, RUN_S, LEAVE_S = 600.0, 600.0, 10.0
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -74,6 +78,7 @@ class Peer:
             "target": str(resolve_model_path(target.model)),
             "draft": str(resolve_model_path(draft.model)) if drafts and draft is not None else None,
             "dtype": target.dtype,
+            "lookup": self.name.endswith("-lookup"),
             "lookahead": self.config.speculation.depth,
             "max_model_len": self.config.engine.max_model_len,
             "batch": self.batch,
@@ -99,8 +104,8 @@ class Peer:
 
     @property
     def most(self) -> int:
-        """The largest number of prompts it completes together; assisted generation takes one."""
-        return 1 if self.name == "transformers-assisted" else self.batch
+        """The largest number of prompts it completes together."""
+        return 1 if self.name in SINGLE else self.batch
 
     def run(self, prompts: Sequence[Prompt], params: SamplingParams) -> Sample:
         """Completes the prompts as one batch. Raises PeerUnavailable if the peer fails."""

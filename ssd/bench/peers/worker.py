@@ -38,9 +38,13 @@ class TransformersPeer:
         # transformers resolves its names lazily; this one is needed while the clock runs.
         self._stopping = transformers.StoppingCriteriaList
 
-        def load(folder: str) -> Any:
+        def load(path: str) -> Any:
+            folder, more = path, {}
+            if os.path.isfile(path):
+                folder, name = os.path.split(path)
+                more = {"gguf_file": name, "quantization_config": transformers.GgufConfig(dequantize=True)}
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=getattr(torch, order["dtype"]), local_files_only=True
+                folder, dtype=getattr(torch, order["dtype"]), local_files_only=True, **more
             )
             model.generation_config.eos_token_id = None
             return model.eval()
@@ -117,7 +121,53 @@ class VllmPeer:
         return {"outputs": outputs, "decode_s": stretched(elapsed_s, len(outputs[0]), 1)}
 
 
-PEERS = {"transformers": TransformersPeer, "vllm": VllmPeer}
+class LlamaCppPeer:
+    """llama.cpp on a GGUF file, plain or with the speculation of its Python package: prompt lookup."""
+
+    def __init__(self, order: dict[str, Any]):
+        self._library = library = importlib.import_module("llama_cpp")
+        speculation = {}
+        if order["lookup"]:
+            found = importlib.import_module("llama_cpp.llama_speculative")
+            speculation = {"draft_model": found.LlamaPromptLookupDecoding(num_pred_tokens=order["lookahead"])}
+        self.model = library.Llama(
+            model_path=order["target"],
+            n_ctx=order["max_model_len"],
+            n_threads=order["threads"],
+            n_threads_batch=order["threads"],
+            verbose=False,
+            **speculation,
+        )
+        self._plain = not speculation
+        self.version = library.__version__
+
+    def run(self, order: dict[str, Any]) -> dict[str, Any]:
+        if order["temperature"] > 0 or len(order["prompts"]) > 1:
+            raise RuntimeError("llama.cpp runs one greedy prompt at a time here")
+        [prompt], wanted = order["prompts"], order["max_tokens"]
+        tokens, times = [], []
+        for token in self._greedy(prompt) if self._plain else self.model.generate(prompt, temp=0.0, top_k=1):
+            tokens.append(int(token))
+            times.append(time.perf_counter())
+            if len(tokens) >= wanted:
+                break
+        return {"outputs": [tokens], "decode_s": stretched(times[-1] - times[0], len(tokens), 1)}
+
+    def _greedy(self, prompt: list[int]) -> Any:
+        """Yields tokens by the C interface: the package's own loop copies all logits to Python for each."""
+        library, context = self._library, self.model._ctx.ctx
+        library.llama_memory_clear(library.llama_get_memory(context), True)
+        sampler = library.llama_sampler_init_greedy()
+        given = prompt
+        while True:
+            ids = (library.llama_token * len(given))(*given)
+            if library.llama_decode(context, library.llama_batch_get_one(ids, len(given))):
+                raise RuntimeError("llama_decode failed")
+            given = [library.llama_sampler_sample(sampler, context, -1)]
+            yield given[0]
+
+
+PEERS = {"transformers": TransformersPeer, "vllm": VllmPeer, "llama_cpp": LlamaCppPeer}
 
 
 def main() -> None:

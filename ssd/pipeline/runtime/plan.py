@@ -5,7 +5,7 @@ A front makes it and never runs a model: nothing imported here imports transform
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...config.load import resolve_model_path
@@ -16,7 +16,7 @@ from ...decoding.trees.shape import TreeShape
 from ...decoding.trees.widths import siblings_within
 from ...errors import ConfigError
 from ...grammars.compiler import Grammars
-from ...models.loading import load_tokenizer
+from ...models.checkpoints.loading import load_tokenizer
 from ...models.rows import RowPlan, verify_plans
 from ..policy.lookahead import lookahead_tiers
 from ..round.frames import Frames, ProbsLayout, probs_layout
@@ -28,7 +28,13 @@ class Plan:
 
     config: Config
     vocabulary: int
+    """V: token ids are below it."""
     ends: tuple[int, ...]
+    """End-of-text ids."""
+    mapped: bool = False
+    """Whether the draft has other token ids than the target."""
+    draft_context: int | None = None
+    """Tokens of a sequence that the draft can hold; None: ``engine.max_model_len``."""
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -36,7 +42,13 @@ class Plan:
 
     def for_role(self, role: str) -> Plan:
         """As the role's worker reads it."""
-        return Plan(config=self.config.for_role(role), vocabulary=self.vocabulary, ends=self.ends)
+        return replace(self, config=self.config.for_role(role))
+
+    @property
+    def draft_limit(self) -> int | None:
+        """Length of a sequence from which on the draft does not speculate, because its branches would leave its
+        context; None: it speculates to the end."""
+        return None if self.draft_context is None else self.draft_context - 2 * self.shape.depth - 2
 
     @property
     def verify_plans(self) -> list[RowPlan]:
@@ -86,7 +98,7 @@ class Plan:
 
     def grammars(self, model: ModelConfig) -> Grammars:
         """For a worker of ``model``; its tokenizer is read when a grammar is first asked for."""
-        folder = resolve_model_path(model.model)
+        folder = resolve_model_path((self.config.target if self.mapped else model).model)
         return Grammars(lambda: load_tokenizer(folder), vocabulary=self.vocabulary, ends=self.ends)
 
     def frames(self, epoch: int = 0, *, share: bool = False) -> Frames:
@@ -100,12 +112,22 @@ class Plan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return {"config": self.config.model_dump(), "vocabulary": self.vocabulary, "ends": list(self.ends)}
+        return {
+            "config": self.config.model_dump(),
+            "vocabulary": self.vocabulary,
+            "ends": list(self.ends),
+            "mapped": self.mapped,
+            "draft_context": self.draft_context,
+        }
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Plan:
         return cls(
-            config=Config.model_validate(raw["config"]), vocabulary=int(raw["vocabulary"]), ends=tuple(raw["ends"])
+            config=Config.model_validate(raw["config"]),
+            vocabulary=int(raw["vocabulary"]),
+            ends=tuple(raw["ends"]),
+            mapped=raw["mapped"],
+            draft_context=raw["draft_context"],
         )
 
 

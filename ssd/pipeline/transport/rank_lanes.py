@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass
 
 from ...errors import PipelineError
-from ...models.tensor_group import TensorGroup
+from ...models.parallel.tensor_group import TensorGroup
 from .lanes import ZmqLane
 from .messages import Shutdown
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from ...config.machine import socket_folder
 from ...errors import LinkError, PipelineError
-from ...models.tensor_group import TensorGroup
+from ...models.parallel.tensor_group import TensorGroup
 from .lanes import ZmqLane
 from .links.base import Link
 from .links.kinds import LOOPBACK, LinkPlan, is_loopback

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ...errors import PipelineError, WorkerError, first_line
+from ...models.parallel.tensor_group import lost
 from ...models.rows import RowPlan
 from ...models.runner import ForwardRunner
-from ...models.tensor_group import lost
 from ..transport.lanes import ControlLane
 from ..transport.messages import Copy, Decode, Keep, Message, Prefill, Shutdown
 

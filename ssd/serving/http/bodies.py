@@ -115,13 +115,14 @@ def _same(value: Any, neutral: Any) -> bool:
 
 
 def renamed(error: APIError, names: Mapping[str, str]) -> APIError:
-    """Returns an error about chat fields as one about the fields of the body that the client sent.
+    """Returns an error about chat fields as one about the fields of the body that the client sent. A chat field that
+    the client sent itself, and that the door does not have, keeps its name.
 
     Args:
         names: the client's name of each chat field.
     """
     param = error.param or ""
-    if param not in names:
+    if param not in names or error.code == "unknown_parameter":
         return error
     name, rest = names[param], error.message.removeprefix(param)
     told = name + rest if rest != error.message else error.message

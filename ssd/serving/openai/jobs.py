@@ -14,7 +14,7 @@ from ...config.load import resolve_model_path
 from ...config.sections import Config
 from ...engine.async_engine import AsyncEngine
 from ...engine.book import Limits
-from ...models.generation_config import sampling_defaults
+from ...models.checkpoints.generation_config import sampling_defaults
 from ...request.sampling_params import SamplingParams
 from ..http import strict_json
 from ..http.errors import APIError, shown

@@ -64,8 +64,7 @@ def model_types() -> list[str]:
 
 def tiny_causal(model_type: str, *, seed: int = 0) -> PreTrainedModel:
     """Returns a tiny random model of a type. Raises: whatever its configuration or its code raises."""
-    kind = CONFIG_MAPPING[model_type]
-    config = kind(**_sizes(kind, OWN.get(model_type, {})))
+    config = _config(model_type)
     with torch.device("meta"):
         size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
     if size > LARGEST:
@@ -75,6 +74,11 @@ def tiny_causal(model_type: str, *, seed: int = 0) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     model.generation_config.eos_token_id = getattr(config.get_text_config(), "eos_token_id", None)
     return model.eval().requires_grad_(False)
+
+
+def _config(model_type: str) -> Any:
+    kind = CONFIG_MAPPING[model_type]
+    return kind(**_sizes(kind, OWN.get(model_type, {})))
 
 
 def _sizes(kind: type[Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +122,7 @@ def examine(model_type: str, launch: Callable[[Plan], Pipeline]) -> Finding:
     disturbed(draft)
     with tempfile.TemporaryDirectory() as folder:
         for name, model in (("target", target), ("draft", draft)):
-            model.save_pretrained(Path(folder, name))
+            _save(model, model_type, Path(folder, name))
             tiny_tokenizer(VOCABULARY).save_pretrained(Path(folder, name))
         try:
             why = _differences(Path(folder), prompts, expected, launch)
@@ -128,6 +132,13 @@ def examine(model_type: str, launch: Callable[[Plan], Pipeline]) -> Finding:
         except ANY as error:
             return Finding(model_type=model_type, outcome="failed", why=f"{type(error).__name__}: {first_line(error)}")
     return Finding(model_type=model_type, outcome="different" if why else "equal", why=why)
+
+
+def _save(model: PreTrainedModel, model_type: str, folder: Path) -> None:
+    """Saves a model as its checkpoints are: with the whole configuration, where the model is a part of another."""
+    model.save_pretrained(folder)
+    if model.config.model_type != model_type:
+        _config(model_type).save_pretrained(folder)
 
 
 def _differences(

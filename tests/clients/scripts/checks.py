@@ -1,7 +1,7 @@
 """Runs a client's checks and prints their outcome; imported by the scripts beside it, in the client's environment.
 
 A script is called with the server's address (without ``/v1``), the model's name, and the model's folder. It prints one
-JSON object as its last line: for each check ``ok`` or what went wrong.
+JSON object as its last line: for each check ``ok``, with figures where the check returns some, or what went wrong.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from collections.abc import Callable
 URL, MODEL, FOLDER = sys.argv[1:4]
 V1 = f"{URL}/v1"
 QUESTION = "What is the capital of France?"
-_checks: list[Callable[[], None]] = []
+Check = Callable[[], "str | None"]
+_checks: list[Check] = []
 
 
-def check(function: Callable[[], None]) -> Callable[[], None]:
-    """Registers a check; the function's name is the check's."""
+def check(function: Check) -> Check:
+    """Registers a check; the function's name is the check's, and a text that it returns is shown."""
     _checks.append(function)
     return function
 
@@ -28,8 +29,8 @@ def run() -> None:
     outcome: dict[str, str] = {}
     for function in _checks:
         try:
-            function()
-            outcome[function.__name__] = "ok"
+            figures = function()
+            outcome[function.__name__] = f"ok: {figures}" if figures else "ok"
         except Exception as error:
             traceback.print_exc()
             outcome[function.__name__] = f"{type(error).__name__}: {error}"[:600]

@@ -27,7 +27,7 @@ from ssd.cli.app import make_app
 from ssd.cli.options import Makers
 from ssd.config.load import load_config, resolve_model_path
 from ssd.errors import ConfigError, RequestError
-from ssd.models.loading import load_tokenizer
+from ssd.models.checkpoints.loading import load_tokenizer
 from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.request.output import RequestOutput, SpeculationRecord
 from ssd.testing.twins.llm import ScriptedLLM

@@ -21,7 +21,7 @@ from ssd.bench.drafts.trees import (
 )
 from ssd.config.load import load_config, resolve_model_path
 from ssd.engine.front import make_plan
-from ssd.models.loading import load_model
+from ssd.models.checkpoints.loading import load_model
 from ssd.pipeline.runtime.build_draft import build_draft
 from ssd.pipeline.runtime.build_verifier import build_verifier
 from ssd.testing.twins.rounds import play

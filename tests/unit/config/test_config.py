@@ -212,7 +212,7 @@ def test_model_paths(tmp_path: Path) -> None:
 
 
 def test_shipped_models_lie_in_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("ssd.config.load.MODEL_FOLDER", tmp_path)
+    monkeypatch.setattr("ssd.config.model_paths.MODEL_FOLDER", tmp_path)
     with pytest.raises(ModelError, match="train_pair"):
         resolve_model_path("embedded/target")
     folder = tmp_path / "embedded" / "target"

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, RootModel, Str
 from typing_extensions import TypedDict
 
 import ssd
-from ssd.models.loading import load_tokenizer
+from ssd.models.checkpoints.loading import load_tokenizer
 from ssd.request.structured import StructuredOutputsParams
 from ssd.testing.walks import Walker
 

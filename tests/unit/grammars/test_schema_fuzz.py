@@ -13,7 +13,7 @@ import pytest
 
 import ssd
 from ssd import RequestError
-from ssd.models.loading import load_tokenizer
+from ssd.models.checkpoints.loading import load_tokenizer
 from ssd.request.structured import StructuredOutputsParams
 from ssd.testing.walks import Walker
 

@@ -14,7 +14,7 @@ import ssd
 from ssd import RequestError
 from ssd.grammars import compiler
 from ssd.grammars.keys import KeyScan
-from ssd.models.loading import load_tokenizer
+from ssd.models.checkpoints.loading import load_tokenizer
 from ssd.request.structured import StructuredOutputsParams
 from ssd.testing.walks import Walker
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssd.decoding.trees.shape import TreeShape
 from ssd.errors import RequestError
-from ssd.models.loading import lay_out_for_cpu
+from ssd.models.checkpoints.loading import lay_out_for_cpu
 from ssd.models.rows import BLOCK, RowPlan
 from ssd.models.runner import ForwardRunner, RunnerOptions, can_compile
 from ssd.testing.models.tiny import ARCHITECTURES, tiny_model

@@ -12,7 +12,7 @@ import pytest
 from transformers import Gemma3Config, LlamaConfig, PretrainedConfig
 
 from ssd.errors import ModelError
-from ssd.models.generation_config import FILE, end_ids, sampling_defaults
+from ssd.models.checkpoints.generation_config import FILE, end_ids, sampling_defaults
 
 
 def written(folder: Path, content: Any) -> Path:

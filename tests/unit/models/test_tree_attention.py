@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ssd.decoding.trees.shape import TreeShape
 from ssd.models.attention import tree_attention
+from ssd.models.checkpoints.loading import lay_out_for_cpu
 from ssd.models.cpu import operators
-from ssd.models.loading import lay_out_for_cpu
 from ssd.models.rows import RowPlan
 from ssd.models.runner import ForwardRunner, RunnerOptions, can_compile
 from ssd.testing.attention import CASES, TOLERANCE, Case, error

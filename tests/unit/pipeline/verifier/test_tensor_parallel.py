@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ssd import LLM, ConfigError, ModelError, SamplingParams, UsageError
 from ssd.config.load import load_config
+from ssd.models.parallel.sharding import shard
+from ssd.models.parallel.tensor_group import TensorGroup
 from ssd.models.runner import ForwardRunner
-from ssd.models.sharding import shard
-from ssd.models.tensor_group import TensorGroup
 from ssd.pipeline.runtime.launch import InprocPipeline
 from ssd.pipeline.runtime.plan import Plan
 from ssd.pipeline.verifier.ranks import LeadingRunner

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C import _distributed_c10d
 
-from ..errors import PipelineError, first_line
+from ...errors import PipelineError, first_line
 
 
 class TensorGroup:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import ModelError
-from .layers import Layers, find_layers
+from ...errors import ModelError
+from ..layers import Layers, find_layers
 from .tensor_group import TensorGroup
 
 # Not divided: norms over single heads, and embeddings, whose division would cost a sum per lookup.

@@ -1,4 +1,5 @@
-"""Loads stock transformers causal LMs from a local folder, and refuses models that would give wrong tokens."""
+"""Loads stock transformers causal LMs from a local folder or a GGUF file, and refuses models that would give wrong
+tokens."""
 
 from __future__ import annotations
 
@@ -12,45 +13,69 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging
 
-from ..errors import ModelError, first_line
+from ...errors import ModelError, first_line
+from ..cpu import operators
+from . import gguf_metadata
+from .gguf_file import GgufFile
+from .naming import Naming, check_complete
+from .support import check_supported
 
 if TYPE_CHECKING:  # fronts read configurations and tokenizers only, and this import takes two seconds
     from transformers import PreTrainedModel
+
+    from .gguf_weights import Weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # transformers sets torch's default dtype while it loads, for all threads of the process.
 _LOADING = threading.Lock()
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Returns the tokenizer of a model folder.
+def load_tokenizer(path: Path) -> Any:
+    """Returns the tokenizer of a model.
+
+    Args:
+        path: of a model folder or a GGUF file.
 
     Raises:
-        ModelError: the folder has none that transformers can load.
+        ModelError: the model has none that transformers can load.
     """
-    _check_folder(folder)
-    with _Naming(folder, "no usable tokenizer"):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if gguf_metadata.is_gguf(path):
+        return gguf_metadata.load_tokenizer(path)
+    _check_folder(path)
+    with Naming(path, "no usable tokenizer"):
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
-def load_model(folder: Path, *, dtype: str, device: str, max_positions: int) -> PreTrainedModel:
+def load_model(
+    path: Path, *, dtype: str, device: str, max_positions: int, weights: Weights = "dequantised"
+) -> PreTrainedModel:
     """Returns a causal LM for ``ForwardRunner``, in evaluation mode and without gradients.
 
     Args:
-        folder: of a transformers model.
+        path: of a transformers model's folder, or of a GGUF file.
         dtype: a key of ``DTYPES``.
         device: where it runs.
         max_positions: positions it will be asked for.
+        weights: how weights are kept; has no effect on a folder's.
 
     Raises:
-        ModelError: the folder has no safetensors, needs remote code, or its configuration is not supported.
+        ModelError: the model has no weights that can be loaded, needs remote code, or its configuration is not
+            supported.
     """
     logging.disable_progress_bar()
-    config = read_config(folder)
+    config = read_config(path)
     check_supported(config, max_positions)
+    if gguf_metadata.is_gguf(path):
+        model = _load_gguf(path, config, dtype=dtype, device=device, weights=weights)
+    else:
+        model = _load_folder(path, config, dtype=dtype, device=device)
+    return model.to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
+
+
+def _load_folder(folder: Path, config: PretrainedConfig, *, dtype: str, device: str) -> PreTrainedModel:
     # With accelerate, weights go directly to the GPU, shard by shard; otherwise through host memory.
     straight = torch.device(device).type == "cuda" and importlib.util.find_spec("accelerate") is not None
-    with _Naming(folder, "cannot be loaded"), _LOADING:
+    with Naming(folder, "cannot be loaded"), _LOADING:
         model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             folder,
             config=config,
@@ -62,33 +87,18 @@ def load_model(folder: Path, *, dtype: str, device: str, max_positions: int) -> 
             output_loading_info=True,
             **({"device_map": {"": device}} if straight else {}),
         )
-    # transformers would initialise them at random, so that every start gives other tokens.
-    if absent := sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"]))):
-        raise ModelError(f"{folder}: the weights lack {', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}")
-    return model.to(device).eval().requires_grad_(False)
+    check_complete(folder, (*report["missing_keys"], *report["mismatched_keys"]))
+    return model
 
 
-def check_supported(config: PretrainedConfig, max_positions: int) -> None:
-    """Checks what a configuration alone tells. Whether the layers decode right is found by running them (``layers``).
+def _load_gguf(path: Path, config: PretrainedConfig, *, dtype: str, device: str, weights: Weights) -> PreTrainedModel:
+    from . import gguf_weights
 
-    Args:
-        config: the model's.
-        max_positions: positions it will be asked for.
-
-    Raises:
-        ModelError: an encoder-decoder, rotary embeddings that depend on the text's length, or too few positions.
-    """
-    text = config.get_text_config()
-    kind = text.model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{kind}: encoder-decoder models are not supported")
-    rope = getattr(text, "rope_parameters", None) or {}
-    moving = {p.get("rope_type") for p in (rope, *rope.values()) if isinstance(p, dict)} & {"dynamic", "longrope"}
-    if moving:
-        raise ModelError(f"{kind}: {moving.pop()} rotary embeddings change with the length of the text; not supported")
-    positions = getattr(text, "max_position_embeddings", None)
-    if positions is not None and max_positions > positions:
-        raise ModelError(f"{kind}: knows {positions} positions, {max_positions} are needed; lower engine.max_model_len")
+    header = read_header(path)
+    with _LOADING:
+        if gguf_weights.packs(header, weights=weights, dtype=dtype, device=device) and operators.blocks_available():
+            return gguf_weights.load_packed(header, config)
+        return gguf_weights.load_dequantised(header, config, DTYPES[dtype])
 
 
 def _check_folder(folder: Path) -> None:
@@ -98,12 +108,20 @@ def _check_folder(folder: Path) -> None:
         raise ModelError(f"{folder} has no config.json; give the folder of a transformers model")
 
 
+def read_header(path: Path) -> GgufFile:
+    """Returns the header of a GGUF file. Raises: ModelError: a package is missing, or the file is damaged."""
+    gguf_metadata.check_packages(path)
+    return GgufFile.read(path)
+
+
 def read_config(folder: Path) -> PretrainedConfig:
-    """Returns a model folder's configuration.
+    """Returns the configuration of a model folder or a GGUF file.
 
     Raises:
-        ModelError: this engine does not load models from such a folder.
+        ModelError: this engine does not load models from there.
     """
+    if gguf_metadata.is_gguf(folder):
+        return gguf_metadata.read_config(folder)
     _check_folder(folder)
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -113,23 +131,8 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise ModelError(f"{folder}: config.json needs its own code (auto_map); remote code is refused")
     if not list(folder.glob("*.safetensors")):
         raise ModelError(f"{folder} has no *.safetensors; only safetensors weights are loaded")
-    with _Naming(folder, "unknown architecture"):
+    with Naming(folder, "unknown architecture"):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
-class _Naming:
-    """Turns any error of transformers, tokenizers or safetensors into a ModelError. No list of types would do: some of
-    theirs are bare ``Exception``."""
-
-    def __init__(self, folder: Path, problem: str):
-        self._folder, self._problem = folder, problem
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, ModelError):
-            raise ModelError(f"{self._folder}: {self._problem} ({first_line(error)})") from error
 
 
 def lay_out_for_cpu(model: PreTrainedModel) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from ..errors import ModelError, RequestError, first_line
-from ..request.sampling_params import SamplingParams
+from ...errors import ModelError, RequestError, first_line
+from ...request.sampling_params import SamplingParams
 
 log = logging.getLogger(__name__)
 
