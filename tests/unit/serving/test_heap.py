@@ -28,6 +28,7 @@ async def grown_by(*, trimming: bool) -> list[int]:
     """Returns by how many bytes a process has grown after each of several heavy phases in threads."""
     process, sizes = psutil.Process(), []
     trimmer = asyncio.create_task(keep_trim(0.05)) if trimming else None
+    await asyncio.sleep(0)  # the trimmer has taken its first look
     before = process.memory_info().rss
     kept: list[bytes] = []
 
