@@ -27,8 +27,10 @@ class ModelConfig(Section):
     attention: Literal["auto", "rows", "tree"] = "auto"
     """``rows``: masked attention, any device. ``tree``: Triton kernels. ``auto``: ``tree`` on a GPU, else ``rows``."""
     weights: Literal["auto", "packed", "dequantised"] = "auto"
-    """How a GGUF file's weights are kept in memory. ``packed``: in the file's blocks. ``auto``: packed for float32 on a
-    CPU where the operators can be built."""
+    """How a quantised model's weights are kept in memory. ``packed``: as in the file. ``auto``: packed for a GGUF file
+    in float32 on a CPU where the operators can be built, and for a folder on a GPU if its format brings kernels."""
+    adapter: str | None = Field(default=None, min_length=1)
+    """Folder of a LoRA adapter (peft) that is merged into the weights."""
     priority: Literal["normal", "high"] = "normal"
     """Priority of the worker's CUDA stream where draft and target share a GPU."""
 

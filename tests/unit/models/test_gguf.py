@@ -84,7 +84,7 @@ def test_packed_weights_are_those_of_transformers(tmp_path: Path, tied: bool, em
     for name, module in model.named_modules():
         if isinstance(module, BlocksLinear | BlocksEmbedding):
             outputs, depth = expected[f"{name}.weight"].shape
-            rows = torch.ops.ssd.blocks_rows(torch.arange(outputs), module.packed, module.type, outputs, depth)
+            rows = torch.ops.ssd.blocks_rows(torch.arange(outputs), module.packed, module.kind, outputs, depth)
             assert torch.equal(rows, expected[f"{name}.weight"]), name
             packed += 1
         elif isinstance(module, nn.Linear | nn.Embedding):
