@@ -68,6 +68,13 @@ def _check_draft(config: Config, where: str) -> None:
                 "(or set speculation.method=none, or self)"
             )
         return
+    if bool(draft.model) == (draft.propose is not None):
+        raise ConfigError(f"{where}draft.model is missing; give a model (or a function as draft.propose, not both)")
+    if draft.propose is not None and (speculation.method == "ssd" or draft.data_parallel > 1):
+        raise ConfigError(
+            f"{where}draft.propose makes candidates on demand, in one process; set speculation.method=sd and "
+            "draft.data_parallel=1"
+        )
     if draft.data_parallel > 1 and speculation.anytime:
         raise ConfigError(
             f"{where}speculation.anytime ends the tree of one draft only; set draft.data_parallel=1 or "

@@ -14,8 +14,8 @@ from ..config.sections import Config, rank_of, section_of
 from ..errors import ConfigError, PipelineError, RequestError, UsageError, WorkerError
 from ..grammars.compiler import Grammars
 from ..models.checkpoints.generation_config import end_ids
-from ..models.checkpoints.loading import load_tokenizer, read_config
-from ..models.checkpoints.pairs import kept_tokens, paired
+from ..models.checkpoints.loading import check_weights, load_tokenizer, read_config
+from ..models.checkpoints.pairs import Pairing, paired_with, shorter_context
 from ..models.skipping import SkipSet
 from ..pipeline.runtime.plan import Plan, check_sizes
 from ..pipeline.transport.messages import (
@@ -315,7 +315,10 @@ def make_plan(config: Config) -> tuple[Any, Plan]:
     """
     target = resolve_model_path(config.target.model)
     tokenizer = load_tokenizer(target)
-
+    for model in (config.target, config.draft):
+        if model is not None and model.model:  # a draft may be a function
+            path = resolve_model_path(model.model)
+            check_weights(path, read_config(path), weights=model.weights, device=model.device, adapter=model.adapter)
     text = read_config(target).get_text_config()
     if (wanted := config.speculation.self_draft) is not None:
         SkipSet.of(wanted.skip_attention, wanted.skip_mlp, text.num_hidden_layers)  # fails as the verifier would
@@ -323,19 +326,21 @@ def make_plan(config: Config) -> tuple[Any, Plan]:
             raise ConfigError(
                 "method self runs on one rank; set target.tensor_parallel=1 (or take away speculation.self)"
             )
-    other, rows, shared, kept, context = tokenizer, text.vocab_size, False, None, None
-    if config.draft is not None:
+    pairing, context = Pairing.alone(tokenizer, text.vocab_size), None
+    if config.draft is not None and config.draft.propose is None:
         draft = resolve_model_path(config.draft.model)
-        other, shared, kept = load_tokenizer(draft), config.draft.vocabulary == "shared", kept_tokens(draft)
-        theirs = read_config(draft).get_text_config()
-        rows, context = theirs.vocab_size, getattr(theirs, "max_position_embeddings", None)
-    pairing = paired(tokenizer, other, target_rows=text.vocab_size, draft_rows=rows, shared=shared, kept=kept)
+        pairing = paired_with(draft, tokenizer, text.vocab_size, shared=config.draft.vocabulary == "shared")
+        context = shorter_context(read_config(draft), config.engine.max_model_len)
+        if context is not None and context < 4 * config.speculation.depth + 4:
+            raise ConfigError(
+                f"the draft knows {context} positions, too few for speculation.lookahead={config.speculation.depth}"
+            )
     ends = end_ids(target, read_config(target), tokenizer, vocabulary=pairing.size)
     plan = Plan(
         config=config,
         vocabulary=pairing.size,
         ends=ends,
         mapped=pairing.map is not None,
-        draft_context=min(context or config.engine.max_model_len, config.engine.max_model_len),
+        draft_context=context,
     )
     return tokenizer, plan

@@ -156,7 +156,7 @@ class ForwardRunner:
             tier *= 4
         self.contexts.append(slots)
 
-    def over(self, model: PreTrainedModel, vocabulary: int | None = None) -> Self:
+    def over(self, model: nn.Module, vocabulary: int | None = None) -> Self:
         """Returns a runner of ``model`` over the same slots: this runner's model with sublayers left out, or with other
         token ids, which are below ``vocabulary``."""
         twin = copy.copy(self)

@@ -25,8 +25,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from ...errors import ModelError, first_line
+from .loading import load_tokenizer, read_config
 from .vocabulary import Vocabulary
 
 
@@ -54,9 +56,67 @@ class Pairing:
     map: VocabularyMap | None
     """None: the draft's ids are the target's."""
 
+    @classmethod
+    def alone(cls, tokenizer: Any, rows: int) -> Pairing:
+        """Returns that of a target without a draft, whose output head has so many rows. Raises: ModelError."""
+        vocabulary = Vocabulary.of(tokenizer)
+        vocabulary.check_head("target", rows)
+        return cls(size=vocabulary.size, map=None)
+
+
+def paired_with(folder: Path, target: Any, target_rows: int, *, shared: bool) -> Pairing:
+    """Compares the vocabulary of the draft in ``folder`` with its target's; arguments and errors as for ``paired``."""
+    return paired(
+        target,
+        load_tokenizer(folder),
+        target_rows=target_rows,
+        draft_rows=read_config(folder).get_text_config().vocab_size,
+        shared=shared,
+        kept=kept_tokens(folder),
+    )
+
+
+MASKS = ("pard_token", "ptd_token_id")
+"""Keys of a parallel draft's ``config.json`` that name its mask token, as vLLM reads them."""
+
+
+def mask_token(draft: PretrainedConfig, wanted: bool | int | str) -> int | None:
+    """Returns the token that a parallel draft is fed for candidates that are not known yet, in its own ids; None if the
+    draft is not parallel.
+
+    Args:
+        draft: its configuration.
+        wanted: ``draft.parallel``.
+
+    Raises:
+        ModelError: no mask token is known, or the draft has no such token.
+    """
+    if wanted is False:
+        return None
+    text = draft.get_text_config()
+    named = [getattr(text, key, None) for key in MASKS]
+    given = wanted if type(wanted) is int else next((token for token in named if token is not None), None)
+    if given is None and wanted is True:
+        raise ModelError(f"draft.parallel: config.json names no mask token ({' or '.join(MASKS)}); give its id instead")
+    if given is not None and not (type(given) is int and 0 <= given < text.vocab_size):
+        raise ModelError(f"the draft's mask token {given} is none of its {text.vocab_size} tokens")
+    return given
+
+
+def shorter_context(draft: PretrainedConfig, tokens: int) -> int | None:
+    """Returns how many positions a draft knows, if that is fewer than ``tokens``; otherwise None."""
+    positions = getattr(draft.get_text_config(), "max_position_embeddings", None)
+    return positions if positions is not None and positions < tokens else None
+
 
 def paired(
-    target: Any, draft: Any, *, target_rows: int, draft_rows: int, shared: bool = False, kept: Sequence[int] | None = None
+    target: Any,
+    draft: Any,
+    *,
+    target_rows: int,
+    draft_rows: int,
+    shared: bool = False,
+    kept: Sequence[int] | None = None,
 ) -> Pairing:
     """Compares the vocabularies of a pair.
 
@@ -103,19 +163,21 @@ def paired(
 
 
 def _conflict(target: Vocabulary, draft: Vocabulary) -> str | None:
-    """Returns the first token, by id, that keeps the ids of two vocabularies from being the same; None if there is
-    none. Added tokens of one of them are none, and neither are special tokens that have the same id in both."""
-    for name in sorted({*target.ids, *draft.ids}, key=lambda name: (target.ids.get(name, draft.ids.get(name, 0)), name)):
+    """Returns the first token, by id, because of which two tokenizers are different; None if there is none. Tokens
+    added to one of them do not count, and neither do special tokens of other names under the same id."""
+
+    def apart(token: int, one: Vocabulary, other: Vocabulary) -> bool:
+        return token in one.added and (token not in other.tokens or token in other.special)
+
+    by_id = {**draft.ids, **target.ids}
+    for name in sorted(by_id, key=lambda name: (by_id[name], name)):
         ours, theirs = target.ids.get(name), draft.ids.get(name)
-        if ours == theirs:
+        if ours is None and theirs is not None and apart(theirs, draft, target):
             continue
-        if ours is None and theirs is not None:
-            if theirs in draft.added and (theirs not in target.tokens or theirs in target.special):
-                continue
-        elif theirs is None and ours is not None:
-            if ours in target.added and (ours not in draft.tokens or ours in draft.special):
-                continue
-        return name
+        if theirs is None and ours is not None and apart(ours, target, draft):
+            continue
+        if ours != theirs:
+            return name
     return None
 
 
@@ -144,9 +206,8 @@ def _map(
     # A trimmed draft may have a whole embedding, or one that is trimmed as its head is.
     trimmed = kept is not None and draft_rows < draft.size
     if trimmed and draft_rows != len(head):
-        raise ModelError(
-            f"the draft's embedding has {draft_rows} rows; {len(head)} (its trimmed vocabulary) or {draft.size} are needed"
-        )
+        wanted = f"{len(head)} (its trimmed vocabulary) or {draft.size} (its tokenizer)"
+        raise ModelError(f"the draft's embedding has {draft_rows} rows; it must have {wanted}")
     places = {token: row for row, token in enumerate(head)} if trimmed else {row: row for row in draft.tokens}
     fed = _Fed(target, draft, places)
     to_draft = torch.zeros(target.size, dtype=torch.int64)
@@ -187,9 +248,9 @@ class _Fed:
 def kept_tokens(folder: Path) -> list[int] | None:
     """Returns the ids, in the draft's tokenizer, of the rows of a trimmed output head; None if it is not trimmed.
 
-    A trimmed draft has the tensor ``d2t`` of EAGLE-3 in one of its safetensors files, for example in
-    ``draft_vocab.safetensors``: row r of the head is token r + d2t[r]. If it has ``t2d`` (one bool for each token), that
-    must agree.
+    A trimmed draft has EAGLE-3's tensor ``d2t`` in one of its safetensors files, for example in
+    ``draft_vocab.safetensors``: row r of the head stands for token r + d2t[r]. A tensor ``t2d`` (one bool for each
+    token) is optional and must name the same tokens.
 
     Raises:
         ModelError: the tensors are no such map.
@@ -198,7 +259,8 @@ def kept_tokens(folder: Path) -> list[int] | None:
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as opened:
-                tensors |= {name: opened.get_tensor(name) for name in ("d2t", "t2d") if name in opened.keys()}
+                names = {"d2t", "t2d"} & {*opened.keys()}
+                tensors |= {name: opened.get_tensor(name) for name in names}
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file}: cannot be read ({first_line(error)})") from error
     offsets, known = tensors.get("d2t"), tensors.get("t2d")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,7 @@ class BranchSteps:
             )
             for step in range(deepest)
         ]
+        self._joined: dict[int, RowPlan] = {}
         self._places = [
             torch.arange(plan.scratch_start, plan.scratch_start + budget, device=device) for plan in self.plans
         ]
@@ -50,6 +53,16 @@ class BranchSteps:
     def tree(self, batch: int) -> Rows:
         """Returns the rows of the trees under verification."""
         return Rows(self.glue, 0, self._depths.expand(batch, -1), in_tree=True)
+
+    def together(self, depth: int, nodes: Tensor) -> Rows:
+        """Returns the rows of the first ``depth`` steps as those of one forward, step by step."""
+        steps = [self.rows(step, nodes) for step in range(depth)]
+        layouts = [step.layout for step in steps if step.layout is not None]
+        plan = self._joined.setdefault(depth, _joined(self.plans[:depth]))
+        ahead = torch.cat([one.offsets for one in layouts], dim=1)
+        limits, places = torch.cat([one.limits for one in layouts], dim=1), torch.cat(self._places[:depth])
+        masks = [one.mask for one in layouts if one.mask is not None]
+        return Rows(plan, 0, ahead, Layout(ahead, limits, places, torch.cat(masks, dim=1)))
 
     def rows(self, step: int, nodes: Tensor) -> Rows:
         """Returns the rows of one step of branches that continue ``nodes [B, N]``."""
@@ -60,6 +73,19 @@ class BranchSteps:
         # A leaf's own key is in scratch, so main ends before its position.
         ahead, limits = depths + 1 + step, depths + (~leaf).long()
         return Rows(self.plans[step], step, ahead, Layout(ahead, limits, self._places[step], mask))
+
+
+def _joined(plans: Sequence[RowPlan]) -> RowPlan:
+    """Returns the plan of one forward with the rows of several steps."""
+    masks = [plan.scratch_mask for plan in plans if plan.scratch_mask is not None]
+    return RowPlan(
+        name=f"branches {len(plans)}",
+        offsets=tuple(offset for plan in plans for offset in plan.offsets),
+        limits=tuple(limit for plan in plans for limit in plan.limits),
+        in_place=0,
+        scratch_start=plans[0].scratch_start,
+        scratch_mask=tuple(row for mask in masks for row in mask),
+    )
 
 
 def branched(walk: Walk, steps: BranchSteps, forecast: Forecast, tokens: Tensor) -> Frontier:

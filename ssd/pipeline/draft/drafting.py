@@ -26,11 +26,12 @@ class Drafting:
     """
 
     def __init__(self, model: DraftModel, *, lookaheads: tuple[int, ...], anytime: bool):
-        self._model, self._lookaheads, self._anytime = model, lookaheads, anytime
+        self._model, self._lookaheads = model, lookaheads
+        self._anytime = anytime and model.mask is None  # the only forward of a parallel draft cannot end early
         self.branches = BranchSteps(model.shape, model.forecast.budget, model.runner.device)
         self._chain = ChainSteps("chain")
         self.stepwise = StepByStep(model, self.branches, self._chain)
-        self.fused = (InParts if anytime else Whole)(model, self.branches, self._chain)
+        self.fused = (InParts if self._anytime else Whole)(model, self.branches, self._chain)
 
     @property
     def samples(self) -> bool:
@@ -46,10 +47,11 @@ class Drafting:
     def warm_up(self, selector: Selector) -> None:
         """Compiles every form that a round needs."""
         model, runner = self._model, self._model.runner
-        runner.warm_up([self.branches.glue, self._chain.plan])
         nodes = torch.zeros(runner.batch, model.forecast.budget, dtype=torch.int64, device=runner.device)
-        first = self.branches.rows(0, nodes)
-        runner.warm_up([first.plan], first.layout)
+        runner.warm_up([self.branches.glue])
+        for steps, depth in product((self._chain, self.branches), (1,) if model.mask is None else self._lookaheads):
+            rows = steps.rows(0, nodes) if model.mask is None else steps.together(depth, nodes)
+            runner.warm_up([rows.plan], rows.layout)
         for count in selector.counts if runner.fuses else ():
             model.sampling.select(selected := selector.first(count))
             lengths = torch.zeros(count, dtype=torch.int64, device=runner.device)

@@ -18,11 +18,11 @@ from ...decoding.verify.draft_probs import DraftProbs
 from ...models.runner import ForwardRunner
 from ..sampling.scorers import ExactScorer, LikelyScorer, Requested, RequestTensors
 from ..sampling.slots import SlotSampling
-from ..sampling.walk import ChainSteps, Frontier, Walk, fused_forward, never, single_forward, walked
+from ..sampling.walk import ChainSteps, Forward, Frontier, Scorer, Walk, fused_forward, never, single_forward, walked
+from .at_once import AtOnce, Steps
 from .branches import BranchSteps, branched
 from .sampler import CandidateSampler, DrawingScorer
 
-Steps = BranchSteps | ChainSteps
 Body = Callable[..., Any]
 
 
@@ -38,6 +38,16 @@ class DraftModel:
     copying: CopyBias
     sampler: CandidateSampler | None = None
     """Draws the candidates under ``rejection`` and ``block``; None under ``coupled``."""
+    mask: int | None = None
+    """The token that a parallel draft is fed for candidates that are not known yet; None: the draft is not parallel."""
+
+    def walk(self, steps: Steps, forward: Forward, scorer: Scorer, batch: DraftBatch, depth: int) -> Walk:
+        """Returns the walk of ``depth`` steps above the slots of a batch."""
+        source = self.copying.source(batch.lengths, batch.slots)
+        if self.mask is None:
+            return Walk(steps.rows, forward, scorer, source)
+        together = AtOnce(steps, forward, depth=depth, mask=self.mask)
+        return Walk(together.rows, together.forward, scorer, source)
 
 
 class DraftBatch(NamedTuple):
@@ -82,25 +92,24 @@ class StepByStep:
         self._siblings, self._paths = model.shape.siblings, TreePaths(model.shape, model.runner.device)
 
     def grow(self, batch: DraftBatch, longest: int, depth: int, ended: Callable[[], bool] = never) -> Grown:
-        walk = self._walk(self._branches, batch, longest)
+        walk = self._walk(self._branches, batch, longest, depth)
         frontier = branched(walk, self._branches, self._model.forecast, batch.tokens)
         trees = comb_tokens(walked(walk.step, frontier, depth, ended), self._siblings)
         return Grown(frontier.nodes, frontier.fed, trees, walk.scorer.drawn(len(self._siblings)))
 
     def chains(self, batch: DraftBatch, longest: int, depth: int) -> tuple[Tensor, DraftProbs | None]:
-        walk = self._walk(self._chain, batch, longest)
+        walk = self._walk(self._chain, batch, longest, depth)
         trees = comb_tokens(walked(walk.step, walk.below(batch.tokens), depth), self._siblings)
         drawn = walk.scorer.drawn(len(self._siblings))
         return trees[:, 0], None if drawn is None else drawn[:, 0]
 
-    def _walk(self, steps: Steps, batch: DraftBatch, longest: int) -> Walk:
+    def _walk(self, steps: Steps, batch: DraftBatch, longest: int, depth: int) -> Walk:
         model, (_, lengths, slots) = self._model, batch
         given = model.sampling, 1 + max(self._siblings), model.sampling.noise(lengths), self._paths
         scorer = ExactScorer(*given)
         if model.sampler is not None and model.sampling.params.random:
             scorer = DrawingScorer(*given, sampler=model.sampler, lengths=lengths)
-        forward = single_forward(model.runner, lengths, longest, slots)
-        return Walk(steps.rows, forward, scorer, model.copying.source(lengths, slots))
+        return model.walk(steps, single_forward(model.runner, lengths, longest, slots), scorer, batch, depth)
 
 
 class Whole:
@@ -135,7 +144,7 @@ class Whole:
 
     def _tree(self, depth: int) -> Body:
         def tree(batch: DraftBatch, requested: Requested) -> tuple[Tensor, Tensor, Tensor]:
-            walk = self._walk(self._branches, batch, requested)
+            walk = self._walk(self._branches, batch, requested, depth)
             frontier = branched(walk, self._branches, self._model.forecast, batch.tokens)
             return frontier.nodes, frontier.fed, comb_tokens(walked(walk.step, frontier, depth), self._siblings)
 
@@ -143,20 +152,21 @@ class Whole:
 
     def _below(self, depth: int) -> Body:
         def chain(batch: DraftBatch, requested: Requested) -> Tensor:
-            walk = self._walk(self._chain, batch, requested)
+            walk = self._walk(self._chain, batch, requested, depth)
             return comb_tokens(walked(walk.step, walk.below(batch.tokens), depth), self._siblings)
 
         return chain
 
-    def _walk(self, steps: Steps, batch: DraftBatch, requested: Requested) -> Walk:
+    def _walk(self, steps: Steps, batch: DraftBatch, requested: Requested, depth: int) -> Walk:
         model, (_, lengths, slots) = self._model, batch
         forward = fused_forward(model.runner, lengths, model.runner.contexts[0], slots)
         scorer = LikelyScorer(model.sampling, 1 + max(self._siblings), requested)
-        return Walk(steps.rows, forward, scorer, model.copying.source(lengths, slots))
+        return model.walk(steps, forward, scorer, batch, depth)
 
 
 class InParts(Whole):
-    """A tree's walk as several compiled functions, so that it can end early: the forecast, and each step."""
+    """A tree's walk as several compiled functions, so that it can end early: the forecast, and each step. Not for
+    parallel drafts, which take all steps at once."""
 
     def grow(self, batch: DraftBatch, longest: int, depth: int, ended: Callable[[], bool] = never) -> Grown:
         requested = self._requested(batch)
@@ -171,7 +181,7 @@ class InParts(Whole):
 
     def _begin(self, _: int) -> Body:
         def begin(batch: DraftBatch, requested: Requested) -> tuple[Tensor, Tensor, Tensor | None]:
-            walk = self._walk(self._branches, batch, requested)
+            walk = self._walk(self._branches, batch, requested, 1)
             frontier = branched(walk, self._branches, self._model.forecast, batch.tokens)
             return frontier.nodes, frontier.fed, frontier.endings
 
@@ -181,7 +191,7 @@ class InParts(Whole):
         def advance(
             batch: DraftBatch, requested: Requested, fed: Tensor, nodes: Tensor, endings: Tensor | None
         ) -> tuple[Tensor, Tensor, Tensor | None]:
-            walk = self._walk(self._branches, batch, requested)
+            walk = self._walk(self._branches, batch, requested, 1)
             children, frontier = walk.step(number, Frontier(fed, nodes, endings))
             return children, frontier.fed, frontier.endings
 

@@ -53,6 +53,8 @@ class CandidateSampler:
         greedy = best.indices.masked_fill(best.values == -torch.inf, ABSENT)
         scaled = downscale(scaled_logits(logits, params), self._fan_out[depth], self._scale)
         draft = DraftProbs.of_logits(scaled, self.probs.size)
+        # A grammar may allow no token that the draft has.
+        draft = DraftProbs(draft.tokens, draft.probs.nan_to_num(0))
         seeds = derive(params.seed[:, None], DRAFT_STREAM, roots)
         noise = gumbel_at(seeds, torch.full_like(roots, depth), draft.tokens)
         sampled = (params.temperature > 0)[:, None, None]

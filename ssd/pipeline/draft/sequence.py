@@ -34,3 +34,17 @@ class DraftRow:
     def whole(self) -> bool:
         """Whether all its keys are here, so that the next forward may include it."""
         return self.cached == len(self.tokens)
+
+
+@dataclass(kw_only=True, slots=True)
+class ProposedRow:
+    """One sequence of a draft without a model."""
+
+    tokens: list[int]
+    """All certain tokens."""
+    tree: list[int]
+    """``[W - 1]``, the candidates under verification; ``ABSENT`` where there is none."""
+    forecasts: bool
+    """Whether it is a request of method ``ssd``, which may take n-grams."""
+    ngrams: NgramIndex
+    """Of its tokens."""

@@ -25,7 +25,8 @@ class Round:
     waiting: tuple[int, ...] = ()
     """Slots whose candidates are still to be drafted, while the verifier waits."""
     behind: frozenset[int] = frozenset()
-    """Requests for which the draft could prepare nothing, because it is still computing their keys."""
+    """Requests for which the draft could prepare nothing, because it is still computing their keys, or because they
+    are longer than its context."""
 
     @classmethod
     def empty(cls, batch: int) -> Round:

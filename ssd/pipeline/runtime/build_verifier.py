@@ -47,6 +47,7 @@ def build_verifier(
         lookaheads=plan.lookaheads,
         ends=frozenset(plan.ends),
         max_model_len=config.engine.max_model_len,
+        draft_limit=plan.draft_limit,
         prefix_caching=config.engine.prefix_caching and runner.shares_prefixes,
     )
     sampling = SlotSampling(

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from functools import partial
 
 from ...errors import PipelineError
+from ..draft.proposing import Draft
 from ..draft.ranks import LeadingDraft
-from ..draft.worker import DraftWorker
 from ..round.frames import Frames, Next
 from ..transport.inbox import Inbox
 from ..transport.lanes import ControlLane
@@ -23,7 +23,7 @@ TIMED_ROUNDS = 4096
 
 
 def draft_loop(
-    worker: DraftWorker | LeadingDraft,
+    worker: Draft | LeadingDraft,
     link: Link,
     lane: ControlLane,
     frames: Frames,

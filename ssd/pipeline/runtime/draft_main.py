@@ -11,19 +11,20 @@ from ...config.machine import usable_cores
 from ...config.sections import rank_of
 from ...errors import LinkError
 from ...models.device import own_stream
+from ..draft.proposing import Draft
 from ..draft.ranks import DraftRank, LeadingDraft, share_loop
 from ..draft.worker import DraftWorker
 from ..transport.lanes import ControlLane
 from ..transport.links.kinds import link_kind
 from ..transport.messages import Failed, Ready, Shutdown
 from ..transport.rendezvous import Rendezvous, VerifierSide, draft_side, own_address, publish, published
-from .build_draft import build_draft
+from .build_draft import any_draft
 from .cores import set_threads, settle
 from .draft_loop import draft_loop
 from .plan import Plan
 from .worker_main import LastWords, introduce
 
-Build = Callable[[Plan], tuple[DraftWorker, dict[str, Any]]]
+Build = Callable[[Plan], tuple[Draft, dict[str, Any]]]
 
 
 def run_draft(
@@ -41,11 +42,11 @@ def run_draft(
         role: ``draft`` for the rank that the verifier talks to, ``draft-1``, ... for the others.
         folder: where the first of several ranks opens its sockets.
         alive: whether there is still a front to serve.
-        build: makes the warm draft and its description; by default ``build_draft``.
+        build: makes the warm draft and its description; by default ``any_draft``.
     """
     config, rank = plan.config, rank_of(role)
     assert config.draft is not None
-    build = build or partial(build_draft, rank=rank)
+    build = build or partial(any_draft, rank=rank)
     with (
         LastWords(role, front),
         own_stream(config.draft.device, config.draft.priority),
@@ -66,11 +67,12 @@ def run_draft(
         meeting = None
         if len(config.draft_roles) > 1:
             meeting = opened.enter_context(contextlib.closing(RankMeeting(plan, rendezvous, folder=folder)))
-        worker: DraftWorker | LeadingDraft
+        worker: Draft | LeadingDraft
         worker, info = build(plan)
         if not wanted():  # building takes long: the front may have left
             return
         if meeting is not None:
+            assert isinstance(worker, DraftWorker)
 
             def lost(other: str, why: str) -> None:
                 front.send(Failed(role=other, message=why, degraded=True))
@@ -113,6 +115,7 @@ def _share(
     link, lane = draft_side(first, timeout_s=start_timeout_s)
     with contextlib.closing(lane), contextlib.closing(link):
         assert plan.config.draft is not None
+        assert isinstance(worker, DraftWorker)
         settle(usable_cores(plan.config.draft.cores))
         front.send(Ready(role=role, info=info))
         with contextlib.suppress(LinkError):  # the first rank left in mid-round

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -22,7 +23,7 @@ from .plan import Plan
 
 if TYPE_CHECKING:
     from ...models.checkpoints.loading import PreTrainedModel
-    from ..draft.worker import DraftWorker
+    from ..draft.proposing import Draft
     from ..transport.rank_lanes import Ranks
     from ..verifier.worker import VerifierWorker
 
@@ -104,11 +105,11 @@ class InprocPipeline:
         with self._building:
             return build_verifier(plan, self._models.get("verifier"), ranks)
 
-    def _build_draft(self, role: str, plan: Plan) -> tuple[DraftWorker, dict[str, Any]]:
-        from .build_draft import build_draft
+    def _build_draft(self, role: str, plan: Plan) -> tuple[Draft, dict[str, Any]]:
+        from .build_draft import any_draft
 
         with self._building:
-            return build_draft(plan, self._models.get(role), rank_of(role))
+            return any_draft(plan, self._models.get(role), rank_of(role))
 
     def check(self) -> list[str]:
         return [role for role, thread in self._threads.items() if not thread.is_alive()]
@@ -135,7 +136,7 @@ def _unpinned(plan: Plan) -> Plan:
         changed["engine"] = config.engine.model_copy(update={"link": "host"})
     if config.draft is not None:
         changed["draft"] = config.draft.model_copy(update={"cores": None})
-    return Plan(config=config.model_copy(update=changed), vocabulary=plan.vocabulary, ends=plan.ends)
+    return replace(plan, config=config.model_copy(update=changed))
 
 
 class LocalPipeline:

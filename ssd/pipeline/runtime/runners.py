@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,21 +27,38 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunnerSizes:
+    """Sizes of a runner that depend on the model."""
+
+    capacity: int
+    """Tokens of a sequence."""
+    scratch_slots: int
+    """X, the scratch slots of a sequence."""
+    vocabulary: int
+    """Token ids of the model are below it."""
+
+
 def target_runner(plan: Plan, model: PreTrainedModel | None = None, ranks: Ranks | None = None) -> ForwardRunner:
     """Returns the target's runner, not warmed up. Arguments and errors are those of :func:`make_runner`."""
-    return make_runner(plan, plan.config.target, model, scratch=plan.shape.nodes - plan.shape.depth - 1, ranks=ranks)
+    sizes = RunnerSizes(
+        capacity=plan.config.engine.max_model_len,
+        scratch_slots=plan.shape.nodes - plan.shape.depth - 1,
+        vocabulary=plan.vocabulary,
+    )
+    return make_runner(plan, plan.config.target, model, sizes, ranks=ranks)
 
 
 def make_runner(
-    plan: Plan, wanted: ModelConfig, model: PreTrainedModel | None, *, scratch: int, ranks: Ranks | None = None
+    plan: Plan, wanted: ModelConfig, model: PreTrainedModel | None, sizes: RunnerSizes, *, ranks: Ranks | None = None
 ) -> ForwardRunner:
     """Returns a runner, not warmed up.
 
     Args:
-        plan: sizes of the engine.
+        plan: of the pairing.
         wanted: the model's section of the configuration.
         model: the model, if it is loaded already.
-        scratch: scratch slots of a sequence.
+        sizes: of the runner.
         ranks: the ranks that share the model, if several do.
 
     Raises:
@@ -49,26 +67,18 @@ def make_runner(
     """
     engine = plan.config.engine
     if model is None:
-        folder = resolve_model_path(wanted.model)
-        device = wanted.device if ranks is None else "cpu"  # a rank's device need not hold the whole model
-        model = load_model(
-            folder,
-            dtype=wanted.dtype,
-            device=device,
-            max_positions=engine.max_model_len,
-            weights=wanted.weights if ranks is None else "dequantised",
-        )
+        model = loaded(wanted, sizes.capacity, sharded=ranks is not None)
     sharding = None
     if ranks is not None:
         sharding = shard(model, ranks.group)
         model.to(wanted.device)  # pyright: ignore[reportArgumentType]
     options = RunnerOptions(
         batch=engine.max_batch,
-        capacity=engine.max_model_len,
-        scratch_slots=scratch,
+        capacity=sizes.capacity,
+        scratch_slots=sizes.scratch_slots,
         prefill_chunk=engine.prefill_chunk,
         chain=plan.shape.depth + 1,
-        vocabulary=plan.vocabulary,
+        vocabulary=sizes.vocabulary,
         compile=_compiles(wanted, model),
         attention=_attention(wanted, model),
     )
@@ -85,6 +95,27 @@ def make_runner(
         else:
             lay_out_for_cpu(model)
     return runner
+
+
+def loaded(wanted: ModelConfig, positions: int, *, sharded: bool = False) -> PreTrainedModel:
+    """Returns a model.
+
+    Args:
+        wanted: its section of the configuration.
+        positions: how many it will be asked for.
+        sharded: it will be divided among ranks. A rank's device need not hold the whole model.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+    """
+    return load_model(
+        resolve_model_path(wanted.model),
+        dtype=wanted.dtype,
+        device="cpu" if sharded else wanted.device,
+        max_positions=positions,
+        weights="dequantised" if sharded else wanted.weights,
+        adapter=wanted.adapter,
+    )
 
 
 def _compiles(wanted: ModelConfig, model: PreTrainedModel) -> bool:

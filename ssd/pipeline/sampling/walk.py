@@ -91,8 +91,15 @@ class ChainSteps:
     def __init__(self, name: str):
         self.plan = RowPlan.sequential(name, 1)
 
+        self._joined: dict[int, RowPlan] = {}
+
     def rows(self, step: int, nodes: Tensor) -> Rows:
         return Rows(self.plan, step, step, shift=step, in_tree=step == 0)
+
+    def together(self, depth: int, nodes: Tensor) -> Rows:
+        """Returns the rows of the first ``depth`` steps as those of one forward, step by step."""
+        plan = self._joined.setdefault(depth, RowPlan.sequential(f"{self.plan.name} {depth}", depth))
+        return Rows(plan, 0, 0)
 
 
 Forward = Callable[[Rows, Tensor], Tensor]

@@ -31,5 +31,7 @@ class VerifierOptions:
     """End-of-text ids."""
     max_model_len: int
     """Tokens of a sequence, prompt included."""
+    draft_limit: int | None = None
+    """Length of a sequence from which on the draft does not speculate on it; None: it does to the end."""
     prefix_caching: bool = True
     """Reuse keys that earlier prompts left in the slots."""

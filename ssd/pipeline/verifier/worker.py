@@ -123,7 +123,7 @@ class VerifierWorker:
         admitted = self.slots.admitted
         requests: list[tuple[int, Method] | None] = [None] * self.runner.batch
         for slot, row in admitted:
-            requests[slot] = row.request, row.method
+            requests[slot] = row.request, "none" if self._beyond_draft(row) else row.method
         roles = self.steering.roles(requests, drafting=known is not None)
         told = known or {}
         introduced = {
@@ -134,6 +134,10 @@ class VerifierWorker:
         # The draft does not know the candidates of a sequence that it does not know.
         kept = {request: one for request, one in round.candidates.items() if request not in introduced}
         return Round(roles=roles, candidates=kept, introduced=tuple(introduced.values()))
+
+    def _beyond_draft(self, row: TargetSequence) -> bool:
+        limit = self.options.draft_limit
+        return limit is not None and len(row.tokens) >= limit
 
     def introductions(self, round: Round) -> list[Admit]:
         """Messages that make sequences known to the draft."""
@@ -318,6 +322,8 @@ class VerifierWorker:
                 candidates[row.request] = one
             elif round.roles.arms[slot] == "ngram":
                 candidates[row.request] = self._ngram(row, self._nothing)
+            elif self._beyond_draft(row):
+                behind.add(row.request)
         return Round(roles=round.roles, candidates=candidates, waiting=tuple(waiting), behind=frozenset(behind))
 
     def _looked_up(self, slot: int, row: TargetSequence, found: Found, *, looked_up: bool) -> Candidates:

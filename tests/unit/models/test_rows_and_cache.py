@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from ssd.decoding.trees.shape import TreeShape
 from ssd.errors import ModelError
 from ssd.models.cache import SlotCache
 from ssd.models.checkpoints.loading import load_model, load_tokenizer
-from ssd.models.checkpoints.vocabulary import shared_vocabulary
+from ssd.models.checkpoints.pairs import Pairing, paired
 from ssd.models.layers import FULL, find_layers
 from ssd.models.rows import BLOCK, RowPlan
 from ssd.testing.models.tiny import (
@@ -182,12 +183,16 @@ def test_missing_tensors_are_refused(folder_of: Callable[..., Path], tmp_path: P
         load(folder)
 
 
+def _paired(target: Any, draft: Any, target_rows: int, draft_rows: int) -> Pairing:
+    return paired(target, draft, target_rows=target_rows, draft_rows=draft_rows)
+
+
 def test_same_tokenizers_are_accepted() -> None:
-    assert shared_vocabulary(tiny_tokenizer(128), tiny_tokenizer(128), 128, 128) == 128
+    assert _paired(tiny_tokenizer(128), tiny_tokenizer(128), 128, 128).size == 128
 
 
 def test_padded_heads_are_accepted() -> None:
-    assert shared_vocabulary(tiny_tokenizer(128), tiny_tokenizer(128), 160, 192) == 128
+    assert _paired(tiny_tokenizer(128), tiny_tokenizer(128), 160, 192).size == 128
 
 
 def test_a_mismatch_names_the_token(tmp_path: Path) -> None:
@@ -198,18 +203,18 @@ def test_a_mismatch_names_the_token(tmp_path: Path) -> None:
     vocabulary[names[50]], vocabulary[names[51]] = 51, 50
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(ModelError) as error:
-        shared_vocabulary(tiny_tokenizer(128), AutoTokenizer.from_pretrained(tmp_path), 128, 128)
+        _paired(tiny_tokenizer(128), AutoTokenizer.from_pretrained(tmp_path), 128, 128)
     assert f"token {names[50]!r} is 50 in the target and 51 in the draft" in str(error.value)
 
 
 def test_a_longer_tokenizer_is_a_mismatch() -> None:
     with pytest.raises(ModelError, match="is None in the target and 128 in the draft"):
-        shared_vocabulary(tiny_tokenizer(128), tiny_tokenizer(129), 129, 129)
+        _paired(tiny_tokenizer(128), tiny_tokenizer(129), 129, 129)
 
 
 def test_a_head_smaller_than_its_tokenizer() -> None:
     with pytest.raises(ModelError, match="draft's output head has 100 rows"):
-        shared_vocabulary(tiny_tokenizer(128), tiny_tokenizer(128), 128, 100)
+        _paired(tiny_tokenizer(128), tiny_tokenizer(128), 128, 100)
 
 
 def test_threads_load_side_by_side(folder_of: Callable[..., Path]) -> None:
