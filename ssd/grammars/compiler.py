@@ -159,7 +159,7 @@ class Grammars:
         """
         ends = [end for end in self._ends if 0 <= end < self._vocabulary]
         began, rng = time.monotonic(), np.random.default_rng(0)
-        for trial in range(TRIALS):
+        for _ in range(TRIALS):
             matcher, tokens = compiled.matcher.deep_copy(), list[int]()
             for position in range(TRIAL_TOKENS):
                 mask = next_mask(matcher, self._vocabulary, self._tokenizer.greedy_tokenize)
