@@ -104,7 +104,20 @@ async def main() -> None:
                 done["by_format"][way.name] = {**told[way.name], "duration_s": round(time.perf_counter() - began, 1)}
                 print(f"{way.name}: {done['by_format'][way.name]['duration_s']} s", file=sys.stderr, flush=True)
                 write(options, done)
+    print(table(done["by_format"]))
     sys.exit(not all(good(way, options.floor) for way in done["by_format"].values()))
+
+
+def table(by_format: dict[str, Any]) -> str:
+    """Returns the counts of each format as a Markdown table."""
+    columns = ("answers", "with_calls", "calls", "reasoning", "cut", "tokens", "replays")
+    lines = [f"| format | {' | '.join(columns)} | different |", "|---|" + "---:|" * (len(columns) + 1)]
+    for name, way in by_format.items():
+        tallies = [tally for key, tally in way.items() if key != "duration_s"]
+        counts = [sum(tally[column] for tally in tallies) for column in columns]
+        different = sum(len(tally["different"]) for tally in tallies)
+        lines.append(f"| {name} | {' | '.join(map(str, [*counts, different]))} |")
+    return "\n".join(lines)
 
 
 def good(way: dict[str, Any], floor: float) -> bool:

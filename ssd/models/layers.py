@@ -176,7 +176,11 @@ def _recurrent(kind: str, model: PreTrainedModel, cache: _Watched) -> Recurrent 
     recurrent = [index for index, layer in enumerate(layers) if hasattr(layer, "recurrent_states")]
     if not recurrent:
         if getattr(model, "_is_stateful", False):
-            raise ModelError(f"{kind}: keeps a state outside transformers' cache; not supported")
+            unknown = {*(getattr(model.config.get_text_config(), "layer_types", None) or ())} - {*_REACHES}
+            what = f"layers of kind {sorted(unknown)[0]} keep" if unknown else "keeps"
+            raise ModelError(f"{kind}: {what} a state that cannot be taken back; not supported")
+        if not cache.heads:
+            raise ModelError(f"{kind}: keeps no keys in transformers' cache; not supported")
         return None
     if shared := set(cache.users.values()) & cache.attending:
         raise ModelError(f"{kind}: {sorted(shared)[0]} attends and keeps a state in one module; not supported")

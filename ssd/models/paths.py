@@ -95,7 +95,7 @@ class PathView(Cache):
             scratch_slots=self._all[:0],
             scratch_mask=None,
             scratch_positions=self._cache.scratch_positions[slot : slot + 1],
-            count=None,
+            count=count,
         )
         self.steps = RowSteps(self._cache.states, self._all[slot : slot + 1], places)
 

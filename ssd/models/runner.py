@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..errors import ModelError, RequestError
 from .attention import row_attention, tree_attention
 from .cache import SlotCache
+from .checkpoints.support import usable_positions
 from .cpu import operators
 from .cpu.blocks_linear import BlocksLinear, count_weights
 from .cpu.rows_linear import RowsLinear
@@ -109,7 +110,12 @@ class ForwardRunner:
 
     def _fit(self, options: RunnerOptions, layers: Layers, *, tried: bool) -> None:
         """Lays out for the attention that was asked for, or, if the model decodes wrong or not at all with it, for the
-        model's own. Raises: ModelError: it does not decode right with either."""
+        model's own. Raises: ModelError: it does not decode right with either, or has too few positions."""
+        text = self.model.config.get_text_config()
+        known, first = usable_positions(text), layers.first_position
+        if first and known is not None and options.capacity + first > known:
+            what = f"{text.model_type}: knows {known - first} positions, {options.capacity} are needed"
+            raise ModelError(f"{what}; lower engine.max_model_len")
         try:
             self._lay_out(options, layers, options.attention)
             if tried:

@@ -86,13 +86,16 @@ def load_model(
 def _load_folder(
     folder: Path, config: PretrainedConfig, *, dtype: str, device: str, weights: Weights
 ) -> PreTrainedModel:
-    # With accelerate, weights go directly to the GPU, shard by shard; otherwise through host memory.
-    straight = torch.device(device).type == "cuda" and importlib.util.find_spec("accelerate") is not None
     found = quantised.find_quantisation(folder, config)
     packed = quantised.stays_packed(folder, found, weights=weights, device=device)
     source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "config": config}
     if found is not None and not packed:
         source = quantised.loading_arguments(folder, config, found, DTYPES[dtype])
+    # With accelerate, weights go directly to the device, shard by shard; otherwise through host memory to a GPU. Some
+    # quantised weights would go to any GPU there is.
+    placed = torch.device(device).type == "cuda" or found is not None
+    if placed and "state_dict" not in source and importlib.util.find_spec("accelerate") is not None:
+        source["device_map"] = {"": device}
     with Naming(folder, "cannot be loaded"), _LOADING:
         model, report = AutoModelForCausalLM.from_pretrained(
             **source,
@@ -102,10 +105,9 @@ def _load_folder(
             use_safetensors=True,
             attn_implementation="eager",
             output_loading_info=True,
-            **({"device_map": {"": device}} if straight else {}),
         )
-        if not packed:
-            quantised.dequantise(model, DTYPES[dtype])
+        if found is not None and not packed:
+            quantised.dequantise(model, found, DTYPES[dtype])
     check_complete(folder, (*report["missing_keys"], *report["mismatched_keys"]))
     return model
 
@@ -148,6 +150,11 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise ModelError(f"{folder}: config.json cannot be read ({first_line(error)})") from error
     if "auto_map" in raw:
         raise ModelError(f"{folder}: config.json needs its own code (auto_map); remote code is refused")
+    if (folder / adapters.CONFIG).is_file():
+        raise ModelError(
+            f"{folder} has an adapter beside its model, which transformers may load unasked; move {adapters.CONFIG} "
+            "and its weights to a folder, and name that in the key adapter"
+        )
     if not list(folder.glob("*.safetensors")):
         raise ModelError(f"{folder} has no *.safetensors; only safetensors weights are loaded")
     with Naming(folder, "unknown architecture"):

@@ -171,19 +171,16 @@ def loading_arguments(
     return {"pretrained_model_name_or_path": folder, "config": config}
 
 
-def dequantise(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Dequantises, in place, what ``from_pretrained`` left packed."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None:
-        return
-    if quantizer.quantization_config.quant_method == "torchao":
+def dequantise(model: PreTrainedModel, found: Quantisation, dtype: torch.dtype) -> None:
+    """Dequantises, in place, the weights that ``from_pretrained`` can only load packed."""
+    if found.method == "bitsandbytes":
+        model.dequantize(dtype=dtype)
+    elif found.method == "torchao":
         for module in model.modules():
             for name, weight in list(module.named_parameters(recurse=False)):
                 if type(weight.data) is not Tensor:  # torchao's weights are subclasses
                     setattr(module, name, nn.Parameter(weight.dequantize().to(dtype), requires_grad=False))
-        quantizer.remove_quantization_config(model)
-    else:
-        model.dequantize(dtype=dtype)
+        model.hf_quantizer.remove_quantization_config(model)
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:

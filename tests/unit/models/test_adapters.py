@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from ssd.errors import ModelError
 from ssd.models.checkpoints import adapters
-from ssd.models.checkpoints.loading import load_model
+from ssd.models.checkpoints.loading import load_model, read_config
 from ssd.testing.models.gguf import write_gguf
 from ssd.testing.models.tiny import save_tiny
 
@@ -223,6 +223,14 @@ def test_one_of_two_tied_embeddings_is_refused(tmp_path: Path, target: str) -> N
     _save_adapter(base, tmp_path / "adapter", target_modules=["q_proj", target])
     with pytest.raises(ModelError, match="one of two tied embeddings"):
         _load(base, tmp_path / "adapter")
+
+
+def test_an_adapter_in_the_models_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    """transformers loads it where peft is installed, and does not where it is not."""
+    save_tiny(tmp_path, "llama")
+    _save_adapter(folder, tmp_path)
+    with pytest.raises(ModelError, match="has an adapter beside its model"):
+        read_config(tmp_path)
 
 
 def test_missing_package(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
@@ -14,6 +15,7 @@ import pytest
 from ssd.serving import heap
 from ssd.serving.heap import GROWN_BYTES, Heap, keep_trim, malloc_trim
 
+SOON_S = 20.0
 SCRIPT = """
 import asyncio, json, sys
 from test_heap import grown_by
@@ -26,6 +28,7 @@ async def grown_by(*, trimming: bool) -> list[int]:
     """Returns by how many bytes a process has grown after each of several heavy phases in threads."""
     process, sizes = psutil.Process(), []
     trimmer = asyncio.create_task(keep_trim(0.05)) if trimming else None
+    await asyncio.sleep(0)  # the trimmer has taken its first look
     before = process.memory_info().rss
     kept: list[bytes] = []
 
@@ -38,8 +41,10 @@ async def grown_by(*, trimming: bool) -> list[int]:
     for _ in range(3):
         with ThreadPoolExecutor(4) as threads:
             await asyncio.gather(*(asyncio.get_running_loop().run_in_executor(threads, work) for _ in range(4)))
-            await asyncio.sleep(0.5)
-            sizes.append(process.memory_info().rss - before)
+        until = time.monotonic() + (SOON_S if trimming else 0.0)
+        while process.memory_info().rss - before >= GROWN_BYTES and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        sizes.append(process.memory_info().rss - before)
     if trimmer is not None:
         trimmer.cancel()
     return sizes
