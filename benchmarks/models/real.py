@@ -42,12 +42,14 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--length", type=int, default=512, help="engine.max_model_len")
     parser.add_argument("--batch", type=int, default=3)
+    parser.add_argument("--eager", action="store_true", help="do not compile: slower, and starts at once")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     methods = args.methods.split(",")
     prompts = load_prompts(args.prompts)[: args.count]
     name = PACKAGED[args.model]
     model = {"model": name, "dtype": args.dtype, "weights": args.weights if args.dtype == "float32" else "auto"}
+    model |= {"compile": False} if args.eager else {}
     tree: dict[str, Any] = {
         "target": model,
         "speculation": {"method": "none", "governor": False, "self": {}, "lookahead": 3},

@@ -3,13 +3,15 @@
     python benchmarks/serving/soak.py --pair embedded --minutes 10 --json soak.json
 
 64 clients send one request after another: chat and completions, streamed and whole, with log-probabilities, structured
-output, several choices, stop strings and lists of prompts. After a calm fifth of the time, one more client sends
-prompts of a megabyte, large enums, deep schemas and heavy regular expressions. The run is good if
+output, several choices, stop strings and lists of prompts. Calm and heavy phases take turns: in the heavy ones, four
+fifths of the time, one more client sends prompts of a megabyte, large enums, deep schemas and heavy regular
+expressions. The run is good if
 
 * no request of the 64 fails, and the heavy ones are answered with 200 or 400;
 * the server's event loop was never kept busy for more than 100 ms (``ssd:event_loop_stall_seconds``, which leaves out
   the time in which other processes had the cores);
-* memory is flat: no process grows by more than ``--growth-mib`` between the second quarter and the last.
+* memory is flat: from the end of the second heavy phase to the end of the last one, and so between the calm ones, no
+  process grows by more than ``--growth-mib``. The first phases fill caches and the allocator's pools.
 
 Times between chunks and of ``/health`` are reported for the calm and the heavy phase. They contain the models' work
 and, where clients, server and workers share few cores, waiting for a core.
@@ -37,6 +39,8 @@ from server import Server
 MAX_STALL_S = 0.1
 PROBE_S = 0.05
 CALM_SHARE = 0.2
+"""Of each cycle of a calm and a heavy phase."""
+CYCLES = 4
 HEAVY_PAUSE_S = 0.5
 STALLS = "ssd:event_loop_stall_seconds"
 SETTINGS = ["server.model_name=soaked", "server.chat_template=embedded/chat_template.jinja"]
@@ -115,41 +119,49 @@ class Soak:
     """The clients of one run.
 
     Args:
-        minutes: of the whole run.
+        minutes: of the whole run, which has ``CYCLES`` calm and as many heavy phases.
     """
 
     def __init__(self, server: Server, model: str, *, clients: int, minutes: float):
         self._server, self._model, self._clients = server, model, clients
         self._began_s = time.monotonic()
-        self._calm_until_s = self._began_s + 60 * minutes * CALM_SHARE
+        self._cycle_s = 60 * minutes / CYCLES
         self._end_s = self._began_s + 60 * minutes
         self.phases = {"calm": Seen(), "heavy": Seen()}
         self.errors: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
         self.statuses: Counter[str] = Counter()
-        self.memory: list[tuple[float, dict[str, float]]] = []
+        self.memory: list[tuple[tuple[int, str], dict[str, float]]] = []
+        """Resident MiB by process, with the number and kind of the phase."""
+
+    @property
+    def _at(self) -> tuple[int, str]:
+        """Number of the cycle, and kind of the phase."""
+        cycle, within_s = divmod(time.monotonic() - self._began_s, self._cycle_s)
+        return min(int(cycle), CYCLES - 1), "calm" if within_s < CALM_SHARE * self._cycle_s else "heavy"
 
     @property
     def _phase(self) -> Seen:
-        return self.phases["calm" if time.monotonic() < self._calm_until_s else "heavy"]
+        return self.phases[self._at[1]]
 
     async def run(self) -> None:
         limits = httpx.Limits(max_connections=self._clients + 8, max_keepalive_connections=self._clients + 8)
         async with httpx.AsyncClient(base_url=self._server.url, timeout=600.0, limits=limits) as client:
-            before = self._stalls()
             numbers = itertools.count()
             jobs = [self._client(client, numbers) for _ in range(self._clients)]
-            others = [asyncio.ensure_future(job) for job in (self._heavy(client), self._probe(client), self._weigh())]
-            calm = asyncio.ensure_future(self._at_end_of_calm())
+            others = (self._heavy(client), self._probe(client), self._weigh(), self._count_stalls())
+            beside = [asyncio.ensure_future(job) for job in others]
             await asyncio.gather(*jobs)
-            await asyncio.gather(*others)
-            between, after = await calm, self._stalls()
-            self.phases["calm"].stalls = between - before
-            self.phases["heavy"].stalls = after - between
+            await asyncio.gather(*beside)
 
-    async def _at_end_of_calm(self) -> Counter[float]:
-        await asyncio.sleep(max(0.0, self._calm_until_s - time.monotonic()))
-        return await asyncio.to_thread(self._stalls)
+    async def _count_stalls(self) -> None:
+        before = await asyncio.to_thread(self._stalls)
+        for cycle in range(CYCLES):
+            for kind, share in (("calm", CALM_SHARE), ("heavy", 1.0)):
+                await asyncio.sleep(max(0.0, self._began_s + (cycle + share) * self._cycle_s - time.monotonic()))
+                after = await asyncio.to_thread(self._stalls)
+                self.phases[kind].stalls += after - before
+                before = after
 
     async def _client(self, client: httpx.AsyncClient, numbers: Iterator[int]) -> None:
         while time.monotonic() < self._end_s:
@@ -187,8 +199,9 @@ class Soak:
         raise ValueError(f"the stream ended after {lines} lines without [DONE]")
 
     async def _heavy(self, client: httpx.AsyncClient) -> None:
-        await asyncio.sleep(max(0.0, self._calm_until_s - time.monotonic()))
         for name, (path, body) in itertools.cycle(heavy_requests(self._model).items()):
+            while self._at[1] == "calm" and time.monotonic() < self._end_s:
+                await asyncio.sleep(PROBE_S)
             if time.monotonic() > self._end_s:
                 return
             try:
@@ -210,8 +223,8 @@ class Soak:
     async def _weigh(self) -> None:
         while time.monotonic() < self._end_s:
             weights = {name: p.memory_info().rss / 2**20 for name, p in self._server.processes().items()}
-            self.memory.append((time.monotonic() - self._began_s, weights))
-            await asyncio.sleep((self._end_s - self._began_s) / 60)
+            self.memory.append((self._at, weights))
+            await asyncio.sleep(self._cycle_s / 40)
 
     def _stalls(self) -> Counter[float]:
         """Returns the looks at the event loop so far, by the upper bound of their bucket."""
@@ -229,15 +242,21 @@ class Soak:
         """Stalls of the event loop above ``MAX_STALL_S`` while there were heavy requests."""
         return sum(count for bound, count in self.phases["heavy"].stalls.items() if bound > MAX_STALL_S)
 
-    def growth_mib(self) -> dict[str, float]:
-        """Returns by how much each process's memory grew between the second quarter of the run and the last."""
-        quarter = len(self.memory) // 4
+    def levels_mib(self) -> dict[str, dict[str, list[float]]]:
+        """Returns the mean memory of the second half of each phase, by process and kind of phase."""
+        levels: dict[str, dict[str, list[float]]] = {}
+        for at, samples in itertools.groupby(self.memory, key=lambda one: one[0]):
+            late = [weights for _, weights in samples]
+            late = late[len(late) // 2 :]
+            for name in late[0]:
+                level = round(statistics.fmean(weights[name] for weights in late), 1)
+                levels.setdefault(name, {"calm": [], "heavy": []})[at[1]].append(level)
+        return levels
 
-        def mean(part: list[tuple[float, dict[str, float]]], name: str) -> float:
-            return statistics.fmean(weights[name] for _, weights in part)
 
-        early, late = self.memory[quarter : 2 * quarter], self.memory[-quarter:]
-        return {name: round(mean(late, name) - mean(early, name), 1) for name in self.memory[0][1]}
+def growth_mib(levels: dict[str, dict[str, list[float]]]) -> dict[str, float]:
+    """Returns by how much each process grew after the second phase of each kind: the larger of the two."""
+    return {name: round(max(kind[-1] - kind[1] for kind in kinds.values()), 1) for name, kinds in levels.items()}
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -260,7 +279,8 @@ def main() -> None:
         with Server(str(config), SETTINGS) as server:
             soak = Soak(server, "soaked", clients=chosen.clients, minutes=chosen.minutes)
             asyncio.run(soak.run())
-    growth = soak.growth_mib()
+    levels = soak.levels_mib()
+    growth = growth_mib(levels)
     result = {
         "pair": chosen.pair,
         "minutes": chosen.minutes,
@@ -270,6 +290,7 @@ def main() -> None:
         "errors": dict(soak.errors.most_common(20)),
         "stalls_above_100_ms": soak.stalls,
         "growth_mib": growth,
+        "resident_mib": levels,
         "phases": {name: phase.summary() for name, phase in soak.phases.items()},
     }
     report(result, chosen.json, good=not soak.errors and not soak.stalls and max(growth.values()) <= chosen.growth_mib)

@@ -7,7 +7,6 @@ Exit codes: 0 success; 1 compared outputs differ, a certificate or a model is re
 from __future__ import annotations
 
 import functools
-import json
 import os
 import signal
 import sys
@@ -154,14 +153,18 @@ def _describe_model(model: ModelConfig) -> str:
     place = f"{model.model}, {model.dtype} on {model.device}"
     if model.cores:
         place += f" cores {', '.join(map(str, model.cores))}"
+    if model.adapter is not None:
+        place += f", adapter {model.adapter}"
     try:
         path = resolve_model_path(model.model)
-        if path.suffix == ".gguf":
-            return f"{place}, {_describe_gguf(path, model)}"
-        parameters = _count_parameters(path)
     except ModelError as error:
         return f"{place}, missing on this machine" if "GGUF" not in str(error) else f"{place}: {error}"
-    return f"{place}, {parameters / 1e6:.1f} M parameters" if parameters else f"{place}, no safetensors found"
+    try:
+        if path.suffix == ".gguf":
+            return f"{place}, {_describe_gguf(path, model)}"
+        return f"{place}, {_describe_folder(path, model)}"
+    except ModelError as error:
+        return f"{place}: {error}"
 
 
 def _describe_gguf(path: Path, model: ModelConfig) -> str:
@@ -180,16 +183,24 @@ def _describe_gguf(path: Path, model: ModelConfig) -> str:
     )
 
 
-def _count_parameters(folder: Path) -> int:
-    """Counts a model's stored numbers, from the headers of its safetensors files."""
+def _describe_folder(folder: Path, model: ModelConfig) -> str:
+    """Returns a folder's size and quantisation, and how its weights will be kept. Raises: ModelError."""
     from math import prod
 
-    count = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        count += sum(prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-    return count
+    from ..models.checkpoints import loading, quantised
+
+    stored = quantised.stored_tensors(folder)
+    if not stored:
+        return "no safetensors found"
+    if "quantization_config" not in (folder / "config.json").read_text(encoding="utf-8"):
+        return f"{sum(prod(tensor.shape) for tensor in stored.values()) / 1e6:.1f} M parameters"
+    config = loading.read_config(folder)
+    found = quantised.find_quantisation(folder, config)
+    kept = loading.check_weights(folder, config, weights=model.weights, device=model.device, adapter=model.adapter)
+    packed = quantised.stays_packed(folder, found, weights=kept, device=model.device)
+    return f"{loading.count_parameters(config) / 1e6:.1f} M parameters, {found}, weights " + (
+        "packed" if packed else "dequantised"
+    )
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from ..errors import UsageError, WorkerError
 from ..pipeline.runtime.launch import Pipeline
 from ..pipeline.runtime.plan import Plan
 from ..serving.app import build_app
+from ..serving.heap import keep_trim
 from ..serving.metrics import Metrics
 from ..serving.openai.jobs import model_name
 from ..serving.run import traces
@@ -83,7 +84,8 @@ class Replica:
     async def __serve_build_asgi_app__(self) -> Any:
         """Returns the application once the pipeline can decode. Raises: UsageError, WorkerError."""
         await self.engine.start()
-        self.tasks = [asyncio.create_task(self._end_with_pipeline()), asyncio.create_task(publish(self.metrics))]
+        running = (self._end_with_pipeline(), publish(self.metrics), keep_trim())
+        self.tasks = [asyncio.create_task(one) for one in running]
         config = self.engine.config
         model = model_name(config)
         return build_app(self.engine, self.metrics, model=model)

@@ -16,9 +16,6 @@ class ModelConfig(Section):
     model: str = Field(min_length=1)
     """``embedded/target``, ``embedded/draft``, a local folder, a GGUF file, or ``package:NAME/FILE.gguf`` for a file
     inside an installed Python package."""
-    weights: Literal["auto", "packed", "dequantised"] = "auto"
-    """How a GGUF file's weights are kept in memory. ``packed``: in the file's blocks. ``auto``: packed for float32 on a
-    CPU where the operators can be built."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = Field(default="cpu", min_length=1)
     cores: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
@@ -29,6 +26,11 @@ class ModelConfig(Section):
     """Capture the forwards in CUDA graphs. ``auto``: on a GPU."""
     attention: Literal["auto", "rows", "tree"] = "auto"
     """``rows``: masked attention, any device. ``tree``: Triton kernels. ``auto``: ``tree`` on a GPU, else ``rows``."""
+    weights: Literal["auto", "packed", "dequantised"] = "auto"
+    """How a quantised model's weights are kept in memory. ``packed``: as in the file. ``auto``: packed for a GGUF file
+    in float32 on a CPU where the operators can be built, and for a folder on a GPU if its format brings kernels."""
+    adapter: str | None = Field(default=None, min_length=1)
+    """Folder of a LoRA adapter (peft) that is merged into the weights."""
     priority: Literal["normal", "high"] = "normal"
     """Priority of the worker's CUDA stream where draft and target share a GPU."""
 

@@ -14,7 +14,7 @@ from ..config.sections import Config, rank_of, section_of
 from ..errors import ConfigError, PipelineError, RequestError, UsageError, WorkerError
 from ..grammars.compiler import Grammars
 from ..models.checkpoints.generation_config import end_ids
-from ..models.checkpoints.loading import load_tokenizer, read_config
+from ..models.checkpoints.loading import check_weights, load_tokenizer, read_config
 from ..models.checkpoints.pairs import Pairing, paired_with, shorter_context
 from ..models.skipping import SkipSet
 from ..pipeline.runtime.plan import Plan, check_sizes
@@ -315,7 +315,10 @@ def make_plan(config: Config) -> tuple[Any, Plan]:
     """
     target = resolve_model_path(config.target.model)
     tokenizer = load_tokenizer(target)
-
+    for model in (config.target, config.draft):
+        if model is not None and model.model:  # a draft may be a function
+            path = resolve_model_path(model.model)
+            check_weights(path, read_config(path), weights=model.weights, device=model.device, adapter=model.adapter)
     text = read_config(target).get_text_config()
     if (wanted := config.speculation.self_draft) is not None:
         SkipSet.of(wanted.skip_attention, wanted.skip_mlp, text.num_hidden_layers)  # fails as the verifier would

@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from .device import check_cache_fits
-from .layers import FULL, Attended, Layers, attended
+from .layers import FULL, Attended, Layers
 from .rows import BLOCK
 from .states import RowPlaces, RowSteps, StateSlots
 
@@ -57,7 +56,7 @@ class SlotCache:
     rows to their slots and returns the states they attend.
 
     Args:
-        config: the model's.
+        attended: what each layer attends.
         batch: B.
         main_slots: tokens of a sequence; rounded up to whole blocks.
         scratch_slots: X.
@@ -72,7 +71,7 @@ class SlotCache:
 
     def __init__(
         self,
-        config: PretrainedConfig,
+        attended: tuple[Attended, ...],
         *,
         batch: int,
         main_slots: int,
@@ -86,18 +85,24 @@ class SlotCache:
         # Whole blocks: attention sums over main slots in blocks of BLOCK.
         self.capacity, self.main_slots = main_slots, -(-main_slots // BLOCK) * BLOCK
         self.scratch_slots = scratch_slots
-        self.attended = attended(config.get_text_config(), layers, main_slots)
+        self.attended = attended
 
         slots = self.main_slots + scratch_slots
         shapes = [layers.heads.get(layer, (0, 0, 0)) for layer in range(self.layers)]
-        needed = batch * slots * sum(heads * (keys + values) for heads, keys, values in shapes) * dtype.itemsize
+        parts = [[(heads, keys) for heads, keys, _ in shapes], [(heads, values) for heads, _, values in shapes]]
+        if layers.indexers:
+            parts.append(
+                [(int(layer in layers.indexers), layers.indexers.get(layer, 0)) for layer in range(self.layers)]
+            )
+        needed = batch * slots * sum(heads * dim for part in parts for heads, dim in part) * dtype.itemsize
         check_cache_fits(needed, slots, torch.device(device))
 
-        def zeros(slots: int, part: int) -> list[Tensor]:
-            return [torch.zeros(batch, heads, slots, dims[part], dtype=dtype, device=device) for heads, *dims in shapes]
-
-        self.main = zeros(self.main_slots, 0), zeros(self.main_slots, 1)
-        self.scratch = zeros(scratch_slots, 0), zeros(scratch_slots, 1)
+        self.whole = tuple(
+            [torch.zeros(batch, heads, slots, dim, dtype=dtype, device=device) for heads, dim in part] for part in parts
+        )
+        """By part (keys, values, and keys of indexers if there are any) and layer: main slots, then scratch slots."""
+        self.main = tuple([whole[:, :, : self.main_slots] for whole in part] for part in self.whole)
+        self.scratch = tuple([whole[:, :, self.main_slots :] for whole in part] for part in self.whole)
         self.states = None
         if (recurrent := layers.recurrent) is not None:  # the state before a chain, and one after each of its rows
             self.states = StateSlots(recurrent, batch=batch, ring=chain + 1, scratch=scratch_slots, device=device)
@@ -108,7 +113,7 @@ class SlotCache:
     def nbytes(self) -> int:
         """Bytes of all slots."""
         kept = 0 if self.states is None else self.states.nbytes
-        return kept + sum(t.nbytes for part in (*self.main, *self.scratch) for t in part)
+        return kept + sum(t.nbytes for part in self.whole for t in part)
 
     def row(self, slot: int) -> CacheView:
         """Returns the view of one sequence, for its prefill."""

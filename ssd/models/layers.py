@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..errors import ModelError, first_line
+from .positions import first_position
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -67,8 +68,8 @@ class Recurrent:
 
     states: dict[Key, Tensor]
     """A state of one sequence each, without the batch dimension, for its shape and dtype."""
-    mixers: dict[int, str]
-    """Path of the module that owns the states, by layer."""
+    mixers: dict[str, tuple[Key, ...]]
+    """The states that a module keeps, by the module's path."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +79,11 @@ class Layers:
     count: int
     heads: dict[int, tuple[int, int, int]]
     """By layer that keeps keys and values: H_kv, D of keys, D of values."""
+    indexers: dict[int, int]
+    """By layer whose attention looks at selected keys only: D of the keys that select."""
     recurrent: Recurrent | None
+    first_position: int
+    """What the model calls the position of a text's first token."""
     linears: frozenset[nn.Module]
     """Linear layers whose weights are used by themselves only."""
     tokens: Tensor
@@ -135,7 +140,7 @@ def find_layers(model: PreTrainedModel) -> Layers:
     most = model.config.get_text_config().vocab_size
     tokens = torch.randint(most, (1, TRIAL), generator=random).to(model.device)
     hooks = list[Any]()
-    with _noting(model) as linears, _own_attention(model):
+    with _noting(model) as linears, _own_attention(model), first_position(model) as first:
         try:
             cache = _Watched(model.config, active)
             hooks = [hook for name, module in model.named_modules() for hook in _watch(module, name, active)]
@@ -150,7 +155,9 @@ def find_layers(model: PreTrainedModel) -> Layers:
     return Layers(
         count=len(cache.layers),
         heads=cache.heads,
+        indexers=cache.indexers,
         recurrent=_recurrent(kind, model, cache),
+        first_position=first[-1] if first else 0,
         linears=frozenset(linears),
         tokens=tokens,
         logits=logits,
@@ -169,18 +176,23 @@ def _recurrent(kind: str, model: PreTrainedModel, cache: _Watched) -> Recurrent 
     recurrent = [index for index, layer in enumerate(layers) if hasattr(layer, "recurrent_states")]
     if not recurrent:
         if getattr(model, "_is_stateful", False):
-            raise ModelError(f"{kind}: keeps a state outside transformers' cache; not supported")
+            unknown = {*(getattr(model.config.get_text_config(), "layer_types", None) or ())} - {*_REACHES}
+            what = f"layers of kind {sorted(unknown)[0]} keep" if unknown else "keeps"
+            raise ModelError(f"{kind}: {what} a state that cannot be taken back; not supported")
+        if not cache.heads:
+            raise ModelError(f"{kind}: keeps no keys in transformers' cache; not supported")
         return None
     if shared := set(cache.users.values()) & cache.attending:
         raise ModelError(f"{kind}: {sorted(shared)[0]} attends and keeps a state in one module; not supported")
-    if set(cache.users) != set(recurrent):
-        raise ModelError(f"{kind}: the modules that keep its states cannot be found; not supported")
     states: dict[Key, Tensor] = {}
     for layer in recurrent:
         kept = layers[layer]
         for name, tensors in (("conv", kept.conv_states), ("recurrent", kept.recurrent_states)):
             states |= {(layer, name, index): state[0] for index, state in tensors.items() if state is not None}
-    return Recurrent(states, cache.users)
+    if not states or set(states) - set(cache.users):
+        raise ModelError(f"{kind}: the modules that keep its states cannot be found; not supported")
+    paths = {cache.users[key] for key in states}
+    return Recurrent(states, {path: tuple(key for key in states if cache.users[key] == path) for path in paths})
 
 
 class _Watched(DynamicCache):
@@ -190,13 +202,18 @@ class _Watched(DynamicCache):
         super().__init__(config=config)
         self._active = active
         self.heads: dict[int, tuple[int, int, int]] = {}
-        self.users: dict[int, str] = {}
+        self.indexers: dict[int, int] = {}
+        self.users: dict[Key, str] = {}
         self.attending: set[str] = set()
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *given: Any, **named: Any) -> Any:
         self.attending.add(self._active[-1])
         self.heads[layer_idx] = key_states.shape[1], key_states.shape[3], value_states.shape[3]
         return super().update(key_states, value_states, layer_idx, *given, **named)
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        self.indexers[layer_idx] = indexer_key_states.shape[-1]
+        return super().update_indexer(indexer_key_states, layer_idx)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # also where no layer attends
@@ -205,19 +222,19 @@ class _Watched(DynamicCache):
         return query_length, 0
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Any:
-        self.users[layer_idx] = self._active[-1]
+        self.users[layer_idx, "conv", state_idx] = self._active[-1]
         return super().get_conv_state(layer_idx, state_idx)
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Any:
-        self.users[layer_idx] = self._active[-1]
+        self.users[layer_idx, "recurrent", state_idx] = self._active[-1]
         return super().get_recurrent_state(layer_idx, state_idx)
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **more: Any) -> Tensor:
-        self.users[layer_idx] = self._active[-1]
+        self.users[layer_idx, "conv", state_idx] = self._active[-1]
         return super().update_conv_state(conv_states, layer_idx, state_idx, **more)
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **more: Any) -> Any:
-        self.users[layer_idx] = self._active[-1]
+        self.users[layer_idx, "recurrent", state_idx] = self._active[-1]
         return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **more)
 
 

@@ -8,32 +8,30 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import ModelError, RequestError, first_line
+from ..errors import ModelError, RequestError
 from .attention import row_attention, tree_attention
-from .cache import CacheView, SlotCache
+from .cache import SlotCache
+from .checkpoints.support import usable_positions
 from .cpu import operators
 from .cpu.blocks_linear import BlocksLinear
 from .cpu.rows_linear import RowsLinear
 from .cuda.graphs import Graphs
-from .layers import TRIAL, UNUSABLE, Layers, cache_argument, find_layers
+from .layers import FULL, Layers, attended, find_layers
 from .parallel.sharding import Sharding
+from .row_inputs import Attention, RowInputs, Rows, SideBySide, Unfolded
 from .rows import Layout, RowPlan
 from .states import step_by_rows
+from .trial import compare
 
-Attention = Literal["rows", "tree"]
-_NAMES: dict[Attention, str] = {"rows": row_attention.NAME, "tree": tree_attention.NAME}
+_NAMES: dict[Attention, str] = {"rows": row_attention.NAME, "tree": tree_attention.NAME, "model": "eager"}
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-
-_APART = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.2}
-"""Relative difference (of norms) of logits that only rounding explains, with a wide margin: a wrong mask, position
-or cache gives differences near 1."""
 
 FIRST_CONTEXT = 256
 """Slots of the smallest context tier; each further tier is four times the last."""
@@ -66,7 +64,7 @@ class RunnerOptions:
     """Compile decode forwards (``torch.compile``), once per form and context tier."""
     attention: Attention = "rows"
     """``rows`` masks every slot of the context tier; ``tree`` reads only the slots that rows attend, and needs
-    no tiers."""
+    no tiers. ``model`` is the model's own code, over copies of the keys; a runner turns to it by itself."""
 
 
 class ForwardRunner:
@@ -91,28 +89,13 @@ class ForwardRunner:
         sharding: Sharding | None = None,
     ):
         self.model, self.batch, self.vocabulary = model, options.batch, options.vocabulary
-        self.graphs = graphs
-        self.attention: Attention = options.attention
+        self.graphs, self.device, self.dtype = graphs, model.device, model.dtype
         layers = find_layers(model) if sharding is None else sharding.layers
-        model.config._attn_implementation = _NAMES[options.attention]
-        model.config.get_text_config()._attn_implementation = _NAMES[options.attention]
-        self.device, self.dtype = model.device, model.dtype
-        self._takes, self._takes_cache = inspect.signature(model.forward).parameters, cache_argument(model)
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         if layers.recurrent is not None:
             step_by_rows(model, layers.recurrent)
-        self.cache = SlotCache(
-            model.config,
-            batch=options.batch,
-            main_slots=options.capacity,
-            scratch_slots=options.scratch_slots,
-            dtype=model.dtype,
-            device=model.device,
-            layers=layers,
-            chain=options.chain,
-        )
         self.linears = layers.linears if sharding is None else None
         """Linear layers that may be replaced; None for all."""
-        self.compile = options.compile
         self.parameters = sum(weight.numel() for weight in model.parameters())
         # On a CPU, half of a small model's time goes into calling its kernels: the calls are made from C++,
         # which has no collectives.
@@ -122,39 +105,56 @@ class ForwardRunner:
         self._prefill = RowPlan.sequential("prefill", options.prefill_chunk)
         self._decode: dict[tuple, Callable[..., Tensor]] = {}
         self._layouts: dict[RowPlan, Layout] = {}
-        self._view = self.cache.all_rows()
         self._compiled = 0
+        self._fit(options, layers, tried=sharding is None)
+
+    def _fit(self, options: RunnerOptions, layers: Layers, *, tried: bool) -> None:
+        """Lays out for the attention that was asked for, or, if the model decodes wrong or not at all with it, for the
+        model's own. Raises: ModelError: it does not decode right with either, or has too few positions."""
+        text = self.model.config.get_text_config()
+        known, first = usable_positions(text), layers.first_position
+        if first and known is not None and options.capacity + first > known:
+            what = f"{text.model_type}: knows {known - first} positions, {options.capacity} are needed"
+            raise ModelError(f"{what}; lower engine.max_model_len")
+        try:
+            self._lay_out(options, layers, options.attention)
+            if tried:
+                compare(self, layers)
+        except ModelError:
+            if not tried:
+                raise
+            self.__dict__.pop("cache", None), self.__dict__.pop("_inputs", None)  # before others are allocated
+            self._lay_out(options, layers, "model")
+            compare(self, layers)
+
+    def _lay_out(self, options: RunnerOptions, layers: Layers, attention: Attention) -> None:
+        """Allocates the cache, and lets the model attend over it."""
+        model, text = self.model, self.model.config.get_text_config()
+        own = attention == "model"
+        model.config._attn_implementation = text._attn_implementation = _NAMES[attention]
+        self.cache = SlotCache(
+            (FULL,) * layers.count if own else attended(text, layers, options.capacity),
+            batch=options.batch,
+            main_slots=options.capacity,
+            scratch_slots=options.scratch_slots,
+            dtype=model.dtype,
+            device=model.device,
+            layers=layers,
+            chain=options.chain,
+        )
+        if own:
+            self._inputs: RowInputs = Unfolded(model, layers, self.cache)
+        else:
+            self._inputs = SideBySide(model, layers, self.cache, masked=attention == "rows")
+        self.attention: Attention = attention
+        # Code that was not written for this engine's attention was not written to be compiled or captured either.
+        self.compile, self.graphs = options.compile and not own, None if own else self.graphs
         slots, tier = self.cache.main_slots, FIRST_CONTEXT
         self.contexts: list[int] = []
-        while tier < slots and options.attention == "rows":
+        while tier < slots and attention == "rows":
             self.contexts.append(tier)
             tier *= 4
         self.contexts.append(slots)
-        if sharding is None:
-            self._compare(layers)
-
-    @torch.no_grad()
-    def _compare(self, layers: Layers) -> None:
-        """Decodes what the model was run on, row by row and together. Raises: ModelError: the results differ."""
-        first, rows, kind = TRIAL // 4, TRIAL - TRIAL // 4, self.model.config.get_text_config().model_type
-        ids = layers.tokens[0].tolist()
-        lengths, whole = torch.full((self.batch,), first, device=self.device), RowPlan.sequential("trial", rows)
-        tokens = layers.tokens[:, first:].expand(self.batch, -1).contiguous()
-        try:
-            self.prefill(0, ids[:first])
-            logits = self.logits(whole, tokens, lengths, self.contexts[0])[0]
-        except UNUSABLE as error:
-            what = f"{kind}: does not run with this engine's attention and cache ({first_line(error)}); not supported"
-            raise ModelError(what) from error
-        expected = layers.logits[first:, : self.vocabulary]
-        if not expected.isfinite().all():
-            return  # every request will end with an error that says so
-        apart = ((logits - expected).norm() / expected.norm()).item()
-        if not apart < _APART[self.dtype]:  # also if it is not a number
-            raise ModelError(
-                f"{kind}: decoding with this engine's cache gives other logits than the model's own forward "
-                f"(relative difference {apart:.2g}); not supported"
-            )
 
     def over(self, model: nn.Module, vocabulary: int | None = None) -> Self:
         """Returns a runner of ``model`` over the same slots: this runner's model with sublayers left out, or with other
@@ -303,16 +303,12 @@ class ForwardRunner:
         plan, layout = self._prefill, self._layout(self._prefill)
         if start + len(tokens) > self.cache.main_slots:
             raise RequestError(f"{start + len(tokens)} tokens do not fit the cache")
-        view = self.cache.row(slot)
+        keep = {"logits_to_keep": kept} if self._keeps else {}
         for first in range(0, len(tokens), plan.rows):
-            chunk = tokens[first : first + plan.rows]
-            ids = torch.zeros(1, plan.rows, dtype=torch.int64)
-            ids[0, : len(chunk)] = torch.tensor(chunk)
-            length = start + first
-            lengths = torch.tensor([length], device=self.device)
-            context = self.context_for(length + plan.rows)
-            inputs = self._inputs(view, layout, plan.in_place, lengths, context, count=len(chunk))
-            yield self.model(input_ids=ids.to(self.device), logits_to_keep=kept, **inputs).logits
+            chunk = torch.tensor([tokens[first : first + plan.rows]], device=self.device)
+            context = self.context_for(start + first + plan.rows)
+            inputs = self._inputs.prefill(slot, chunk, start + first, layout, context)
+            yield self.model(**inputs, **keep).logits
 
     def copy(self, source: int, slot: int, length: int) -> None:
         """Copies keys and values of ``source``'s first ``length`` tokens to ``slot``."""
@@ -349,41 +345,9 @@ class ForwardRunner:
     def _logits(
         self, tokens: Tensor, lengths: Tensor, layout: Layout, in_place: int, context: int, slots: Tensor | None
     ) -> Tensor:
-        inputs = self._inputs(self._view, layout, in_place, lengths, context, slots)
-        return self.model(input_ids=tokens, **inputs).logits[..., : self.vocabulary].float()
-
-    def _inputs(
-        self,
-        view: CacheView,
-        layout: Layout,
-        in_place: int,
-        lengths: Tensor,
-        context: int,
-        slots: Tensor | None = None,
-        count: int | None = None,
-    ) -> dict[str, Any]:
-        """Returns positions, mask and cache view of a forward, as keyword arguments of the model."""
-        # Rows beyond the capacity are meaningless; they are written to its last slot, which no row attends.
-        positions = (lengths[:, None] + layout.offsets).clamp(max=view.capacity - 1)
-        limits = lengths[:, None] + layout.limits
-        if self.attention == "rows":
-            mask = torch.arange(context, device=lengths.device) < limits[..., None]
-            if layout.mask is not None:
-                mask = torch.cat([mask, layout.mask.expand(len(lengths), -1, -1)], dim=-1)
-        else:  # the limits replace the mask; one of four dimensions keeps transformers from making its own
-            mask = torch.ones_like(limits, dtype=torch.bool)[..., None]
-        view.prepare(
-            positions=positions,
-            in_place=in_place,
-            scratch_slots=layout.scratch_slots,
-            limits=limits,
-            scratch_mask=layout.mask,
-            context=context,
-            sequences=slots,
-            count=count,
-        )
-        given = {"attention_mask": mask[:, None], "position_ids": positions, self._takes_cache: view}
-        return {**{name: value for name, value in given.items() if name in self._takes}, "use_cache": True}
+        rows = Rows(tokens=tokens, lengths=lengths, layout=layout, in_place=in_place, context=context, slots=slots)
+        logits = self.model(**self._inputs.decode(rows)).logits
+        return self._inputs.rows(logits, len(tokens))[..., : self.vocabulary].float()
 
 
 def _no_guards(guards: list) -> list[bool]:

@@ -19,6 +19,7 @@ from ..errors import SSDError, UsageError
 from ..pipeline.runtime.launch import Pipeline, launch_here
 from ..pipeline.runtime.plan import Plan
 from .app import build_app
+from .heap import keep_trim
 from .http.border import App
 from .http.state import metrics_app
 from .lane.server import LaneServer
@@ -120,7 +121,7 @@ async def serve(
     serving, *others = [asyncio.ensure_future(one.serve([bound])) for one, bound in servings]
     starting = asyncio.ensure_future(_start(engine, ready))
     stopping = asyncio.ensure_future(stop())
-    watching = asyncio.ensure_future(watch_loop(metrics.stalls.observe))
+    watching = [asyncio.ensure_future(one) for one in (watch_loop(metrics.stalls.observe), keep_trim())]
     lane: LaneServer | None = None
     try:
         if config.server.lane is not None:
@@ -131,7 +132,7 @@ async def serve(
             await _until_over(serving, engine)
         await serving
     finally:
-        for task in (stopping, watching):
+        for task in (stopping, *watching):
             task.cancel()
         starting.cancel()
         with contextlib.suppress(asyncio.CancelledError, SSDError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...config.load import resolve_model_path
 from ...config.sections import ModelConfig
@@ -14,9 +14,6 @@ from ...models.checkpoints.loading import load_model, load_tokenizer, read_confi
 from ...models.checkpoints.pairs import paired
 from ...models.layers import Attended, Layers, attended, find_layers
 from ...models.runner import ForwardRunner, RunnerOptions
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 CAPACITY = 64
 """Tokens of the runner that tries a model."""
@@ -60,7 +57,14 @@ def examine(model: ModelConfig) -> ModelFacts:
     """
     path = resolve_model_path(model.model)
     tokenizer, text = load_tokenizer(path), read_config(path).get_text_config()
-    loaded = load_model(path, dtype=model.dtype, device=model.device, max_positions=CAPACITY, weights=model.weights)
+    loaded = load_model(
+        path,
+        dtype=model.dtype,
+        device=model.device,
+        max_positions=CAPACITY,
+        weights=model.weights,
+        adapter=model.adapter,
+    )
     layers, rows = find_layers(loaded), _head_rows(loaded)
     positions = getattr(text, "max_position_embeddings", None)
     cache_bytes = sum(heads * (keys + values) for heads, keys, values in layers.heads.values()) * loaded.dtype.itemsize
@@ -98,7 +102,7 @@ def describe_pair(target: ModelFacts, draft: ModelFacts) -> str:
     return "one vocabulary" if found.map is None else f"one vocabulary but for added tokens: {found.map.shared} drafted"
 
 
-def _head_rows(model: PreTrainedModel) -> int:
+def _head_rows(model: Any) -> int:
     head = model.get_output_embeddings()
     rows = getattr(head, "out_features", None)
     return model.config.get_text_config().vocab_size if rows is None else rows

@@ -55,6 +55,7 @@ class Teacher:
             dtype=target.dtype,
             device=target.device,
             max_positions=config.engine.max_model_len,
+            adapter=target.adapter,
         )
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from ...serving.openai.answers import Chat
 from ...serving.openai.generation import Generation
 from ...serving.openai.jobs import Job
 from ...serving.parsers.formats import CALL_FORMATS, REASONING_FORMATS, AnswerFormat, Tool
-from ...serving.parsers.grammars import Asked, call_grammar
+from ...serving.parsers.grammars import SPACES, Asked, call_grammar
 from ...serving.parsers.parser import MakeParser
 from ...serving.parsers.parts import Answer
 
@@ -33,7 +33,7 @@ TOOLS = (
         schema={
             "type": "object",
             "properties": {
-                "pattern": {"type": "string", "maxLength": 24},
+                "pattern": {"type": "string", "maxLength": 12},
                 "depth": {"type": "integer", "minimum": 0, "maximum": 99},
                 "kinds": {"type": "array", "items": {"enum": ["file", "folder", "lien é"]}, "maxItems": 2},
             },
@@ -46,7 +46,7 @@ TOOLS = (
         name="say",
         schema={
             "type": "object",
-            "properties": {"text": {"type": "string", "maxLength": 40}},
+            "properties": {"text": {"type": "string", "maxLength": 20}},
             "required": ["text"],
             "additionalProperties": False,
         },
@@ -63,7 +63,7 @@ ASKED = (
 a named function."""
 SIZES = range(1, 10)
 """Tokens that reach a parser at once."""
-FREE = 24
+FREE = 16
 """Most characters of a piece of free text."""
 
 
@@ -228,8 +228,10 @@ def _job(
 
 
 def _bounded(grammar: str) -> str:
-    """Returns the grammar with short pieces of free text: small models would never come to a call."""
+    """Returns the grammar with short pieces of free text and space: small models would never come to a call."""
     short = f"/(?s:.{{0,{FREE}}})"
+    for many, few in ((SPACES, SPACES.replace("]*", "]{0,2}")), ("{0,24}", "{0,2}"), ("{0,8}", "{0,1}")):
+        grammar = grammar.replace(many, few)
     return grammar.replace("/(?s:.*)/", f"{short}/").replace("[lazy]: /(?s:.*)", f"[lazy]: {short}")
 
 
@@ -268,7 +270,8 @@ def _replayed(texts: TokenTexts, job: Job, tokens: Sequence[int], *, cut: bool) 
     [(_, params)] = job.choices
     for size in SIZES:
         parser = job.parser(job.call_ids(0))
-        detokenizer = Detokenizer(texts.stream(job.prompts[0]), StopRules.of(params))
+        stream = texts.stream(job.prompts[0], skip_special_tokens=params.skip_special_tokens)
+        detokenizer = Detokenizer(stream, StopRules.of(params))
         parts = []
         for at in range(0, len(tokens), size):
             parts += parser.feed(detokenizer.add(tokens[at : at + size]))

@@ -150,7 +150,7 @@ class _Reader:
     def _bytes(self, name: str, shape: tuple[int, ...], kind: int) -> int:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        if kind not in GGMLQuantizationType:
+        if kind not in {known.value for known in GGMLQuantizationType}:
             raise ModelError(f"{self._path}: {name} has quantisation type {kind}, which is not known")
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         if shape and shape[-1] % block:

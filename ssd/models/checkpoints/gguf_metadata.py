@@ -50,7 +50,7 @@ def metadata_folder(path: Path) -> Path:
     stat = path.stat()
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "gguf")]
     key = repr((str(path.resolve()), stat.st_size, stat.st_mtime_ns, versions, _VERSION))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssd" / "gguf"
+    cache = cache_folder()
     folder = cache / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not folder.is_dir():
         header = GgufFile.read(path)
@@ -65,6 +65,11 @@ def metadata_folder(path: Path) -> Path:
                 if not folder.is_dir():
                     raise
     return folder
+
+
+def cache_folder() -> Path:
+    """Returns where the folders are kept; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssd" / "gguf"
 
 
 def check_packages(path: Path) -> None:
@@ -98,6 +103,22 @@ def _convert(header: GgufFile, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **place)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    stored = folder / "tokenizer_config.json"
-    told = json.loads(stored.read_text(encoding="utf-8"))
-    stored.write_text(json.dumps({**told, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2), encoding="utf-8")
+    _finish_tokenizer(folder, size=config.get_text_config().vocab_size)
+
+
+def _finish_tokenizer(folder: Path, *, size: int) -> None:
+    """Takes away tokens that the file does not have, and names a class that reads ``tokenizer.json`` as it is.
+
+    transformers' tokenizer classes add a special token that their own models have. Its id is beyond the embedding.
+    """
+    whole, told = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    stored = json.loads(whole.read_text(encoding="utf-8"))
+    beyond = {one["content"] for one in stored["added_tokens"] if one["id"] >= size}
+    if beyond:
+        stored["added_tokens"] = [one for one in stored["added_tokens"] if one["id"] < size]
+        whole.write_text(json.dumps(stored, ensure_ascii=False), encoding="utf-8")
+    keys = json.loads(told.read_text(encoding="utf-8"))
+    keys.pop("added_tokens_decoder", None)
+    kept = {key: value for key, value in keys.items() if not isinstance(value, str) or value not in beyond}
+    kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+    told.write_text(json.dumps(kept, indent=2), encoding="utf-8")

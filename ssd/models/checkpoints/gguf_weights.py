@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GgufConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ...errors import ModelError
 from ..cpu import operators
@@ -70,7 +70,7 @@ def load_dequantised(header: GgufFile, config: PretrainedConfig, dtype: torch.dt
             path.parent,
             gguf_file=path.name,
             config=config,
-            quantization_config=GgufConfig(dequantize=True),
+            **_dequantise(),
             dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,
@@ -79,6 +79,15 @@ def load_dequantised(header: GgufFile, config: PretrainedConfig, dtype: torch.dt
         )
     check_complete(path, (*report["missing_keys"], *report["mismatched_keys"]))
     return model
+
+
+def _dequantise() -> dict[str, Any]:
+    """Returns the argument by which transformers dequantises; releases before ``GgufConfig`` always do."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def load_packed(header: GgufFile, config: PretrainedConfig) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ...errors import ModelError, first_line
 from ..cpu import operators
-from . import gguf_metadata
+from . import adapters, gguf_metadata, quantised
 from .gguf_file import GgufFile
 from .naming import Naming, check_complete
 from .support import check_supported
@@ -47,7 +47,13 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def load_model(
-    path: Path, *, dtype: str, device: str, max_positions: int, weights: Weights = "dequantised"
+    path: Path,
+    *,
+    dtype: str,
+    device: str,
+    max_positions: int,
+    weights: Weights = "dequantised",
+    adapter: str | None = None,
 ) -> PreTrainedModel:
     """Returns a causal LM for ``ForwardRunner``, in evaluation mode and without gradients.
 
@@ -56,37 +62,52 @@ def load_model(
         dtype: a key of ``DTYPES``.
         device: where it runs.
         max_positions: positions it will be asked for.
-        weights: how weights are kept; has no effect on a folder's.
+        weights: how weights of a quantised model are kept.
+        adapter: folder of a LoRA adapter to merge into the weights.
 
     Raises:
         ModelError: the model has no weights that can be loaded, needs remote code, or its configuration is not
-            supported.
+            supported; or the adapter does not fit it.
     """
     logging.disable_progress_bar()
     config = read_config(path)
     check_supported(config, max_positions)
+    weights = check_weights(path, config, weights=weights, device=device, adapter=adapter)
     if gguf_metadata.is_gguf(path):
         model = _load_gguf(path, config, dtype=dtype, device=device, weights=weights)
     else:
-        model = _load_folder(path, config, dtype=dtype, device=device)
+        model = _load_folder(path, config, dtype=dtype, device=device, weights=weights)
+    if adapter is not None:
+        with _LOADING:
+            model = adapters.merge_adapter(model, adapters.adapter_folder(adapter))
     return model.to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
 
 
-def _load_folder(folder: Path, config: PretrainedConfig, *, dtype: str, device: str) -> PreTrainedModel:
-    # With accelerate, weights go directly to the GPU, shard by shard; otherwise through host memory.
-    straight = torch.device(device).type == "cuda" and importlib.util.find_spec("accelerate") is not None
+def _load_folder(
+    folder: Path, config: PretrainedConfig, *, dtype: str, device: str, weights: Weights
+) -> PreTrainedModel:
+    found = quantised.find_quantisation(folder, config)
+    packed = quantised.stays_packed(folder, found, weights=weights, device=device)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "config": config}
+    if found is not None and not packed:
+        source = quantised.loading_arguments(folder, config, found, DTYPES[dtype])
+    # With accelerate, weights go directly to the device, shard by shard; otherwise through host memory to a GPU. Some
+    # quantised weights would go to any GPU there is.
+    placed = torch.device(device).type == "cuda" or found is not None
+    if placed and "state_dict" not in source and importlib.util.find_spec("accelerate") is not None:
+        source["device_map"] = {"": device}
     with Naming(folder, "cannot be loaded"), _LOADING:
-        model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            folder,
-            config=config,
+        model, report = AutoModelForCausalLM.from_pretrained(
+            **source,
             dtype=DTYPES[dtype],
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
             attn_implementation="eager",
             output_loading_info=True,
-            **({"device_map": {"": device}} if straight else {}),
         )
+        if found is not None and not packed:
+            quantised.dequantise(model, found, DTYPES[dtype])
     check_complete(folder, (*report["missing_keys"], *report["mismatched_keys"]))
     return model
 
@@ -129,10 +150,50 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise ModelError(f"{folder}: config.json cannot be read ({first_line(error)})") from error
     if "auto_map" in raw:
         raise ModelError(f"{folder}: config.json needs its own code (auto_map); remote code is refused")
+    if (folder / adapters.CONFIG).is_file():
+        raise ModelError(
+            f"{folder} has an adapter beside its model, which transformers may load unasked; move {adapters.CONFIG} "
+            "and its weights to a folder, and name that in the key adapter"
+        )
     if not list(folder.glob("*.safetensors")):
         raise ModelError(f"{folder} has no *.safetensors; only safetensors weights are loaded")
     with Naming(folder, "unknown architecture"):
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    quantised.find_quantisation(folder, config)
+    return config
+
+
+def check_weights(
+    path: Path, config: PretrainedConfig, *, weights: Weights, device: str, adapter: str | None
+) -> Weights:
+    """Returns how a model's weights are to be kept: dequantised if an adapter is merged into them. Reads no weights.
+
+    Args:
+        path: of a model folder or a GGUF file.
+        config: as ``read_config`` returns it.
+        weights: how the configuration says they are kept.
+        device: where the model runs.
+        adapter: folder of an adapter, or None.
+
+    Raises:
+        ModelError: a folder's weights cannot stay packed, or the adapter cannot be merged.
+    """
+    if not gguf_metadata.is_gguf(path):
+        found = quantised.find_quantisation(path, config)
+        quantised.stays_packed(path, found, weights=weights, device=device)
+    if adapter is None:
+        return weights
+    adapters.check_adapter(adapters.adapter_folder(adapter), config)
+    if weights == "packed":
+        raise ModelError(f"{path}: an adapter cannot be merged into packed weights; set weights to auto or dequantised")
+    return "dequantised"
+
+
+def count_parameters(config: PretrainedConfig) -> int:
+    """Returns the parameters of a model, tied ones once. A quantised folder's tensors do not tell."""
+    with torch.device("meta"), Naming(Path(config.name_or_path), "unknown architecture"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(weight.numel() for weight in model.parameters())
 
 
 def lay_out_for_cpu(model: PreTrainedModel) -> None:

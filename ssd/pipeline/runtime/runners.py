@@ -114,6 +114,7 @@ def loaded(wanted: ModelConfig, positions: int, *, sharded: bool = False) -> Pre
         device="cpu" if sharded else wanted.device,
         max_positions=positions,
         weights="dequantised" if sharded else wanted.weights,
+        adapter=wanted.adapter,
     )
 
 

@@ -155,13 +155,15 @@ def _settings(config: Config) -> dict[str, Any]:
     """Returns what the results depend on, beside the input. Speed does not count."""
     folder = resolve_model_path(config.target.model)
     files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
+    if config.target.adapter is not None:
+        files += sorted(Path(config.target.adapter).expanduser().resolve().glob("adapter_*"))
     weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return {
         "version": __version__,
         "target": str(folder.resolve()),
         "weights": weights,
         "dtype": config.target.dtype,
-        **({"kept": config.target.weights} if folder.is_file() else {}),  # packed weights are summed in another order
+        "kept": config.target.weights,  # packed weights are summed in another order
         "device": config.target.device,
         "numerics": config.numerics,
         # Under the other rules the sampled tokens depend on the drafted ones.

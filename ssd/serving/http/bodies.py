@@ -15,6 +15,8 @@ MAX_ITEMS = 4096
 """Items of a list. Validating more would keep other requests waiting."""
 SHORT: Any = Field(max_length=MAX_ITEMS, fail_fast=True)
 """For lists in bodies: they are bounded, and the first wrong item is the error."""
+_SHOULD_BE = "Input should be "
+"""How pydantic's messages about types begin."""
 
 
 class Fields(BaseModel):
@@ -56,13 +58,25 @@ def read_fields(cls: type[Read], given: dict[str, Any]) -> Read:
 def invalid(error: ValidationError, given: dict[str, Any]) -> APIError:
     """Returns the error answer to a body that pydantic refused.
 
-    A value that may be of several types fails once for each. The error that lies deepest in the body is about the type
-    that was meant; at the same depth it is one about the value rather than its type.
+    The answer is about the first wrong field. A value that may be of several types fails once for each, and an error
+    within the value is about the type that was meant. Of what is left, an error about a value comes before one about a
+    type, then the deepest does. If several types are wrong there, the message names all of them.
     """
-    found = [(_path(one["loc"], one["type"], given), one) for one in error.errors(include_url=False)]
-    path, first = max(found, key=lambda one: (len(one[0]), _about_value(one[1])))
+    everything = error.errors(include_url=False)
+    of_first = [one for one in everything if one["loc"][:1] == everything[0]["loc"][:1]]
+    everywhere = [(_path(one["loc"], one["type"], given), one) for one in of_first]
+    found = [
+        (path, one)
+        for path, one in everywhere
+        if not _about_form(one) or not any(at[: len(path)] == path and len(at) > len(path) for at, _ in everywhere)
+    ]
+    path, first = max(found, key=lambda one: (_about_value(one[1]) > 0, len(one[0]), _about_value(one[1])))
+    said = [_told(one) for at, one in found if at == path]
+    message = _told(first)
+    if not _about_value(first) and all(text.startswith(_SHOULD_BE) for text in said):
+        message = _SHOULD_BE + " or ".join(dict.fromkeys(text.removeprefix(_SHOULD_BE) for text in said))
     where = ".".join(shown(str(part)) for part in path)
-    return APIError(400, f"{where}: {_told(first)}", param=str(path[0]) if path else None, code="invalid_value")
+    return APIError(400, f"{where}: {message}", param=str(path[0]) if path else None, code="invalid_value")
 
 
 def passed_on(
@@ -139,8 +153,12 @@ def _about_value(error: ErrorDetails) -> int:
     """Returns how sure it is that an error is about a value of the right type."""
     if error["type"] == "union_tag_invalid":
         return 2
-    of_type = error["type"].endswith("_type")
-    return int(not of_type and (error["type"] != "literal_error" or isinstance(error["input"], str)))
+    return int(not error["type"].endswith("_type"))
+
+
+def _about_form(error: ErrorDetails) -> bool:
+    """Whether an error says no more than that a value has not one of the forms it may have."""
+    return error["type"].endswith("_type") or error["type"] == "literal_error"
 
 
 def _told(error: ErrorDetails) -> str:
@@ -150,5 +168,7 @@ def _told(error: ErrorDetails) -> str:
         name, given, expected = context["discriminator"].strip("'"), context["tag"], context["expected_tags"]
         return f"{name} '{shown(given)}' is not supported by this server; it can be {expected}"
     if error["type"] == "literal_error" and isinstance(error["input"], str):
-        return f"'{shown(error['input'])}' is not supported by this server; it can be {context['expected']}"
+        return f"{error['msg']}; '{shown(error['input'])}' is not supported by this server"
+    if error["type"] == "too_long":
+        return f"at most {context['max_length']} items are allowed"
     return error["msg"]

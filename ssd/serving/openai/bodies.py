@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import secrets
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
-from pydantic import BeforeValidator, Field, ValidationError, create_model
-from pydantic_core import ErrorDetails
+from pydantic import BeforeValidator, Field, create_model
 
 from ...errors import RequestError
 from ...request.methods import ServedMethod
 from ...request.sampling_params import MAX_LOGPROBS, MAX_SEED, SamplingParams, completion_seed
 from ..http import strict_json
-from ..http.errors import APIError, as_api_error, shown
+from ..http.bodies import MAX_ITEMS, SHORT, read_fields
+from ..http.errors import APIError, as_api_error
 from .fields import sort_fields
 from .messages import ChatMessage, Stored, Strict
 from .structured import ResponseFormat, StructuredOutputs, structured_outputs
@@ -34,8 +34,6 @@ RANDOM_SEED = -1
 MAX_PRIORITY = 2**31 - 1
 MAX_INT64 = 2**63 - 1
 MAX_FLOAT32 = 3.4028234e38
-_SHOULD_BE = "Input should be "
-"""How pydantic's messages about types begin."""
 
 
 def _whole(value: Any) -> Any:
@@ -50,7 +48,9 @@ Count = Annotated[Whole, Field(ge=1, le=MAX_INT64)]
 Length = Annotated[Whole, Field(ge=0, le=MAX_INT64)]
 TopCount = Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT64)]
-Stop = str | Annotated[list[str], Field(max_length=MAX_STOPS)]
+Ids = Annotated[list[TokenId], Field(fail_fast=True)]
+"""As many as the body's bytes allow: an id takes no more work than its text. The first wrong one is the error."""
+Stop = str | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ PARAMETERS = (
     Parameter("top_k", Annotated[Whole, Field(ge=-1, le=MAX_INT64)]),
     Parameter("min_p", Number),
     Parameter("stop", Stop),
-    Parameter("stop_token_ids", list[TokenId]),
+    Parameter("stop_token_ids", Ids),
     Parameter("ignore_eos", bool),
     Parameter("include_stop_str_in_output", bool),
     Parameter("skip_special_tokens", bool),
@@ -80,8 +80,8 @@ PARAMETERS = (
     Parameter("frequency_penalty", Number),
     Parameter("repetition_penalty", Number),
     Parameter("logit_bias", Annotated[dict[str, Number], Field(max_length=MAX_NAMED)]),
-    Parameter("bad_words", Annotated[list[str | list[TokenId]], Field(max_length=MAX_NAMED)]),
-    Parameter("allowed_token_ids", list[TokenId]),
+    Parameter("bad_words", Annotated[list[str | Ids], Field(max_length=MAX_NAMED, fail_fast=True)]),
+    Parameter("allowed_token_ids", Ids),
     Parameter("method", ServedMethod),
     Parameter("seed", Annotated[Whole, Field(ge=-(2**63), le=MAX_SEED)]),
 )
@@ -149,7 +149,7 @@ class Common(Strict):
 
 class _Completion(Common):
     default_length: ClassVar[int | None] = 16
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: str | Annotated[list[str], SHORT] | Ids | Annotated[list[Ids], SHORT]
     add_special_tokens: bool | None = None
     """Whether the tokenizer adds its special tokens to a text prompt. The default is true, as in vLLM."""
     logprobs: TopCount | None = None
@@ -166,18 +166,18 @@ class _Completion(Common):
 
 
 class _Chat(Common):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
     logprobs: bool | None = None
     top_logprobs: TopCount | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     """A variable of the chat template, as are ``chat_template_kwargs``."""
     chat_template_kwargs: dict[str, Any] | None = None
     chat_template: str | None = None
-    documents: list[dict[str, Any]] | None = None
+    documents: Annotated[list[dict[str, Any]], SHORT] | None = None
     """Given to the chat template."""
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     add_special_tokens: bool | None = None
@@ -204,10 +204,7 @@ def read_body(cls: type[Body], raw: Any) -> tuple[Body, tuple[str, ...]]:
         raise APIError(400, "the body must be a JSON object")
     strict_json.check(raw)
     fields = sort_fields(cls.model_fields, raw)
-    try:
-        body = cls.model_validate(fields.known)
-    except ValidationError as error:
-        raise _invalid(error.errors(include_url=False)) from None
+    body = read_fields(cls, fields.known)
     if body.stream_options is not None and body.stream_options.asking and not body.stream:
         raise APIError(400, "stream_options is only allowed when stream is true", param="stream_options")
     if getattr(body, "top_logprobs", None) and body.top_count is None:
@@ -217,30 +214,6 @@ def read_body(cls: type[Body], raw: Any) -> tuple[Body, tuple[str, ...]]:
     options = raw.get("stream_options") or {}
     nested = (f"stream_options.{name}" for name in options if name not in StreamOptions.model_fields)
     return body, (*fields.unknown, *nested)
-
-
-def _invalid(errors: Sequence[ErrorDetails]) -> APIError:
-    """Returns the answer to a body that is not valid: its first wrong field.
-
-    A field that may have several forms gives errors for each form. An error about a value is of the form that the
-    value has; among errors about types the deepest ones are. If several are left, the message names all their types.
-    """
-    first = [error for error in errors if error["loc"][0] == errors[0]["loc"][0]]
-    of_values = [error for error in first if not error["type"].endswith("_type")]
-    chosen = max(of_values or first, key=lambda error: len(_path(error)))
-    where = ".".join(shown(part) for part in _path(chosen))
-    said = [error["msg"] for error in (of_values or first) if _path(error) == _path(chosen)]
-    if not of_values and all(message.startswith(_SHOULD_BE) for message in said):
-        said = [_SHOULD_BE + " or ".join(dict.fromkeys(message.removeprefix(_SHOULD_BE) for message in said))]
-    return APIError(400, f"{where}: {said[0]}", param=str(chosen["loc"][0]), code="invalid_value")
-
-
-def _path(error: ErrorDetails) -> list[str]:
-    """Returns where a field is, without the names of the forms that pydantic tried."""
-    parts = [str(part) for part in error["loc"]]
-    if parts[0] == "response_format":
-        del parts[1:2]  # its type
-    return [part for part in parts if part != "str" and not part.startswith(("list[", "dict[", "function-", "union"))]
 
 
 def sampling_params(

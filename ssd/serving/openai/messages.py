@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..http import strict_json
+from ..http.bodies import SHORT
 from ..http.errors import APIError
 
 NOT_TEXT = {
@@ -63,7 +64,7 @@ class TextPart(Stored):
     text: str
 
 
-Content = Annotated[str | list[TextPart] | None, BeforeValidator(_as_text_parts)]
+Content = Annotated[str | Annotated[list[TextPart], SHORT] | None, BeforeValidator(_as_text_parts)]
 
 
 class CalledFunction(Stored):
@@ -103,7 +104,7 @@ class ChatMessage(Stored):
     reasoning: str | None = None
     reasoning_content: str | None = None
     """Another name for ``reasoning``."""
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], SHORT] | None = None
     tool_call_id: str | None = None
 
     @model_validator(mode="before")

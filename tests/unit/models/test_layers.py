@@ -20,7 +20,9 @@ def layers_of(count: int) -> Layers:
     return Layers(
         count=count,
         heads=dict.fromkeys(range(count), (1, 4, 4)),
+        indexers={},
         recurrent=None,
+        first_position=0,
         linears=frozenset(),
         tokens=nothing,
         logits=nothing,
@@ -68,8 +70,9 @@ def test_keys_and_values_are_found() -> None:
 def test_recurrent_layers_are_found() -> None:
     found = find_layers(tiny_causal("qwen3_next"))
     assert found.recurrent is not None
-    assert set(found.heads).isdisjoint(found.recurrent.mixers)
-    assert {*found.heads, *found.recurrent.mixers} == set(range(found.count))
+    layers = {layer for keys in found.recurrent.mixers.values() for layer, _, _ in keys}
+    assert set(found.heads).isdisjoint(layers)
+    assert {*found.heads, *layers} == set(range(found.count))
     assert {name for _, name, _ in found.recurrent.states} == {"conv", "recurrent"}
 
 
@@ -91,7 +94,9 @@ def test_a_model_that_looks_ahead_is_refused() -> None:
         ForwardRunner(model, options)
 
 
-def test_old_model_code_is_refused_by_name() -> None:
+@pytest.mark.parametrize("model_type", ["gptj", "bloom", "falcon", "deepseek_v3"])
+def test_code_that_works_on_keys_itself_attends_by_itself(model_type: str) -> None:
     options = RunnerOptions(batch=1, capacity=64, scratch_slots=2, prefill_chunk=8, vocabulary=160)
-    with pytest.raises(ModelError, match="gptj: does not run with this engine's attention and cache"):
-        ForwardRunner(tiny_causal("gptj"), options)
+    runner = ForwardRunner(tiny_causal(model_type), options)
+    assert runner.attention == "model"
+    assert runner.contexts == [runner.cache.main_slots]

@@ -17,7 +17,7 @@ from ssd.errors import ModelError
 from ssd.models.cache import SlotCache
 from ssd.models.checkpoints.loading import load_model, load_tokenizer
 from ssd.models.checkpoints.pairs import Pairing, paired
-from ssd.models.layers import find_layers
+from ssd.models.layers import FULL, find_layers
 from ssd.models.rows import BLOCK, RowPlan
 from ssd.testing.models.tiny import (
     ARCHITECTURES,
@@ -50,7 +50,7 @@ def small_cache(**sizes: int) -> SlotCache:
         hidden_size=16, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, vocab_size=10
     )
     layers = find_layers(AutoModelForCausalLM.from_config(config))
-    return SlotCache(config, batch=3, dtype=torch.float32, device="cpu", layers=layers, **sizes)
+    return SlotCache((FULL, FULL), batch=3, dtype=torch.float32, device="cpu", layers=layers, **sizes)
 
 
 def test_cache_is_whole_blocks() -> None:

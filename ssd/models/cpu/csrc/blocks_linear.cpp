@@ -19,11 +19,13 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 namespace ssd_blocks_linear {
+
+#define SSD_INLINE inline __attribute__((always_inline))
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16, ROWS = 6;
@@ -37,9 +39,6 @@ constexpr int AHEAD = 2048;  // bytes of weights to prefetch ahead
 typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int8_t Bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
-typedef uint8_t Counts __attribute__((vector_size(LANES), aligned(1), may_alias));
-typedef _Float16 Halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 
 // Numbers of the types are those of the file format.
 enum Type : int64_t { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14 };
@@ -193,15 +192,43 @@ void weights_of(const uint8_t* panel, int output, float* to) {
   }
 }
 
+// Conversions to float32. Compilers convert a vector's bytes and half-precision numbers one by one.
+SSD_INLINE Vector widened(const uint8_t* halves) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (Vector)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
+#else
+  Vector wide;
+  for (int i = 0; i < LANES; ++i) wide[i] = c10::Half(half_at(halves + i * 2), c10::Half::from_bits());
+  return wide;
+#endif
+}
+
+template <bool SIGNED>
+SSD_INLINE Vector widened_bytes(const uint8_t* from) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (Vector)_mm512_cvtepi32_ps(SIGNED ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+#elif defined(__AVX2__)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return (Vector)_mm256_cvtepi32_ps(SIGNED ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+#else
+  Vector wide;
+  for (int i = 0; i < LANES; ++i) wide[i] = SIGNED ? static_cast<int8_t>(from[i]) : from[i];
+  return wide;
+#endif
+}
+
 template <int SHIFT>
-inline Words shifted(Words from) {
+SSD_INLINE Words shifted(Words from) {
   if constexpr (SHIFT >= 0) return from >> SHIFT;
   else return from << -SHIFT;
 }
 
 #if defined(__AVX512F__)
 template <int OFFSET>
-inline Vector table(int first) {
+SSD_INLINE Vector table(int first) {
   Vector numbers;
   for (int i = 0; i < LANES; ++i) numbers[i] = static_cast<float>(first + i - OFFSET);
   return numbers;
@@ -211,7 +238,7 @@ inline Vector table(int first) {
 // The numbers of place k of a block, less the offset, as float32. low: the word with the low bits of k, high: the
 // block's high bits.
 template <Type T, int K>
-inline Vector numbers(Words low, Words high) {
+SSD_INLINE Vector numbers(Words low, Words high) {
   using X = Traits<T>;
   const Words nibble = low >> (K % 8 * 4);
 #if defined(__AVX512F__)
@@ -232,7 +259,7 @@ template <int M>
 struct Sums {
   Vector of[M][VECTORS] = {};
 
-  inline void add(const float* x, int64_t depth, const Vector* weights) {
+  SSD_INLINE void add(const float* x, int64_t depth, const Vector* weights) {
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
@@ -241,12 +268,12 @@ struct Sums {
 };
 
 template <Type T, int M, int G, size_t... J>
-inline void add_eight(const float* x, int64_t depth, const uint8_t* low, const Words* high, Sums<M>& sums,
+SSD_INLINE void add_eight(const float* x, int64_t depth, const uint8_t* low, const Words* high, Sums<M>& sums,
                       std::index_sequence<J...>) {
   const Words* from = reinterpret_cast<const Words*>(low) + G * VECTORS;
   const Words first = from[0], second = from[1];
   (
-      [&] {
+      [&]() __attribute__((always_inline)) {
         constexpr int K = G * 8 + J;
         const Vector weights[VECTORS] = {numbers<T, K>(first, high[0]), numbers<T, K>(second, high[1])};
         sums.add(x + K, depth, weights);
@@ -256,15 +283,13 @@ inline void add_eight(const float* x, int64_t depth, const uint8_t* low, const W
 
 // Adds x * (q - OFFSET) of the block's places FIRST .. FIRST + SCALED - 1.
 template <Type T, int M, int FIRST>
-inline Sums<M> add_block(const float* x, int64_t depth, const uint8_t* low) {
+SSD_INLINE Sums<M> add_block(const float* x, int64_t depth, const uint8_t* low) {
   using X = Traits<T>;
   Sums<M> sums;
   if constexpr (X::BITS == 8) {
 #pragma GCC unroll 8
     for (int k = 0; k < BLOCK; ++k) {
-      const Bytes* from = reinterpret_cast<const Bytes*>(low + k * PANEL);
-      const Vector weights[VECTORS] = {__builtin_convertvector(__builtin_convertvector(from[0], Integers), Vector),
-                                       __builtin_convertvector(__builtin_convertvector(from[1], Integers), Vector)};
+      const Vector weights[VECTORS] = {widened_bytes<true>(low + k * PANEL), widened_bytes<true>(low + k * PANEL + LANES)};
       sums.add(x + k, depth, weights);
     }
   } else {
@@ -284,15 +309,6 @@ inline Sums<M> add_block(const float* x, int64_t depth, const uint8_t* low) {
   return sums;
 }
 
-inline Vector widened(const uint8_t* halves) {
-  return __builtin_convertvector(*reinterpret_cast<const Halves*>(halves), Vector);
-}
-
-template <typename Small>
-inline Vector widened_bytes(const uint8_t* from) {
-  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Small*>(from), Integers), Vector);
-}
-
 // y[M, PANEL] = x[M, depth] · panelᵀ. totals[m * blocks + b] is the sum of x over block b, for the minima.
 template <Type T, int M>
 void multiply(const float* x, const float* totals, int64_t depth, const uint8_t* panel, float* y, int64_t stride) {
@@ -310,7 +326,7 @@ void multiply(const float* x, const float* totals, int64_t depth, const uint8_t*
     for (int inner = 0; inner < X::OUTER / BLOCK; ++inner, ++b, panel += X::INNER) {
       for (int at = 0; at < X::INNER; at += 64) __builtin_prefetch(panel + at + AHEAD);
       Vector minimum[VECTORS];
-      const auto finish = [&](const Sums<M>& sums, const Vector* scale) {
+      const auto finish = [&](const Sums<M>& sums, const Vector* scale) __attribute__((always_inline)) {
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
@@ -319,15 +335,15 @@ void multiply(const float* x, const float* totals, int64_t depth, const uint8_t*
       const float* from = x + b * BLOCK;
       const uint8_t* low = panel + X::SMALL;
       if constexpr (T == Q6_K) {
-        const Vector first[VECTORS] = {outer[0] * widened_bytes<Bytes>(panel), outer[1] * widened_bytes<Bytes>(panel + LANES)};
+        const Vector first[VECTORS] = {outer[0] * widened_bytes<true>(panel), outer[1] * widened_bytes<true>(panel + LANES)};
         finish(add_block<T, M, 0>(from, depth, low), first);
-        const Vector second[VECTORS] = {outer[0] * widened_bytes<Bytes>(panel + PANEL),
-                                        outer[1] * widened_bytes<Bytes>(panel + PANEL + LANES)};
+        const Vector second[VECTORS] = {outer[0] * widened_bytes<true>(panel + PANEL),
+                                        outer[1] * widened_bytes<true>(panel + PANEL + LANES)};
         finish(add_block<T, M, 16>(from, depth, low), second);
       } else if constexpr (X::K) {
-        const Vector scale[VECTORS] = {outer[0] * widened_bytes<Counts>(panel), outer[1] * widened_bytes<Counts>(panel + LANES)};
+        const Vector scale[VECTORS] = {outer[0] * widened_bytes<false>(panel), outer[1] * widened_bytes<false>(panel + LANES)};
 #pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v) minimum[v] = -least[v] * widened_bytes<Counts>(panel + PANEL + v * LANES);
+        for (int v = 0; v < VECTORS; ++v) minimum[v] = -least[v] * widened_bytes<false>(panel + PANEL + v * LANES);
         finish(add_block<T, M, 0>(from, depth, low), scale);
       } else {
 #pragma GCC unroll 2
