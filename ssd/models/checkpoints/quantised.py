@@ -219,7 +219,7 @@ def _check_awq(settings: Mapping[str, Any], stored: Mapping[str, Stored]) -> str
         return f"weights in the layout of {settings.get('backend') or layout} are not supported; gemm is"
     if (bits := settings.get("bits", settings.get("w_bit", 4))) != 4:
         return f"weights of {bits} bits are not supported; 4 are"
-    scaled = [name for name in stored if name.endswith(".scales") and f"{name[:-7]}.qweight" not in stored]
+    scaled = [name.removesuffix(".scales") for name in stored if name.endswith(".act.scales")]
     return f"scales the activations of {scaled[0]}, which is not supported" if scaled else None
 
 
