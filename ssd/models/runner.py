@@ -19,7 +19,7 @@ from .attention import row_attention, tree_attention
 from .cache import SlotCache
 from .checkpoints.support import usable_positions
 from .cpu import operators
-from .cpu.blocks_linear import BlocksLinear
+from .cpu.blocks_linear import BlocksLinear, count_weights
 from .cpu.rows_linear import RowsLinear
 from .cuda.graphs import Graphs
 from .layers import FULL, Layers, attended, find_layers
@@ -96,7 +96,7 @@ class ForwardRunner:
             step_by_rows(model, layers.recurrent)
         self.linears = layers.linears if sharding is None else None
         """Linear layers that may be replaced; None for all."""
-        self.parameters = sum(weight.numel() for weight in model.parameters())
+        self.parameters = count_weights(model)
         # On a CPU, half of a small model's time goes into calling its kernels: the calls are made from C++,
         # which has no collectives.
         self._sharded = sharding is not None
