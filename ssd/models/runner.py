@@ -123,7 +123,8 @@ class ForwardRunner:
         except ModelError:
             if not tried:
                 raise
-            self.__dict__.pop("cache", None), self.__dict__.pop("_inputs", None)  # before others are allocated
+            for name in ("cache", "_inputs"):  # freed before others are allocated
+                self.__dict__.pop(name, None)
             self._lay_out(options, layers, "model")
             compare(self, layers)
 
