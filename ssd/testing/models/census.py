@@ -203,9 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="A census of transformers' causal language models.")
     parser.add_argument("types", nargs="*", help="model types; all by default")
     parser.add_argument("--write", type=Path, help="page whose table is replaced")
-    parser.add_argument(
-        "--findings", type=Path, help="file of findings; types found there are not repeated"
-    )
+    parser.add_argument("--findings", type=Path, help="file of findings; types found there are not repeated")
     asked = parser.parse_args(arguments)
     findings = {one.model_type: one for one in read_findings(asked.findings)}
     for model_type in asked.types or model_types():
