@@ -74,6 +74,6 @@ def _continues(runner: ForwardRunner, slots: StateSlots) -> bool:
     except UNUSABLE:
         return False
     return all(
-        bool((one - other).norm() <= _CONTINUED[runner.dtype] * other.norm())
+        bool((one.double() - other).norm() <= _CONTINUED[runner.dtype] * other.double().norm())
         for one, other in zip(found, expected, strict=True)
     )

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -209,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     for model_type in asked.types or model_types():
         if model_type not in findings:
             findings[model_type] = finding = examine(model_type, InprocPipeline)
-            print(f"{model_type:<28} {finding.outcome:<10} {finding.why}", flush=True)
+            sys.stdout.write(f"{model_type:<28} {finding.outcome:<10} {finding.why}\n")
             if asked.findings:
                 with asked.findings.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(dataclasses.asdict(finding)) + "\n")

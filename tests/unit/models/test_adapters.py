@@ -28,7 +28,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "ranks-by-name": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}},
     "some-layers": {"layers_to_transform": [1]},
-    "biases": {"bias": "lora_only", "lora_bias": False},
     "head-replaced": {"modules_to_save": ["lm_head"]},
     "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
 }
@@ -198,8 +197,8 @@ REFUSED = {
     _other_task: "is for the task SEQ_CLS; only CAUSAL_LM",
     _replicated: "repeats layers",
     _activated: "cannot be merged",
-    _other_rank: "the adapter does not fit the model",
-    _other_shapes: "the adapter does not fit the model",
+    _other_rank: r"the adapter does not fit the model \(size mismatch for .*layers\.",
+    _other_shapes: r"the adapter does not fit the model \(size mismatch for .*layers\.",
     _more_layers: r"the adapter does not fit the model: it has .*layers\.2\.",
     _fewer_layers: r"the adapter does not fit the model: it lacks .*layers\.1\.",
     _unknown_modules: "the adapter does not fit the model",
