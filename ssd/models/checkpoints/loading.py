@@ -116,8 +116,12 @@ def _load_gguf(path: Path, config: PretrainedConfig, *, dtype: str, device: str,
     from . import gguf_weights
 
     header = read_header(path)
+    packs = gguf_weights.packs(header, weights=weights, dtype=dtype, device=device)
+    built = packs and operators.blocks_available()
+    if weights == "packed" and not built:
+        raise ModelError(f"{path}: the operators for packed weights cannot be built; set weights to auto")
     with _LOADING:
-        if gguf_weights.packs(header, weights=weights, dtype=dtype, device=device) and operators.blocks_available():
+        if built:
             return gguf_weights.load_packed(header, config)
         return gguf_weights.load_dequantised(header, config, DTYPES[dtype])
 
