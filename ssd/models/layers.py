@@ -147,6 +147,10 @@ def find_layers(model: PreTrainedModel) -> Layers:
             model(input_ids=tokens[:, :1], use_cache=True, **{cache_argument(model): cache})
             logits = model(input_ids=tokens, use_cache=False).logits[0].float()
         except UNUSABLE as error:
+            if _Watched.__name__ in str(error):
+                raise ModelError(
+                    f"{kind}: has a cache of its own; not supported"
+                ) from error
             # Whatever is wrong with code that is not ours makes this model unusable, and nothing else.
             raise ModelError(f"{kind}: does not run as a causal language model ({first_line(error)})") from error
         finally:

@@ -175,19 +175,19 @@ def _differences(
                     found.append(f"{method} ({name}) at T = {temperature:g}: equal up to tokens {at} of {NEW_TOKENS}")
 
     near = {"lookahead": 3, "siblings": 1, "forecast": {"budget": 8}}
+    methods: tuple[ServedMethod, ...] = ("none", "sd", "self", "ssd")
     try:
-        with LLM(_settings(folder, "draft", {**near, "self": {}}), launch=launch) as llm:
-            decode(llm, ("none", "sd", "self", "ssd"), "near draft")
-            skips = True
+        llm = LLM(_settings(folder, "draft", {**near, "self": {}}), launch=launch)
     except UsageError:  # the model is not supported, or its layers cannot be left out
-        with LLM(_settings(folder, "draft", near), launch=launch) as llm:
-            decode(llm, ("none", "sd", "ssd"), "near draft")
-            skips = False
+        methods = ("none", "sd", "ssd")
+        llm = LLM(_settings(folder, "draft", near), launch=launch)
+    with llm:
+        decode(llm, methods, "near draft")
     # Candidates of a stranger are rejected many times in a row.
     far = {"lookahead": 8, "siblings": 0, "forecast": {"budget": 12}}
     with LLM(_settings(folder, "stranger", far), launch=launch) as llm:
         decode(llm, ("sd", "ssd"), "random draft")
-    return "; ".join(found), skips
+    return "; ".join(found), "self" in methods
 
 
 def _settings(folder: Path, draft: str, speculation: dict[str, Any]) -> dict[str, Any]:

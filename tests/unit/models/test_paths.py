@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssd.decoding.trees.shape import TreeShape
 from ssd.models.cache import SlotCache
 from ssd.models.layers import FULL, Layers
 from ssd.models.paths import KEYS, PathView
+from ssd.models.rows import RowPlan
+from ssd.models.runner import ForwardRunner, RunnerOptions
+from ssd.testing.models.census import tiny_causal
 
 CAPACITY = 12
 NOTHING = torch.zeros(0)
@@ -111,3 +115,21 @@ def test_a_chunk_of_a_prompt_continues_the_keys_before_it(start: int) -> None:
     assert slots.main[KEYS][0][1, 0, start : start + 2, 0].tolist() == [7.0, 8.0]
     assert slots.main[KEYS][0][0, 0, start, 0] == 100 + start
     assert view.get_mask_sizes(2, 0) == (start + 2, 0)
+
+
+@pytest.mark.parametrize("model_type", ["gptj", "bloom", "deepseek_v3"])
+def test_a_token_has_the_same_bits_in_the_chain_and_beside_it(model_type: str) -> None:
+    """Strict numerics rely on it."""
+    options = RunnerOptions(batch=2, capacity=64, scratch_slots=2, prefill_chunk=8, vocabulary=160, chain=2)
+    runner = ForwardRunner(tiny_causal(model_type), options)
+    assert runner.attention == "model"
+    for slot in range(2):
+        runner.prefill(slot, list(range(20, 33)))
+    plan, lengths = RowPlan.tree("verify", TreeShape.comb(1, siblings=1)), torch.tensor([13, 13])
+
+    def logits(rows: list[int]) -> Tensor:
+        return runner.forward(plan, torch.tensor([rows, [7, 8, 9]]), lengths, longest=13)[0]
+
+    one, other = logits([40, 41, 42]), logits([40, 42, 41])
+    assert torch.equal(one[1], other[2])
+    assert torch.equal(one[2], other[1])
