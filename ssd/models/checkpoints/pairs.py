@@ -29,6 +29,7 @@ from transformers import PretrainedConfig
 
 from ...errors import ModelError, first_line
 from .loading import load_tokenizer, read_config
+from .support import usable_positions
 from .vocabulary import Vocabulary
 
 
@@ -103,7 +104,7 @@ def mask_token(draft: PretrainedConfig, wanted: bool | int | str) -> int | None:
 
 def shorter_context(draft: PretrainedConfig, tokens: int) -> int | None:
     """Returns how many positions a draft knows, if that is fewer than ``tokens``; otherwise None."""
-    positions = getattr(draft.get_text_config(), "max_position_embeddings", None)
+    positions = usable_positions(draft.get_text_config())
     return positions if positions is not None and positions < tokens else None
 
 
