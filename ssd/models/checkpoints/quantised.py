@@ -167,7 +167,8 @@ def loading_arguments(
         ModelError: the weights are not what the format says.
     """
     config = copy.deepcopy(config)
-    place: Any = config if hasattr(config, "quantization_config") else config.get_text_config(decoder=True)
+    whole = getattr(config, "quantization_config", None) is not None
+    place: Any = config if whole else config.get_text_config(decoder=True)
     if found.method in ("awq", "gptq", "compressed-tensors"):
         del place.quantization_config
         return {
