@@ -101,15 +101,38 @@ async def main() -> None:
                 told = await compare(
                     engine, ids, METHODS, ways=[way], max_tokens=options.max_tokens, at_once=options.batch
                 )
-                done["by_format"][way.name] = {**told[way.name], "duration_s": round(time.perf_counter() - began, 1)}
-                print(f"{way.name}: {done['by_format'][way.name]['duration_s']} s", file=sys.stderr, flush=True)
+                duration_s = round(time.perf_counter() - began, 1)
+                done["by_format"][way.name] = {
+                    **told[way.name],
+                    "max_tokens": options.max_tokens,
+                    "duration_s": duration_s,
+                }
+                print(f"{way.name}: {duration_s} s", file=sys.stderr, flush=True)
                 write(options, done)
+    print(table(done["by_format"]))
     sys.exit(not all(good(way, options.floor) for way in done["by_format"].values()))
+
+
+def table(by_format: dict[str, Any]) -> str:
+    """Returns the counts of each format as a Markdown table."""
+    columns = ("answers", "with_calls", "calls", "reasoning", "cut", "tokens", "replays")
+    lines = [f"| format | {' | '.join(columns)} | different |", "|---|" + "---:|" * (len(columns) + 1)]
+    for name, way in by_format.items():
+        tallies = tallies_of(way)
+        counts = [sum(tally[column] for tally in tallies) for column in columns]
+        different = sum(len(tally["different"]) for tally in tallies)
+        lines.append(f"| {name} | {' | '.join(map(str, [*counts, different]))} |")
+    return "\n".join(lines)
+
+
+def tallies_of(way: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the counts of a format, one for each temperature."""
+    return [tally for key, tally in way.items() if key.startswith("T=")]
 
 
 def good(way: dict[str, Any], floor: float) -> bool:
     """Whether everything of a format is identical, and enough answers hold a call."""
-    tallies = [tally for name, tally in way.items() if name != "duration_s"]
+    tallies = tallies_of(way)
     share = sum(tally["with_calls"] for tally in tallies) / sum(tally["answers"] for tally in tallies)
     return share >= floor and not any(tally["different"] for tally in tallies)
 
@@ -118,7 +141,6 @@ def write(options: argparse.Namespace, done: dict[str, Any]) -> None:
     result = {
         "pair": options.pair,
         "prompts": options.prompts,
-        "max_tokens": options.max_tokens,
         "floor": options.floor,
         "methods": METHODS,
         "tokens_at_once": [*SIZES],

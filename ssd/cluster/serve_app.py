@@ -30,7 +30,7 @@ from ..errors import UsageError, WorkerError
 from ..pipeline.runtime.launch import Pipeline
 from ..pipeline.runtime.plan import Plan
 from ..serving.app import build_app
-from ..serving.heap import keep_trim
+from ..serving.heap import keep_trim, own_heap
 from ..serving.metrics import Metrics
 from ..serving.openai.jobs import model_name
 from ..serving.run import traces
@@ -84,7 +84,7 @@ class Replica:
     async def __serve_build_asgi_app__(self) -> Any:
         """Returns the application once the pipeline can decode. Raises: UsageError, WorkerError."""
         await self.engine.start()
-        running = (self._end_with_pipeline(), publish(self.metrics), keep_trim())
+        running = (self._end_with_pipeline(), publish(self.metrics), keep_trim(own_heap()))
         self.tasks = [asyncio.create_task(one) for one in running]
         config = self.engine.config
         model = model_name(config)

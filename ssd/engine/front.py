@@ -315,10 +315,8 @@ def make_plan(config: Config) -> tuple[Any, Plan]:
     """
     target = resolve_model_path(config.target.model)
     tokenizer = load_tokenizer(target)
-
-    loaded = config.draft is not None and config.draft.propose is None
-    for model in (config.target, config.draft if loaded else None):
-        if model is not None:
+    for model in (config.target, config.draft):
+        if model is not None and model.model:  # a draft may be a function
             path = resolve_model_path(model.model)
             check_weights(path, read_config(path), weights=model.weights, device=model.device, adapter=model.adapter)
     text = read_config(target).get_text_config()

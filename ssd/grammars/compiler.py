@@ -20,7 +20,7 @@ import numpy as np
 from ..errors import RequestError
 from ..request.structured import StructuredOutputsParams
 from .keys import KeyTokens
-from .matcher import GrammarMatcher, one_line, problem
+from .matcher import GrammarMatcher, next_mask, one_line, problem
 from .schemas.prepare import PreparedSchema, prepare, subschemas
 
 KEPT = 64
@@ -89,7 +89,8 @@ class Grammars:
 
     def _matching(self, wanted: StructuredOutputsParams, matcher: Any, open_keys: bool) -> GrammarMatcher:
         keys = self._key_tokens if open_keys else None
-        return GrammarMatcher(matcher, self._vocabulary, kind=wanted.kind, keys=keys)
+        spell = self._tokenizer.greedy_tokenize
+        return GrammarMatcher(matcher, self._vocabulary, spell=spell, kind=wanted.kind, keys=keys)
 
     def _started(self, wanted: StructuredOutputsParams) -> Future[_Compiled]:
         with self._lock:
@@ -154,29 +155,40 @@ class Grammars:
         """Returns the grammar after some random outputs of it were begun.
 
         Raises:
-            RequestError: No text matches, or the library's limits are exceeded.
+            RequestError: No text matches, the tokenizer cannot write it, or the library's limits are exceeded.
         """
         ends = [end for end in self._ends if 0 <= end < self._vocabulary]
         began, rng = time.monotonic(), np.random.default_rng(0)
-        for trial in range(TRIALS):
-            matcher = compiled.matcher.deep_copy()
+        for _ in range(TRIALS):
+            matcher, tokens = compiled.matcher.deep_copy(), list[int]()
             for position in range(TRIAL_TOKENS):
-                packed = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+                mask = next_mask(matcher, self._vocabulary, self._tokenizer.greedy_tokenize)
                 if (wrong := problem(matcher)) is not None:
                     raise _refused(wanted, wrong)
-                mask = np.unpackbits(packed, count=self._vocabulary, bitorder="little").astype(bool)
                 mask[ends] = False
                 if not mask.any():
-                    if not trial and not position and not matcher.is_accepting():
-                        raise _refused(wanted, "no text matches")
+                    if not matcher.is_accepting():
+                        raise _refused(wanted, self._dead_end(compiled, tokens))
                     break
-                matcher.try_consume_tokens([int(rng.choice(np.flatnonzero(mask)))])
+                tokens.append(int(rng.choice(np.flatnonzero(mask))))
+                matcher.try_consume_tokens(tokens[-1:])
                 if (wrong := problem(matcher)) is not None:
                     raise _refused(wanted, wrong)
                 late = position >= TRIAL_LEAST and time.monotonic() - began > TRIAL_S
                 if matcher.is_stopped() or late:
                     break
         return compiled
+
+    def _dead_end(self, compiled: _Compiled, tokens: list[int]) -> str:
+        """Returns why nothing can follow some tokens."""
+        matcher = compiled.matcher.deep_copy()
+        matcher.try_consume_tokens(tokens)
+        text, written = matcher.compute_ff_bytes().decode(errors="replace"), self._tokenizer.decode_str(tokens)
+        if not tokens:
+            return f"the model's tokenizer cannot write {text!r}" if text else "no text matches"
+        if not text:
+            return f"no token of the model can follow {written!r}"
+        return f"the model's tokenizer cannot write {text!r} after {written!r}"
 
     def _located(self, wanted: StructuredOutputsParams, schema: Any) -> str | None:
         """Returns the library's error about the smallest part of a schema that it refuses, with that part's path."""

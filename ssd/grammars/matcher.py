@@ -6,7 +6,7 @@ the certain tokens of its sequence; for the row of a candidate a copy consumes t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,22 @@ class GrammarMatcher:
     Args:
         matcher: ``llguidance.LLMatcher``.
         vocabulary: V.
+        spell: Returns a text as ordinary tokens, never as special ones.
         kind: What kind of grammar it is, for messages.
         keys: Tokens that can complete a key; None if the grammar itself keeps keys apart.
     """
 
-    def __init__(self, matcher: Any, vocabulary: int, *, kind: str, keys: KeyTokens | None):
-        self._matcher, self._vocabulary, self._kind, self._keys = matcher, vocabulary, kind, keys
+    def __init__(
+        self,
+        matcher: Any,
+        vocabulary: int,
+        *,
+        spell: Callable[[str], list[int]],
+        kind: str,
+        keys: KeyTokens | None,
+    ):
+        self._matcher, self._vocabulary, self._spell = matcher, vocabulary, spell
+        self._kind, self._keys = kind, keys
         self._scan = KeyScan()
         self._failure: str | None = None
 
@@ -79,7 +89,7 @@ class GrammarMatcher:
         if matcher.try_consume_tokens(list(path)) == len(path):
             taken = matcher.try_consume_tokens(list(chain))
             if taken < len(chain) and not matcher.is_stopped():
-                forced = matcher.compute_ff_tokens()[: len(chain) - taken]
+                forced = forced_tokens(matcher, self._spell)[: len(chain) - taken]
         return [*chain[:taken], *forced, *chain[taken + len(forced) :]] if forced else list(chain)
 
     def _mask(self, path: tuple[int, ...]) -> np.ndarray:
@@ -89,9 +99,39 @@ class GrammarMatcher:
         taken = matcher.try_consume_tokens(list(path)) if path else 0
         if taken < len(path) and not matcher.is_stopped():
             return np.ones(self._vocabulary, dtype=bool)
-        packed = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-        mask = np.unpackbits(packed, count=self._vocabulary, bitorder="little").astype(bool)
+        mask = next_mask(matcher, self._vocabulary, self._spell)
         return mask if self._keys is None else self._keys.restrict(mask, self._keys.after(self._scan, path))
+
+
+def next_mask(matcher: Any, vocabulary: int, spell: Callable[[str], list[int]]) -> np.ndarray:
+    """Returns what may follow in a matcher's state, ``[V]`` bool.
+
+    Where only one text can follow, llguidance allows the first token of the tokenizer's encoding of it. This may be a
+    token that stands for something else: a special token whose name is the text, or the token of a normalized text. No
+    such token can be consumed, and a token that spells the text replaces it.
+    """
+    packed = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+    mask = np.unpackbits(packed, count=vocabulary, bitorder="little").astype(bool)
+    if np.count_nonzero(mask) == 1 and not matcher.is_stopped():
+        [allowed] = np.flatnonzero(mask).tolist()
+        if not matcher.is_accepting() and not matcher.validate_tokens([allowed]):
+            mask[allowed] = False
+            mask[forced_tokens(matcher, spell)[:1]] = True
+    return mask
+
+
+def forced_tokens(matcher: Any, spell: Callable[[str], list[int]]) -> list[int]:
+    """Returns the tokens that must follow in a matcher's state, as far as they can be consumed."""
+    tokens = matcher.compute_ff_tokens()
+    valid = matcher.validate_tokens(tokens) if tokens else 0
+    if valid == len(tokens):
+        return tokens
+    after = matcher.deep_copy()
+    after.try_consume_tokens(tokens[:valid])
+    # The byte 0xFF, which is in no text, opens a special token that the grammar names.
+    text = after.compute_ff_bytes().partition(b"\xff")[0].decode(errors="ignore")
+    spelt = spell(text)
+    return [*tokens[:valid], *spelt[: after.validate_tokens(spelt) if spelt else 0]]
 
 
 def problem(matcher: Any) -> str | None:

@@ -27,40 +27,45 @@ def malloc_trim() -> Callable[[int], int] | None:
 
 
 class Heap:
-    """The memory of this process.
+    """The memory of a process.
 
     Args:
-        trim: as ``malloc_trim`` returns it.
+        trim: As ``malloc_trim`` returns it.
+        resident: Returns the resident bytes.
     """
 
-    def __init__(self, trim: Callable[[int], int]):
-        self._trim, self._process = trim, psutil.Process()
-        self._least = self.resident
-
-    @property
-    def resident(self) -> int:
-        """Bytes."""
-        return int(self._process.memory_info().rss)
+    def __init__(self, *, trim: Callable[[int], int], resident: Callable[[], int]):
+        self._trim, self._resident = trim, resident
+        self._least = resident()
 
     @property
     def grown(self) -> bool:
         """Whether the process has grown by ``GROWN_BYTES`` since it was smallest or last trimmed."""
-        self._least = min(self._least, self.resident)
-        return self.resident >= self._least + GROWN_BYTES
+        resident = self._resident()
+        self._least = min(self._least, resident)
+        return resident >= self._least + GROWN_BYTES
 
     def trim(self) -> None:
-        """Gives back what is free. Takes some milliseconds, without the interpreter's lock."""
+        """Gives back what is free. Does not hold the interpreter's lock, but blocks for milliseconds: the time is in
+        docs/serving.md."""
         self._trim(0)
-        self._least = self.resident
+        self._least = self._resident()
 
 
-async def keep_trim(pause_s: float = LOOK_S) -> None:
-    """Gives free memory back whenever the process has grown, until cancelled."""
+def own_heap() -> Heap | None:
+    """Returns the memory of this process; None if the C library cannot give free memory back."""
     trim = malloc_trim()
-    if trim is None:
-        return
-    heap = Heap(trim)
-    while True:
+    return None if trim is None else Heap(trim=trim, resident=resident_bytes)
+
+
+def resident_bytes() -> int:
+    """Returns the resident bytes of this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
+async def keep_trim(heap: Heap | None, *, pause_s: float = LOOK_S) -> None:
+    """Gives free memory back whenever the process has grown, until cancelled. Trims in a thread."""
+    while heap is not None:
         await asyncio.sleep(pause_s)
         if heap.grown:
             await asyncio.to_thread(heap.trim)

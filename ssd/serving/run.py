@@ -19,7 +19,7 @@ from ..errors import SSDError, UsageError
 from ..pipeline.runtime.launch import Pipeline, launch_here
 from ..pipeline.runtime.plan import Plan
 from .app import build_app
-from .heap import keep_trim
+from .heap import keep_trim, own_heap
 from .http.border import App
 from .http.state import metrics_app
 from .lane.server import LaneServer
@@ -121,7 +121,7 @@ async def serve(
     serving, *others = [asyncio.ensure_future(one.serve([bound])) for one, bound in servings]
     starting = asyncio.ensure_future(_start(engine, ready))
     stopping = asyncio.ensure_future(stop())
-    watching = [asyncio.ensure_future(one) for one in (watch_loop(metrics.stalls.observe), keep_trim())]
+    watching = [asyncio.ensure_future(one) for one in (watch_loop(metrics.stalls.observe), keep_trim(own_heap()))]
     lane: LaneServer | None = None
     try:
         if config.server.lane is not None:

@@ -59,13 +59,13 @@ class BlocksLinear(nn.Module):
     def __init__(self, blocks: Blocks, bias: nn.Parameter | None):
         super().__init__()
         self.in_features, self.out_features = blocks.depth, blocks.outputs
-        self.type = blocks.type
+        self.kind = blocks.type
         self.packed = nn.Parameter(blocks.packed, requires_grad=False)
         self.bias = bias
 
     def forward(self, rows: Tensor) -> Tensor:
         """Maps ``[..., K]`` to ``[..., N]``, float32."""
-        out = torch.ops.ssd.blocks_linear(rows, self.packed, self.type, self.out_features)
+        out = torch.ops.ssd.blocks_linear(rows, self.packed, self.kind, self.out_features)
         return out if self.bias is None else out + self.bias
 
 
@@ -79,16 +79,30 @@ class BlocksEmbedding(nn.Module):
     def __init__(self, blocks: Blocks, scale: Tensor | None):
         super().__init__()
         self.num_embeddings, self.embedding_dim = blocks.outputs, blocks.depth
-        self.type = blocks.type
+        self.kind = blocks.type
         self.packed = nn.Parameter(blocks.packed, requires_grad=False)
         self.register_buffer("scale", scale, persistent=False)
 
     @property
     def blocks(self) -> Blocks:
         """The weight, for a layer that shares it."""
-        return Blocks(packed=self.packed.data, type=self.type, outputs=self.num_embeddings, depth=self.embedding_dim)
+        return Blocks(packed=self.packed.data, type=self.kind, outputs=self.num_embeddings, depth=self.embedding_dim)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Maps ids ``[...]`` int64 to ``[..., K]`` float32."""
-        rows = torch.ops.ssd.blocks_rows(ids, self.packed, self.type, self.num_embeddings, self.embedding_dim)
+        rows = torch.ops.ssd.blocks_rows(ids, self.packed, self.kind, self.num_embeddings, self.embedding_dim)
         return rows if self.scale is None else rows * self.scale
+
+
+def count_weights(model: nn.Module) -> int:
+    """Returns the number of a model's weights, those in blocks included and shared ones once."""
+    counts: dict[object, int] = {}
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            whole = weight.numel()
+            if name == "packed" and isinstance(module, BlocksLinear):
+                whole = module.out_features * module.in_features
+            elif name == "packed" and isinstance(module, BlocksEmbedding):
+                whole = module.num_embeddings * module.embedding_dim
+            counts[(weight.data_ptr(), weight.shape) if weight.data_ptr() else weight] = whole
+    return sum(counts.values())

@@ -74,7 +74,7 @@ def test_packed_weights_are_those_of_transformers(file: Path) -> None:
         if isinstance(module, BlocksLinear | BlocksEmbedding):
             outputs, depth = expected[f"{name}.weight"].shape
             for rows in torch.arange(outputs).split(16384):
-                found = torch.ops.ssd.blocks_rows(rows, module.packed, module.type, outputs, depth)
+                found = torch.ops.ssd.blocks_rows(rows, module.packed, module.kind, outputs, depth)
                 assert torch.equal(found, expected[f"{name}.weight"][rows]), name
     assert not [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     for name, value in model.named_parameters():

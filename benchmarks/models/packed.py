@@ -1,6 +1,6 @@
 """Packed GGUF weights beside llama.cpp on the same file and cores: tokens per second, floor, and memory.
 
-    PYTHONPATH=SITE python benchmarks/models/gguf.py smollm2 --llama VENV/bin/python --json out.json
+    PYTHONPATH=SITE python benchmarks/models/packed.py smollm2 --llama VENV/bin/python --json out.json
 
 SITE is what ``ssd.testing.real.installed`` returns; VENV has llama-cpp-python. The floor is the time of reading the
 file's weights once from memory with both cores, measured in the same process between the runs. All arms take turns;
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--cores", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--dequantised", action="store_true", help="dequantised weights take turns too")
+    parser.add_argument("--plain", action="store_true", help="leave out method self, whose compilation takes minutes")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     os.sched_setaffinity(0, args.cores)
@@ -67,8 +68,8 @@ def main() -> None:
         {
             "target": {"model": name, "cores": args.cores},
             "speculation": {
-                "method": "self",
-                "self": {"skip_attention": skipped, "skip_mlp": skipped},
+                "method": "none" if args.plain else "self",
+                "self": None if args.plain else {"skip_attention": skipped, "skip_mlp": skipped},
                 "governor": False,
             },
             "engine": {"max_model_len": 512, "workers": "processes"},
@@ -80,7 +81,10 @@ def main() -> None:
     with LLM(config) as llm:
         ours = memory_bytes() - before
         pipelines = [("none_fast", "packed"), ("none", "packed, strict"), ("self", "packed, self")]
-        arms: list[Arm] = [MethodArm(llm, method, label) for method, label in pipelines]  # type: ignore[arg-type]
+        arms: list[Arm] = [
+            MethodArm(llm, method, label)  # type: ignore[arg-type]
+            for method, label in pipelines[: 2 if args.plain else 3]
+        ]
         closing: list[Any] = []
         try:
             if args.llama:

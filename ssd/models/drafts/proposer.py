@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, first_line
+from ...errors import ConfigError, first_line
 
 log = logging.getLogger(__name__)
 
