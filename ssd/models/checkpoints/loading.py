@@ -97,7 +97,7 @@ def _load_folder(
     if placed and "state_dict" not in source and importlib.util.find_spec("accelerate") is not None:
         source["device_map"] = {"": device}
     with Naming(folder, "cannot be loaded"), _LOADING:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             **source,
             dtype=DTYPES[dtype],
             local_files_only=True,
@@ -195,7 +195,7 @@ def check_weights(
 
 def count_parameters(config: PretrainedConfig) -> int:
     """Returns the parameters of a model, tied ones once. A quantised folder's tensors do not tell."""
-    with torch.device("meta"), Naming(Path(config.name_or_path), "unknown architecture"):
+    with torch.device("meta"), Naming(Path(config.name_or_path or "."), "unknown architecture"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(weight.numel() for weight in model.parameters())
 
