@@ -148,9 +148,7 @@ def find_layers(model: PreTrainedModel) -> Layers:
             logits = model(input_ids=tokens, use_cache=False).logits[0].float()
         except UNUSABLE as error:
             if _Watched.__name__ in str(error):
-                raise ModelError(
-                    f"{kind}: has a cache of its own; not supported"
-                ) from error
+                raise ModelError(f"{kind}: has a cache of its own; not supported") from error
             # Whatever is wrong with code that is not ours makes this model unusable, and nothing else.
             raise ModelError(f"{kind}: does not run as a causal language model ({first_line(error)})") from error
         finally:

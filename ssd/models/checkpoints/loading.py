@@ -97,7 +97,7 @@ def _load_folder(
     if placed and "state_dict" not in source and importlib.util.find_spec("accelerate") is not None:
         source["device_map"] = {"": device}
     with Naming(folder, "cannot be loaded"), _LOADING:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             **source,
             dtype=DTYPES[dtype],
             local_files_only=True,
@@ -116,8 +116,12 @@ def _load_gguf(path: Path, config: PretrainedConfig, *, dtype: str, device: str,
     from . import gguf_weights
 
     header = read_header(path)
+    packs = gguf_weights.packs(header, weights=weights, dtype=dtype, device=device)
+    built = packs and operators.blocks_available()
+    if weights == "packed" and not built:
+        raise ModelError(f"{path}: the operators for packed weights cannot be built; set weights to auto")
     with _LOADING:
-        if gguf_weights.packs(header, weights=weights, dtype=dtype, device=device) and operators.blocks_available():
+        if built:
             return gguf_weights.load_packed(header, config)
         return gguf_weights.load_dequantised(header, config, DTYPES[dtype])
 
@@ -191,7 +195,7 @@ def check_weights(
 
 def count_parameters(config: PretrainedConfig) -> int:
     """Returns the parameters of a model, tied ones once. A quantised folder's tensors do not tell."""
-    with torch.device("meta"), Naming(Path(config.name_or_path), "unknown architecture"):
+    with torch.device("meta"), Naming(Path(config.name_or_path or "."), "unknown architecture"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(weight.numel() for weight in model.parameters())
 

@@ -167,7 +167,8 @@ def loading_arguments(
         ModelError: the weights are not what the format says.
     """
     config = copy.deepcopy(config)
-    place = config if getattr(config, "quantization_config", None) is not None else config.get_text_config(decoder=True)
+    whole = getattr(config, "quantization_config", None) is not None
+    place: Any = config if whole else config.get_text_config(decoder=True)
     if found.method in ("awq", "gptq", "compressed-tensors"):
         del place.quantization_config
         return {
@@ -189,7 +190,8 @@ def dequantise(model: PreTrainedModel, found: Quantisation, dtype: torch.dtype) 
             for name, weight in list(module.named_parameters(recurse=False)):
                 if type(weight.data) is not Tensor:  # torchao's weights are subclasses
                     setattr(module, name, nn.Parameter(weight.dequantize().to(dtype), requires_grad=False))
-        model.hf_quantizer.remove_quantization_config(model)
+        quantizer: Any = model.hf_quantizer
+        quantizer.remove_quantization_config(model)
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
@@ -299,18 +301,17 @@ def _decompress(tensors: dict[str, Tensor], found: Quantisation, dtype: torch.dt
     from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.utils.match import match_name
 
-    config = QuantizationConfig.model_validate(dict(found.settings))
+    config: Any = QuantizationConfig.model_validate(dict(found.settings))
     schemes = [(target, scheme) for scheme in config.config_groups.values() for target in scheme.targets]
     for module in [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]:
         named = [scheme for target, scheme in schemes if match_name(module, target)]
         named += [scheme for target, scheme in schemes if target == "Linear"]
         if not named:
             raise ValueError(f"{module} is in no group of quantization_config")
-        scheme = named[0]
         names = [f"{module}.{part}" for part in COMPRESSED_PARTS if f"{module}.{part}" in tensors]
-        state = {name.rpartition(".")[2]: tensors.pop(name) for name in names}
-        compressor = BaseCompressor.get_value_from_registry(scheme.format or config.format)
-        tensors[f"{module}.weight"] = compressor.decompress(state, scheme)["weight"].to(dtype)
+        state: dict[str, Any] = {name.rpartition(".")[2]: tensors.pop(name) for name in names}
+        compressor: Any = BaseCompressor.get_value_from_registry(named[0].format or config.format)
+        tensors[f"{module}.weight"] = compressor.decompress(state, named[0])["weight"].to(dtype)
 
 
 def _gptq_layout(settings: Mapping[str, Any]) -> str:

@@ -243,3 +243,14 @@ def test_missing_package(file: Path, monkeypatch: pytest.MonkeyPatch, missing: s
     )
     with pytest.raises(ModelError, match=f"pip install {missing}$"):
         load_tokenizer(file)
+
+
+@pytest.mark.parametrize("weights", ["auto", "packed"])
+def test_operators_that_cannot_be_built(file: Path, monkeypatch: pytest.MonkeyPatch, weights: str) -> None:
+    monkeypatch.setattr("ssd.models.cpu.operators.blocks_available", lambda: False)
+    monkeypatch.setattr("ssd.models.cpu.operators.compiler", lambda: "c++")
+    if weights == "packed":
+        with pytest.raises(ModelError, match="cannot be built"):
+            _load(file, weights)
+    else:
+        assert not any(isinstance(module, BlocksLinear) for module in _load(file, weights).modules())
