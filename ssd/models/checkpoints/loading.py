@@ -97,7 +97,11 @@ def _load_folder(
     if placed and "state_dict" not in source and importlib.util.find_spec("accelerate") is not None:
         source["device_map"] = {"": device}
     with Naming(folder, "cannot be loaded"), _LOADING:
-        model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+        kind: Any = AutoModelForCausalLM
+        if "state_dict" in source:  # which that class does not take
+            with torch.device("meta"):
+                kind = type(AutoModelForCausalLM.from_config(source["config"]))
+        model, report = kind.from_pretrained(
             **source,
             dtype=DTYPES[dtype],
             local_files_only=True,
@@ -105,10 +109,11 @@ def _load_folder(
             use_safetensors=True,
             attn_implementation="eager",
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
         )
         if found is not None and not packed:
             quantised.dequantise(model, found, DTYPES[dtype])
-    check_complete(folder, (*report["missing_keys"], *report["mismatched_keys"]))
+    check_complete(folder, report["missing_keys"], report["mismatched_keys"])
     return model
 
 

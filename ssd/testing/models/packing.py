@@ -242,6 +242,8 @@ def _write(
 def _copy(source: Path, folder: Path, stored: dict[str, Tensor], settings: dict[str, Any]) -> None:
     """Writes a folder with the source's tokenizer, other weights, and a ``quantization_config``."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
-    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in stored.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
