@@ -158,7 +158,7 @@ def _describe_model(model: ModelConfig) -> str:
     try:
         path = resolve_model_path(model.model)
     except ModelError as error:
-        return f"{place}, missing on this machine" if "GGUF" not in str(error) else f"{place}: {error}"
+        return f"{place}, missing on this machine: {error}"
     try:
         if path.suffix == ".gguf":
             return f"{place}, {_describe_gguf(path, model)}"

@@ -245,7 +245,7 @@ class _Fed:
     def approximation(self, token: int) -> int:
         """Returns the row of the draft's embedding to use for a token of the target."""
         other = self._target.counterpart(token, self._draft)  # a second spelling of the same bytes
-        if other in self._places:
+        if other is not None and other in self._places:
             return self._places[other]
         raw = self._target.spoken.get(token, b"")
         endings = (self._known.get(raw[start:]) for start in range(len(raw)))

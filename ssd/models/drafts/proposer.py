@@ -42,7 +42,7 @@ def find(name: str) -> Propose:
     module, colon, attribute = name.partition(":")
     try:
         if colon:
-            found = importlib.import_module(module)
+            found: Any = importlib.import_module(module)
             for part in attribute.split("."):
                 found = getattr(found, part)
         else:
