@@ -51,6 +51,10 @@ class Tally:
     fixed_checks: int = 0
 
 
+class Enough(BaseException):
+    """Ends a run. Hypothesis would take an ``Exception`` for a finding and go on."""
+
+
 # Asking and judging
 
 
@@ -115,7 +119,7 @@ class Fuzz:
         def round_of(cases: tuple[Case, ...]) -> None:
             nonlocal sent
             if sent >= count or time.monotonic() > until:
-                return
+                raise Enough
             for case, (kind, wrong) in zip(cases, pool.map(self._judged, cases), strict=True):
                 self.tally.statuses[kind] += 1
                 if wrong is not None:
@@ -131,7 +135,7 @@ class Fuzz:
             deadline=None,
             suppress_health_check=list(HealthCheck),
         )
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        with ThreadPoolExecutor(AT_ONCE) as pool, contextlib.suppress(Enough):
             hypothesis.seed(seed)(chosen(given(st.tuples(*[self._bodies.cases] * AT_ONCE))(round_of)))()
         self.check_fixed()
         return self.tally
