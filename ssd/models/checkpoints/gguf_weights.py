@@ -30,6 +30,7 @@ Weights = Literal["auto", "packed", "dequantised"]
 """How weights are kept. ``auto``: packed where that is possible."""
 ALIGNED = 64
 """Bytes of a cache line."""
+ROTARY, ROTARY_LONG = "rope_freqs.weight", "rope_factors_long.weight"
 _OPERATORS = {number: name for name, number in TYPES.items()}
 _FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16, 28: torch.float64}
 
@@ -103,6 +104,27 @@ def load_packed(header: GgufFile, config: PretrainedConfig) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
         _Packing(header, model).load()
     return model
+
+
+def scale_rotary(header: GgufFile, model: PreTrainedModel) -> None:
+    """Divides the model's rotary frequencies by the file's factors (Llama 3.1 and later), in place.
+
+    The header has no key for this scaling, only a tensor, which transformers 5.24 does not read.
+
+    Raises:
+        ModelError: the factors are of a kind that depends on the length of the text, or do not fit the model.
+    """
+    if ROTARY_LONG in header.tensors:
+        raise ModelError(f"{header.path}: {ROTARY_LONG} (rotary factors that depend on the length) is not supported")
+    stored = header.tensors.get(ROTARY)
+    if stored is None or model.config.get_text_config().rope_parameters.get("rope_type", "default") != "default":
+        return
+    factors = torch.from_numpy(np.array(header.data(stored))).view(_FLOATS[stored.type]).float()
+    modules = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
+    if not modules or any(module.inv_freq.shape != factors.shape for module in modules):
+        raise ModelError(f"{header.path}: {ROTARY} does not fit the model's rotary embeddings")
+    for module in modules:
+        module.inv_freq = module.inv_freq / factors.to(module.inv_freq.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -127,8 +127,11 @@ def _load_gguf(path: Path, config: PretrainedConfig, *, dtype: str, device: str,
         raise ModelError(f"{path}: the operators for packed weights cannot be built; set weights to auto")
     with _LOADING:
         if built:
-            return gguf_weights.load_packed(header, config)
-        return gguf_weights.load_dequantised(header, config, DTYPES[dtype])
+            model = gguf_weights.load_packed(header, config)
+        else:
+            model = gguf_weights.load_dequantised(header, config, DTYPES[dtype])
+    gguf_weights.scale_rotary(header, model)
+    return model
 
 
 def _check_folder(folder: Path) -> None:

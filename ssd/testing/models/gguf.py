@@ -33,6 +33,7 @@ def write_gguf(
     seed: int = 0,
     metadata: dict[str, Any] | None = None,
     without: tuple[str, ...] = (),
+    extra: dict[str, np.ndarray] | None = None,
 ) -> Path:
     """Writes a file and returns its path.
 
@@ -42,6 +43,7 @@ def write_gguf(
         tied: the file has no output head.
         metadata: strings and integers that replace or extend the header's.
         without: tensors to leave out.
+        extra: further tensors.
     """
     from gguf import GGUFWriter, TokenType
 
@@ -93,6 +95,8 @@ def write_gguf(
     for name, rows, columns, kind in weights:
         if f"{name}.weight" not in without:
             _add(writer, f"{name}.weight", random_blocks(random, rows, columns, kind), kind)
+    for name, values in (extra or {}).items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
