@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,8 @@ def ours(
         return {m: llm.generate(texts, replace(params, method=m)) for m in ("none", "sd", "ssd")}
 
 
-def theirs(folders: tuple[Path, Path], prompts: Sequence[Prompt], args: argparse.Namespace) -> list[Rounds]:
-    """Returns the rounds of transformers' assisted generation of each prompt."""
+def theirs(folders: tuple[Path, Path], prompts: Sequence[Prompt], args: argparse.Namespace) -> Iterator[Rounds]:
+    """Yields the rounds of transformers' assisted generation of each prompt."""
     from transformers import AutoModelForCausalLM
     from transformers.generation.candidate_generator import AssistedCandidateGeneratorDifferentTokenizers
 
@@ -105,31 +105,17 @@ def theirs(folders: tuple[Path, Path], prompts: Sequence[Prompt], args: argparse
                 min_new_tokens=args.tokens,
                 max_new_tokens=args.tokens,
             )
+            yield found[-1]
     finally:
         generator.get_candidates, generator.update_candidate_strategy = candidates, learn
-    return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=Path, default=PROMPTS)
-    parser.add_argument("--count", type=int, help="prompts of each category")
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--lookahead", type=int, default=4)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    by_category: dict[str, list[Prompt]] = defaultdict(list)
-    for prompt in load_prompts(args.prompts):
-        by_category[prompt.category].append(prompt)
-    folders = real.gemma3(), real.smollm2()
-    prompts = [prompt for some in by_category.values() for prompt in some[: args.count]]
-    outputs, peers = ours(folders, prompts, args), theirs(folders, prompts, args)
-    target = load_tokenizer(folders[0])
-    pairing = paired_with(folders[1], target, len(target), shared=True)
-    assert pairing.map is not None
-    known = set(pairing.map.to_target.tolist())
+def figures_of(
+    prompts: Sequence[Prompt], outputs: Mapping[str, Sequence[RequestOutput]], peers: Sequence[Rounds], known: set[int]
+) -> dict[str, Any]:
+    """Returns the figures of each category. ``peers``: of the first prompts. ``known``: tokens that the draft has."""
     figures: dict[str, Any] = {}
-    for category in by_category:
+    for category in dict.fromkeys(prompt.category for prompt in prompts):
         chosen = [n for n, prompt in enumerate(prompts) if prompt.category == category]
         text = [token for n in chosen for token in outputs["none"][n].token_ids]
         row: dict[str, Any] = {"unknown": round(sum(token not in known for token in text) / len(text), 3)}
@@ -140,23 +126,53 @@ def main() -> None:
                 total.add(rounds=record.rounds, drafted=record.drafted, accepted=record.accepted)
             equal = sum(outputs[method][n].token_ids == outputs["none"][n].token_ids for n in chosen)
             row[method] = {**total.figures(len(text)), "equal": equal, "of": len(chosen)}
+        tried = [n for n in chosen if n < len(peers)]
         total = Rounds()
-        for n in chosen:
+        for n in tried:
             total.add(rounds=peers[n].rounds, drafted=peers[n].drafted, accepted=peers[n].accepted)
-        row["transformers"] = total.figures(len(text))
+        tokens = sum(len(outputs["none"][n].token_ids) for n in tried)
+        row["transformers"] = {**total.figures(tokens), "of": len(tried)}
         figures[category] = row
-    result = {
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=Path, default=PROMPTS)
+    parser.add_argument("--count", type=int, help="prompts of each category")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--lookahead", type=int, default=4)
+    parser.add_argument("--json", type=Path, help="written after every prompt")
+    args = parser.parse_args()
+    by_category: dict[str, list[Prompt]] = defaultdict(list)
+    for prompt in load_prompts(args.prompts):
+        by_category[prompt.category].append(prompt)
+    prompts = [prompt for some in by_category.values() for prompt in some[: args.count]]
+    folders = real.gemma3(), real.smollm2()
+    target = load_tokenizer(folders[0])
+    pairing = paired_with(folders[1], target, len(target), shared=True)
+    assert pairing.map is not None
+    known = set(pairing.map.to_target.tolist())
+    facts = {
         "target": "Gemma 3 270M",
         "draft": "SmolLM2-135M-Instruct",
         "lookahead": args.lookahead,
         "tokens": args.tokens,
         "shared_tokens": pairing.map.shared,
         "share_of_target": round(pairing.map.shared / len(target), 3),
-        "categories": figures,
     }
-    print(json.dumps(result, indent=1))
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    outputs, peers = ours(folders, prompts, args), list[Rounds]()
+
+    def write() -> None:
+        text = json.dumps({**facts, "categories": figures_of(prompts, outputs, peers, known)}, indent=1)
+        print(text, flush=True)
+        if args.json is not None:
+            args.json.write_text(text + "\n", encoding="utf-8")
+
+    write()
+    for rounds in theirs(folders, prompts, args):
+        peers.append(rounds)
+        write()
 
 
 if __name__ == "__main__":

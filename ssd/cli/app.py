@@ -158,7 +158,7 @@ def _describe_model(model: ModelConfig) -> str:
     try:
         path = resolve_model_path(model.model)
     except ModelError as error:
-        return f"{place}, missing on this machine" if "GGUF" not in str(error) else f"{place}: {error}"
+        return f"{place}, missing on this machine: {error}"
     try:
         if path.suffix == ".gguf":
             return f"{place}, {_describe_gguf(path, model)}"
@@ -192,11 +192,11 @@ def _describe_folder(folder: Path, model: ModelConfig) -> str:
     stored = quantised.stored_tensors(folder)
     if not stored:
         return "no safetensors found"
+    if "quantization_config" not in (folder / "config.json").read_text(encoding="utf-8"):
+        return f"{sum(prod(tensor.shape) for tensor in stored.values()) / 1e6:.1f} M parameters"
     config = loading.read_config(folder)
     found = quantised.find_quantisation(folder, config)
     kept = loading.check_weights(folder, config, weights=model.weights, device=model.device, adapter=model.adapter)
-    if found is None:
-        return f"{sum(prod(tensor.shape) for tensor in stored.values()) / 1e6:.1f} M parameters"
     packed = quantised.stays_packed(folder, found, weights=kept, device=model.device)
     return f"{loading.count_parameters(config) / 1e6:.1f} M parameters, {found}, weights " + (
         "packed" if packed else "dequantised"

@@ -321,7 +321,8 @@ def make_plan(config: Config) -> tuple[Any, Plan]:
             check_weights(path, read_config(path), weights=model.weights, device=model.device, adapter=model.adapter)
     text = read_config(target).get_text_config()
     if (wanted := config.speculation.self_draft) is not None:
-        SkipSet.of(wanted.skip_attention, wanted.skip_mlp, text.num_hidden_layers)  # fails as the verifier would
+        layers = getattr(text, "num_hidden_layers", 0)  # BLT has several stacks, and no number of layers
+        SkipSet.of(wanted.skip_attention, wanted.skip_mlp, layers)  # fails as the verifier would
         if config.target.tensor_parallel > 1:
             raise ConfigError(
                 "method self runs on one rank; set target.tensor_parallel=1 (or take away speculation.self)"

@@ -140,13 +140,15 @@ def find_layers(model: PreTrainedModel) -> Layers:
     most = model.config.get_text_config().vocab_size
     tokens = torch.randint(most, (1, TRIAL), generator=random).to(model.device)
     hooks = list[Any]()
-    with _noting(model) as linears, _own_attention(model), first_position(model) as first:
+    with _noting(model) as linears, own_attention(model), first_position(model) as first:
         try:
             cache = _Watched(model.config, active)
             hooks = [hook for name, module in model.named_modules() for hook in _watch(module, name, active)]
             model(input_ids=tokens[:, :1], use_cache=True, **{cache_argument(model): cache})
             logits = model(input_ids=tokens, use_cache=False).logits[0].float()
         except UNUSABLE as error:
+            if _Watched.__name__ in str(error):
+                raise ModelError(f"{kind}: has a cache of its own; not supported") from error
             # Whatever is wrong with code that is not ours makes this model unusable, and nothing else.
             raise ModelError(f"{kind}: does not run as a causal language model ({first_line(error)})") from error
         finally:
@@ -176,7 +178,11 @@ def _recurrent(kind: str, model: PreTrainedModel, cache: _Watched) -> Recurrent 
     recurrent = [index for index, layer in enumerate(layers) if hasattr(layer, "recurrent_states")]
     if not recurrent:
         if getattr(model, "_is_stateful", False):
-            raise ModelError(f"{kind}: keeps a state outside transformers' cache; not supported")
+            unknown = {*(getattr(model.config.get_text_config(), "layer_types", None) or ())} - {*_REACHES}
+            what = f"layers of kind {sorted(unknown)[0]} keep" if unknown else "keeps"
+            raise ModelError(f"{kind}: {what} a state that cannot be taken back; not supported")
+        if not cache.heads:
+            raise ModelError(f"{kind}: keeps no keys in transformers' cache; not supported")
         return None
     if shared := set(cache.users.values()) & cache.attending:
         raise ModelError(f"{kind}: {sorted(shared)[0]} attends and keeps a state in one module; not supported")
@@ -187,8 +193,16 @@ def _recurrent(kind: str, model: PreTrainedModel, cache: _Watched) -> Recurrent 
             states |= {(layer, name, index): state[0] for index, state in tensors.items() if state is not None}
     if not states or set(states) - set(cache.users):
         raise ModelError(f"{kind}: the modules that keep its states cannot be found; not supported")
-    paths = {cache.users[key] for key in states}
-    return Recurrent(states, {path: tuple(key for key in states if cache.users[key] == path) for path in paths})
+    paths = sorted({cache.users[key] for key in states}, key=len)
+
+    def outermost(path: str) -> str:
+        return next(one for one in paths if f"{path}.".startswith(f"{one}."))
+
+    mixers: dict[str, tuple[Key, ...]] = {}
+    for key in states:
+        path = outermost(cache.users[key])
+        mixers[path] = (*mixers.get(path, ()), key)
+    return Recurrent(states, mixers)
 
 
 class _Watched(DynamicCache):
@@ -235,7 +249,7 @@ class _Watched(DynamicCache):
 
 
 @contextlib.contextmanager
-def _own_attention(model: PreTrainedModel) -> Iterator[None]:
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
     """Lets the model attend as transformers does, also one that has run with this engine's attention."""
     configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
     before = [config._attn_implementation for config in configs]

@@ -31,6 +31,8 @@ class PathView(Cache):
         self._all = torch.arange(len(cache.scratch_positions), device=cache.scratch_positions.device)
         self.past = 0
         """Keys before the first row's own."""
+        self.past_positions = torch.zeros(3, 0, 0, dtype=torch.int64)
+        """Their positions ``[3, B · R, past]``, in as many dimensions as multi-dimensional rotary embeddings have."""
         self._chunk: tuple[int, int, int] | None = None
         self._batch = self._slots = self._sources = self._all
 
@@ -61,6 +63,7 @@ class PathView(Cache):
         places = torch.arange(width, device=positions.device) + (last - (width - 1))
         seen = (places >= 0) & ((places < limits[..., None]) | (places == last))
         sources = places.clamp(min=0)
+        self.past_positions = sources[..., :-1].flatten(0, 1).expand(3, -1, -1)
         if scratch_mask is not None:
             shown = scratch_mask.expand(*positions.shape, -1) & (held[:, None] >= limits[..., None])
             column = held[:, None] - last + (width - 1)
@@ -85,6 +88,7 @@ class PathView(Cache):
     def prepare_chunk(self, slot: int, start: int, count: int) -> None:
         """Sets that the next forward continues one sequence by ``count`` tokens from position ``start`` on."""
         self._chunk, self.past = (slot, start, count), start
+        self.past_positions = torch.arange(start, device=self._all.device).expand(3, 1, -1)
         if self._cache.states is None:
             return
         positions = torch.arange(start, start + count, device=self._all.device)[None]
@@ -95,7 +99,7 @@ class PathView(Cache):
             scratch_slots=self._all[:0],
             scratch_mask=None,
             scratch_positions=self._cache.scratch_positions[slot : slot + 1],
-            count=None,
+            count=count,
         )
         self.steps = RowSteps(self._cache.states, self._all[slot : slot + 1], places)
 
@@ -124,6 +128,7 @@ class _PathLayer(CacheLayerMixin):
     def __init__(self, view: PathView, layer: int):
         super().__init__()
         self._view, self._layer, self.is_initialized = view, layer, True
+        self.keys = self.values = torch.zeros(0)  # what cross-attention without images finds
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Does nothing: slots are allocated once."""
@@ -132,6 +137,15 @@ class _PathLayer(CacheLayerMixin):
         attended = self._view.attended
         self.keys, self.values = attended(KEYS, self._layer, key_states), attended(VALUES, self._layer, value_states)
         return self.keys, self.values
+
+    @property
+    def indexer_position_ids(self) -> Tensor | None:
+        """Positions of the keys before the rows' own, ``[3, B · R, past]``; None if there are none."""
+        return self._view.past_positions if self._view.past else None
+
+    @indexer_position_ids.setter
+    def indexer_position_ids(self, positions: Tensor) -> None:
+        """Does nothing: positions are those of the slots."""
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
         return self._view.attended(INDEXERS, self._layer, indexer_key_states[:, None])[:, 0]

@@ -28,7 +28,7 @@ class Positioned(nn.Module):
 
     def __init__(self, embedding: nn.Module):
         super().__init__()
-        self.embedding = embedding
+        self.embedding: Any = embedding
         self.positions: Tensor | None = None
         """``[B, R]`` int64, of the next forward's rows; None: the embedding counts by itself."""
         self._takes_positions = "position_ids" in inspect.signature(embedding.forward).parameters

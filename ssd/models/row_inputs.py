@@ -66,7 +66,9 @@ class _Arguments:
     """What both ways of laying out share."""
 
     def __init__(self, model: PreTrainedModel, layers: Layers):
-        self._takes, self._takes_cache = inspect.signature(model.forward).parameters, cache_argument(model)
+        self._takes, self._takes_cache = set(inspect.signature(model.forward).parameters), cache_argument(model)
+        if "kwargs" in self._takes:  # handed on to the text part
+            self._takes |= {"position_ids"} & set(inspect.signature(model.get_decoder().forward).parameters)
         self._first, self._positioned = layers.first_position, place_positions(model)
 
     def given(self, tokens: Tensor, positions: Tensor, mask: Tensor, view: Any) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from ..errors import ModelError, RequestError
 from .attention import row_attention, tree_attention
 from .cache import SlotCache
+from .checkpoints.support import usable_positions
 from .cpu import operators
-from .cpu.blocks_linear import BlocksLinear
+from .cpu.blocks_linear import BlocksLinear, count_weights
 from .cpu.rows_linear import RowsLinear
 from .cuda.graphs import Graphs
 from .layers import FULL, Layers, attended, find_layers
@@ -95,7 +96,7 @@ class ForwardRunner:
             step_by_rows(model, layers.recurrent)
         self.linears = layers.linears if sharding is None else None
         """Linear layers that may be replaced; None for all."""
-        self.parameters = sum(weight.numel() for weight in model.parameters())
+        self.parameters = count_weights(model)
         # On a CPU, half of a small model's time goes into calling its kernels: the calls are made from C++,
         # which has no collectives.
         self._sharded = sharding is not None
@@ -109,7 +110,12 @@ class ForwardRunner:
 
     def _fit(self, options: RunnerOptions, layers: Layers, *, tried: bool) -> None:
         """Lays out for the attention that was asked for, or, if the model decodes wrong or not at all with it, for the
-        model's own. Raises: ModelError: it does not decode right with either."""
+        model's own. Raises: ModelError: it does not decode right with either, or has too few positions."""
+        text = self.model.config.get_text_config()
+        known, first = usable_positions(text), layers.first_position
+        if first and known is not None and options.capacity + first > known:
+            what = f"{text.model_type}: knows {known - first} positions, {options.capacity} are needed"
+            raise ModelError(f"{what}; lower engine.max_model_len")
         try:
             self._lay_out(options, layers, options.attention)
             if tried:
@@ -117,7 +123,8 @@ class ForwardRunner:
         except ModelError:
             if not tried:
                 raise
-            self.__dict__.pop("cache", None), self.__dict__.pop("_inputs", None)  # before others are allocated
+            for name in ("cache", "_inputs"):  # freed before others are allocated
+                self.__dict__.pop(name, None)
             self._lay_out(options, layers, "model")
             compare(self, layers)
 

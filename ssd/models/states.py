@@ -6,7 +6,9 @@ or slot before it on its path, so candidate trees and rejected rows need nothing
 continued.
 
 Layers advance one row at a time, by transformers' own step for one token. So a state has the same bits whatever else
-was verified with its token.
+was verified with its token. Only prompts are computed many rows at once, by the model's own code for prompts, where a
+trial shows that it continues a state (``StateSlots.advance_together``); their last rows, one for each slot of the ring,
+are steps again.
 """
 
 from __future__ import annotations
@@ -33,8 +35,12 @@ class StateSlots:
                 for key, state in recurrent.states.items()
             }
 
-        self.ring = ring
+        self.ring, self.together = ring, False
         self.main, self.scratch = zeros(ring), zeros(max(scratch, 1))
+
+    def advance_together(self, together: bool) -> None:
+        """Sets whether the rows of a prompt advance together."""
+        self.together = together
 
     @property
     def nbytes(self) -> int:
@@ -63,7 +69,7 @@ class RowPlaces:
     scratch_positions: Tensor
     """``[B, X]`` int64; a row follows the last slot on its path."""
     count: int | None
-    """The first rows that are tokens; the rest is padding. None: all are."""
+    """In a prompt, the first rows that are tokens; the rest is padding. None: decode rows."""
 
 
 class RowSteps:
@@ -79,6 +85,8 @@ class RowSteps:
         positions, limits = places.positions, places.limits
         self.slots, self.batch = slots, batch
         self.rows = positions.shape[1] if places.count is None else places.count
+        self.whole = max(0, self.rows - slots.ring) if slots.together and places.count is not None else 0
+        """The first rows, which advance together."""
         self._places = (positions % slots.ring).unbind(1)
         self._first = (limits == 0).unbind(1)
         self._before = ((limits - 1) % slots.ring).unbind(1)
@@ -100,6 +108,10 @@ class RowSteps:
         else:
             fresh = self._first[row]
         return state.masked_fill(fresh.view(shape), 0)
+
+    def begins(self, row: int) -> bool:
+        """Returns whether a row of a prompt is its sequence's first."""
+        return bool(self._first[row].all())
 
     def put(self, row: int, key: Key, state: Tensor) -> None:
         """Stores the states ``[B, ...]`` after a row."""
@@ -133,28 +145,31 @@ class RowByRow(nn.Module):
         batch, shape = len(steps.batch), hidden_states.shape
         hidden_states = hidden_states.reshape(batch, -1, shape[-1])
 
-        def given(each: Any, row: int) -> Any:
+        def given(each: Any, first: int, end: int) -> Any:
             if each is view:
                 return step
             if not isinstance(each, Tensor):
                 return each
             if each.shape[:2] == shape[:2]:  # of each row
-                return each.reshape(batch, -1, *each.shape[2:])[:, row : row + 1]
+                return each.reshape(batch, -1, *each.shape[2:])[:, first:end]
             if each.ndim == 4 or (each.ndim == 2 and len(each) == shape[0]):  # a mask, which says nothing about states
                 return None
             return each
 
-        outputs = []
-        for row in range(steps.rows):
-            step = _Step({key: steps.before(row, key) for key in self._keys})
+        ends = [steps.whole] * bool(steps.whole) + list(range(steps.whole + 1, steps.rows + 1))
+        outputs, first = [], 0
+        for end in ends:
+            states = {key: steps.before(first, key) for key in self._keys}
+            step = _Step(states) if end == first + 1 else _Prompt(states, fresh=steps.begins(first))
             out = self.mixer(
-                hidden_states[:, row : row + 1],
-                *(given(each, row) for each in args),
-                **{name: given(each, row) for name, each in kwargs.items()},
+                hidden_states[:, first:end],
+                *(given(each, first, end) for each in args),
+                **{name: given(each, first, end) for name, each in kwargs.items()},
             )
             outputs.append(out if isinstance(out, tuple) else (out,))
             for key, state in step.states.items():
-                steps.put(row, key, state)
+                steps.put(end - 1, key, state)
+            first = end
         padding = hidden_states.shape[1] - steps.rows
 
         def together(parts: tuple[Any, ...]) -> Any:
@@ -197,6 +212,39 @@ class _Step:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 1
+
+
+class _Prompt(_Step):
+    """The part that it reads and writes where it computes many tokens of a prompt."""
+
+    def __init__(self, states: dict[Key, Tensor], *, fresh: bool):
+        super().__init__(states)
+        self._fresh = set(states) if fresh else set[Key]()
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Any:
+        key = layer_idx, "conv", state_idx
+        return None if key in self._fresh else self.states[key]
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Any:
+        key = layer_idx, "recurrent", state_idx
+        return None if key in self._fresh else self.states[key]
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **more: Any) -> Tensor:
+        key = layer_idx, "conv", state_idx
+        if key not in self._fresh:
+            return super().update_conv_state(conv_states, layer_idx, state_idx, **more)
+        self._fresh -= {key, (layer_idx, "recurrent", state_idx)}
+        size = self.states[key].shape[-1]
+        full = nn.functional.pad(conv_states, (max(0, size - conv_states.shape[-1]), 0))
+        self.states[key] = full[..., -size:]
+        return full
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        self._fresh.discard((layer_idx, "recurrent", state_idx))
+        return super().update_recurrent_state(recurrent_states, layer_idx, state_idx)
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return not self._fresh
 
 
 def step_by_rows(model: PreTrainedModel, recurrent: Recurrent) -> None:

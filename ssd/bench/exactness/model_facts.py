@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...config.load import resolve_model_path
 from ...config.sections import ModelConfig
 from ...errors import ModelError
 from ...models.checkpoints.loading import load_model, load_tokenizer, read_config
 from ...models.checkpoints.pairs import paired
+from ...models.checkpoints.support import usable_positions
 from ...models.layers import Attended, Layers, attended, find_layers
 from ...models.runner import ForwardRunner, RunnerOptions
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 CAPACITY = 64
 """Tokens of the runner that tries a model."""
@@ -60,19 +58,29 @@ def examine(model: ModelConfig) -> ModelFacts:
     """
     path = resolve_model_path(model.model)
     tokenizer, text = load_tokenizer(path), read_config(path).get_text_config()
-    loaded = load_model(path, dtype=model.dtype, device=model.device, max_positions=CAPACITY, weights=model.weights)
+    loaded = load_model(
+        path,
+        dtype=model.dtype,
+        device=model.device,
+        max_positions=CAPACITY,
+        weights=model.weights,
+        adapter=model.adapter,
+    )
     layers, rows = find_layers(loaded), _head_rows(loaded)
-    positions = getattr(text, "max_position_embeddings", None)
+    positions = usable_positions(text)
     cache_bytes = sum(heads * (keys + values) for heads, keys, values in layers.heads.values()) * loaded.dtype.itemsize
     runner = ForwardRunner(
         loaded,
         RunnerOptions(batch=1, capacity=CAPACITY, scratch_slots=4, prefill_chunk=8, vocabulary=rows, chain=4),
     )
+    # The model's own code attends what it attends: the cache knows no windows then.
+    own = runner.attention == "model"
+    kinds = runner.cache.attended if own else attended(text, layers, positions or CAPACITY)
     return ModelFacts(
         model=model.model,
         kind=text.model_type,
         parameters=runner.parameters,
-        layers=_in_words(layers, attended(text, layers, positions or CAPACITY)),
+        layers=_in_words(layers, kinds),
         positions=positions,
         tokens=len(tokenizer.get_vocab()),
         rows=rows,
@@ -98,7 +106,7 @@ def describe_pair(target: ModelFacts, draft: ModelFacts) -> str:
     return "one vocabulary" if found.map is None else f"one vocabulary but for added tokens: {found.map.shared} drafted"
 
 
-def _head_rows(model: PreTrainedModel) -> int:
+def _head_rows(model: Any) -> int:
     head = model.get_output_embeddings()
     rows = getattr(head, "out_features", None)
     return model.config.get_text_config().vocab_size if rows is None else rows

@@ -80,7 +80,11 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         config = peft.LoraConfig.from_pretrained(str(folder))
         config.inference_mode = True
         adapted = peft.PeftModelForCausalLM(model, config)  # pyright: ignore[reportArgumentType]
-        report = adapted.load_adapter(str(folder), "default", torch_device=str(model.device))
+        try:
+            report = adapted.load_adapter(str(folder), "default", torch_device=str(model.device))
+        except RuntimeError as error:  # its first line only says that there are some
+            first = (str(error).strip().splitlines()[1:] or [str(error)])[0]
+            raise ModelError(f"{folder}: the adapter does not fit the model ({first.strip()})") from error
         if wrong := sorted({*report.missing_keys, *report.unexpected_keys}):
             raise ModelError(
                 f"{folder}: the adapter does not fit the model: {'it lacks' if report.missing_keys else 'it has'} "

@@ -77,7 +77,7 @@ def load_dequantised(header: GgufFile, config: PretrainedConfig, dtype: torch.dt
             attn_implementation="eager",
             output_loading_info=True,
         )
-    check_complete(path, (*report["missing_keys"], *report["mismatched_keys"]))
+    check_complete(path, report["missing_keys"], report["mismatched_keys"])
     return model
 
 

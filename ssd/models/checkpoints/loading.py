@@ -86,15 +86,22 @@ def load_model(
 def _load_folder(
     folder: Path, config: PretrainedConfig, *, dtype: str, device: str, weights: Weights
 ) -> PreTrainedModel:
-    # With accelerate, weights go directly to the GPU, shard by shard; otherwise through host memory.
-    straight = torch.device(device).type == "cuda" and importlib.util.find_spec("accelerate") is not None
     found = quantised.find_quantisation(folder, config)
     packed = quantised.stays_packed(folder, found, weights=weights, device=device)
     source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "config": config}
     if found is not None and not packed:
         source = quantised.loading_arguments(folder, config, found, DTYPES[dtype])
+    # With accelerate, weights go directly to the device, shard by shard; otherwise through host memory to a GPU. Some
+    # quantised weights would go to any GPU there is.
+    placed = torch.device(device).type == "cuda" or found is not None
+    if placed and "state_dict" not in source and importlib.util.find_spec("accelerate") is not None:
+        source["device_map"] = {"": device}
     with Naming(folder, "cannot be loaded"), _LOADING:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        kind: Any = AutoModelForCausalLM
+        if "state_dict" in source:  # which that class does not take
+            with torch.device("meta"):
+                kind = type(AutoModelForCausalLM.from_config(source["config"]))
+        model, report = kind.from_pretrained(
             **source,
             dtype=DTYPES[dtype],
             local_files_only=True,
@@ -102,11 +109,11 @@ def _load_folder(
             use_safetensors=True,
             attn_implementation="eager",
             output_loading_info=True,
-            **({"device_map": {"": device}} if straight else {}),
+            ignore_mismatched_sizes=True,  # reported below, by name
         )
-        if not packed:
-            quantised.dequantise(model, DTYPES[dtype])
-    check_complete(folder, (*report["missing_keys"], *report["mismatched_keys"]))
+        if found is not None and not packed:
+            quantised.dequantise(model, found, DTYPES[dtype])
+    check_complete(folder, report["missing_keys"], report["mismatched_keys"])
     return model
 
 
@@ -114,8 +121,12 @@ def _load_gguf(path: Path, config: PretrainedConfig, *, dtype: str, device: str,
     from . import gguf_weights
 
     header = read_header(path)
+    packs = gguf_weights.packs(header, weights=weights, dtype=dtype, device=device)
+    built = packs and operators.blocks_available()
+    if weights == "packed" and not built:
+        raise ModelError(f"{path}: the operators for packed weights cannot be built; set weights to auto")
     with _LOADING:
-        if gguf_weights.packs(header, weights=weights, dtype=dtype, device=device) and operators.blocks_available():
+        if built:
             return gguf_weights.load_packed(header, config)
         return gguf_weights.load_dequantised(header, config, DTYPES[dtype])
 
@@ -148,6 +159,11 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise ModelError(f"{folder}: config.json cannot be read ({first_line(error)})") from error
     if "auto_map" in raw:
         raise ModelError(f"{folder}: config.json needs its own code (auto_map); remote code is refused")
+    if (folder / adapters.CONFIG).is_file():
+        raise ModelError(
+            f"{folder} has an adapter beside its model, which transformers may load unasked; move {adapters.CONFIG} "
+            "and its weights to a folder, and name that in the key adapter"
+        )
     if not list(folder.glob("*.safetensors")):
         raise ModelError(f"{folder} has no *.safetensors; only safetensors weights are loaded")
     with Naming(folder, "unknown architecture"):
@@ -184,7 +200,7 @@ def check_weights(
 
 def count_parameters(config: PretrainedConfig) -> int:
     """Returns the parameters of a model, tied ones once. A quantised folder's tensors do not tell."""
-    with torch.device("meta"), Naming(Path(config.name_or_path), "unknown architecture"):
+    with torch.device("meta"), Naming(Path(config.name_or_path or "."), "unknown architecture"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(weight.numel() for weight in model.parameters())
 

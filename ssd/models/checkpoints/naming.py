@@ -30,8 +30,16 @@ class Naming:
             raise ModelError(f"{self._path}: {self._problem} ({first_line(error)})") from error
 
 
-def check_complete(path: Path, missing: Iterable[Any]) -> None:
-    """Raises ModelError if weights are missing: transformers would initialise them at random, so that every start gives
-    other tokens."""
-    if absent := sorted(map(str, missing)):
+def check_complete(path: Path, missing: Iterable[str], mismatched: Iterable[tuple[str, Any, Any]] = ()) -> None:
+    """Raises ModelError if weights are missing or have other shapes: transformers would initialise them at random, so
+    that every start gives other tokens.
+
+    Args:
+        path: of the model.
+        missing: names of parameters without a weight.
+        mismatched: names of parameters, shapes in the files, and shapes by the configuration.
+    """
+    for name, stored, wanted in sorted(mismatched, key=str):
+        raise ModelError(f"{path}: {name} has shape {tuple(stored)}, not {tuple(wanted)} as the configuration says")
+    if absent := sorted(missing):
         raise ModelError(f"{path}: the weights lack {', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}")

@@ -29,6 +29,7 @@ from transformers import PretrainedConfig
 
 from ...errors import ModelError, first_line
 from .loading import load_tokenizer, read_config
+from .support import usable_positions
 from .vocabulary import Vocabulary
 
 
@@ -59,9 +60,7 @@ class Pairing:
     @classmethod
     def alone(cls, tokenizer: Any, rows: int) -> Pairing:
         """Returns that of a target without a draft, whose output head has so many rows. Raises: ModelError."""
-        vocabulary = Vocabulary.of(tokenizer)
-        vocabulary.check_head("target", rows)
-        return cls(size=vocabulary.size, map=None)
+        return cls(size=_size(tokenizer.get_vocab(), "target", rows), map=None)
 
 
 def paired_with(folder: Path, target: Any, target_rows: int, *, shared: bool) -> Pairing:
@@ -105,7 +104,7 @@ def mask_token(draft: PretrainedConfig, wanted: bool | int | str) -> int | None:
 
 def shorter_context(draft: PretrainedConfig, tokens: int) -> int | None:
     """Returns how many positions a draft knows, if that is fewer than ``tokens``; otherwise None."""
-    positions = getattr(draft.get_text_config(), "max_position_embeddings", None)
+    positions = usable_positions(draft.get_text_config())
     return positions if positions is not None and positions < tokens else None
 
 
@@ -134,16 +133,13 @@ def paired(
     Raises:
         ModelError: the tokenizers do not fit, or a head is smaller than its tokenizer.
     """
-    given = target.get_vocab(), draft.get_vocab()
-    ours = Vocabulary.of(target)
-    ours.check_head("target", target_rows)
-    if given[0] == given[1] and kept is None:
-        ours.check_head("draft", draft_rows)
-        return Pairing(size=ours.size, map=None)
-    theirs = Vocabulary.of(draft)
+    size = _size(target.get_vocab(), "target", target_rows)
     if kept is None:
-        theirs.check_head("draft", draft_rows)
-    elif max(kept, default=0) >= theirs.size:
+        _size(draft.get_vocab(), "draft", draft_rows)
+        if target.get_vocab() == draft.get_vocab():
+            return Pairing(size=size, map=None)
+    ours, theirs = Vocabulary.of(target), Vocabulary.of(draft)
+    if kept is not None and max(kept, default=0) >= theirs.size:
         raise ModelError(f"the trimmed vocabulary has token {max(kept)}; the draft's tokenizer has {theirs.size}")
     conflict = _conflict(ours, theirs)
     if conflict is None:
@@ -159,7 +155,15 @@ def paired(
             )
     if not counterparts:
         raise ModelError("draft and target have no token in common; use another draft")
-    return Pairing(size=ours.size, map=_map(ours, theirs, counterparts, conflict is None, draft_rows, kept))
+    return Pairing(size=size, map=_map(ours, theirs, counterparts, conflict is None, draft_rows, kept))
+
+
+def _size(ids: Mapping[str, int], name: str, rows: int) -> int:
+    """Returns one more than the largest id. Raises: ModelError: the output head has fewer rows."""
+    size = max(ids.values()) + 1  # ids need not be contiguous
+    if rows < size:
+        raise ModelError(f"the {name}'s output head has {rows} rows for a tokenizer of {size} tokens")
+    return size
 
 
 def _conflict(target: Vocabulary, draft: Vocabulary) -> str | None:
@@ -224,7 +228,10 @@ class _Fed:
     """What is fed for tokens of the target that the draft does not have.
 
     A token with bytes is fed as the longest token of the draft that ends the same: what follows depends most on the
-    last bytes. A special token is fed as a line break, because most of them separate parts of a text.
+    last bytes. (Greedy text of Gemma 3 270M, SmolLM2-135M's likeliest common token: it is Gemma's next one in 65.1 % of
+    the places in code if the whole text is re-encoded, 62.0 % so, 60.2 % with the longest beginning, 54.2 % with an
+    unknown token; 4.8 % of the tokens are unknown. In English prose none is.) A special token is fed as a line break,
+    because most of them separate parts of a text.
 
     Args:
         places: row of the embedding of each token of the draft that has one.
@@ -238,7 +245,7 @@ class _Fed:
     def approximation(self, token: int) -> int:
         """Returns the row of the draft's embedding to use for a token of the target."""
         other = self._target.counterpart(token, self._draft)  # a second spelling of the same bytes
-        if other in self._places:
+        if other is not None and other in self._places:
             return self._places[other]
         raw = self._target.spoken.get(token, b"")
         endings = (self._known.get(raw[start:]) for start in range(len(raw)))

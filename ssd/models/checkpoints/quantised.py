@@ -3,7 +3,7 @@
 Weights are dequantised while they are loaded, so the model is an ordinary one: it can be compiled, divided over ranks
 and computed with the CPU operators. transformers dequantises most formats. It loads AWQ and GPTQ only with
 ``gptqmodel``, which needs a newer torch than this engine; these two packings are simple and read here. It takes one
-scheme for all layers of a compressed-tensors model; that package's own converter takes each layer's.
+scheme for all layers of a compressed-tensors model; here that package's compressors get each layer's own.
 """
 
 from __future__ import annotations
@@ -29,6 +29,15 @@ if TYPE_CHECKING:
 FLOATS = ("F64", "F32", "F16", "BF16")
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where AWQ stores each of eight columns in a word: column 1 is the fifth field."""
+COMPRESSED_PARTS = (
+    "weight",
+    "weight_packed",
+    "weight_shape",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_global_scale",
+)
+"""Tensors that compressed-tensors stores for a weight; a format has some of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,7 +167,8 @@ def loading_arguments(
         ModelError: the weights are not what the format says.
     """
     config = copy.deepcopy(config)
-    place = config if getattr(config, "quantization_config", None) is not None else config.get_text_config(decoder=True)
+    whole = getattr(config, "quantization_config", None) is not None
+    place: Any = config if whole else config.get_text_config(decoder=True)
     if found.method in ("awq", "gptq", "compressed-tensors"):
         del place.quantization_config
         return {
@@ -171,19 +181,17 @@ def loading_arguments(
     return {"pretrained_model_name_or_path": folder, "config": config}
 
 
-def dequantise(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Dequantises, in place, what ``from_pretrained`` left packed."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None:
-        return
-    if quantizer.quantization_config.quant_method == "torchao":
+def dequantise(model: PreTrainedModel, found: Quantisation, dtype: torch.dtype) -> None:
+    """Dequantises, in place, the weights that ``from_pretrained`` can only load packed."""
+    if found.method == "bitsandbytes":
+        model.dequantize(dtype=dtype)
+    elif found.method == "torchao":
         for module in model.modules():
             for name, weight in list(module.named_parameters(recurse=False)):
                 if type(weight.data) is not Tensor:  # torchao's weights are subclasses
                     setattr(module, name, nn.Parameter(weight.dequantize().to(dtype), requires_grad=False))
+        quantizer: Any = model.hf_quantizer
         quantizer.remove_quantization_config(model)
-    else:
-        model.dequantize(dtype=dtype)
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
@@ -213,7 +221,7 @@ def _check_awq(settings: Mapping[str, Any], stored: Mapping[str, Stored]) -> str
         return f"weights in the layout of {settings.get('backend') or layout} are not supported; gemm is"
     if (bits := settings.get("bits", settings.get("w_bit", 4))) != 4:
         return f"weights of {bits} bits are not supported; 4 are"
-    scaled = [name for name in stored if name.endswith(".scales") and f"{name[:-7]}.qweight" not in stored]
+    scaled = [name.removesuffix(".scales") for name in stored if name.endswith(".act.scales")]
     return f"scales the activations of {scaled[0]}, which is not supported" if scaled else None
 
 
@@ -264,9 +272,8 @@ def _dequantised(folder: Path, found: Quantisation, dtype: torch.dtype) -> dict[
         for path in sorted(folder.glob("*.safetensors")):
             tensors |= load_file(path)
         if found.method == "compressed-tensors":
-            from compressed_tensors.entrypoints.convert.converters import CompressedTensorsDequantizer
-
-            return CompressedTensorsDequantizer(folder, dtype=dtype).validate(tensors)
+            _decompress(tensors, found, dtype)
+            return tensors
     options = {"group_size": _group_size(found.settings)}
     if found.method == "gptq":
         options["zero_offset"] = 0 if _gptq_layout(found.settings) == "gptq_v2" else 1
@@ -286,6 +293,25 @@ def _dequantised(folder: Path, found: Quantisation, dtype: torch.dtype) -> dict[
             shapes = ", ".join(f"{kind} {list(part.shape)}" for kind, part in parts.items())
             raise ModelError(f"{folder}: {module} has parts that do not fit together: {shapes}") from error
     return tensors
+
+
+def _decompress(tensors: dict[str, Tensor], found: Quantisation, dtype: torch.dtype) -> None:
+    """Replaces, in place, a model's compressed weights by dequantised ones. Raises what the package raises."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils.match import match_name
+
+    config: Any = QuantizationConfig.model_validate(dict(found.settings))
+    schemes = [(target, scheme) for scheme in config.config_groups.values() for target in scheme.targets]
+    for module in [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]:
+        named = [scheme for target, scheme in schemes if match_name(module, target)]
+        named += [scheme for target, scheme in schemes if target == "Linear"]
+        if not named:
+            raise ValueError(f"{module} is in no group of quantization_config")
+        names = [f"{module}.{part}" for part in COMPRESSED_PARTS if f"{module}.{part}" in tensors]
+        state: dict[str, Any] = {name.rpartition(".")[2]: tensors.pop(name) for name in names}
+        compressor: Any = BaseCompressor.get_value_from_registry(named[0].format or config.format)
+        tensors[f"{module}.weight"] = compressor.decompress(state, named[0])["weight"].to(dtype)
 
 
 def _gptq_layout(settings: Mapping[str, Any]) -> str:

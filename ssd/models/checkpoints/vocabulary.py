@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ...errors import ModelError
-
 ROLES = ("bos", "eos")
 """Special tokens that stand for each other whatever they are called."""
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -95,11 +93,6 @@ class Vocabulary:
             same = other.by_name.get(self.special[token])
             return other.by_role.get(self.named.get(token, "")) if same is None else same
         return other.by_bytes.get(self.spoken.get(token, b""))
-
-    def check_head(self, name: str, rows: int) -> None:
-        """Raises: ModelError: an output head has fewer rows than there are ids."""
-        if rows < self.size:
-            raise ModelError(f"the {name}'s output head has {rows} rows for a tokenizer of {self.size} tokens")
 
 
 class _Spelling:

@@ -92,3 +92,17 @@ class BlocksEmbedding(nn.Module):
         """Maps ids ``[...]`` int64 to ``[..., K]`` float32."""
         rows = torch.ops.ssd.blocks_rows(ids, self.packed, self.kind, self.num_embeddings, self.embedding_dim)
         return rows if self.scale is None else rows * self.scale
+
+
+def count_weights(model: nn.Module) -> int:
+    """Returns the number of a model's weights, those in blocks included and shared ones once."""
+    counts: dict[object, int] = {}
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            whole = weight.numel()
+            if name == "packed" and isinstance(module, BlocksLinear):
+                whole = module.out_features * module.in_features
+            elif name == "packed" and isinstance(module, BlocksEmbedding):
+                whole = module.num_embeddings * module.embedding_dim
+            counts[(weight.data_ptr(), weight.shape) if weight.data_ptr() else weight] = whole
+    return sum(counts.values())

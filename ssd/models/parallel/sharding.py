@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import ModelError
-from ..layers import Layers, find_layers
+from ..layers import Layers, find_layers, own_attention
 from .tensor_group import TensorGroup
 
 # Not divided: norms over single heads, and embeddings, whose division would cost a sum per lookup.
@@ -74,13 +74,15 @@ def shard(model: PreTrainedModel, group: TensorGroup) -> Sharding:
     """Reduces ``model`` to this rank's share, in place. The model is on the CPU, and neither moved nor packed yet.
 
     Raises:
-        ModelError: the model has no plan, its plan has something this engine cannot divide, or its
-            heads or features do not divide by the number of ranks.
+        ModelError: the model has no plan, or attends by its own code; its plan has something this engine cannot
+            divide; or its heads or features do not divide by the number of ranks.
     """
     layers = find_layers(model)
     kind, plan = model.config.model_type, dict(model.tp_plan or {})
     if not any(style.startswith("colwise") for name, style in plan.items() if "lm_head" not in name):
         raise ModelError(f"{kind}: transformers has no tensor-parallel plan for it; set target.tensor_parallel=1")
+    if layers.recurrent is None:
+        _check_attention(model)
     divided = [(parent, name, child, plan[path]) for parent, name, child, path in _children(model) if path in plan]
     by_heads = any(style == "colwise" for _, name, _, style in divided if name in ("k_proj", "query_key_value"))
     if by_heads:
@@ -109,6 +111,19 @@ def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, str
     for path, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
             yield parent, name, child, re.sub(r"\.\d+(?=\.|$)", ".*", f"{path}.{name}" if path else name)
+
+
+def _check_attention(model: PreTrainedModel) -> None:
+    """Tries the whole model, as a runner does at its start. Raises: ModelError: it does not decode right, or attends by
+    its own code, which would find a share of the heads only."""
+    from ..runner import ForwardRunner, RunnerOptions  # which imports this module
+
+    text = model.config.get_text_config()
+    sizes = RunnerOptions(batch=1, capacity=64, scratch_slots=1, prefill_chunk=16, vocabulary=text.vocab_size)
+    with own_attention(model):  # and not what the runner leaves
+        attention = ForwardRunner(model, sizes).attention
+    if attention == "model":
+        raise ModelError(f"{text.model_type}: its code attends by itself; set target.tensor_parallel=1")
 
 
 def _check_heads(model: PreTrainedModel, size: int) -> None:

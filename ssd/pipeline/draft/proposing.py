@@ -1,4 +1,4 @@
-"""The draft whose candidates a function proposes (``models.proposer``)."""
+"""The draft whose candidates a function proposes (``models.drafts.proposer``)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from ...decoding.text.ngram import NgramIndex
 from ...decoding.trees.shape import ABSENT, TreeShape
 from ...decoding.verify.draft_probs import DraftProbs
-from ...models.proposer import Proposer
+from ...models.drafts.proposer import Proposer
 from ..round.frames import OutcomeFrame, ProbsLayout, RowState, SpeculationSet
 from ..sampling.walk import never
 from ..transport.messages import Admit

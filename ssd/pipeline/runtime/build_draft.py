@@ -11,8 +11,8 @@ from ...decoding.forecast.share import ForecastShare
 from ...decoding.text.copying import CopyBias
 from ...models.checkpoints.loading import load_tokenizer, read_config
 from ...models.checkpoints.pairs import kept_tokens, mask_token, paired_with
-from ...models.mapped import MappedModel, trim_head
-from ...models.proposer import Proposer, find
+from ...models.drafts.mapped import MappedModel, trim_head
+from ...models.drafts.proposer import Proposer, find
 from ...models.runner import ForwardRunner
 from ..draft.branches import scratch_slots
 from ..draft.executors import DraftModel

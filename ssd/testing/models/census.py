@@ -2,11 +2,18 @@
 
 ``examine`` answers for one type: its tokens equal those of a loop over the model's own full forward without a cache,
 with every method, or the engine refuses the type by name. Nothing else may happen.
+
+``python -m ssd.testing.models.census [TYPE...] [--write PAGE] [--findings FILE]`` examines types (all by default),
+keeps what it found in a file, and writes the table between the marks of a page.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
+import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -21,15 +29,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ...decoding.text.prefix import common_prefix
 from ...engine.llm import LLM
 from ...errors import SSDError, UsageError, first_line
-from ...pipeline.runtime.launch import Pipeline
+from ...pipeline.runtime.launch import InprocPipeline, Pipeline
 from ...pipeline.runtime.plan import Plan
+from ...request.methods import ServedMethod
 from ...request.sampling_params import SamplingParams
 from .census_sizes import COMMON, OWN
 from .tiny import tiny_tokenizer
 
 VOCABULARY = 160
-PROMPTS = (3, 21)
-"""Lengths of the prompts, in tokens: the second is longer than every window."""
+PROMPTS = (3, 21, 34)
+"""Lengths of the prompts, in tokens: all but the first are longer than every window."""
 NEW_TOKENS = 20
 LARGEST = 20_000_000
 """Parameters of a tiny model."""
@@ -45,6 +54,8 @@ ANY = (
     ValueError,
 )
 """What the code of one model type may raise."""
+MARKS = "<!-- census -->", "<!-- end of census -->"
+"""Stand around the table of a page."""
 Outcome = Literal["equal", "refused", "different", "failed", "not built"]
 
 
@@ -55,6 +66,8 @@ class Finding:
     model_type: str
     outcome: Outcome
     why: str = ""
+    skips: bool = True
+    """Whether it drafts for itself with layers left out, if it is equal."""
 
 
 def model_types() -> list[str]:
@@ -120,18 +133,19 @@ def examine(model_type: str, launch: Callable[[Plan], Pipeline]) -> Finding:
     except ANY as error:
         return Finding(model_type=model_type, outcome="not built", why=f"{type(error).__name__}: {first_line(error)}")
     disturbed(draft)
+    stranger = tiny_causal(model_type, seed=1)
     with tempfile.TemporaryDirectory() as folder:
-        for name, model in (("target", target), ("draft", draft)):
+        for name, model in (("target", target), ("draft", draft), ("stranger", stranger)):
             _save(model, model_type, Path(folder, name))
             tiny_tokenizer(VOCABULARY).save_pretrained(Path(folder, name))
         try:
-            why = _differences(Path(folder), prompts, expected, launch)
+            why, skips = _differences(Path(folder), prompts, expected, launch)
         except SSDError as error:
             refused = isinstance(error, UsageError)
             return Finding(model_type=model_type, outcome="refused" if refused else "failed", why=first_line(error))
         except ANY as error:
             return Finding(model_type=model_type, outcome="failed", why=f"{type(error).__name__}: {first_line(error)}")
-    return Finding(model_type=model_type, outcome="different" if why else "equal", why=why)
+    return Finding(model_type=model_type, outcome="different" if why else "equal", why=why, skips=skips)
 
 
 def _save(model: PreTrainedModel, model_type: str, folder: Path) -> None:
@@ -143,30 +157,118 @@ def _save(model: PreTrainedModel, model_type: str, folder: Path) -> None:
 
 def _differences(
     folder: Path, prompts: list[list[int]], expected: list[list[int]], launch: Callable[[Plan], Pipeline]
-) -> str:
-    """Returns which method's tokens are wrong; empty if none are."""
-    config = {
-        "target": {"model": str(folder / "target"), "compile": False},
-        "draft": {"model": str(folder / "draft"), "compile": False},
-        "speculation": {"method": "ssd", "lookahead": 3, "siblings": 1, "governor": False, "forecast": {"budget": 8}},
-        "engine": {"max_batch": 2, "max_model_len": 64, "prefill_chunk": 8, "workers": "threads"},
-    }
-    found = []
-    with LLM(config, launch=launch) as llm:
-        hot: dict[str, Any] = {}
-        for method in ("none", "sd", "ssd"):
+) -> tuple[str, bool]:
+    """Returns which method's tokens are wrong, empty if none are, and whether the model drafts for itself."""
+    hot: dict[float, list[list[int]]] = {0.0: expected}
+    found = list[str]()
+
+    def decode(llm: LLM, methods: Iterable[ServedMethod], name: str) -> None:
+        for method in methods:
             for temperature in (0.0, 1.0):
                 params = SamplingParams(
                     max_tokens=NEW_TOKENS, ignore_eos=True, temperature=temperature, seed=3, method=method
                 )
                 tokens = [list(output.token_ids) for output in llm.generate(prompts, params)]
-                wanted = expected if temperature == 0 else hot.setdefault("tokens", tokens)
+                wanted = hot.setdefault(temperature, tokens)
                 if tokens != wanted:
                     at = [common_prefix(*pair) for pair in zip(tokens, wanted, strict=True)]
-                    found.append(f"{method} at T = {temperature:g}: equal up to tokens {at} of {NEW_TOKENS}")
-    return "; ".join(found)
+                    found.append(f"{method} ({name}) at T = {temperature:g}: equal up to tokens {at} of {NEW_TOKENS}")
+
+    near = {"lookahead": 3, "siblings": 1, "forecast": {"budget": 8}}
+    methods: tuple[ServedMethod, ...] = ("none", "sd", "self", "ssd")
+    try:
+        llm = LLM(_settings(folder, "draft", {**near, "self": {}}), launch=launch)
+    except UsageError:  # the model is not supported, or its layers cannot be left out
+        methods = ("none", "sd", "ssd")
+        llm = LLM(_settings(folder, "draft", near), launch=launch)
+    with llm:
+        decode(llm, methods, "near draft")
+    # Candidates of a stranger are rejected many times in a row.
+    far = {"lookahead": 8, "siblings": 0, "forecast": {"budget": 12}}
+    with LLM(_settings(folder, "stranger", far), launch=launch) as llm:
+        decode(llm, ("sd", "ssd"), "random draft")
+    return "; ".join(found), "self" in methods
 
 
-def take(types: Iterable[str], launch: Callable[[Plan], Pipeline]) -> list[Finding]:
-    """Examines several types, one after the other."""
-    return [examine(model_type, launch) for model_type in types]
+def _settings(folder: Path, draft: str, speculation: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "target": {"model": str(folder / "target"), "compile": False},
+        "draft": {"model": str(folder / draft), "compile": False},
+        "speculation": {"method": "ssd", "governor": False, **speculation},
+        "engine": {"max_batch": 3, "max_model_len": 64, "prefill_chunk": 8, "workers": "threads"},
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the census from the command line."""
+    parser = argparse.ArgumentParser(description="A census of transformers' causal language models.")
+    parser.add_argument("types", nargs="*", help="model types; all by default")
+    parser.add_argument("--write", type=Path, help="page whose table is replaced")
+    parser.add_argument("--findings", type=Path, help="file of findings; types found there are not repeated")
+    asked = parser.parse_args(arguments)
+    findings = {one.model_type: one for one in read_findings(asked.findings)}
+    for model_type in asked.types or model_types():
+        if model_type not in findings:
+            findings[model_type] = finding = examine(model_type, InprocPipeline)
+            sys.stdout.write(f"{model_type:<28} {finding.outcome:<10} {finding.why}\n")
+            if asked.findings:
+                with asked.findings.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(dataclasses.asdict(finding)) + "\n")
+    if asked.write:
+        write_table(asked.write, findings.values())
+
+
+def read_findings(file: Path | None) -> list[Finding]:
+    """Returns the findings of a file; none without a file. The last one of a type counts."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file and file.exists() else []
+    return list({one.model_type: one for one in (Finding(**json.loads(line)) for line in lines)}.values())
+
+
+def write_table(page: Path, findings: Iterable[Finding]) -> None:
+    """Replaces what stands between the marks of a page. Raises: ValueError: the page has no marks."""
+    text = page.read_text(encoding="utf-8")
+    before, first, rest = text.partition(MARKS[0])
+    _, last, after = rest.partition(MARKS[1])
+    if not last:
+        raise ValueError(f"{page} has no {MARKS[0]} and {MARKS[1]}")
+    page.write_text(f"{before}{first}\n{table(findings)}\n{last}{after}", encoding="utf-8")
+
+
+def table(findings: Iterable[Finding]) -> str:
+    """Returns the findings as Markdown: counts, the equal types, and the others with the reason."""
+    every = sorted(findings, key=lambda one: one.model_type)
+    equal = [one for one in every if one.outcome == "equal"]
+    names = {"not built": "not tried (no tiny model)", "refused": "refused"}
+    others = [one for one in every if one.outcome != "equal"]
+    lines = [
+        f"transformers {transformers.__version__}: {len(equal)} of {len(every)} types are equal.",
+        "",
+        f"<details><summary>equal ({len(equal)})</summary>",
+        "",
+        ", ".join(f"`{one.model_type}`" for one in equal) + ".",
+        "",
+        "No `method: self`, since their layers cannot be left out: "
+        + (", ".join(f"`{one.model_type}`" for one in equal if not one.skips) or "none")
+        + ".",
+        "",
+        "</details>",
+        "",
+        f"<details><summary>others ({len(others)})</summary>",
+        "",
+        "| type | | why |",
+        "|---|---|---|",
+        *(f"| `{one.model_type}` | {names.get(one.outcome, one.outcome)} | {_reason(one)} |" for one in others),
+        "",
+        "</details>",
+    ]
+    return "\n".join(lines)
+
+
+def _reason(finding: Finding) -> str:
+    """Returns why, on one line of a table, without the model's name before it."""
+    why = finding.why.removeprefix(f"{finding.model_type}: ").removesuffix("; not supported")
+    return re.sub(r"/\S*/(target|draft|stranger)(: )?", "", why).replace("|", "\\|").replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    main()

@@ -110,6 +110,13 @@ _DOTS3: dict[str, Any] = {
     "index_head_dim": 16,
     "index_n_heads": 2,
 }
+_BYTES: dict[str, Any] = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 _QWEN4: dict[str, Any] = {
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
@@ -149,6 +156,14 @@ OWN: dict[str, dict[str, Any]] = {
         ),
         _LATENT,
     ),
+    "blt": {
+        "encoder_hash_byte_group_size": [3, 4],
+        "encoder_hash_byte_group_vocab": 64,
+        "patcher_config": _BYTES,
+        "encoder_config": {**_BYTES, "hidden_size_global": 64},
+        "decoder_config": {**_BYTES, "hidden_size_global": 64},
+        "global_config": _BYTES,
+    },
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {
         "layer_types": _SLIDING,
@@ -204,6 +219,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]], "window_size": 8},
     "gptj": {"rotary_dim": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "longcat_flash": {**_LATENT, "num_layers": 2, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32},
     "mamba2": {"num_heads": 8, "head_dim": 16},
@@ -215,6 +231,14 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "qwen4_exp_text": _QWEN4,
     "qwen4_exp": {"text_config": {**_text("qwen4_exp_text", num_key_value_heads=2, head_dim=16), **_QWEN4}},
+    "reformer": {
+        "attention_head_size": 16,
+        "axial_pos_embds": False,
+        "feed_forward_size": 96,
+        "local_attn_chunk_length": 8,
+        "lsh_attn_chunk_length": 8,
+        "num_buckets": 4,
+    },
     "zamba": {
         "num_key_value_heads": 4,
         "n_mamba_heads": 2,

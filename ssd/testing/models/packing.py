@@ -134,6 +134,7 @@ def write_compressed(source: Path, folder: Path, *, groups: dict[str, tuple[str,
             and the settings of the weights.
     """
     from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.config import CompressionFormat
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from compressed_tensors.quantization.utils import calculate_qparams
 
@@ -145,12 +146,13 @@ def write_compressed(source: Path, folder: Path, *, groups: dict[str, tuple[str,
             continue
         target = next(one for one in groups if one == "Linear" or re.match(one.removeprefix("re:"), name))
         kind, settings = groups[target]
-        scheme = QuantizationScheme(targets=[target], weights=QuantizationArgs(**settings), format=kind)
-        assert scheme.weights is not None
+        scheme: Any = QuantizationScheme(
+            targets=[target], weights=QuantizationArgs(**settings), format=CompressionFormat(kind)
+        )
         size = settings.get("group_size") or weight.shape[1]
         parts = weight.reshape(weight.shape[0], -1, size)
         scale, zero = calculate_qparams(parts.amin(-1), parts.amax(-1), scheme.weights)
-        compressor = BaseCompressor.get_value_from_registry(kind)
+        compressor: Any = BaseCompressor.get_value_from_registry(kind)
         state = compressor.compress({"weight": weight, "weight_scale": scale, "weight_zero_point": zero}, scheme)
         for key, value in state.items():
             stored[f"{name.removesuffix('weight')}{key}"] = value.contiguous()
@@ -240,6 +242,8 @@ def _write(
 def _copy(source: Path, folder: Path, stored: dict[str, Tensor], settings: dict[str, Any]) -> None:
     """Writes a folder with the source's tokenizer, other weights, and a ``quantization_config``."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
-    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in stored.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))

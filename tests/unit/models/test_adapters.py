@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from ssd.errors import ModelError
 from ssd.models.checkpoints import adapters
-from ssd.models.checkpoints.loading import load_model
+from ssd.models.checkpoints.loading import load_model, read_config
 from ssd.testing.models.gguf import write_gguf
 from ssd.testing.models.tiny import save_tiny
 
@@ -28,7 +28,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "ranks-by-name": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}},
     "some-layers": {"layers_to_transform": [1]},
-    "biases": {"bias": "lora_only", "lora_bias": False},
     "head-replaced": {"modules_to_save": ["lm_head"]},
     "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
 }
@@ -198,8 +197,8 @@ REFUSED = {
     _other_task: "is for the task SEQ_CLS; only CAUSAL_LM",
     _replicated: "repeats layers",
     _activated: "cannot be merged",
-    _other_rank: "the adapter does not fit the model",
-    _other_shapes: "the adapter does not fit the model",
+    _other_rank: r"the adapter does not fit the model \(size mismatch for .*layers\.",
+    _other_shapes: r"the adapter does not fit the model \(size mismatch for .*layers\.",
     _more_layers: r"the adapter does not fit the model: it has .*layers\.2\.",
     _fewer_layers: r"the adapter does not fit the model: it lacks .*layers\.1\.",
     _unknown_modules: "the adapter does not fit the model",
@@ -223,6 +222,14 @@ def test_one_of_two_tied_embeddings_is_refused(tmp_path: Path, target: str) -> N
     _save_adapter(base, tmp_path / "adapter", target_modules=["q_proj", target])
     with pytest.raises(ModelError, match="one of two tied embeddings"):
         _load(base, tmp_path / "adapter")
+
+
+def test_an_adapter_in_the_models_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    """transformers loads it where peft is installed, and does not where it is not."""
+    save_tiny(tmp_path, "llama")
+    _save_adapter(folder, tmp_path)
+    with pytest.raises(ModelError, match="has an adapter beside its model"):
+        read_config(tmp_path)
 
 
 def test_missing_package(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

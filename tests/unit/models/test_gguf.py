@@ -16,7 +16,7 @@ from ssd.models.checkpoints import gguf_metadata
 from ssd.models.checkpoints.generation_config import end_ids, sampling_defaults
 from ssd.models.checkpoints.gguf_file import GgufFile
 from ssd.models.checkpoints.loading import load_model, load_tokenizer, read_config
-from ssd.models.cpu.blocks_linear import TYPES, BlocksEmbedding, BlocksLinear
+from ssd.models.cpu.blocks_linear import TYPES, BlocksEmbedding, BlocksLinear, count_weights
 from ssd.models.runner import can_compile
 from ssd.testing.models.gguf import tokens, write_gguf
 
@@ -102,6 +102,14 @@ def test_packed_takes_the_memory_of_the_file(tmp_path: Path) -> None:
     model = _load(path)
     held = sum({weight.data_ptr(): weight.nbytes for weight in model.parameters()}.values())
     assert held < 1.1 * sum(tensor.nbytes for tensor in GgufFile.read(path).tensors.values())
+
+
+@compiled
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_weights_are_counted_as_numbers(tmp_path: Path, tied: bool) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tied=tied)
+    expected = sum(weight.numel() for weight in _reference(path).parameters())
+    assert count_weights(_load(path)) == count_weights(_load(path, "dequantised")) == expected
 
 
 def test_tokenizer_is_that_of_transformers(file: Path) -> None:
@@ -235,3 +243,14 @@ def test_missing_package(file: Path, monkeypatch: pytest.MonkeyPatch, missing: s
     )
     with pytest.raises(ModelError, match=f"pip install {missing}$"):
         load_tokenizer(file)
+
+
+@pytest.mark.parametrize("weights", ["auto", "packed"])
+def test_operators_that_cannot_be_built(file: Path, monkeypatch: pytest.MonkeyPatch, weights: str) -> None:
+    monkeypatch.setattr("ssd.models.cpu.operators.blocks_available", lambda: False)
+    monkeypatch.setattr("ssd.models.cpu.operators.compiler", lambda: "c++")
+    if weights == "packed":
+        with pytest.raises(ModelError, match="cannot be built"):
+            _load(file, weights)
+    else:
+        assert not any(isinstance(module, BlocksLinear) for module in _load(file, weights).modules())

@@ -10,6 +10,7 @@ import torch
 
 from ssd.errors import ModelError
 from ssd.models.layers import FULL, Attended, Layers, attended, find_layers
+from ssd.models.positions import place_positions
 from ssd.models.runner import ForwardRunner, RunnerOptions
 from ssd.testing.models.census import tiny_causal
 from ssd.testing.models.tiny import tiny_model
@@ -94,9 +95,45 @@ def test_a_model_that_looks_ahead_is_refused() -> None:
         ForwardRunner(model, options)
 
 
-@pytest.mark.parametrize("model_type", ["gptj", "bloom", "bart", "deepseek_v3"])
+@pytest.mark.parametrize("model_type", ["gptj", "bloom", "falcon", "deepseek_v3"])
 def test_code_that_works_on_keys_itself_attends_by_itself(model_type: str) -> None:
     options = RunnerOptions(batch=1, capacity=64, scratch_slots=2, prefill_chunk=8, vocabulary=160)
     runner = ForwardRunner(tiny_causal(model_type), options)
     assert runner.attention == "model"
     assert runner.contexts == [runner.cache.main_slots]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [
+        ("xlstm", "has a cache of its own"),
+        ("rwkv", "keeps a state that cannot be taken back"),
+        ("openai-gpt", "keeps no keys in transformers' cache"),
+        ("deepseek_v4", "layers of kind .* keep a state that cannot be taken back"),
+    ],
+)
+def test_what_cannot_be_taken_back_is_refused_by_name(model_type: str, why: str) -> None:
+    with pytest.raises(ModelError, match=f"^{model_type}: {why}"):
+        find_layers(tiny_causal(model_type))
+
+
+@pytest.mark.parametrize(("model_type", "first"), [("roberta", 3), ("bert", 0), ("llama", 0)])
+def test_what_the_first_position_is_called(model_type: str, first: int) -> None:
+    assert find_layers(tiny_causal(model_type)).first_position == first
+
+
+def test_positions_beyond_the_embedding_are_refused() -> None:
+    """RoBERTa's embedding of 256 positions begins with 3: 253 are left."""
+    options = RunnerOptions(batch=1, capacity=254, scratch_slots=2, prefill_chunk=8, vocabulary=160)
+    with pytest.raises(ModelError, match="knows 253 positions, 254 are needed"):
+        ForwardRunner(tiny_causal("roberta"), options)
+
+
+def test_an_embedding_that_counts_from_the_cache_gives_each_row_its_position() -> None:
+    model = tiny_causal("bart")
+    [embedding] = place_positions(model)
+    whole = embedding(torch.zeros(1, 9, dtype=torch.int64), 0)
+    embedding.positions = torch.tensor([[3, 8], [0, 3]])
+    rows = embedding(torch.zeros(2, 2, dtype=torch.int64), 5)
+    assert rows.shape == (2, 2, whole.shape[-1])
+    torch.testing.assert_close(rows, whole[0][embedding.positions])

@@ -107,7 +107,7 @@ def test_a_tied_head_that_is_stored_too(tmp_path: Path, same: bool) -> None:
 
 def test_a_tied_embedding_that_only_the_head_has(tmp_path: Path) -> None:
     stored = _stored(tmp_path, tied=True)
-    _save(tmp_path, {**stored, HEAD: stored.pop(EMBEDDING)})
+    _save(tmp_path, {HEAD: stored.pop(EMBEDDING), **stored})
     try:
         model = _load(tmp_path)
     except ModelError as error:

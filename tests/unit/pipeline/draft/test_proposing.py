@@ -16,7 +16,7 @@ import pytest
 
 from ssd import LLM, ConfigError, RequestOutput, SamplingParams
 from ssd.config.load import load_config
-from ssd.models.proposer import Proposer, find
+from ssd.models.drafts.proposer import Proposer, find
 from ssd.pipeline.runtime.launch import InprocPipeline
 
 Configure = Callable[..., dict[str, Any]]
@@ -185,7 +185,7 @@ def test_functions_are_found_by_module_and_by_entry_point(monkeypatch: pytest.Mo
     assert find(f"{__name__}:knowing") is knowing
     point = importlib.metadata.EntryPoint(name="mine", value=f"{__name__}:raising", group="ssd.drafts")
     installed = importlib.metadata.EntryPoints([point])
-    monkeypatch.setattr("ssd.models.proposer.entry_points", lambda group: installed.select(group=group))
+    monkeypatch.setattr("ssd.models.drafts.proposer.entry_points", lambda group: installed.select(group=group))
     assert find("mine") is raising
     with pytest.raises(ConfigError, match="known: mine"):
         find("other")

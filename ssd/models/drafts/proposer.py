@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, first_line
+from ...errors import ConfigError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def find(name: str) -> Propose:
     module, colon, attribute = name.partition(":")
     try:
         if colon:
-            found = importlib.import_module(module)
+            found: Any = importlib.import_module(module)
             for part in attribute.split("."):
                 found = getattr(found, part)
         else:
@@ -54,7 +54,7 @@ def find(name: str) -> Propose:
         raise ConfigError(f"draft.propose={name}: cannot be imported ({first_line(error)})") from error
     if not callable(found):
         raise ConfigError(f"draft.propose={name}: not a function")
-    return found
+    return found  # pyright: ignore[reportReturnType]
 
 
 class Proposer:
@@ -106,7 +106,7 @@ class Proposer:
                 self._warn(f"a call returned something that is no token id below {self._vocabulary}")
                 break
             found.append(int(token))
-        return found
+        return found  # pyright: ignore[reportReturnType]
 
     def _drain(self) -> None:
         while not self._answers.empty():

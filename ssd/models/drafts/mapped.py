@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import ModelError
-from .checkpoints.pairs import VocabularyMap
+from ...errors import ModelError
+from ..checkpoints.pairs import VocabularyMap
 
 
 class MappedOutput(NamedTuple):
