@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -62,32 +63,39 @@ def check(
 
 def census(
     types: Annotated[list[str] | None, typer.Argument(metavar="[TYPE...]", help="By default all.")] = None,
-    json_file: JsonOption = None,
+    findings: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write findings here as they come; do not repeat those in it.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Replace the table of this page (docs/models.md).")
+    ] = None,
 ) -> None:
     """Decode with a tiny random model of each causal type of the installed transformers, with every method.
 
     Ends with exit code 1 if a type decodes other tokens than its own forward.
     """
     from ..pipeline.runtime.launch import InprocPipeline
-    from ..testing.models.census import examine, model_types
+    from ..testing.models.census import append_finding, examine, model_types, read_findings, write_table
 
-    check_folders({"--json": json_file})
+    check_folders({"--findings": findings, "--page": page})
     every = model_types()
     if unknown := sorted({*(types or ())} - {*every}):
         raise ModelError(f"the installed transformers has no causal model type {unknown[0]!r}")
-    wanted = types or every
-    findings = []
+    wanted, found = types or every, {one.model_type: one for one in read_findings(findings)}
     with progress_bar("census") as show:
         for done, model_type in enumerate(wanted):
             show(done, len(wanted), model_type)
-            findings.append(examine(model_type, InprocPipeline))
-    console = tables()
-    for finding in findings:
-        console.print(f"{finding.model_type:<28} {finding.outcome:<10} {finding.why}", markup=False, soft_wrap=True)
-    counts = Counter(finding.outcome for finding in findings)
+            if model_type not in found:
+                found[model_type] = examine(model_type, InprocPipeline)
+                if findings is not None:
+                    append_finding(findings, found[model_type])
+    console, taken = tables(), [found[model_type] for model_type in wanted]
+    for one in taken:
+        console.print(f"{one.model_type:<28} {one.outcome:<10} {one.why}", markup=False, soft_wrap=True)
+    counts = Counter(one.outcome for one in taken)
     console.print(", ".join(f"{count} {outcome}" for outcome, count in counts.most_common()))
-    told = [{"type": one.model_type, "outcome": one.outcome, "why": one.why} for one in findings]
-    write_json(json_file, told)
+    if page is not None:
+        write_table(page, taken)
     if counts["different"] or counts["failed"]:
         raise typer.Exit(1)
 

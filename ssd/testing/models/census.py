@@ -2,18 +2,14 @@
 
 ``examine`` answers for one type: its tokens equal those of a loop over the model's own full forward without a cache,
 with every method, or the engine refuses the type by name. Nothing else may happen.
-
-``python -m ssd.testing.models.census [TYPE...] [--write PAGE] [--findings FILE]`` examines types (all by default),
-keeps what it found in a file, and writes the table between the marks of a page.
+``write_table`` writes what was found into a page.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -29,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ...decoding.text.prefix import common_prefix
 from ...engine.llm import LLM
 from ...errors import SSDError, UsageError, first_line
-from ...pipeline.runtime.launch import InprocPipeline, Pipeline
+from ...pipeline.runtime.launch import Pipeline
 from ...pipeline.runtime.plan import Plan
 from ...request.methods import ServedMethod
 from ...request.sampling_params import SamplingParams
@@ -199,23 +195,10 @@ def _settings(folder: Path, draft: str, speculation: dict[str, Any]) -> dict[str
     }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs the census from the command line."""
-    parser = argparse.ArgumentParser(description="A census of transformers' causal language models.")
-    parser.add_argument("types", nargs="*", help="model types; all by default")
-    parser.add_argument("--write", type=Path, help="page whose table is replaced")
-    parser.add_argument("--findings", type=Path, help="file of findings; types found there are not repeated")
-    asked = parser.parse_args(arguments)
-    findings = {one.model_type: one for one in read_findings(asked.findings)}
-    for model_type in asked.types or model_types():
-        if model_type not in findings:
-            findings[model_type] = finding = examine(model_type, InprocPipeline)
-            sys.stdout.write(f"{model_type:<28} {finding.outcome:<10} {finding.why}\n")
-            if asked.findings:
-                with asked.findings.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(dataclasses.asdict(finding)) + "\n")
-    if asked.write:
-        write_table(asked.write, findings.values())
+def append_finding(file: Path, finding: Finding) -> None:
+    """Adds a finding to a file, as a line of JSON."""
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(dataclasses.asdict(finding)) + "\n")
 
 
 def read_findings(file: Path | None) -> list[Finding]:
@@ -268,7 +251,3 @@ def _reason(finding: Finding) -> str:
     """Returns why, on one line of a table, without the model's name before it."""
     why = finding.why.removeprefix(f"{finding.model_type}: ").removesuffix("; not supported")
     return re.sub(r"/\S*/(target|draft|stranger)(: )?", "", why).replace("|", "\\|").replace("<", "&lt;")
-
-
-if __name__ == "__main__":
-    main()

@@ -57,6 +57,26 @@ def test_the_census_fails_where_a_type_is_wrong(outcome: str, code: int, monkeyp
     assert f"2 {outcome}" in done.output
 
 
+def test_findings_are_kept_and_fill_a_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def examine(name: str, _: object) -> Finding:
+        asked.append(name)
+        return Finding(model_type=name, outcome="refused", why=f"{name}: odd")
+
+    monkeypatch.setattr(census, "examine", examine)
+    findings, page = tmp_path / "findings.jsonl", tmp_path / "page.md"
+    page.write_text(f"before\n{census.MARKS[0]}\nold\n{census.MARKS[1]}\nafter\n")
+    for types in (["llama"], ["llama", "gpt2"]):
+        command = ["models", "census", *types, "--findings", str(findings), "--page", str(page)]
+        assert RUN.invoke(make_app(), command).exit_code == 0
+    assert asked == ["llama", "gpt2"]
+    assert "| `gpt2` | refused | odd |" in page.read_text()
+    assert "old" not in page.read_text()
+    assert page.read_text().startswith("before\n")
+    assert page.read_text().endswith("after\n")
+
+
 def test_an_unknown_model_type_is_one_line() -> None:
     done = RUN.invoke(make_app(), ["models", "census", "llama5"])
     assert done.exit_code == 2
