@@ -120,7 +120,7 @@ def scale_rotary(header: GgufFile, model: PreTrainedModel) -> None:
     if stored is None or model.config.get_text_config().rope_parameters.get("rope_type", "default") != "default":
         return
     factors = torch.from_numpy(np.array(header.data(stored))).view(_FLOATS[stored.type]).float()
-    modules = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
+    modules: list[Any] = [one for one in model.modules() if isinstance(getattr(one, "inv_freq", None), Tensor)]
     if not modules or any(module.inv_freq.shape != factors.shape for module in modules):
         raise ModelError(f"{header.path}: {ROTARY} does not fit the model's rotary embeddings")
     for module in modules:
