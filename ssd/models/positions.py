@@ -16,14 +16,15 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_LENGTH = "past_key_values_length"
+_LENGTHS = {"cache_length", "past_key_values_length"}
+"""The argument's name from transformers 5.24 on, and before it."""
 
 
 class Positioned(nn.Module):
     """A position embedding that counts from a cache's length (the BART family). Gives each row its own position.
 
     Args:
-        embedding: the model's module, which takes ``past_key_values_length``.
+        embedding: the model's module, which takes that length.
     """
 
     def __init__(self, embedding: nn.Module):
@@ -63,7 +64,7 @@ def place_positions(model: PreTrainedModel) -> list[Positioned]:
 
 def _counts(module: nn.Module) -> bool:
     bare = next(module.children(), None) is None
-    return bare and _LENGTH in inspect.signature(module.forward).parameters
+    return bare and bool(_LENGTHS & inspect.signature(module.forward).parameters.keys())
 
 
 @contextlib.contextmanager

@@ -101,6 +101,8 @@ def test_a_home_that_cannot_be_written(
 
 
 def test_without_a_folder_for_sockets_there_is_one_line(another: tuple[str, ...]) -> None:
+    if Path(sys.prefix).is_relative_to("/tmp"):
+        pytest.skip("this Python lies in a folder that the test hides")
     hidden = ("unshare", "--mount", "sh", "-c")
     script = 'for f in /tmp /var/tmp /dev/shm; do mount -t tmpfs -o mode=755 none $f || exit 77; done; exec "$@"'
     done = generate({"HOME": "/nowhere"}, *PLAIN, prefix=(*hidden, script, "sh", *another))

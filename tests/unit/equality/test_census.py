@@ -23,7 +23,13 @@ LEAST_EQUAL = 167
 """Model types of transformers 5.23 that are equal, less three."""
 
 
-@pytest.mark.parametrize("model_type", KINDS)
+LONG = {"qwen3_next"}
+"""Take most of a minute; ``tests/unit/models/test_prompts_of_states.py`` has layers of that kind too."""
+
+
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(kind, marks=[pytest.mark.slow] if kind in LONG else []) for kind in KINDS]
+)
 def test_kinds_of_layers(model_type: str) -> None:
     finding = examine(model_type, InprocPipeline)
     assert (finding.outcome, finding.why) == ("equal", "")

@@ -95,7 +95,7 @@ def test_a_model_that_looks_ahead_is_refused() -> None:
         ForwardRunner(model, options)
 
 
-@pytest.mark.parametrize("model_type", ["gptj", "bloom", "falcon", "deepseek_v3"])
+@pytest.mark.parametrize("model_type", ["bloom", "falcon", "deepseek_v3"])
 def test_code_that_works_on_keys_itself_attends_by_itself(model_type: str) -> None:
     options = RunnerOptions(batch=1, capacity=64, scratch_slots=2, prefill_chunk=8, vocabulary=160)
     runner = ForwardRunner(tiny_causal(model_type), options)

@@ -117,7 +117,7 @@ def test_a_chunk_of_a_prompt_continues_the_keys_before_it(start: int) -> None:
     assert view.get_mask_sizes(2, 0) == (start + 2, 0)
 
 
-@pytest.mark.parametrize("model_type", ["gptj", "bloom", "deepseek_v3"])
+@pytest.mark.parametrize("model_type", ["bloom", "deepseek_v3"])
 def test_a_token_has_the_same_bits_in_the_chain_and_beside_it(model_type: str) -> None:
     """Strict numerics rely on it."""
     options = RunnerOptions(batch=2, capacity=64, scratch_slots=2, prefill_chunk=8, vocabulary=160, chain=2)
