@@ -14,7 +14,7 @@ are steps again.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -182,11 +182,27 @@ class RowByRow(nn.Module):
         return whole if isinstance(out, tuple) else whole[0]
 
 
+class _Kept(NamedTuple):
+    """The states of one layer, as modules of transformers 5.17 read them."""
+
+    conv_states: dict[int, Tensor]
+    recurrent_states: dict[int, Tensor]
+    record_past: bool = False
+
+
 class _Step:
     """The part of transformers' ``Cache`` that a recurrent module reads and writes in a step of one token."""
 
     def __init__(self, states: dict[Key, Tensor]):
         self.states = states
+
+    @property
+    def layers(self) -> dict[int, _Kept]:
+        """The states by layer."""
+        found = {layer: _Kept({}, {}) for layer, *_ in self.states}
+        for (layer, kind, index), state in self.states.items():
+            (found[layer].conv_states if kind == "conv" else found[layer].recurrent_states)[index] = state
+        return found
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
         return self.states[layer_idx, "conv", state_idx]

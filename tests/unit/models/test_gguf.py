@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from ssd.models.cpu.blocks_linear import TYPES, BlocksEmbedding, BlocksLinear, c
 from ssd.models.runner import can_compile
 from ssd.testing.models.gguf import tokens, write_gguf
 
+pytestmark = pytest.mark.usefixtures("gguf_cache")
 compiled = pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
 HOSTILE = (
     "",
@@ -36,16 +36,6 @@ HOSTILE = (
     "1234567890 3.14159 0x1F",
     "def f(x):\n    return x**2  # 'it''s'",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    pytest.importorskip("gguf")
-    pytest.importorskip("accelerate")
-    cache = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf_metadata, "cache_folder", lambda: cache)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ssd.errors import ModelError
-from ssd.models.checkpoints import gguf_metadata
 from ssd.models.checkpoints.loading import load_model
 from ssd.testing.models.gguf import HEADS, HIDDEN, write_gguf
 
+pytestmark = pytest.mark.usefixtures("gguf_cache")
 DEPTH = HIDDEN // HEADS
 SCALING = {
     "rope_type": "llama3",
@@ -25,16 +24,6 @@ SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    pytest.importorskip("gguf")
-    pytest.importorskip("accelerate")
-    cache = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf_metadata, "cache_folder", lambda: cache)
-        yield
 
 
 def factors() -> np.ndarray:

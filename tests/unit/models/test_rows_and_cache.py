@@ -113,7 +113,7 @@ def test_supported_architectures_load(architecture: str, folder_of: Callable[...
 
 def test_states_that_cannot_be_found_are_refused(tmp_path: Path) -> None:
     save_tiny(tmp_path, "recurrent_gemma")
-    with pytest.raises(ModelError, match="modules that keep its states"):
+    with pytest.raises(ModelError, match=r"modules that keep its states|keeps a state that cannot be taken back"):
         find_layers(load(tmp_path))
 
 
