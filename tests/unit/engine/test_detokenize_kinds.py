@@ -89,11 +89,15 @@ def bytes_of(text: str) -> list[str]:
 def expected(kind: str, prompt: Sequence[int], output: Sequence[int], skip: bool = True) -> str | None:
     """What one decode gives after the prompt's text. A character that the prompt begins and the output completes
     belongs to the output. None if the output changes what the prompt says: a run that a byte breaks is replaced."""
-    before, whole = decode(kind, prompt, skip), decode(kind, [*prompt, *output], skip)
-    if whole.startswith(before):
-        return whole[len(before) :]
-    kept = before[:-1] if kind == "byte_level" else decode(kind, without_partial(kind, prompt), skip)
-    return whole[len(kept) :] if whole.startswith(kept) else None
+    # With the space that a decoder takes away at the start: it tells whether the output changes it.
+    plain = "fallback" if kind == "strip" else kind
+    before, whole = decode(plain, prompt, skip), decode(plain, [*prompt, *output], skip)
+    kept = before
+    if not whole.startswith(before):
+        kept = before[:-1] if kind == "byte_level" else decode(plain, without_partial(kind, prompt), skip)
+    if not whole.startswith(kept):
+        return None
+    return whole.removeprefix(" ") if kind == "strip" and not kept else whole[len(kept) :]
 
 
 def without_partial(kind: str, prompt: Sequence[int]) -> Sequence[int]:
